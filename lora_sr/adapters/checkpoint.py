@@ -1,0 +1,105 @@
+"""The adapter alone: LoRA tensors in a safetensors file, with their configuration as metadata."""
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_sr.adapters.config import LoRAConfig
+from lora_sr.adapters.layers import LORA_TENSORS
+from lora_sr.adapters.verbs import add_lora, lora_layers
+from lora_sr.errors import InputError
+
+CONFIG_KEY = 'lora_config'
+
+
+def is_lora_key(key: str) -> bool:
+    """Whether a state dict's key names a tensor of LoRA."""
+    return key.rsplit('.', 1)[-1] in LORA_TENSORS
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The LoRA tensors of ``model`` alone, under their names in its state dict."""
+    return {key: value for key, value in model.state_dict().items() if is_lora_key(key)}
+
+
+def describe_lora(model: nn.Module) -> LoRAConfig:
+    """The configuration that gives the base of ``model`` the same LoRA layers: one exact name a layer.
+
+    Raises:
+        InputError: No layer carries LoRA.
+    """
+    layers = {re.escape(name): layer for name, layer in lora_layers(model)}
+    if not layers:
+        raise InputError(f'No layer of {type(model).__name__} carries LoRA.')
+    ranks = [layer.rank for layer in layers.values()]
+    alphas = [layer.lora_alpha.item() for layer in layers.values()]
+    rank, alpha = max(ranks, key=ranks.count), max(alphas, key=alphas.count)
+    return LoRAConfig(
+        target_modules=list(layers), rank=rank, alpha=alpha,
+        rank_pattern={name: layer.rank for name, layer in layers.items() if layer.rank != rank},
+        alpha_pattern={name: a for name, a in zip(layers, alphas) if a != alpha})
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write the LoRA tensors of ``model`` and their configuration to ``path``, a ``.safetensors`` file.
+
+    Raises:
+        InputError: No layer carries LoRA, or ``path`` has another suffix.
+    """
+    if Path(path).suffix != '.safetensors':
+        raise InputError(f'An adapter is a .safetensors file, but the path is {path}.')
+    metadata = {CONFIG_KEY: describe_lora(model).to_json()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in lora_state_dict(model).items()}
+    save_file(tensors, os.fspath(path), metadata=metadata)
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
+    """Load an adapter file into ``model``: into its LoRA layers, or, where it has none, after adding them.
+
+    Raises:
+        InputError: The file is missing or is no adapter, or it does not fit: the layers that differ are named. The
+            tensors of ``model`` are unchanged then.
+    """
+    config, tensors = read_adapter(path)
+    if not any(True for _ in lora_layers(model)):
+        add_lora(model, config)
+    own = lora_state_dict(model)
+    differing = sorted(key for key in own.keys() | tensors.keys()
+                       if key not in own or key not in tensors or own[key].shape != tensors[key].shape)
+    if differing:
+        listed = ', '.join(f'{key} ({_shape(own, key)} here, {_shape(tensors, key)} in the file)'
+                           for key in differing[:3])
+        raise InputError(f'The adapter {path} does not fit {type(model).__name__}: {len(differing)} tensors differ, '
+                         f'e.g. {listed}.')
+    with torch.no_grad():
+        for key, value in tensors.items():
+            own[key].copy_(value)
+
+
+def read_adapter(path: str | os.PathLike) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """Configuration and tensors of an adapter file.
+
+    Raises:
+        InputError: The file is missing, cannot be read, or holds no adapter.
+    """
+    if not Path(path).is_file():
+        raise InputError(f'There is no adapter file {path}.')
+    try:
+        with safe_open(os.fspath(path), framework='pt') as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f'{path} cannot be read as a safetensors file: {error}.') from None
+    if CONFIG_KEY not in metadata or not all(map(is_lora_key, tensors)):
+        raise InputError(f'{path} holds no adapter: its metadata lacks "{CONFIG_KEY}", or it has other tensors too.')
+    return LoRAConfig.from_json(metadata[CONFIG_KEY]), tensors
+
+
+def _shape(tensors: dict[str, Tensor], key: str) -> str:
+    return 'x'.join(map(str, tensors[key].shape)) or 'scalar' if key in tensors else 'absent'

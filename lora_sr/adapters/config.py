@@ -1,0 +1,105 @@
+"""What to adapt, and how: one dataclass, the same in Python, in option files and in adapter files."""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from dataclasses import dataclass, field
+
+from lora_sr.errors import InputError
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adaptation of a network.
+
+    Every pattern is a regular expression that must match the whole name of a module, as ``named_modules`` gives it:
+    ``block_1.c1_r.eval_conv`` is matched by ``block_\\d\\.c[123]_r\\.eval_conv`` and by ``block_.*``.
+
+    Args:
+        target_modules: Patterns of the layers that receive LoRA.
+        rank: Rank r of the update, at least 1.
+        alpha: Numerator of the update's scale alpha / r. ``None`` stands for the rank, i.e. a scale of 1.
+        exclude_modules: Patterns of layers that stay as they are although a target matches them.
+        rank_pattern: Pattern -> rank, for layers that differ from ``rank``. The first match counts.
+        alpha_pattern: Pattern -> alpha, likewise.
+
+    Raises:
+        InputError: A rank below 1, an alpha of 0, or a pattern that is no regular expression.
+    """
+
+    target_modules: list[str]
+    rank: int = 8
+    alpha: float | None = None
+    exclude_modules: list[str] = field(default_factory=list)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ('target_modules', 'exclude_modules'):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else list(value or []))
+        self.rank_pattern = dict(self.rank_pattern or {})
+        self.alpha_pattern = dict(self.alpha_pattern or {})
+        if not self.target_modules:
+            raise InputError('target_modules is empty: name at least one pattern of layers to adapt, e.g. ".*".')
+        for key, rank in [('rank', self.rank), *self.rank_pattern.items()]:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise InputError(f'LoRA rank of "{key}" is {rank!r}: it must be an integer of at least 1.')
+        for key, alpha in [('alpha', self.alpha), *self.alpha_pattern.items()]:
+            if alpha is None and key == 'alpha':
+                continue
+            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or alpha == 0:
+                raise InputError(f'LoRA alpha of "{key}" is {alpha!r}: it must be a number other than 0.')
+        for pattern in [*self.target_modules, *self.exclude_modules, *self.rank_pattern, *self.alpha_pattern]:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise InputError(f'The pattern {pattern!r} is not a regular expression: {error}.') from None
+
+    def is_target(self, name: str) -> bool:
+        """Whether the module called ``name`` is to receive LoRA."""
+        return _first_match(self.target_modules, name) is not None and _first_match(self.exclude_modules, name) is None
+
+    def rank_of(self, name: str) -> int:
+        """The rank for the module called ``name``."""
+        pattern = _first_match(self.rank_pattern, name)
+        return self.rank if pattern is None else self.rank_pattern[pattern]
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha for the module called ``name``."""
+        pattern = _first_match(self.alpha_pattern, name)
+        if pattern is not None:
+            return self.alpha_pattern[pattern]
+        return self.rank_of(name) if self.alpha is None else self.alpha
+
+    def to_json(self) -> str:
+        """The configuration as one line of JSON, for the metadata of an adapter file."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> LoRAConfig:
+        """The inverse of :meth:`to_json`."""
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, options: dict) -> LoRAConfig:
+        """A configuration from a mapping, e.g. a section of an option file.
+
+        Raises:
+            InputError: An unknown key (with the known ones that look like it), or a wrong value.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in options:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                hint = f'did you mean "{near[0]}"?' if near else f'known keys are {", ".join(known)}.'
+                raise InputError(f'Unknown LoRA option "{key}": {hint}')
+        if 'target_modules' not in options:
+            raise InputError('The LoRA options lack "target_modules", the patterns of the layers to adapt.')
+        return cls(**options)
+
+
+def _first_match(patterns, name: str):
+    return next((pattern for pattern in patterns if re.fullmatch(pattern, name)), None)

@@ -1,0 +1,200 @@
+"""LoRA: against the authors' layer, against float64, and against what a user would do wrong."""
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora_sr.adapters import (LoRAConfig, LoRAConv2d, LoRALinear, add_lora, count_parameters, describe_lora,
+                              load_adapter, lora_layers, lora_state_dict, mark_trainable, merge_lora, read_adapter,
+                              remove_lora, save_adapter, set_lora_scale)
+from lora_sr.errors import InputError
+
+
+class Small(nn.Module):
+    """Every kind of layer that matters here: plain, strided, grouped, depth-wise and dilated convolutions, linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 5, padding=4, dilation=2, groups=8), nn.GELU(),
+                                  nn.Conv2d(8, 12, (1, 3), stride=2, padding=(0, 1), groups=4, bias=False),
+                                  nn.BatchNorm2d(12))
+        self.up = nn.ConvTranspose2d(12, 4, 2, 2)
+        self.tail = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.tail(self.up(self.body(self.head(x))).permute(0, 2, 3, 1))
+
+
+ALL = LoRAConfig(['.*'], rank=3, alpha=5)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return Small().eval()
+
+
+def trained(network):
+    """Pretend that training moved the LoRA tensors."""
+    with torch.no_grad():
+        for _, layer in lora_layers(network):
+            layer.lora_B.normal_(std=0.1)
+    return network
+
+
+@pytest.mark.parametrize('kernel', ['k1', 'k3', 'k5'])
+def test_convolution_equals_the_authors_layer(shared, kernel):
+    golden = np.load(shared / 'golden/convlora.npz')
+    tensors = {name: torch.from_numpy(golden[f'{kernel}.{name}'])
+               for name in ('weight', 'bias', 'lora_A', 'lora_B', 'x', 'y')}
+    size, rank, alpha = golden[f'{kernel}.meta'].tolist()
+    out_channels, in_channels = tensors['weight'].shape[:2]
+    layer = LoRAConv2d(nn.Conv2d(in_channels, out_channels, size, padding=size // 2), rank, alpha)
+    assert layer.lora_A.shape == tensors['lora_A'].shape and layer.lora_B.shape == tensors['lora_B'].shape
+    layer.load_state_dict({name: tensors[name] for name in ('weight', 'bias', 'lora_A', 'lora_B')})
+    assert (layer(tensors['x']) - tensors['y']).abs().max() <= 1e-5
+
+
+def test_linear_equals_the_formula():
+    torch.manual_seed(0)
+    base = nn.Linear(6, 4).double()
+    layer = LoRALinear(base, rank=2, alpha=3)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    expected = base(x) + 3 / 2 * (x @ layer.lora_A.T @ layer.lora_B.T)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_adding_lora_leaves_the_output_bit_equal_and_trains_lora_only(network):
+    x = torch.randn(2, 3, 12, 10)
+    before = network(x)
+    names = set(network.state_dict())
+    add_lora(network, ALL)
+    assert torch.equal(network(x), before)
+    adapted = {name for name, _ in lora_layers(network)}
+    assert adapted == {'head', 'body.0', 'body.2', 'tail'}
+    added = {f'{name}.{tensor}' for name in adapted for tensor in ('lora_A', 'lora_B', 'lora_alpha')}
+    assert set(network.state_dict()) == names | added
+
+    mark_trainable(network)
+    trains = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert trains == {f'{name}.{tensor}' for name in adapted for tensor in ('lora_A', 'lora_B')}
+    network(x).square().mean().backward()
+    # At the start B is zero, so the gradient reaches B only.
+    assert all(layer.lora_B.grad.abs().sum() > 0 for _, layer in lora_layers(network))
+    assert network.head.weight.grad is None
+
+
+def test_initialisation_is_kaiming_uniform_and_zero():
+    torch.manual_seed(0)
+    layer = LoRAConv2d(nn.Conv2d(64, 64, 3), rank=16, alpha=1)
+    bound = 1 / (64 * 3)**0.5  # kaiming_uniform_ with a = sqrt(5) over a fan-in of in * k
+    assert layer.lora_A.abs().max() <= bound and abs(layer.lora_A.std().item() - bound / 3**0.5) < 0.01 * bound
+    assert not layer.lora_B.any()
+
+
+@pytest.mark.parametrize('bias, expected', [('none', set()), ('lora', {'head.bias', 'body.0.bias', 'tail.bias'}),
+                                            ('all', {'head.bias', 'body.0.bias', 'tail.bias', 'up.bias',
+                                                     'body.3.bias'})])
+def test_biases_that_train(network, bias, expected):
+    mark_trainable(add_lora(network, ALL), bias)
+    assert {name for name, p in network.named_parameters() if p.requires_grad and 'lora' not in name} == expected
+
+
+@pytest.mark.parametrize('rank', [1, 2, 16])
+def test_merged_equals_adapted_and_has_the_base_names(network, rank):
+    names = list(network.state_dict())
+    trained(add_lora(network, LoRAConfig(['.*'], rank=rank, alpha=2.5)))
+    x = torch.randn(2, 3, 12, 10)
+    adapted = network(x)
+    merged = merge_lora(copy.deepcopy(network))
+    assert list(merged.state_dict()) == names and type(merged.head) is nn.Conv2d and type(merged.tail) is nn.Linear
+    assert torch.equal(merged(x), adapted)
+    assert (adapted - remove_lora(network)(x)).abs().max() > 1e-3
+
+
+def test_scale_runs_from_the_base_to_the_adapted_network_and_merges_as_set(network):
+    x = torch.randn(1, 3, 12, 10)
+    base = network(x)
+    trained(add_lora(network, LoRAConfig(['tail'], rank=2)))
+    adapted = network(x)
+    set_lora_scale(network, 0)
+    assert torch.equal(network(x), base)
+    set_lora_scale(network, 0.5)
+    torch.testing.assert_close(network(x), (base + adapted) / 2)
+    torch.testing.assert_close(merge_lora(network)(x), (base + adapted) / 2)
+
+
+def test_patterns_exclusions_and_overrides(network):
+    config = LoRAConfig([r'body\.\d', 'tail', 'head'], rank=4, alpha=8, exclude_modules=['body.0'],
+                        rank_pattern={'tail': 2}, alpha_pattern={'h.*': 1})
+    add_lora(network, config)
+    assert {name: (layer.rank, layer.lora_alpha.item()) for name, layer in lora_layers(network)} == {
+        'head': (4, 1.0), 'body.2': (4, 8.0), 'tail': (2, 8.0)}
+    counts = count_parameters(network)
+    sizes = {'head': 4 * 3 * (3 * 3 + 8 * 3), 'body.2': 4 * (8 * 3) + (12 // 4) * 4, 'tail': 2 * (4 + 5)}
+    assert counts.lora == sum(sizes.values()) and counts.trainable == counts.total
+
+
+def test_base_checkpoint_loads_strictly_and_half_an_adapter_does_not(network):
+    base = copy.deepcopy(network.state_dict())
+    add_lora(network, ALL)
+    network.load_state_dict(base)
+    with pytest.raises(RuntimeError, match='head.lora_B'):
+        network.load_state_dict({**base, 'head.lora_A': network.head.lora_A})
+
+
+def test_adapter_file_round_trip(network, tmp_path):
+    base = copy.deepcopy(network)
+    trained(add_lora(network, LoRAConfig(['.*'], rank=4, alpha=6, rank_pattern={'tail': 2})))
+    save_adapter(network, tmp_path / 'a.safetensors')
+    config, tensors = read_adapter(tmp_path / 'a.safetensors')
+    assert config == describe_lora(network) and tensors.keys() == lora_state_dict(network).keys()
+
+    load_adapter(base, tmp_path / 'a.safetensors')
+    x = torch.randn(1, 3, 12, 10)
+    assert torch.equal(base(x), network(x))
+    assert base.tail.rank == 2 and base.head.lora_alpha.item() == 6
+
+
+def test_adapter_of_another_shape_is_refused_and_changes_nothing(network, tmp_path):
+    other = trained(add_lora(copy.deepcopy(network), LoRAConfig(['head'], rank=2)))
+    save_adapter(other, tmp_path / 'a.safetensors')
+    trained(add_lora(network, LoRAConfig(['head'], rank=3)))
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(InputError, match=r'head.lora_A \(9x9 here, 6x9 in the file\)'):
+        load_adapter(network, tmp_path / 'a.safetensors')
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize('config, message', [
+    ({'target_modules': ['boddy.0']}, r'"boddy.0" matches no module .* near names are body\.'),
+    ({'target_modules': ['up']}, '"up" matches "up", a ConvTranspose2d, which cannot carry LoRA'),
+    ({'target_modules': ['body']}, r'"body" matches "body", a Sequential.*inside it are body\.0, body\.2'),
+    ({'target_modules': ['.*'], 'exclude_modules': ['tial']}, 'exclude_modules "tial" matches no module'),
+    ({'target_modules': ['.*'], 'exclude_modules': ['.*']}, 'leaves nothing'),
+    ({'target_modules': ['tail'], 'rank': 0}, '"rank" is 0'),
+    ({'target_modules': ['tail'], 'rank_pattern': {'tail': -1}}, '"tail" is -1'),
+    ({'target_modules': ['tail'], 'alpha': 0}, '"alpha" is 0'),
+    ({'target_modules': ['(']}, 'is not a regular expression'),
+    ({'target_modules': []}, 'target_modules is empty'),
+    ({'target_modules': ['tail'], 'rnak': 4}, 'did you mean "rank"'),
+    ({'rank': 4}, 'lack "target_modules"'),
+])
+def test_wrong_configurations_name_what_is_wrong(network, config, message):
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(InputError, match=message):
+        add_lora(network, LoRAConfig.from_dict(config))
+    assert network.state_dict().keys() == before.keys()
+
+
+def test_verbs_refuse_a_network_without_lora(network):
+    for verb in (mark_trainable, merge_lora, describe_lora, lambda n: set_lora_scale(n, 1)):
+        with pytest.raises(InputError, match='carries LoRA'):
+            verb(network)
+    add_lora(network, ALL)
+    with pytest.raises(InputError, match='carries LoRA already'):
+        add_lora(network, ALL)

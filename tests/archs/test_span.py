@@ -1,0 +1,170 @@
+"""SPAN and DSCLoRA: against the authors' outputs and weights."""
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lora_sr import load_network
+from lora_sr.adapters import LoRAConfig, add_lora, count_parameters, lora_layers, merge_lora
+from lora_sr.archs import fold, is_training_form, read_state_dict
+from lora_sr.archs.dsclora_arch import DSCLoRA
+from lora_sr.archs.span_arch import SPAN
+from lora_sr.errors import InputError
+
+OFFICIAL = ['weights/SPAN/spantiny_ch26_x4.pth', 'weights/SPAN/span_ch28_x4.pth', 'weights/DSCLoRA/DSCF_ch26_x4.pth']
+
+
+def golden(shared, checkpoint):
+    name = checkpoint.rsplit('/', 1)[1].replace('.pth', '.npz')
+    return {key: torch.from_numpy(value) for key, value in np.load(shared / f'golden/networks/{name}').items()}
+
+
+def random_adapted(upscale, rank, channels=10):
+    torch.manual_seed(rank)
+    network = DSCLoRA(feature_channels=channels, upscale=upscale, rank=rank, alpha=2 * rank).eval()
+    with torch.no_grad():
+        for _, layer in lora_layers(network):
+            layer.lora_B.normal_(std=0.02)
+    return network
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('checkpoint', OFFICIAL)
+def test_official_weights_give_the_authors_output(shared, checkpoint):
+    network, truth = load_network(shared / checkpoint), golden(shared, checkpoint)
+    assert type(network) is SPAN and not is_training_form(network)
+    assert (network(truth['lr']) - truth['sr']).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_training_form_gives_the_authors_output_unfolded_and_folded(shared):
+    path = shared / 'golden/networks/span_trainform_ch16_x2.pth'
+    network, truth = load_network(path), golden(shared, 'networks/span_trainform_ch16_x2.pth')
+    assert is_training_form(network)
+    assert (network(truth['lr']) - truth['sr_train']).abs().max() <= 1e-4
+    assert (fold(network)(truth['lr']) - truth['sr_eval']).abs().max() <= 1e-4
+    assert not is_training_form(network)
+
+
+def test_parameter_counts_are_the_published_ones(shared):
+    reference = json.loads((shared / 'reference.json').read_text())
+    published = reference['measured_with_official_code']
+    for name in ('spantiny_ch26_x4', 'span_ch28_x4', 'DSCF_ch26_x4'):
+        network = load_network(shared / published[name]['weights'])
+        assert count_parameters(network).total == published[name]['params']
+    adapted = reference['derived']['ConvLoRA parameter counts']
+    trainable = count_parameters(DSCLoRA(feature_channels=26, upscale=4, rank=8)).trainable
+    assert trainable == adapted['SPAN ch26 x4, rank 8 on those 20 convolutions']
+
+
+def test_lora_sits_where_the_official_entry_differs_from_its_start(shared):
+    start = read_state_dict(shared / 'weights/SPAN/spantiny_ch26_x4.pth')
+    entry = read_state_dict(shared / 'weights/DSCLoRA/DSCF_ch26_x4.pth')
+    # Rounding (the entry was saved from another program) stays below 3e-5, training moved weights by 7e-4 and more.
+    changed = {key.rpartition('.')[0] for key in start if (start[key] - entry[key]).abs().max() > 1e-4}
+    assert {name for name, _ in lora_layers(DSCLoRA(feature_channels=26))} == changed
+
+
+@torch.no_grad()
+def test_folding_is_exact_in_float64():
+    torch.manual_seed(0)
+    network = SPAN(feature_channels=6, upscale=3).double()
+    x = torch.rand(2, 3, 7, 9, dtype=torch.float64)
+    expected = network(x)
+    torch.testing.assert_close(fold(network)(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_either_form_loads_strictly_where_it_can():
+    torch.manual_seed(0)
+    training, deploy, adapted = SPAN(feature_channels=6), SPAN(feature_channels=6, deploy=True), DSCLoRA(
+        feature_channels=6)
+    x = torch.rand(1, 3, 8, 8)
+    for network in (deploy, adapted, SPAN(feature_channels=6)):
+        network.load_state_dict(training.state_dict())
+        torch.testing.assert_close(network(x), training(x), rtol=1e-4, atol=1e-5)
+    adapted.load_state_dict(deploy.state_dict())
+    with pytest.raises(RuntimeError, match='cannot be unfolded'):
+        training.load_state_dict(deploy.state_dict())
+
+
+@torch.no_grad()
+def test_stale_eval_conv_of_a_training_checkpoint_is_ignored():
+    network = SPAN(feature_channels=6)
+    state = network.state_dict()
+    stale = {**state, 'conv_1.eval_conv.weight': torch.randn(6, 3, 3, 3), 'conv_1.eval_conv.bias': torch.randn(6)}
+    deploy = SPAN(feature_channels=6, deploy=True)
+    deploy.load_state_dict(stale)
+    x = torch.rand(1, 3, 8, 8)
+    torch.testing.assert_close(deploy(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('upscale', [2, 3, 4])
+@pytest.mark.parametrize('rank', [1, 2, 4, 8, 16])
+def test_merged_equals_adapted(upscale, rank):
+    network = random_adapted(upscale, rank)
+    base = SPAN(feature_channels=10, upscale=upscale, deploy=True)
+    base.load_state_dict(merge_lora(copy.deepcopy(network)).state_dict())
+    x = torch.rand(2, 3, 11, 13)
+    assert (base(x) - network(x)).abs().max() <= 1e-5
+    assert base(x).shape == (2, 3, 11 * upscale, 13 * upscale)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('wrap', [lambda s: s, lambda s: {'params': s}, lambda s: {'params_ema': s, 'params': {}},
+                                  lambda s: {'params': {f'module.{k}': v for k, v in s.items()}}])
+def test_adapted_checkpoint_loads_alone_with_its_ranks_and_alphas(tmp_path, wrap):
+    network = DSCLoRA(feature_channels=10, upscale=3, rank=4, alpha=6, rank_pattern={r'upsampler\.0': 2},
+                      alpha_pattern={r'conv_2\..*': 3})
+    for _, layer in lora_layers(network):
+        layer.lora_B.normal_(std=0.02)
+    torch.save(wrap(network.state_dict()), tmp_path / 'net.pth')
+    loaded = load_network(tmp_path / 'net.pth')
+    x = torch.rand(1, 3, 9, 9)
+    assert type(loaded) is DSCLoRA and torch.equal(loaded(x), network(x))
+
+
+@torch.no_grad()
+def test_adapted_checkpoint_of_other_layers_loads_alone(tmp_path):
+    network = add_lora(SPAN(feature_channels=6), LoRAConfig(['conv_cat', r'block_2\.c1_r\.conv\.1'], rank=2, alpha=4))
+    for _, layer in lora_layers(network):
+        layer.lora_B.normal_(std=0.02)
+    torch.save(network.state_dict(), tmp_path / 'net.pth')
+    loaded = load_network(tmp_path / 'net.pth')
+    x = torch.rand(1, 3, 9, 9)
+    assert is_training_form(loaded) and torch.equal(loaded(x), network(x))
+    with pytest.raises(InputError, match='merge the LoRA before folding'):
+        fold(loaded)
+
+
+def test_checkpoints_that_cannot_be_used(tmp_path):
+    with pytest.raises(InputError, match='no checkpoint file'):
+        load_network(tmp_path / 'absent.pth')
+    (tmp_path / 'broken.pth').write_bytes(b'not a checkpoint')
+    with pytest.raises(InputError, match='cannot be read as a checkpoint'):
+        load_network(tmp_path / 'broken.pth')
+    torch.save({'weight': torch.zeros(1)}, tmp_path / 'other.pth')
+    with pytest.raises(InputError, match='belongs to no network known here'):
+        load_network(tmp_path / 'other.pth')
+    state = SPAN(feature_channels=6).state_dict()
+    torch.save({'params': state}, tmp_path / 'net.pth')
+    with pytest.raises(InputError, match='has no "params_ema"'):
+        load_network(tmp_path / 'net.pth', 'params_ema')
+    del state['block_3.c1_r.sk.weight']
+    torch.save(state, tmp_path / 'half.pth')
+    with pytest.raises(InputError, match='does not fit SPAN'):
+        load_network(tmp_path / 'half.pth')
+    torch.save({k: v for k, v in random_adapted(2, 2).state_dict().items() if 'lora_alpha' not in k},
+               tmp_path / 'noalpha.pth')
+    with pytest.raises(InputError, match='scale of the update is unknown'):
+        load_network(tmp_path / 'noalpha.pth')
+
+
+@pytest.mark.parametrize('arguments, message', [({'num_in_ch': 1}, 'RGB'), ({'upscale': 0}, '"upscale" of SPAN is 0'),
+                                                ({'feature_channels': 2.5}, '"feature_channels" of SPAN is 2.5')])
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(InputError, match=message):
+        SPAN(**arguments)

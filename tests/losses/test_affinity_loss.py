@@ -1,0 +1,83 @@
+"""The blockwise affinity loss: against the naive formula, and within its memory."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lora_sr.errors import InputError
+from lora_sr.losses import affinity_loss
+from lora_sr.losses.affinity_loss import SpatialAffinityLoss, spatial_affinity_distance
+
+
+def naive(student, teacher):
+    """The formula, word for word, with both (HW, HW) matrices."""
+    affinity = []
+    for features in (student, teacher):
+        unit = F.normalize(features.flatten(2), dim=1)
+        affinity.append(unit.transpose(1, 2) @ unit)
+    return (affinity[0] - affinity[1]).abs().mean()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('shape, teacher_channels', [((2, 5, 6, 7), 9), ((1, 8, 25, 31), 8), ((3, 4, 1, 1), 2)])
+def test_value_and_gradient_equal_the_naive_form(monkeypatch, dtype, shape, teacher_channels):
+    monkeypatch.setattr(affinity_loss, 'ROWS', 128)  # several blocks, the last one short
+    torch.manual_seed(0)
+    student = torch.randn(shape, dtype=dtype, requires_grad=True)
+    teacher = torch.randn(shape[0], teacher_channels, *shape[2:], dtype=dtype)
+    wide = student.detach().double().requires_grad_()
+    expected = naive(wide, teacher.double())
+    expected_grad, = torch.autograd.grad(expected, wide)
+    value = spatial_affinity_distance(student, teacher)
+    grad, = torch.autograd.grad(value, student)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-7)
+    assert value.dtype == dtype
+    assert (grad - expected_grad).norm() <= 1e-5 * expected_grad.norm() + 1e-7
+
+
+def test_channels_last_features_and_upstream_gradient():
+    torch.manual_seed(0)
+    base = torch.randn(2, 6, 8, 9, dtype=torch.float64)
+    teacher = torch.randn(2, 3, 8, 9, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    grads = []
+    for loss in (naive, spatial_affinity_distance):
+        student = base.clone().contiguous(memory_format=torch.channels_last).requires_grad_()
+        (3 * loss(student, teacher)).backward()
+        grads.append(student.grad)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_equal_features_give_exactly_zero():
+    features = torch.randn(2, 7, 9, 11, requires_grad=True)
+    loss = spatial_affinity_distance(features, features.detach())
+    loss.backward()
+    assert loss == 0 and not features.grad.any()
+
+
+def test_loss_averages_over_layers_and_has_a_weight():
+    torch.manual_seed(0)
+    pairs = [(torch.randn(1, 4, 5, 6), torch.randn(1, 8, 5, 6)), (torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8))]
+    students, teachers = map(list, zip(*pairs))
+    expected = 0.7 * sum(naive(s, t) for s, t in pairs) / 2
+    torch.testing.assert_close(SpatialAffinityLoss(0.7)(students, teachers), expected)
+
+
+def test_features_that_do_not_fit():
+    with pytest.raises(InputError, match=r"student's are \(1, 4, 5, 6\) and the teacher's \(1, 4, 6, 5\)"):
+        spatial_affinity_distance(torch.zeros(1, 4, 5, 6), torch.zeros(1, 4, 6, 5))
+    with pytest.raises(InputError, match='as many layers'):
+        SpatialAffinityLoss()([torch.zeros(1, 4, 5, 6)], [])
+
+
+def test_memory_stays_within_100_mb_beyond_the_inputs():
+    from lora_sr.evaluation.affinity_benchmark import measure_peak_memory
+    ours, whole = measure_peak_memory('blockwise'), measure_peak_memory('naive')
+    assert ours <= 100e6 < whole
+
+
+def test_benchmark_prints_the_ratios():
+    result = subprocess.run([sys.executable, '-m', 'lora_sr.cli.main', 'benchmark', 'affinity', '--size', '16'],
+                            capture_output=True, text=True, check=True)
+    assert 'naive / blockwise' in result.stdout

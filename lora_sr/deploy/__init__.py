@@ -1,0 +1,1 @@
+"""From training to use: merging, and what ships."""

@@ -1,0 +1,1 @@
+"""BasicSR models: how networks are trained."""

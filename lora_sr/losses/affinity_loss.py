@@ -1,6 +1,8 @@
 """Spatial affinity distillation, exact, in memory that does not grow with the square of the number of positions."""
 from __future__ import annotations
 
+import math
+
 import torch
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
@@ -8,37 +10,43 @@ from torch.nn import functional as F
 
 from lora_sr.errors import InputError
 
-# Rows of an affinity matrix that are formed at a time: at 4096 positions, two blocks of 512 x 4096 float32 are 16 MB,
-# small enough for a processor's cache to hold what one block needs and large enough for efficient products.
+# Rows of an affinity matrix that are formed at a time, and the size of the two buffers that hold them, over as many
+# samples as fit: 16 MB of float32 each. Larger blocks gain nothing on a processor and little on a GPU.
 ROWS = 512
+BUFFER_ELEMENTS = 4 * 2**20
 
 
 class _AffinityDistance(torch.autograd.Function):
     """Mean of |SᵀS - TᵀT| over samples and pairs of positions, for unit features S (N, Cs, P) and T (N, Ct, P).
 
     The gradient is as cheap to form as the value while a block of rows is at hand, so the forward pass computes both
-    and keeps only the gradient, which is as large as S.  With D = SᵀS - TᵀT, which is symmetric, it is
-    d/dS sum|D| = 2 S sign(D).
+    and keeps only the gradient, which is as large as S.  With D = SᵀS - TᵀT it is d/dS sum|D| = 2 S sign(D).  D is
+    symmetric: a block of rows is formed from its diagonal on, and stands for its mirror image too.
     """
 
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, needs_grad: bool) -> Tensor:
         samples, _, positions = student.shape
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        grad = torch.empty_like(student) if needs_grad else None
+        grad = torch.zeros_like(student) if needs_grad else None
         rows = min(ROWS, positions)
-        ours, theirs = student.new_empty(2, rows, positions)
-        for n in range(samples):
-            s, t = student[n], teacher[n]
+        group = min(samples, max(1, BUFFER_ELEMENTS // (rows * positions)))
+        buffers = student.new_empty(2, group * rows * positions)
+        for first in range(0, samples, group):
+            s, t = student[first:first + group], teacher[first:first + group]
             for start in range(0, positions, rows):
-                block = slice(start, min(start + rows, positions))
-                count = block.stop - block.start
+                stop = min(start + rows, positions)
+                shape = (s.shape[0], stop - start, positions - start)
+                ours, theirs = (buffer[:math.prod(shape)].view(shape) for buffer in buffers)
                 # Two products and a difference, rather than one accumulated product: equal features give exactly zero.
-                difference = torch.mm(s[:, block].T, s, out=ours[:count])
-                difference -= torch.mm(t[:, block].T, t, out=theirs[:count])
-                total += torch.abs(difference, out=theirs[:count]).sum()
+                torch.bmm(s[:, :, start:stop].mT, s[:, :, start:], out=ours)
+                difference = ours.sub_(torch.bmm(t[:, :, start:stop].mT, t[:, :, start:], out=theirs))
+                absolute = torch.abs(difference, out=theirs)
+                total += 2 * absolute.sum() - absolute[:, :, :stop - start].sum()
                 if needs_grad:
-                    grad[n, :, block] = torch.mm(s, torch.sign(difference, out=difference).T)
+                    sign = difference.sign_()
+                    grad[first:first + group, :, start:stop] += s[:, :, start:] @ sign.mT
+                    grad[first:first + group, :, stop:] += s[:, :, start:stop] @ sign[:, :, stop - start:]
         pairs = samples * positions**2
         if needs_grad:
             ctx.save_for_backward(grad.mul_(2 / pairs))

@@ -1,0 +1,166 @@
+"""Image databases in BasicSR's form: an LMDB of PNG bytes, and `meta_info.txt` with a line for each key."""
+import os
+import re
+from pathlib import Path
+from typing import Optional
+
+import cv2
+import lmdb
+import numpy as np
+
+from lora_sr.errors import InputError
+
+PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
+PNG_END = b'\x00\x00\x00\x00IEND\xaeB`\x82'
+BATCH_BYTES = 1 << 25  # what waits for one transaction; bounds the memory of a writer
+FIRST_MAP_BYTES = 1 << 28  # doubled whenever the database outgrows it
+CHECKED_AT_ONCE = 500
+
+_META_LINE = re.compile(r'([^.]+)\.png \((\d+),(\d+),(\d+)\) \d+')
+
+
+def encode_png(image: np.ndarray) -> np.ndarray:
+    """A uint8 image of shape (height, width, 3), BGR, as PNG bytes at compression level 1.
+
+    OpenCV's own setting is that level with the "sub" filter and run lengths. Asked for the level by name, as in
+    BasicSR's scripts, it tries every filter on every row: twice the time, for files a tenth smaller.
+    """
+    return cv2.imencode('.png', image)[1]
+
+
+class LmdbWriter:
+    """Writes a new database; `meta_info.txt` appears when `finish` has put everything on the disk.
+
+    Args:
+        path: a folder that does not exist yet.
+
+    Raises:
+        OSError, lmdb.Error: if the disk is full or cannot be written; from any method.
+    """
+
+    def __init__(self, path: Path):
+        path.mkdir()
+        self._path = path
+        self._meta = open(path / 'meta_info.partial', 'w', encoding='ascii')
+        # Nobody reads the database before it is finished, so there are no locks and one sync, at the end.
+        self._env = lmdb.open(str(path), map_size=FIRST_MAP_BYTES, lock=False, sync=False)
+        self._batch = []
+        self._batch_bytes = 0
+
+    def put(self, key: str, png: np.ndarray, height: int, width: int):
+        """Add a 3-channel image under an ASCII key without full stops."""
+        self._meta.write(f'{key}.png ({height},{width},3) 1\n')
+        self._batch.append((key.encode('ascii'), png))
+        self._batch_bytes += len(png)
+        if self._batch_bytes >= BATCH_BYTES:
+            self._commit()
+
+    def finish(self):
+        """Commit, put everything on the disk, and only then give the meta file its name."""
+        self._commit()
+        self._env.sync(True)
+        self._meta.flush()
+        os.fsync(self._meta.fileno())
+        self.close()
+        os.rename(self._path / 'meta_info.partial', self._path / 'meta_info.txt')
+
+    def close(self):
+        """Let go of the files. Without `finish` the folder stays unfinished."""
+        self._env.close()
+        self._meta.close()
+
+    def _commit(self):
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for key, png in self._batch:
+                        transaction.put(key, png)
+                break
+            except lmdb.MapFullError:
+                self._env.set_mapsize(2 * self._env.info()['map_size'])
+        self._batch.clear()
+        self._batch_bytes = 0
+
+
+def read_meta_info(path) -> dict:
+    """Read the `meta_info.txt` of a database.
+
+    Args:
+        path: the folder of the database.
+
+    Returns:
+        {key: (height, width, channels)}, in the file's order.
+
+    Raises:
+        InputError: if the file is missing, a line is not of the form `KEY.png (h,w,c) 1`, or a key comes twice.
+    """
+    meta_path = Path(path) / 'meta_info.txt'
+    try:
+        lines = meta_path.read_text(encoding='ascii').splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f'{meta_path} cannot be read ({error}): a database made by `lora-sr prepare` has this '
+                         'file, with a line for each key.') from error
+    shapes = {}
+    for number, line in enumerate(lines, 1):
+        match = _META_LINE.fullmatch(line)
+        if not match or match[1] in shapes:
+            raise InputError(f'{meta_path}, line {number}: "{line}" is not a new key in the form '
+                             '`KEY.png (height,width,channels) compression`.')
+        shapes[match[1]] = tuple(int(number) for number in match.groups()[1:])
+    return shapes
+
+
+def check_databases(hr_path: Path, lr_paths: dict, samples: int = 4):
+    """Check that an HR database and its LR databases are whole and fit together.
+
+    Every database must have exactly the keys of its meta file; all must have the same keys in the same order; every
+    value must be a PNG whose header has the size in the meta file and which has its end; an HR image must be `scale`
+    times its LR image. `samples` images of each database, first and last among them, are decoded.
+
+    Args:
+        hr_path: the folder of the HR database.
+        lr_paths: {scale: folder of the LR database}.
+
+    Raises:
+        InputError: naming the database, and the key, where it is not so.
+    """
+    hr_shapes = read_meta_info(hr_path)
+    _check_values(hr_path, hr_shapes, samples)
+    for scale, lr_path in lr_paths.items():
+        lr_shapes = read_meta_info(lr_path)
+        _check_values(lr_path, lr_shapes, samples)
+        if list(lr_shapes) != list(hr_shapes):
+            raise InputError(f'{lr_path} and {hr_path} have different keys ({len(lr_shapes)} and {len(hr_shapes)}), '
+                             'where each LR image needs its HR image.')
+        for key, (height, width, channels) in lr_shapes.items():
+            if hr_shapes[key] != (height * scale, width * scale, channels):
+                raise InputError(f'{lr_path}: {key} has the shape {lr_shapes[key]} and its HR image {hr_shapes[key]}, '
+                                 f'which is not {scale} times as large.')
+
+
+def _check_values(path: Path, shapes: dict, samples: int):
+    keys = list(shapes)
+    decoded = {keys[round(i * (len(keys) - 1) / max(samples - 1, 1))] for i in range(samples)} if keys else set()
+    # Pages once looked at stay in the process's memory until the map is closed: it is opened for some keys at a time.
+    for start in range(0, max(len(keys), 1), CHECKED_AT_ONCE):
+        with lmdb.open(str(path), readonly=True, lock=False, readahead=False) as env, \
+                env.begin(buffers=True) as transaction:
+            entries = transaction.stat()['entries']
+            if entries != len(shapes):
+                raise InputError(f'{path}: the database has {entries} entries and its meta_info.txt {len(shapes)}, '
+                                 'where the two must agree.')
+            for key in keys[start:start + CHECKED_AT_ONCE]:
+                if not _is_png_of_shape(transaction.get(key.encode('ascii')), shapes[key], key in decoded):
+                    raise InputError(f'{path}: {key} is not a whole PNG image of shape {shapes[key]}, as '
+                                     'meta_info.txt says it is.')
+
+
+def _is_png_of_shape(value: Optional[memoryview], shape: tuple, decode: bool) -> bool:
+    # At the start of a PNG are its signature and the IHDR chunk: length, name, width, height.
+    if (value is None or value[:8] != PNG_SIGNATURE or value[-12:] != PNG_END
+            or int.from_bytes(value[16:20], 'big') != shape[1] or int.from_bytes(value[20:24], 'big') != shape[0]):
+        return False
+    if not decode:
+        return True
+    image = cv2.imdecode(np.frombuffer(value, np.uint8), cv2.IMREAD_UNCHANGED)
+    return image is not None and image.shape == shape

@@ -1,0 +1,327 @@
+"""From folders of images to paired LMDBs: one pass from decoding to the database, over all cores.
+
+Threads do the work: OpenCV and NumPy let go of the interpreter's lock while they decode, resize and encode, and nothing
+has to be copied between processes. At most two images for each worker are in hand at a time, so memory depends on the
+size of an image, not on their number. Results are written in the order of the keys, whichever worker is first.
+
+Everything is written to `.prepare.partial` in the output folder. When it is complete and checked, a file there says so,
+and the databases are moved into place. A run that was stopped before that is done again from the start; one that was
+stopped between two moves is finished by the next run.
+"""
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable, Optional
+
+import lmdb
+from tqdm import tqdm
+
+from lora_sr.data.bicubic import MAX_SCALE, bicubic_downscale
+from lora_sr.data.lmdb_store import LmdbWriter, check_databases, encode_png, read_meta_info
+from lora_sr.data.sources import Source, find_sources, read_image
+from lora_sr.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs at once into one folder go unnoticed there
+    fcntl = None
+
+PARTIAL_FOLDER = '.prepare.partial'
+COMPLETE_FILE = 'complete.json'
+REPLACED_FOLDER = 'replaced'
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How an image is cut.
+
+    Attributes:
+        scales: the scales of the LR images.
+        size: side of an HR sub-image in pixels; 0 keeps images whole.
+        step: distance between neighbours in pixels.
+        threshold: a strip at the right or bottom edge of up to this many pixels is left out.
+    """
+    scales: tuple
+    size: int
+    step: int
+    threshold: int
+
+    def __post_init__(self):
+        for name, value, least in (('--size', self.size, 0), ('--step', self.step, 1),
+                                   ('--threshold', self.threshold, 0)):
+            if value < least:
+                raise InputError(f'{name}: {value} was given, where a whole number of at least {least} is right.')
+        if not self.scales or len(set(self.scales)) < len(self.scales) or not all(
+                1 < scale <= MAX_SCALE for scale in self.scales):
+            raise InputError(f'--scale: {" ".join(map(str, self.scales)) or "nothing"} was given, where different '
+                             f'whole numbers from 2 to {MAX_SCALE} are right.')
+        for name, value in (('--size', self.size), ('--step', self.step)):
+            if self.size and value % self.multiple:
+                raise InputError(f'{name}: {value} is not a multiple of {self.multiple}, as it must be for one HR '
+                                 f'database to fit scale {" and ".join(map(str, self.scales))}.')
+
+    @property
+    def multiple(self) -> int:
+        """HR sizes and positions are multiples of this, so that they are whole numbers at every scale."""
+        return math.lcm(*self.scales)
+
+    @property
+    def database_names(self) -> dict:
+        """{scale: name of its database}, the HR database first, as scale 1."""
+        end = '_sub.lmdb' if self.size else '.lmdb'
+        return {1: f'HR{end}', **{scale: f'LR_bicubic_X{scale}{end}' for scale in self.scales}}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare_databases` has made.
+
+    Attributes:
+        databases: {scale: folder}, with the HR database as scale 1.
+        images: number of source images.
+        entries: number of keys in each database.
+        smallest: (height, width) of the smallest HR entry by its shorter side: an upper limit for `gt_size`.
+    """
+    databases: dict
+    images: int
+    entries: int
+    smallest: tuple
+
+
+def prepare_databases(folders: Sequence, output, scales: Sequence[int] = (2, 3, 4),
+                      lr_folders: Optional[Sequence] = None, size: int = 480, step: int = 240, threshold: int = 0,
+                      workers: Optional[int] = None, overwrite: bool = False, progress: bool = True) -> Prepared:
+    """Make the LMDBs `HR_sub.lmdb` and `LR_bicubic_X{scale}_sub.lmdb` from folders of images.
+
+    Each image is cropped, at its right and bottom edges, to a multiple of all scales. Its LR images come from their
+    files or are made by `bicubic_downscale`, whole, before they are cut. It is cut as in BasicSR's
+    `extract_subimages.py`; the sub-images of `NAME` are `NAME_s001`, `NAME_s002`, ... in rows from the top left. Where
+    an image is smaller than `size`, which that script cannot handle, its sub-images have its whole height or width.
+    With size 0 images stay whole, under their own names, in `HR.lmdb` and `LR_bicubic_X{scale}.lmdb`.
+
+    Args:
+        folders: HR folders, or roots of the published data sets; see `find_sources`.
+        output: the folder for the databases; made if it is missing.
+        scales: the scales of the LR images.
+        lr_folders: the LR folder of each HR folder; see `find_sources`.
+        size: side of an HR sub-image in pixels, or 0; a multiple of every scale.
+        step: distance between neighbours in HR pixels; a multiple of every scale.
+        threshold: a strip of up to this many HR pixels at the right or bottom edge is left out.
+        workers: number of threads; the number of cores if None.
+        overwrite: replace databases of these names.
+        progress: show a progress bar, if stderr is a terminal.
+
+    Raises:
+        InputError: if an option is out of range, the images cannot be found, read or paired, an image is smaller than
+            the scale, a database is already there, or the output cannot be written. Nothing is left half-written.
+    """
+    cut = Cut(tuple(scales), size, step, threshold)
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    if workers < 1:
+        raise InputError(f'--workers: {workers} was given, where a whole number of at least 1 is right.')
+    sources = find_sources(folders, cut.scales, lr_folders)
+    output = Path(output)
+    databases = {scale: output / name for scale, name in cut.database_names.items()}
+    job = _fingerprint(sources, cut)
+    try:
+        with _partial_folder(output) as folder:
+            if _finish_interrupted(folder, output) != job:
+                existing = [str(path) for path in databases.values() if os.path.lexists(path)]
+                if existing and not overwrite:
+                    raise InputError(f'{" and ".join(existing)} already exist: choose another output folder, or add '
+                                     '--overwrite and name all the scales wanted in the one run.')
+                _build(sources, cut, folder, workers, progress)
+                _mark_complete(folder, list(cut.database_names.values()), job)
+                _move_into_place(folder, output)
+    except (OSError, lmdb.Error) as error:
+        raise InputError(f'{output}: the databases cannot be written there ({error}).') from error
+    shapes = read_meta_info(databases[1]).values()
+    smallest = min(((height, width) for height, width, _ in shapes), key=lambda shape: (min(shape), max(shape)))
+    return Prepared(databases, len(sources), len(shapes), smallest)
+
+
+def subimage_starts(length: int, size: int, step: int, threshold: int) -> list:
+    """Where the sub-images start along one dimension, as in BasicSR's `extract_subimages.py`; [0] if too short."""
+    if length <= size:
+        return [0]
+    starts = list(range(0, length - size + 1, step))
+    if length - (starts[-1] + size) > threshold:
+        starts.append(length - size)
+    return starts
+
+
+def _fingerprint(sources: Sequence[Source], cut: Cut) -> str:
+    """The same for two runs that make the same databases."""
+    digest = hashlib.sha256(repr(cut).encode())
+    for source in sources:
+        for path in (source.hr, *source.lr.values()):
+            stat = path.stat()
+            digest.update(repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def _load(source: Source, cut: Cut) -> dict:
+    """{scale: image}, the HR image as scale 1, cropped to sizes that fit each other exactly."""
+    image = read_image(source.hr)
+    height, width = (length // cut.multiple * cut.multiple for length in image.shape[:2])
+    if not height or not width:
+        raise InputError(f'{source.hr} has {image.shape[0]} x {image.shape[1]} pixels, where at least {cut.multiple} '
+                         'each way are needed.')
+    images = {1: image[:height, :width]}
+    for scale in cut.scales:
+        if scale not in source.lr:
+            images[scale] = bicubic_downscale(images[1], scale)
+            continue
+        lr = read_image(source.lr[scale])
+        # MATLAB's imresize rounds a size up, many data sets round it down; the pixels lie in the same places.
+        if not all(hr_length // scale <= lr_length <= -(-hr_length // scale)
+                   for hr_length, lr_length in zip(image.shape[:2], lr.shape[:2])):
+            raise InputError(f'{source.lr[scale]} has {lr.shape[0]} x {lr.shape[1]} pixels, where '
+                             f'{image.shape[0] // scale} x {image.shape[1] // scale}, the size of {source.hr} by '
+                             f'{scale}, is right.')
+        images[scale] = lr[:height // scale, :width // scale]
+    return images
+
+
+def _entries(source: Source, cut: Cut, check_only: threading.Event):
+    """What one image puts into the databases: (error, {scale: [(key, PNG bytes, height, width)]})."""
+    try:
+        images = _load(source, cut)
+    except InputError as error:
+        check_only.set()
+        return error, {}
+    if check_only.is_set():
+        return None, {}
+    height, width = images[1].shape[:2]
+    if cut.size:
+        corners = [(top, left) for top in subimage_starts(height, cut.size, cut.step, cut.threshold)
+                   for left in subimage_starts(width, cut.size, cut.step, cut.threshold)]
+        keys = [f'{source.key}_s{number:03d}' for number in range(1, len(corners) + 1)]
+        height, width = min(height, cut.size), min(width, cut.size)
+    else:
+        corners, keys = [(0, 0)], [source.key]
+    entries = {}
+    for scale, image in images.items():
+        h, w = height // scale, width // scale
+        entries[scale] = []
+        for key, (top, left) in zip(keys, corners):
+            crop = image[top // scale:top // scale + h, left // scale:left // scale + w]
+            entries[scale].append((key, encode_png(crop), h, w))
+    return None, entries
+
+
+def _build(sources: Sequence[Source], cut: Cut, folder: Path, workers: int, progress: bool):
+    """Write and check the databases in `folder`, under their names without `.lmdb`, which BasicSR does not open."""
+    check_only = threading.Event()
+    errors = []
+    paths = {scale: folder / Path(name).stem for scale, name in cut.database_names.items()}
+    with contextlib.ExitStack() as stack:
+        writers = {scale: stack.enter_context(contextlib.closing(LmdbWriter(path))) for scale, path in paths.items()}
+        results = stack.enter_context(contextlib.closing(
+            _map_in_order(partial(_entries, cut=cut, check_only=check_only), sources, workers)))
+        for error, entries in tqdm(results, total=len(sources), unit='image', disable=None if progress else True):
+            if error:
+                errors.append(error)
+            for scale, of_scale in entries.items():
+                for entry in of_scale:
+                    writers[scale].put(*entry)
+        if errors:
+            # After the first bad image the others are only looked at, so that one run finds all of them.
+            several = f'{len(errors)} of {len(sources)} images cannot be used: ' if len(errors) > 1 else ''
+            reasons = '; '.join(str(error).rstrip('.') for error in errors[:5])
+            raise InputError(f'{several}{reasons}{"; and so on" if len(errors) > 5 else ""}.')
+        for writer in writers.values():
+            writer.finish()
+    check_databases(paths[1], {scale: path for scale, path in paths.items() if scale > 1})
+
+
+def _map_in_order(function: Callable, items: Sequence, workers: int) -> Iterator:
+    """`map` over threads that keeps at most two items for each thread in hand."""
+    with ThreadPoolExecutor(workers) as pool:
+        pending = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) >= 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def _partial_folder(output: Path):
+    """The folder that a run writes to, held against a second run; afterwards it is gone, and `output` too if empty."""
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    folder = output / PARTIAL_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f'{output}: another `lora-sr prepare` is writing there; wait until it is done, or '
+                                 'choose another output folder.') from error
+        try:
+            yield folder
+        finally:
+            # What is complete is kept: should this run have been stopped between two moves, the next one goes on.
+            if not (folder / COMPLETE_FILE).exists():
+                shutil.rmtree(folder)
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+    finally:
+        if fcntl:
+            os.close(lock)
+
+
+def _mark_complete(folder: Path, names: list, job: str):
+    """Say, in one step, that the databases in `folder` are complete."""
+    written = folder / 'complete.partial'
+    written.write_text(json.dumps({'databases': names, 'job': job}), encoding='utf-8')
+    os.replace(written, folder / COMPLETE_FILE)
+
+
+def _move_into_place(folder: Path, output: Path):
+    """Move complete databases from `folder` to `output`. Stopped anywhere, it can be called again."""
+    names = json.loads((folder / COMPLETE_FILE).read_text(encoding='utf-8'))['databases']
+    replaced = folder / REPLACED_FOLDER
+    replaced.mkdir(exist_ok=True)
+    waiting = [name for name in names if (folder / Path(name).stem).exists()]
+    # All old ones leave before the first new one arrives: new HR never stands beside old LR.
+    for name in waiting:
+        if os.path.lexists(output / name):
+            os.rename(output / name, replaced / name)
+    for name in waiting:
+        os.rename(folder / Path(name).stem, output / name)
+    shutil.rmtree(replaced)
+    (folder / COMPLETE_FILE).unlink()
+
+
+def _finish_interrupted(folder: Path, output: Path) -> Optional[str]:
+    """Deal with what an interrupted run left in `folder`.
+
+    Returns:
+        The job of that run if its databases were complete and are now in place; otherwise None, and `folder` is empty.
+    """
+    job = None
+    if (folder / COMPLETE_FILE).exists():
+        job = json.loads((folder / COMPLETE_FILE).read_text(encoding='utf-8'))['job']
+        _move_into_place(folder, output)
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return job

@@ -1,0 +1,125 @@
+"""Wrong input to `lora-sr prepare`: one sentence each, and nothing is written."""
+import cv2
+import numpy as np
+import pytest
+
+from lora_sr.cli.main import main
+from lora_sr.data import read_meta_info
+
+
+@pytest.fixture
+def refused(tmp_path, capfd):
+    """A function: the one sentence on stderr that these arguments are refused with, status 2 and nothing written."""
+    def message(*arguments, output=tmp_path / 'out'):
+        capfd.readouterr()
+        assert main(['prepare', *map(str, arguments), '-o', str(output)]) == 2
+        assert not (tmp_path / 'out').exists()
+        out, err = capfd.readouterr()
+        assert not out and err.startswith('lora-sr: error: ') and err.endswith('.\n') and err.count('\n') == 1, err
+        return err[len('lora-sr: error: '):-1]
+    return message
+
+
+def call(*arguments):
+    assert main(['prepare', *map(str, arguments)]) == 0
+
+
+def test_says_what_was_made(tmp_path, make_images, capfd):
+    folder = make_images(tmp_path / 'photos', [(500, 490)])
+    call(folder, '-o', tmp_path / 'out', '--scale', 4)
+    out, err = capfd.readouterr()
+    assert not err
+    assert f'{tmp_path}/out/HR_sub.lmdb: 4 entries of 1 images' in out
+    assert 'gt_size can be up to 480' in out
+    assert len(read_meta_info(tmp_path / 'out' / 'LR_bicubic_X4_sub.lmdb')) == 4
+
+
+@pytest.mark.parametrize('options, part', [
+    ('--scale 1', '--scale: 1 was given'), ('--scale 2 2', '--scale: 2 2 was given'), ('--scale 99', '--scale: 99'),
+    ('--size 100 --scale 3', '--size: 100 is not a multiple of 3'), ('--step 0', '--step: 0'),
+    ('--step 10 --scale 4', '--step: 10 is not a multiple of 4'), ('--size -1', '--size: -1'),
+    ('--threshold -1', '--threshold: -1'), ('--workers 0', '--workers: 0'), ('--lr a b', '--lr: 2 LR folders')])
+def test_wrong_options(tmp_path, make_images, refused, options, part):
+    folder = make_images(tmp_path / 'photos', [(48, 48)])
+    assert part in refused(folder, *options.split())
+
+
+def test_wrong_folders(tmp_path, make_images, refused):
+    photos = make_images(tmp_path / 'photos', [(48, 48)])
+    assert 'missing is not a folder' in refused(photos, tmp_path / 'missing')
+    assert f'{tmp_path} has no images' in refused(tmp_path)
+    assert '0001.png is not a folder' in refused(photos / '0001.png')
+    more = make_images(tmp_path / 'more', [(48, 48)], suffix='.jpg')
+    message = refused(photos, more)
+    assert f'{photos}/0001.png and {more}/0001.jpg would have the same key, "0001"' in message
+
+
+def test_wrong_output(tmp_path, make_images, refused):
+    photos = make_images(tmp_path / 'photos', [(48, 48)])
+    (tmp_path / 'file').write_text('mine')
+    for output in (tmp_path / 'file', tmp_path / 'file' / 'out'):
+        assert f'{output}: the databases cannot be written there' in refused(photos, output=output)
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_lr_that_does_not_pair(tmp_path, make_images, refused):
+    hr = make_images(tmp_path / 'hr', [(48, 48), (48, 48)])
+    one = make_images(tmp_path / 'one', [(12, 12)])
+    three = make_images(tmp_path / 'three', [(12, 12)] * 3)
+    large = make_images(tmp_path / 'large', [(12, 12), (14, 12)])
+    options = ('--scale', 4, '--lr')
+    assert 'no LR image for 1 of the HR images' in refused(hr, *options, one)
+    assert '(0002.png)' in refused(hr, *options, one)
+    assert '1 images without an HR image' in refused(hr, *options, three)
+    assert '0002.png has 14 x 12 pixels, where 12 x 12' in refused(hr, *options, large)
+    assert 'X2 is not a folder' in refused(hr, '--lr', large)
+
+
+def test_bad_images_are_all_named(tmp_path, make_images, refused):
+    folder = make_images(tmp_path / 'photos', [(400, 300)] * 30)
+    whole = (folder / '0001.png').read_bytes()
+    (folder / '0003.png').write_bytes(whole[:len(whole) // 2])
+    (folder / '0009.png').write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    jpeg = cv2.imencode('.jpg', cv2.imread(str(folder / '0001.png')))[1].tobytes()
+    (folder / '0030.png').unlink()
+    (folder / '0030.jpg').write_bytes(jpeg[:-100])
+    message = refused(folder)
+    assert message.startswith('3 of 30 images cannot be used: ')
+    assert all(f'{name} is damaged' in message for name in ('0003.png', '0009.png', '0030.jpg'))
+
+
+@pytest.mark.parametrize('name, content, part', [
+    ('text.png', b'not an image', 'text.png is damaged or is not an image'),
+    ('empty.jpg', b'', 'empty.jpg is damaged'),
+    ('deep.png', np.zeros((48, 48, 3), np.uint16), 'values of type uint16'),
+    ('clear.png', np.zeros((48, 48, 4), np.uint8), 'transparent in places'),
+    ('tiny.png', np.zeros((48, 3, 3), np.uint8), 'has 48 x 3 pixels, where at least 12'),
+])
+def test_an_image_that_cannot_be_used(tmp_path, make_images, refused, name, content, part):
+    folder = make_images(tmp_path / 'photos', [(48, 48)])
+    if not isinstance(content, bytes):
+        content = cv2.imencode('.png', content)[1].tobytes()
+    (folder / name).write_bytes(content)
+    assert part in refused(folder)
+
+
+def test_a_jpeg_thumbnail_does_not_hide_a_cut(tmp_path, make_images, refused):
+    folder = make_images(tmp_path / 'photos', [(480, 480)], suffix='.jpg')
+    path = folder / '0001.jpg'
+    data = path.read_bytes()
+    thumbnail = cv2.imencode('.jpg', np.zeros((16, 16, 3), np.uint8))[1].tobytes()
+    data = data[:2] + b'\xff\xe1' + (len(thumbnail) + 2).to_bytes(2, 'big') + thumbnail + data[2:]
+    path.write_bytes(data[:-2000])
+    assert 'damaged' in refused(folder)
+    path.write_bytes(data + b'what some cameras append')
+    call(folder, '-o', tmp_path / 'out')
+
+
+def test_ctrl_c_is_told_in_one_line(tmp_path, make_images, monkeypatch, capsys):
+    folder = make_images(tmp_path / 'photos', [(48, 48)])
+    monkeypatch.setattr('lora_sr.data.prepare.read_image', lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as caught:
+        call(folder, '-o', tmp_path / 'out')
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.count('\n') == 1
+    assert not (tmp_path / 'out').exists()

@@ -1,0 +1,297 @@
+"""Databases made from folders: their contents, and what is left after an interruption at any moment."""
+import os
+import shutil
+import subprocess
+import sys
+
+import cv2
+import lmdb
+import numpy as np
+import pytest
+
+import lora_sr.data.prepare as prepare_module
+from lora_sr.data import bicubic_downscale, prepare_databases, read_meta_info
+from lora_sr.data.lmdb_store import LmdbWriter, check_databases, encode_png
+from lora_sr.data.prepare import subimage_starts
+from lora_sr.errors import InputError
+
+SMALL = dict(size=48, step=24, progress=False)
+
+
+def contents(path):
+    """{key: PNG bytes} and the lines of the meta file."""
+    with lmdb.open(str(path), readonly=True, lock=False) as env, env.begin() as transaction:
+        return dict(transaction.cursor()), (path / 'meta_info.txt').read_text()
+
+
+def decode(png):
+    return cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def basicsr_starts(length, size, step, threshold):
+    """The lines of extract_subimages.py."""
+    space = np.arange(0, length - size + 1, step)
+    if length - (space[-1] + size) > threshold:
+        space = np.append(space, length - size)
+    return list(space)
+
+
+@pytest.mark.parametrize('size, step, threshold', [(480, 240, 0), (48, 24, 0), (48, 24, 12), (48, 60, 0), (1, 1, 0)])
+def test_grid_is_basicsrs(size, step, threshold):
+    for length in (*range(size, size + 200), 2040, 1356):
+        assert subimage_starts(length, size, step, threshold) == basicsr_starts(length, size, step, threshold)
+
+
+def test_sub_images_are_cut_from_the_whole_image_and_its_bicubic_lr(tmp_path, make_images):
+    folder = make_images(tmp_path / 'photos', [(101, 75), (60, 130)])
+    prepared = prepare_databases([folder], tmp_path / 'out', [2, 3, 4], **SMALL)
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
+        'HR_sub.lmdb', 'LR_bicubic_X2_sub.lmdb', 'LR_bicubic_X3_sub.lmdb', 'LR_bicubic_X4_sub.lmdb']
+    expected = {scale: {} for scale in (1, 2, 3, 4)}
+    for name in ('0001', '0002'):
+        image = cv2.imread(str(folder / f'{name}.png'))
+        image = image[:image.shape[0] // 12 * 12, :image.shape[1] // 12 * 12]
+        index = 0
+        for top in basicsr_starts(image.shape[0], 48, 24, 0):
+            for left in basicsr_starts(image.shape[1], 48, 24, 0):
+                index += 1
+                for k in expected:
+                    lr = bicubic_downscale(image, k)
+                    expected[k][f'{name}_s{index:03d}'] = lr[top // k:(top + 48) // k, left // k:(left + 48) // k]
+    for scale, images in expected.items():
+        values, meta = contents(prepared.databases[scale])
+        side = 48 // scale
+        assert meta == ''.join(f'{key}.png ({side},{side},3) 1\n' for key in images)
+        assert sorted(values) == sorted(key.encode() for key in images)
+        for key, image in images.items():
+            np.testing.assert_array_equal(decode(values[key.encode()]), image)
+    assert (prepared.images, prepared.entries, prepared.smallest) == (2, len(expected[1]), (48, 48))
+
+
+def test_basicsr_reads_the_pair(tmp_path, make_images):
+    from basicsr.data.data_util import paired_paths_from_lmdb
+    from basicsr.utils import FileClient, imfrombytes
+
+    folder = make_images(tmp_path / 'photos', [(96, 72)])
+    prepare_databases([folder], tmp_path / 'out', [4], **SMALL)
+    lq, gt = (str(tmp_path / 'out' / name) for name in ('LR_bicubic_X4_sub.lmdb', 'HR_sub.lmdb'))
+    paths = paired_paths_from_lmdb([lq, gt], ['lq', 'gt'])
+    client = FileClient('lmdb', db_paths=[lq, gt], client_keys=['lq', 'gt'])
+    assert len(paths) == 3 * 2
+    assert imfrombytes(client.get(paths[0]['lq_path'], 'lq'), float32=True).shape == (12, 12, 3)
+    assert imfrombytes(client.get(paths[0]['gt_path'], 'gt'), float32=True).shape == (48, 48, 3)
+
+
+def test_an_image_smaller_than_a_sub_image_is_kept(tmp_path, make_images):
+    folder = make_images(tmp_path / 'photos', [(32, 100), (30, 21)])
+    prepared = prepare_databases([folder], tmp_path / 'out', [4], **SMALL)
+    assert set(read_meta_info(prepared.databases[1]).values()) == {(32, 48, 3), (28, 20, 3)}
+    assert prepared.smallest == (28, 20)
+
+
+def test_size_0_keeps_images_whole(tmp_path, make_images):
+    folder = make_images(tmp_path / 'photos', [(33, 50), (40, 40)])
+    prepared = prepare_databases([folder], tmp_path / 'out', [4], size=0, progress=False)
+    assert {scale: path.name for scale, path in prepared.databases.items()} == {1: 'HR.lmdb', 4: 'LR_bicubic_X4.lmdb'}
+    assert read_meta_info(prepared.databases[1]) == {'0001': (32, 48, 3), '0002': (40, 40, 3)}
+
+
+@pytest.mark.parametrize('root, name', [('DIV2K', 'DIV2K_train'), ('Flickr2K', 'Flickr2K')])
+def test_published_layouts_bring_their_own_lr(tmp_path, make_images, root, name):
+    make_images(tmp_path / root / f'{name}_HR', [(96, 72), (98, 75)])
+    # The second LR image is of the size that MATLAB gives, rounded up.
+    lr = make_images(tmp_path / root / f'{name}_LR_bicubic' / 'X4', [(24, 18), (25, 19)], ['0001x4', '0002x4'])
+    (tmp_path / root / 'readme.txt').touch()
+    for folder in (tmp_path / root, tmp_path / root / f'{name}_HR'):
+        prepared = prepare_databases([folder], tmp_path / 'out', [2, 4], overwrite=True, **SMALL)
+        values, _ = contents(prepared.databases[4])
+        for key in ('0001', '0002'):
+            np.testing.assert_array_equal(decode(values[f'{key}_s001'.encode()]),
+                                          cv2.imread(str(lr / f'{key}x4.png'))[:12, :12])
+        hr = cv2.imread(str(tmp_path / root / f'{name}_HR' / '0001.png'))
+        np.testing.assert_array_equal(decode(contents(prepared.databases[2])[0][b'0001_s001']),
+                                      bicubic_downscale(hr, 2)[:24, :24])
+
+
+def test_given_lr_folders_pair_with_the_hr_folders_in_order(tmp_path, make_images):
+    hr = [make_images(tmp_path / f'hr{i}', [(48, 48)], [f'image {i}.a']) for i in (1, 2)]
+    lr = [make_images(tmp_path / 'lr1', [(12, 12)], ['image 1.a']),
+          make_images(tmp_path / 'lr2' / 'X4', [(12, 12)], ['image 2.ax4']).parent]
+    prepared = prepare_databases(hr, tmp_path / 'out', [4], lr, **SMALL)
+    values, _ = contents(prepared.databases[4])
+    assert list(values) == [b'image_1_a_s001', b'image_2_a_s001']
+    np.testing.assert_array_equal(decode(values[b'image_2_a_s001']), cv2.imread(str(lr[1] / 'X4' / 'image 2.ax4.png')))
+
+
+def test_grey_and_opaque_images_become_three_channels(tmp_path):
+    folder = tmp_path / 'photos'
+    folder.mkdir()
+    image = np.random.default_rng(0).integers(0, 256, (48, 48, 4), np.uint8)
+    image[:, :, 3] = 255
+    cv2.imwrite(str(folder / 'alpha.png'), image)
+    cv2.imwrite(str(folder / 'grey.png'), image[:, :, 0])
+    values, _ = contents(prepare_databases([folder], tmp_path / 'out', [2], **SMALL).databases[1])
+    np.testing.assert_array_equal(decode(values[b'alpha_s001']), image[:, :, :3])
+    np.testing.assert_array_equal(decode(values[b'grey_s001']), image[:, :, [0, 0, 0]])
+
+
+def test_any_number_of_workers_makes_the_same_files(tmp_path, make_images):
+    folder = make_images(tmp_path / 'photos', [(60 + 7 * i, 120 - 5 * i) for i in range(9)])
+    for workers in (1, 4):
+        prepare_databases([folder], tmp_path / str(workers), [2, 4], workers=workers, **SMALL)
+    names = sorted(path.relative_to(tmp_path / '1') for path in (tmp_path / '1').rglob('*.*'))
+    assert names == sorted(path.relative_to(tmp_path / '4') for path in (tmp_path / '4').rglob('*.*'))
+    for name in names:
+        if (tmp_path / '1' / name).is_file():
+            assert (tmp_path / '1' / name).read_bytes() == (tmp_path / '4' / name).read_bytes()
+
+
+def test_few_images_are_in_hand_at_a_time():
+    started = []
+
+    def items():
+        for number in range(100):
+            started.append(number)
+            yield number
+
+    for done, result in enumerate(prepare_module._map_in_order(lambda x: 2 * x, items(), workers=3)):
+        assert result == 2 * done
+        assert len(started) - done <= 2 * 3
+
+
+def test_a_database_outgrows_its_first_map(tmp_path, monkeypatch):
+    monkeypatch.setattr('lora_sr.data.lmdb_store.FIRST_MAP_BYTES', 1 << 16)
+    monkeypatch.setattr('lora_sr.data.lmdb_store.BATCH_BYTES', 1 << 17)
+    image = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
+    writer = LmdbWriter(tmp_path / 'db')
+    for number in range(40):
+        writer.put(f'{number:03d}', encode_png(image), 100, 100)
+    writer.finish()
+    check_databases(tmp_path / 'db', {})
+    assert len(contents(tmp_path / 'db')[0]) == 40
+    assert (tmp_path / 'db' / 'data.mdb').stat().st_size < 40 * 40000
+
+
+@pytest.mark.parametrize('damage', ['missing', 'extra', 'swapped', 'cut', 'other size', 'other pixels'])
+def test_the_check_finds_what_is_wrong(tmp_path, make_images, damage):
+    folder = make_images(tmp_path / 'photos', [(48, 96)])
+    databases = prepare_databases([folder], tmp_path / 'out', [2], **SMALL).databases
+    check_databases(databases[1], {2: databases[2]})
+    values, meta = contents(databases[2])
+    first, *_, last = sorted(values)
+    png = values[first]
+    with lmdb.open(str(databases[2]), lock=False) as env, env.begin(write=True) as transaction:
+        if damage == 'missing':
+            transaction.delete(last)
+        elif damage == 'extra':
+            transaction.put(b'more', png)
+        elif damage == 'swapped':
+            (databases[2] / 'meta_info.txt').write_text(''.join(reversed(meta.splitlines(True))))
+        elif damage == 'cut':
+            transaction.put(first, png[:-1])
+        elif damage == 'other size':
+            transaction.put(first, bytes(encode_png(decode(png)[:, :-1])))
+        else:
+            transaction.put(first, png[:200] + bytes(len(png) - 212) + png[-12:])
+    with pytest.raises(InputError, match='LR_bicubic_X2_sub'):
+        check_databases(databases[1], {2: databases[2]})
+
+
+# Each argument after the first two is a moment: a process is forked, and kills itself at that moment.
+KILL = """
+import os, signal, sys
+import lora_sr.data.prepare as p
+
+def at_call(function, number):
+    calls = []
+    def wrapped(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapped
+
+folder, root, *moments = sys.argv[1:]
+for moment in moments:
+    pid = os.fork()
+    if not pid:
+        name, number = moment.split('-')
+        owner = {'rename': os, 'rmtree': p.shutil, 'replace': os, 'put': p.LmdbWriter}.get(name, p)
+        setattr(owner, name, at_call(getattr(owner, name), int(number)))
+        p.prepare_databases([folder], os.path.join(root, moment), [2, 4], size=48, step=24, overwrite=True)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, moment
+"""
+MOMENTS = ['read_image-1', 'read_image-7', 'put-1', 'put-40', 'check_databases-1', 'replace-1',
+           *(f'rename-{number}' for number in range(1, 10)), 'rmtree-1']
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills forked processes')
+@pytest.mark.parametrize('before', ['nothing', 'an older pair'])
+def test_a_kill_at_any_moment_leaves_nothing_half_made_and_a_second_run_completes(tmp_path, make_images, before):
+    old = make_images(tmp_path / 'old', [(60, 60)])
+    new = make_images(tmp_path / 'new', [(60 + 7 * i, 120 - 5 * i) for i in range(9)])
+    wanted = {path: contents(path) for path in
+              prepare_databases([new], tmp_path / 'wanted', [2, 4], **SMALL).databases.values()}
+    moments = MOMENTS if before == 'an older pair' else [m for m in MOMENTS if m not in ('rename-7', 'rename-8',
+                                                                                        'rename-9')]
+    for moment in moments:
+        if before == 'an older pair':
+            prepare_databases([old], tmp_path / moment, [2, 4], **SMALL)
+    if before == 'an older pair':
+        wanted_old = {path.name: contents(path) for path in (tmp_path / moments[0]).iterdir()}
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, '-c', KILL, new, tmp_path, *moments], check=True, env=environment)
+    for moment in moments:
+        output = tmp_path / moment
+        left = {path.name: contents(path) for path in output.glob('*.lmdb')}
+        assert not [path for path in (output / '.prepare.partial').rglob('*.lmdb') if 'replaced' not in path.parts]
+        complete = {path.name: content for path, content in wanted.items()}
+        assert all(content == complete[name] for name, content in left.items()) or (
+            before == 'an older pair' and all(content == wanted_old[name] for name, content in left.items())), moment
+        # A first set needs no leave to overwrite: what the kill left does not count as a finished set.
+        prepare_databases([new], output, [2, 4], overwrite=before == 'an older pair', **SMALL)
+        assert sorted(path.name for path in output.iterdir()) == sorted(complete)
+        for path, content in wanted.items():
+            assert contents(output / path.name) == content, moment
+
+
+def test_an_interrupt_leaves_nothing(tmp_path, make_images, monkeypatch):
+    folder = make_images(tmp_path / 'photos', [(60, 60)] * 5)
+    monkeypatch.setattr(LmdbWriter, 'put', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare_databases([folder], tmp_path / 'a' / 'b', [2], **SMALL)
+    assert not (tmp_path / 'a').exists()
+
+
+@pytest.mark.parametrize('error', [lmdb.DiskError('No space left on device'), OSError(28, 'No space left on device')])
+def test_a_full_disk_is_told_in_one_sentence(tmp_path, make_images, monkeypatch, error):
+    folder = make_images(tmp_path / 'photos', [(60, 60)] * 5)
+    monkeypatch.setattr(LmdbWriter, '_commit', lambda _: (_ for _ in ()).throw(error))
+    with pytest.raises(InputError, match='cannot be written there .*No space left'):
+        prepare_databases([folder], tmp_path / 'out', [2], **SMALL)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_second_run_at_the_same_time_is_refused(tmp_path, make_images):
+    pytest.importorskip('fcntl')
+    folder = make_images(tmp_path / 'photos', [(60, 60)])
+    with prepare_module._partial_folder(tmp_path / 'out') as held:
+        (held / 'work').touch()
+        with pytest.raises(InputError, match='another'):
+            prepare_databases([folder], tmp_path / 'out', [2], **SMALL)
+        assert (held / 'work').exists()
+
+
+def test_a_finished_database_is_replaced_only_when_asked(tmp_path, make_images):
+    first, second = (make_images(tmp_path / name, [(size, size)]) for name, size in (('a', 48), ('b', 96)))
+    prepared = prepare_databases([first], tmp_path / 'out', [2], **SMALL)
+    before = contents(prepared.databases[1])
+    with pytest.raises(InputError, match='HR_sub.lmdb already exist.*--overwrite'):
+        prepare_databases([second], tmp_path / 'out', [3], **SMALL)
+    assert contents(prepared.databases[1]) == before
+    prepare_databases([second], tmp_path / 'out', [2], overwrite=True, **SMALL)
+    assert len(contents(prepared.databases[1])[0]) == 9
+    shutil.rmtree(prepared.databases[1])
+    with pytest.raises(InputError, match='LR_bicubic_X2_sub.lmdb already exist'):
+        prepare_databases([second], tmp_path / 'out', [2], **SMALL)

@@ -1,0 +1,115 @@
+"""Option files: read safely, and changed from the command line without running code."""
+
+import re
+from collections import OrderedDict
+
+import yaml
+
+from lora_sr.errors import InputError
+
+_MAPPING_TAG = yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG
+# YAML 1.1 wants a dot and a signed exponent in a float, so that `lr: 1e-4` would be a string; YAML 1.2 does not.
+_EXPONENT_FLOAT = re.compile(r'^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$')
+
+
+class OptionLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
+    """A safe YAML loader that keeps the order of keys, reads `1e-4` as a float and refuses a key given twice."""
+
+    def construct_options(self, node: yaml.MappingNode) -> OrderedDict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key_node.tag != 'tag:yaml.org,2002:merge' and isinstance(key, str):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark
+                    )
+                seen.add(key)
+        self.flatten_mapping(node)
+        return OrderedDict(self.construct_pairs(node, deep=True))
+
+    def construct_tuple(self, node: yaml.Node) -> tuple:
+        return tuple(self.construct_sequence(node, deep=True))
+
+    def construct_refused(self, node: yaml.Node):
+        tag = node.tag.replace('tag:yaml.org,2002:', '!!')
+        raise yaml.constructor.ConstructorError(
+            problem=f"the tag '{tag}' is refused, since an option file holds plain values only",
+            problem_mark=node.start_mark,
+        )
+
+
+OptionLoader.add_implicit_resolver('tag:yaml.org,2002:float', _EXPONENT_FLOAT, list('-+.0123456789'))
+OptionLoader.add_constructor(_MAPPING_TAG, OptionLoader.construct_options)
+OptionLoader.add_constructor('tag:yaml.org,2002:python/tuple', OptionLoader.construct_tuple)
+OptionLoader.add_constructor(None, OptionLoader.construct_refused)
+
+
+class OptionDumper(yaml.SafeDumper):
+    """A safe YAML dumper that writes an OrderedDict as a mapping, in its order."""
+
+
+OptionDumper.add_representer(OrderedDict, lambda dumper, data: dumper.represent_dict(data.items()))
+
+
+def load_options(path) -> OrderedDict:
+    """Read an option file.
+
+    Raises:
+        InputError: there is no such file, it is no text in UTF-8, it is not valid YAML, it holds a tag that would run
+            code (the line is named), or it is not a mapping.
+    """
+    try:
+        with open(path, encoding='utf-8') as file:
+            options = _parse(file.read(), f'the option file {path}')
+    except OSError as error:
+        raise InputError(f'the option file {path} cannot be read: {error.strerror}') from error
+    except UnicodeDecodeError as error:
+        raise InputError(f'the option file {path} is not a text file in UTF-8') from error
+    if not isinstance(options, dict):
+        raise InputError(f"the option file {path} holds no options; it has to be a mapping such as 'name: my_run'")
+    return options
+
+
+def apply_overrides(options: dict, entries) -> None:
+    """Set each `a:b=value` of `entries` in `options`, in place; the value is YAML, and `none` stands for null.
+
+    Raises:
+        InputError: an entry without `=`, a path that is not in the options (the keys that exist there are listed),
+            or a value that is not valid YAML. Nothing is changed then.
+    """
+    changes = []
+    for entry in entries or ():
+        path, equals, text = entry.partition('=')
+        if not equals:
+            raise InputError(f"--force_yml {entry}: there is no '='; write it as train:total_iter=1000")
+        place, keys = options, [key.strip() for key in path.split(':')]
+        for depth, key in enumerate(keys):
+            if not isinstance(place, dict) or key not in place:
+                raise InputError(f'--force_yml {entry}: {_what_exists(place, keys[:depth], key)}')
+            if depth < len(keys) - 1:
+                place = place[key]
+        text = text.strip()
+        value = None if text.lower() == 'none' else _parse(text, f'--force_yml {entry}')
+        changes.append((place, keys[-1], value))
+    for place, key, value in changes:
+        place[key] = value
+
+
+def _what_exists(place, parents: list, key: str) -> str:
+    where = f"'{':'.join(parents)}'" if parents else 'the option file'
+    if not isinstance(place, dict):
+        return f"{where} is a single value and has no key '{key}'"
+    return f"{where} has no key '{key}'; the keys there are {', '.join(map(str, place))}"
+
+
+def _parse(text: str, source: str):
+    try:
+        return yaml.load(text, Loader=OptionLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, 'problem_mark', None)
+        line = '' if mark is None or source.startswith('--') else f', line {mark.line + 1}'
+        problem = getattr(error, 'problem', None) or str(error).splitlines()[0]
+        raise InputError(f'{source}{line}: {problem}') from error
+    except (TypeError, ValueError) as error:  # e.g. `!!float ten`, or a list as a key
+        raise InputError(f'{source}: {error}') from error

@@ -1,0 +1,11 @@
+"""`python -m lora_sr.train -opt FILE`: train a network as BasicSR does, in the current folder.
+
+The arguments are those of BasicSR's `train.py`; under torchrun, `torchrun --nproc_per_node N -m lora_sr.train …`.
+"""
+
+import sys
+
+from lora_sr.cli.pipelines import main
+
+if __name__ == '__main__':
+    sys.exit(main(is_train=True))

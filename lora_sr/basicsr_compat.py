@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import logging
 import os
 import re
 import subprocess
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from lora_sr.adapters import is_lora_key
 from lora_sr.checkpoint_file import load_weights, read_checkpoint, save_atomically, without_module_prefix
 from lora_sr.errors import InputError
 from lora_sr.option_file import OptionDumper, OptionLoader, apply_overrides, load_options
@@ -45,6 +47,9 @@ def apply() -> None:
     mend_load_resume_state()
     mend_load_network()
     mend_saving()
+    mend_frozen_warnings()
+    mend_missing_lora_warnings()
+    mend_average_of_lora()
     mend_parse_options()
 
 
@@ -444,6 +449,82 @@ def mend_saving() -> None:
     for mended in (save_network, save_training_state):
         if _is_defective(getattr(BaseModel, mended.__name__), 'save'):
             setattr(BaseModel, mended.__name__, mended)
+
+
+# --- networks with LoRA in stock models ---
+
+
+def mend_frozen_warnings() -> None:
+    """`SRModel.setup_optimizers` logs a warning for every frozen tensor: with LoRA, nearly all of them."""
+    from basicsr.models.sr_model import SRModel
+
+    original = SRModel.setup_optimizers
+    if not _is_defective(original, 'warning'):
+        return
+
+    @functools.wraps(original)
+    def setup_optimizers(self):
+        def is_kept(record):
+            return not re.match('Params .* will not be optimized', record.getMessage())
+
+        logger = logging.getLogger('basicsr')
+        logger.addFilter(is_kept)
+        try:
+            original(self)
+        finally:
+            logger.removeFilter(is_kept)
+        trains = [parameter.requires_grad for parameter in self.net_g.parameters()]
+        if not all(trains):
+            logger.warning(f'{len(trains) - sum(trains)} of {len(trains)} parameter tensors are frozen.')
+
+    setup_optimizers.is_mend = True
+    SRModel.setup_optimizers = setup_optimizers
+
+
+def mend_missing_lora_warnings() -> None:
+    """`_print_different_keys_loading` warns of every LoRA tensor that a base checkpoint, rightly, does not have."""
+    from basicsr.models.base_model import BaseModel
+
+    original = BaseModel._print_different_keys_loading
+    if not _is_defective(original, 'warning'):
+        return
+
+    @functools.wraps(original)
+    def _print_different_keys_loading(self, crt_net, load_net, strict=True):
+        if strict and not any(map(is_lora_key, load_net)):
+            own = self.get_bare_model(crt_net).state_dict()
+            load_net = {**load_net, **{key: value for key, value in own.items() if is_lora_key(key)}}
+        original(self, crt_net, load_net, strict)
+
+    _print_different_keys_loading.is_mend = True
+    BaseModel._print_different_keys_loading = _print_different_keys_loading
+
+
+def mend_average_of_lora() -> None:
+    """`init_training_settings` builds the EMA network anew, so that its random `lora_A` is not the network's own.
+
+    The average must start as a copy. `setup_schedulers` is the last step of every model's `init_training_settings`,
+    whichever model overrides it. A resumed run has the average of its checkpoint already.
+    """
+    from basicsr.models.base_model import BaseModel
+    from basicsr.models.sr_model import SRModel
+
+    original = BaseModel.setup_schedulers
+    if not _is_defective(SRModel.init_training_settings, 'build_network') or getattr(original, 'is_mend', False):
+        return
+
+    @functools.wraps(original)
+    def setup_schedulers(self):
+        original(self)
+        average = getattr(self, 'net_g_ema', None)
+        if average is None or self.opt['path'].get('resume_state'):
+            return
+        own = self.get_bare_model(self.net_g).state_dict()
+        if any(map(is_lora_key, own)):
+            average.load_state_dict(own)
+
+    setup_schedulers.is_mend = True
+    BaseModel.setup_schedulers = setup_schedulers
 
 
 # --- tools of this file ---

@@ -7,6 +7,7 @@ import re
 import time
 from collections import OrderedDict
 
+import safetensors.torch
 import torch
 
 from lora_sr.errors import InputError
@@ -17,12 +18,14 @@ SAVE_PAUSE = 1.0  # seconds between attempts: a network drive may need a moment
 
 
 def read_checkpoint(path) -> dict:
-    """Read a checkpoint or a training state onto the CPU, with `weights_only=True`.
+    """Read a checkpoint or a training state onto the CPU, from torch's format (`weights_only=True`) or safetensors.
 
     Raises:
         InputError: the file is missing, damaged, or holds anything but tensors and plain values.
     """
     try:
+        if os.fspath(path).endswith('.safetensors'):
+            return safetensors.torch.load_file(path)
         content = torch.load(path, map_location='cpu', weights_only=True)
     except OSError as error:
         raise InputError(f'the checkpoint {path} cannot be read: {error.strerror or error}') from error

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import cv2
-import lmdb
-import numpy as np
 import pytest
+from tiny_run import TINY_OPTIONS, write_pairs
 
 import lora_sr  # noqa: F401  (mends BasicSR, before a test file imports it)
 
@@ -20,82 +18,12 @@ def shared() -> Path:
     return SHARED
 
 
-def write_pairs(root: Path, count: int = 8, gt_size: int = 32, scale: int = 2) -> None:
-    """Write `root/gt`, `root/lq` (PNG files) and `root/gt.lmdb`, `root/lq.lmdb` of the same random images."""
-    rng = np.random.default_rng(0)
-    for name, size in (('gt', gt_size), ('lq', gt_size // scale)):
-        folder, database = root / name, root / f'{name}.lmdb'
-        folder.mkdir(parents=True)
-        with lmdb.open(str(database), map_size=1 << 24) as env, env.begin(write=True) as transaction:
-            for index in range(count):
-                image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-                png = cv2.imencode('.png', image)[1].tobytes()
-                (folder / f'{index:03}.png').write_bytes(png)
-                transaction.put(f'{index:03}'.encode(), png)
-        lines = [f'{index:03}.png ({size},{size},3) 1\n' for index in range(count)]
-        (database / 'meta_info.txt').write_text(''.join(lines))
-
-
 @pytest.fixture(scope='session')
 def pairs(tmp_path_factory) -> Path:
     """A folder with `gt`, `lq`, `gt.lmdb` and `lq.lmdb`: eight 2x pairs of 32x32 and 16x16 pixels. Do not change it."""
     root = tmp_path_factory.mktemp('pairs')
     write_pairs(root)
     return root
-
-
-TINY_OPTIONS = """\
-name: tiny
-model_type: SRModel
-scale: 2
-num_gpu: 0
-manual_seed: 0
-dist_params: {{backend: gloo}}
-datasets:
-  train:
-    name: train
-    type: PairedImageDataset
-    dataroot_gt: {root}/gt{suffix}
-    dataroot_lq: {root}/lq{suffix}
-    io_backend: {{type: {backend}}}
-    gt_size: 16
-    use_hflip: true
-    use_rot: true
-    batch_size_per_gpu: 2
-    num_worker_per_gpu: 0
-    dataset_enlarge_ratio: 10
-  val:
-    name: val
-    type: PairedImageDataset
-    dataroot_gt: {root}/gt{suffix}
-    dataroot_lq: {root}/lq{suffix}
-    io_backend: {{type: {backend}}}
-network_g:
-  type: MSRResNet
-  num_feat: 4
-  num_block: 1
-  upscale: 2
-path:
-  pretrain_network_g: ~
-  strict_load_g: true
-  resume_state: ~
-train:
-  optim_g: {{type: AdamW, lr: 1e-3, betas: [0.9, 0.99]}}
-  scheduler: {{type: MultiStepLR, milestones: [3, 5], gamma: 0.5}}
-  total_iter: 6
-  warmup_iter: -1
-  pixel_opt: {{type: L1Loss, loss_weight: 1.0}}
-val:
-  val_freq: 4
-  save_img: false
-  suffix: ~
-  metrics:
-    psnr: {{type: calculate_psnr, crop_border: 2, test_y_channel: false}}
-logger:
-  print_freq: 1
-  save_checkpoint_freq: 2
-  use_tb_logger: false
-"""
 
 
 @pytest.fixture

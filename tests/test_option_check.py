@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_OPTIONS, write_pairs
+from tiny_run import TINY_OPTIONS, write_pairs
 
 from lora_sr.option_check import check_options
 from lora_sr.option_file import OptionLoader, load_options

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_OPTIONS
+from tiny_run import TINY_OPTIONS
 
 from lora_sr.checkpoint_file import read_checkpoint
 from lora_sr.cli import pipelines
@@ -151,7 +151,7 @@ def test_wrong_files(tiny_options, tmp_path, monkeypatch, capfd):
 
 
 def test_damaged_database(tmp_path, monkeypatch, capfd):
-    from conftest import write_pairs
+    from tiny_run import write_pairs
 
     write_pairs(tmp_path)
     (tmp_path / 'tiny.yml').write_text(TINY_OPTIONS.format(root=tmp_path, suffix='.lmdb', backend='lmdb'))

@@ -1,13 +1,43 @@
 """LoRA for convolutional and linear layers: layers, configuration, verbs and adapter files. Needs torch alone."""
-from lora_sr.adapters.checkpoint import (describe_lora, is_lora_key, load_adapter, lora_state_dict, read_adapter,
-                                         save_adapter)
+
+from lora_sr.adapters.checkpoint import (
+    describe_lora,
+    is_lora_key,
+    load_adapter,
+    lora_state_dict,
+    read_adapter,
+    save_adapter,
+)
 from lora_sr.adapters.config import LoRAConfig
 from lora_sr.adapters.layers import LoRAConv2d, LoRALayer, LoRALinear
-from lora_sr.adapters.verbs import (ParameterCount, add_lora, count_parameters, lora_layers, mark_trainable, merge_lora,
-                                    remove_lora, set_lora_scale)
+from lora_sr.adapters.verbs import (
+    ParameterCount,
+    add_lora,
+    count_parameters,
+    lora_layers,
+    mark_trainable,
+    merge_lora,
+    remove_lora,
+    set_lora_scale,
+)
 
 __all__ = [
-    'LoRAConfig', 'LoRAConv2d', 'LoRALayer', 'LoRALinear', 'ParameterCount', 'add_lora', 'count_parameters',
-    'describe_lora', 'is_lora_key', 'load_adapter', 'lora_layers', 'lora_state_dict', 'mark_trainable', 'merge_lora',
-    'read_adapter', 'remove_lora', 'save_adapter', 'set_lora_scale',
+    'LoRAConfig',
+    'LoRAConv2d',
+    'LoRALayer',
+    'LoRALinear',
+    'ParameterCount',
+    'add_lora',
+    'count_parameters',
+    'describe_lora',
+    'is_lora_key',
+    'load_adapter',
+    'lora_layers',
+    'lora_state_dict',
+    'mark_trainable',
+    'merge_lora',
+    'read_adapter',
+    'remove_lora',
+    'save_adapter',
+    'set_lora_scale',
 ]

@@ -1,4 +1,5 @@
 """The adapter alone: LoRA tensors in a safetensors file, with their configuration as metadata."""
+
 from __future__ import annotations
 
 import os
@@ -41,9 +42,12 @@ def describe_lora(model: nn.Module) -> LoRAConfig:
     alphas = [layer.lora_alpha.item() for layer in layers.values()]
     rank, alpha = max(ranks, key=ranks.count), max(alphas, key=alphas.count)
     return LoRAConfig(
-        target_modules=list(layers), rank=rank, alpha=alpha,
+        target_modules=list(layers),
+        rank=rank,
+        alpha=alpha,
         rank_pattern={name: layer.rank for name, layer in layers.items() if layer.rank != rank},
-        alpha_pattern={name: a for name, a in zip(layers, alphas) if a != alpha})
+        alpha_pattern={name: a for name, a in zip(layers, alphas) if a != alpha},
+    )
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
@@ -70,13 +74,18 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     if not any(True for _ in lora_layers(model)):
         add_lora(model, config)
     own = lora_state_dict(model)
-    differing = sorted(key for key in own.keys() | tensors.keys()
-                       if key not in own or key not in tensors or own[key].shape != tensors[key].shape)
+    differing = sorted(
+        key
+        for key in own.keys() | tensors.keys()
+        if key not in own or key not in tensors or own[key].shape != tensors[key].shape
+    )
     if differing:
-        listed = ', '.join(f'{key} ({_shape(own, key)} here, {_shape(tensors, key)} in the file)'
-                           for key in differing[:3])
-        raise InputError(f'The adapter {path} does not fit {type(model).__name__}: {len(differing)} tensors differ, '
-                         f'e.g. {listed}.')
+        listed = ', '.join(
+            f'{key} ({_shape(own, key)} here, {_shape(tensors, key)} in the file)' for key in differing[:3]
+        )
+        raise InputError(
+            f'The adapter {path} does not fit {type(model).__name__}: {len(differing)} tensors differ, e.g. {listed}.'
+        )
     with torch.no_grad():
         for key, value in tensors.items():
             own[key].copy_(value)

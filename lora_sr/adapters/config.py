@@ -1,4 +1,5 @@
 """What to adapt, and how: one dataclass, the same in Python, in option files and in adapter files."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,5 @@
 """Layers that carry a low-rank update of their weight."""
+
 from __future__ import annotations
 
 import math
@@ -51,10 +52,12 @@ class LoRALayer:
         """Weight plus update, in the shape of ``weight``."""
         return self.weight + self.delta_weight()
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
-                              error_msgs):
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
-                                      error_msgs)
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         # A checkpoint of the base network loads strictly: only a layer that has half of its LoRA tensors is incomplete.
         absent = [prefix + name for name in LORA_TENSORS if prefix + name not in state_dict]
         forgiven = absent if len(absent) == len(LORA_TENSORS) else [prefix + 'lora_alpha']
@@ -83,12 +86,23 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
 
     def __init__(self, conv: nn.Conv2d, rank: int, alpha: float):
         # On the meta device the constructor draws no random weights, so the generator's state is spent on LoRA alone.
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-                         conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode, device='meta')
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            device='meta',
+        )
         self.weight, self.bias = conv.weight, conv.bias
         kh, kw = conv.kernel_size
-        self._init_lora((rank * kh, conv.in_channels * kw), (conv.out_channels // conv.groups * kh, rank * kh), rank,
-                        alpha)
+        self._init_lora(
+            (rank * kh, conv.in_channels * kw), (conv.out_channels // conv.groups * kh, rank * kh), rank, alpha
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) -> (N, out, H', W'), as of the convolution it replaces."""
@@ -96,8 +110,18 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
 
     def to_base(self) -> nn.Conv2d:
         """The plain convolution with this layer's ``weight`` and ``bias``, without the update."""
-        base = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
-                         self.dilation, self.groups, self.bias is not None, self.padding_mode, device='meta')
+        base = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            device='meta',
+        )
         base.weight, base.bias = self.weight, self.bias
         return base
 

@@ -1,4 +1,5 @@
 """Everything that is done to a network with LoRA, one free function each."""
+
 from __future__ import annotations
 
 import difflib
@@ -42,11 +43,16 @@ def add_lora(model: Network, config: LoRAConfig) -> Network:
     for key in ('target_modules', 'exclude_modules', 'rank_pattern', 'alpha_pattern'):
         for pattern in getattr(config, key):
             _check_pattern(key, pattern, modules)
-    targets = [name for name, module in modules.items()
-               if config.is_target(name) and (type(module) in LORA_LAYERS or isinstance(module, LoRALayer))]
+    targets = [
+        name
+        for name, module in modules.items()
+        if config.is_target(name) and (type(module) in LORA_LAYERS or isinstance(module, LoRALayer))
+    ]
     if not targets:
-        raise InputError(f'exclude_modules {config.exclude_modules} leaves nothing of target_modules '
-                         f'{config.target_modules} to adapt.')
+        raise InputError(
+            f'exclude_modules {config.exclude_modules} leaves nothing of target_modules '
+            f'{config.target_modules} to adapt.'
+        )
     for name in targets:
         if isinstance(modules[name], LoRALayer):
             raise InputError(f'"{name}" carries LoRA already: merge it, or exclude it.')
@@ -101,7 +107,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(
         total=sum(size for size, _ in sizes),
         trainable=sum(size for size, trains in sizes if trains),
-        lora=sum(layer.lora_A.numel() + layer.lora_B.numel() for _, layer in lora_layers(model)))
+        lora=sum(layer.lora_A.numel() + layer.lora_B.numel() for _, layer in lora_layers(model)),
+    )
 
 
 @torch.no_grad()
@@ -160,11 +167,12 @@ def _check_pattern(key: str, pattern: str, modules: dict[str, nn.Module]) -> Non
     if matches:
         inside = [name for name in adaptable if name.startswith(f'{matches[0]}.')]
         hint = f'; inside it are {_some(inside)}' if inside else ''
-        raise InputError(f'{key} "{pattern}" matches "{matches[0]}", a {type(modules[matches[0]]).__name__}, which '
-                         f'cannot carry LoRA ({kinds} can){hint}.')
+        raise InputError(
+            f'{key} "{pattern}" matches "{matches[0]}", a {type(modules[matches[0]]).__name__}, which '
+            f'cannot carry LoRA ({kinds} can){hint}.'
+        )
     near = difflib.get_close_matches(pattern.replace('\\', ''), adaptable, n=4, cutoff=0.3) or adaptable
-    raise InputError(f'{key} "{pattern}" matches no module (the whole name must match); '
-                     f'near names are {_some(near)}.')
+    raise InputError(f'{key} "{pattern}" matches no module (the whole name must match); near names are {_some(near)}.')
 
 
 def _some(names: list[str]) -> str:

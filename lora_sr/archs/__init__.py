@@ -1,4 +1,5 @@
 """Networks, their re-parameterisation, and loading them from a checkpoint alone."""
+
 from lora_sr.archs.loading import load_network, read_state_dict
 from lora_sr.archs.reparam import fold, is_training_form
 

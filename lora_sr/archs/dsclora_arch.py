@@ -1,4 +1,5 @@
 """DSCLoRA: SPAN adapted by ConvLoRA (arXiv:2504.11271), winner of the NTIRE 2025 efficient SR challenge."""
+
 from __future__ import annotations
 
 from basicsr.utils.registry import ARCH_REGISTRY
@@ -30,10 +31,26 @@ class DSCLoRA(SPAN):
         InputError: As SPAN and LoRAConfig do.
     """
 
-    def __init__(self, num_in_ch: int = 3, num_out_ch: int = 3, feature_channels: int = 48, upscale: int = 4,
-                 rank: int = 8, alpha: float = 16, rank_pattern: dict | None = None,
-                 alpha_pattern: dict | None = None):
+    def __init__(
+        self,
+        num_in_ch: int = 3,
+        num_out_ch: int = 3,
+        feature_channels: int = 48,
+        upscale: int = 4,
+        rank: int = 8,
+        alpha: float = 16,
+        rank_pattern: dict | None = None,
+        alpha_pattern: dict | None = None,
+    ):
         super().__init__(num_in_ch, num_out_ch, feature_channels, upscale, deploy=True)
-        add_lora(self, LoRAConfig(list(DSCLORA_TARGETS), rank=rank, alpha=alpha, rank_pattern=rank_pattern or {},
-                                  alpha_pattern=alpha_pattern or {}))
+        add_lora(
+            self,
+            LoRAConfig(
+                list(DSCLORA_TARGETS),
+                rank=rank,
+                alpha=alpha,
+                rank_pattern=rank_pattern or {},
+                alpha_pattern=alpha_pattern or {},
+            ),
+        )
         mark_trainable(self)

@@ -1,18 +1,15 @@
 """From a checkpoint alone to the network it belongs to."""
+
 from __future__ import annotations
 
 import os
-import pickle
-from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_sr.adapters import LoRAConfig, add_lora, is_lora_key
 from lora_sr.archs.dsclora_arch import DSCLoRA
 from lora_sr.archs.span_arch import SPAN, is_span, span_hyperparameters
+from lora_sr.checkpoint_file import load_weights, read_checkpoint, without_module_prefix
 from lora_sr.errors import InputError
 
 PARAM_KEYS = ('params_ema', 'params')
@@ -29,26 +26,15 @@ def read_state_dict(path: str | os.PathLike, param_key: str | None = None) -> di
     Raises:
         InputError: The file is missing, is no checkpoint, or does not have ``param_key``.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f'There is no checkpoint file {path}.')
-    try:
-        if path.suffix == '.safetensors':
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location='cpu', weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f'{path} cannot be read as a checkpoint: {reason}') from None
+    content = read_checkpoint(path)
     if param_key is None:
-        param_key = next((key for key in PARAM_KEYS if key in content), None) if isinstance(content, dict) else None
-    if param_key is not None:
-        if param_key not in content:
-            raise InputError(f'{path} has no "{param_key}": it has {", ".join(list(content)[:4])}.')
-        content = content[param_key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        param_key = next((key for key in PARAM_KEYS if key in content), None)
+    elif param_key not in content:
+        raise InputError(f'{path} has no "{param_key}": it has {", ".join(list(content)[:4])}.')
+    state = content if param_key is None else content[param_key]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f'{path} holds no state dict, i.e. no mapping of names to tensors.')
-    return {key[7:] if key.startswith('module.') else key: value for key, value in content.items()}
+    return without_module_prefix(state)
 
 
 def load_network(path: str | os.PathLike, param_key: str | None = None) -> nn.Module:
@@ -69,15 +55,13 @@ def load_network(path: str | os.PathLike, param_key: str | None = None) -> nn.Mo
     """
     state = read_state_dict(path, param_key)
     if not is_span(state):
-        raise InputError(f'{path} belongs to no network known here (SPAN, DSCLoRA): its first keys are '
-                         f'{", ".join(list(state)[:3])}.')
+        raise InputError(
+            f'{path} belongs to no network known here (SPAN, DSCLoRA): its first keys are {", ".join(list(state)[:3])}.'
+        )
     network = SPAN(**span_hyperparameters(state))
     if any(map(is_lora_key, state)):
         network = _adapt(network, state, path)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(f'{path} does not fit {type(network).__name__}: {" ".join(str(error).split())}') from None
+    load_weights(network, state, path)
     return network.eval()
 
 
@@ -100,6 +84,12 @@ def _adapt(network: SPAN, state: dict[str, Tensor], path) -> SPAN:
     dsclora = DSCLoRA(feature_channels=network.feature_channels, upscale=network.upscale)
     same_layers = {k for k in dsclora.state_dict() if is_lora_key(k)} == {k for k in state if is_lora_key(k)}
     if same_layers:
-        return DSCLoRA(feature_channels=network.feature_channels, upscale=network.upscale, rank=rank, alpha=alpha,
-                       rank_pattern=ranks, alpha_pattern=alphas)
+        return DSCLoRA(
+            feature_channels=network.feature_channels,
+            upscale=network.upscale,
+            rank=rank,
+            alpha=alpha,
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+        )
     return add_lora(network, config)

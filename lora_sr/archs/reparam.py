@@ -1,4 +1,5 @@
 """Structural re-parameterisation: from the branches that train to the one convolution that runs."""
+
 from __future__ import annotations
 
 from typing import TypeVar

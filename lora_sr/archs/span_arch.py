@@ -1,4 +1,5 @@
 """SPAN: Swift Parameter-free Attention Network (arXiv:2311.12770), in training and in deploy form."""
+
 from __future__ import annotations
 
 import math
@@ -34,7 +35,8 @@ class Conv3XC(nn.Module):
             self.conv = nn.Sequential(
                 nn.Conv2d(in_channels, in_channels * gain, 1),
                 nn.Conv2d(in_channels * gain, out_channels * gain, 3),
-                nn.Conv2d(out_channels * gain, out_channels, 1))
+                nn.Conv2d(out_channels * gain, out_channels, 1),
+            )
 
     @property
     def is_training_form(self) -> bool:
@@ -65,10 +67,14 @@ class Conv3XC(nn.Module):
         del self.sk, self.conv
         self.eval_conv = eval_conv
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
-                              error_msgs):
-        branches = {key[len(prefix):]: value for key, value in state_dict.items()
-                    if key.startswith((f'{prefix}sk.', f'{prefix}conv.'))}
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        branches = {
+            key[len(prefix) :]: value
+            for key, value in state_dict.items()
+            if key.startswith((f'{prefix}sk.', f'{prefix}conv.'))
+        }
         if branches:
             # The authors' training checkpoints also hold an eval_conv, folded at some earlier step: the branches count.
             for name in ('weight', 'bias'):
@@ -80,18 +86,22 @@ class Conv3XC(nn.Module):
                 state_dict[f'{prefix}eval_conv.weight'] = weight
                 state_dict[f'{prefix}eval_conv.bias'] = bias
         elif self.is_training_form and f'{prefix}eval_conv.weight' in state_dict:
-            error_msgs.append(f'{prefix}eval_conv is in deploy form and cannot be unfolded: build the network with '
-                              'deploy=True, or load a training-form checkpoint.')
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
-                                      error_msgs)
+            error_msgs.append(
+                f'{prefix}eval_conv is in deploy form and cannot be unfolded: build the network with '
+                'deploy=True, or load a training-form checkpoint.'
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 def _fold_branches(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Weight (out, in, 3, 3) and bias (out,) of the one convolution that equals the branches of a Conv3XC."""
     first, middle, last, skip = (state[f'{name}.weight'].double() for name in ('conv.0', 'conv.1', 'conv.2', 'sk'))
     first, last, skip = (weight.flatten(1) for weight in (first, last, skip))
-    b_first, b_middle, b_last, b_skip = (state[f'{name}.bias'].double()
-                                         for name in ('conv.0', 'conv.1', 'conv.2', 'sk'))
+    b_first, b_middle, b_last, b_skip = (
+        state[f'{name}.bias'].double() for name in ('conv.0', 'conv.1', 'conv.2', 'sk')
+    )
     weight = torch.einsum('op,pmhw,mi->oihw', last, middle, first)
     weight[:, :, 1, 1] += skip
     bias = last @ (middle.sum((2, 3)) @ b_first + b_middle) + b_last + b_skip
@@ -138,12 +148,19 @@ class SPAN(nn.Module):
     img_range = 255.0
     num_blocks = 6
 
-    def __init__(self, num_in_ch: int = 3, num_out_ch: int = 3, feature_channels: int = 48, upscale: int = 4,
-                 deploy: bool = False):
+    def __init__(
+        self,
+        num_in_ch: int = 3,
+        num_out_ch: int = 3,
+        feature_channels: int = 48,
+        upscale: int = 4,
+        deploy: bool = False,
+    ):
         super().__init__()
         if num_in_ch != 3 or num_out_ch != 3:
-            raise InputError(f'SPAN is for RGB images: num_in_ch and num_out_ch must be 3, not {num_in_ch} and '
-                             f'{num_out_ch}.')
+            raise InputError(
+                f'SPAN is for RGB images: num_in_ch and num_out_ch must be 3, not {num_in_ch} and {num_out_ch}.'
+            )
         for key, value in (('feature_channels', feature_channels), ('upscale', upscale)):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f'"{key}" of SPAN is {value!r}: it must be an integer of at least 1.')
@@ -155,7 +172,8 @@ class SPAN(nn.Module):
         self.conv_cat = nn.Conv2d(feature_channels * 4, feature_channels, 1)
         self.conv_2 = Conv3XC(feature_channels, feature_channels, deploy=deploy)
         self.upsampler = nn.Sequential(
-            nn.Conv2d(feature_channels, num_out_ch * upscale**2, 3, padding=1), nn.PixelShuffle(upscale))
+            nn.Conv2d(feature_channels, num_out_ch * upscale**2, 3, padding=1), nn.PixelShuffle(upscale)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W), RGB in [0, 1] -> (N, 3, upscale * H, upscale * W)."""

@@ -1,4 +1,5 @@
 """`lora-sr benchmark`: our speed and memory beside the alternative's, as ratios from one run."""
+
 from pathlib import Path
 
 
@@ -20,10 +21,12 @@ def add_parser(commands):
 def run_affinity(args):
     """Measure the affinity loss."""
     from lora_sr.evaluation import affinity_benchmark
+
     affinity_benchmark.run(args.size)
 
 
 def run_prepare(args):
     """Measure data preparation."""
     from lora_sr.evaluation import prepare_benchmark
+
     prepare_benchmark.run(args.images, args.scale)

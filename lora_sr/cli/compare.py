@@ -1,12 +1,16 @@
 """`lora-sr compare`: networks beside bicubic interpolation, on a folder of images."""
+
 import argparse
 
 
 def add_parser(commands):
     """Add the sub-command to `lora-sr`."""
-    parser = commands.add_parser('compare', help='table and picture of networks beside bicubic',
-                                 description='Measure networks and bicubic interpolation on a folder of images: PSNR '
-                                 'and SSIM on the Y channel, parameters, and a picture of details side by side.')
+    parser = commands.add_parser(
+        'compare',
+        help='table and picture of networks beside bicubic',
+        description='Measure networks and bicubic interpolation on a folder of images: PSNR '
+        'and SSIM on the Y channel, parameters, and a picture of details side by side.',
+    )
     parser.add_argument('checkpoints', nargs='+', type=_named, metavar='NAME=CHECKPOINT')
     parser.add_argument('--gt', required=True, metavar='FOLDER', help='original images')
     parser.add_argument('--lr', metavar='FOLDER', help='LR images of the same names (default: made by bicubic)')
@@ -25,6 +29,7 @@ def _named(argument: str):
 def run(args):
     """Compare, and print the table."""
     from lora_sr.evaluation.comparison import compare, format_table
+
     print(format_table(compare(args.gt, args.scale, dict(args.checkpoints), args.lr, args.picture)))
     if args.picture:
         print(f'wrote {args.picture}')

@@ -1,4 +1,5 @@
 """`lora-sr`: one command, a sub-command for each step of the work."""
+
 import argparse
 import sys
 
@@ -8,7 +9,7 @@ from lora_sr.errors import InputError
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `lora-sr`; each sub-command sets `run`, a function of the parsed arguments."""
-    parser = argparse.ArgumentParser(prog='lora-sr', description='LoRA and distillation for super-resolution on BasicSR.')
+    parser = argparse.ArgumentParser(prog='lora-sr', description='LoRA and distillation for SR, on BasicSR.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for module in (prepare, pipelines, merge, compare, benchmark):
         module.add_parser(commands)

@@ -3,9 +3,12 @@
 
 def add_parser(commands):
     """Add the sub-command to `lora-sr`."""
-    parser = commands.add_parser('merge', help='merge the LoRA of a checkpoint into a plain one',
-                                 description='Merge the LoRA of an adapted checkpoint into a plain checkpoint of the '
-                                 'stock network, and check that both give the same images.')
+    parser = commands.add_parser(
+        'merge',
+        help='merge the LoRA of a checkpoint into a plain one',
+        description='Merge the LoRA of an adapted checkpoint into a plain checkpoint of the '
+        'stock network, and check that both give the same images.',
+    )
     parser.add_argument('checkpoint', help='adapted checkpoint (.pth or .safetensors)')
     parser.add_argument('-o', '--output', required=True, help='file to write (.pth or .safetensors)')
     parser.add_argument('--param-key', help='state dict in the checkpoint (default: params_ema, else params)')
@@ -16,5 +19,6 @@ def add_parser(commands):
 def run(args):
     """Merge, and print what was measured."""
     from lora_sr.deploy.merge import merge_checkpoint
+
     print(merge_checkpoint(args.checkpoint, args.output, args.param_key, args.overwrite))
     print(f'wrote {args.output}')

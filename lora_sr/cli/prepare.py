@@ -1,4 +1,5 @@
 """`lora-sr prepare`: folders of images to the LMDB pairs that BasicSR reads."""
+
 import argparse
 import sys
 
@@ -15,24 +16,56 @@ examples:
 
 def add_parser(commands):
     parser = commands.add_parser(
-        'prepare', help='make the LMDB pairs for training from folders of images', epilog=EPILOG,
+        'prepare',
+        help='make the LMDB pairs for training from folders of images',
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Cut HR images and their LR images into sub-images and write them as paired LMDBs for BasicSR. '
-                    'LR images\nthat are not there are made by MATLAB-compatible bicubic.')
-    parser.add_argument('folders', nargs='+', metavar='HR_FOLDER',
-                        help='a folder of HR images, or the root of DIV2K or Flickr2K; sub-folders are not searched')
+        'LR images\nthat are not there are made by MATLAB-compatible bicubic.',
+    )
+    parser.add_argument(
+        'folders',
+        nargs='+',
+        metavar='HR_FOLDER',
+        help='a folder of HR images, or the root of DIV2K or Flickr2K; sub-folders are not searched',
+    )
     parser.add_argument('-o', '--output', required=True, metavar='FOLDER', help='where the databases go')
-    parser.add_argument('--scale', nargs='+', type=int, default=[2, 3, 4], metavar='N',
-                        help='scales of the LR images (default: 2 3 4); one HR database serves all')
-    parser.add_argument('--lr', nargs='+', metavar='FOLDER',
-                        help='the LR folder of each HR folder, in their order, with images NAME or NAMEx4, or with a '
-                             'folder X2, X3, ... for each scale (default: NAME_LR_bicubic/X4 beside NAME_HR, if there)')
-    parser.add_argument('--size', type=int, default=480, metavar='PIXELS',
-                        help='side of an HR sub-image (default: 480); 0 keeps images whole')
-    parser.add_argument('--step', type=int, default=240, metavar='PIXELS',
-                        help='distance between neighbouring HR sub-images (default: 240)')
-    parser.add_argument('--threshold', type=int, default=0, metavar='PIXELS',
-                        help='leave out a strip of up to this many HR pixels at the right or bottom edge (default: 0)')
+    parser.add_argument(
+        '--scale',
+        nargs='+',
+        type=int,
+        default=[2, 3, 4],
+        metavar='N',
+        help='scales of the LR images (default: 2 3 4); one HR database serves all',
+    )
+    parser.add_argument(
+        '--lr',
+        nargs='+',
+        metavar='FOLDER',
+        help='the LR folder of each HR folder, in their order, with images NAME or NAMEx4, or with a '
+        'folder X2, X3, ... for each scale (default: NAME_LR_bicubic/X4 beside NAME_HR, if there)',
+    )
+    parser.add_argument(
+        '--size',
+        type=int,
+        default=480,
+        metavar='PIXELS',
+        help='side of an HR sub-image (default: 480); 0 keeps images whole',
+    )
+    parser.add_argument(
+        '--step',
+        type=int,
+        default=240,
+        metavar='PIXELS',
+        help='distance between neighbouring HR sub-images (default: 240)',
+    )
+    parser.add_argument(
+        '--threshold',
+        type=int,
+        default=0,
+        metavar='PIXELS',
+        help='leave out a strip of up to this many HR pixels at the right or bottom edge (default: 0)',
+    )
     parser.add_argument('--workers', type=int, metavar='N', help='number of threads (default: the number of cores)')
     parser.add_argument('--overwrite', action='store_true', help='replace databases of the same names')
     parser.set_defaults(run=run)
@@ -43,14 +76,27 @@ def run(args):
     from lora_sr.data.prepare import prepare_databases
 
     try:
-        prepared = prepare_databases(args.folders, args.output, args.scale, args.lr, args.size, args.step,
-                                     args.threshold, args.workers, args.overwrite)
+        prepared = prepare_databases(
+            args.folders,
+            args.output,
+            args.scale,
+            args.lr,
+            args.size,
+            args.step,
+            args.threshold,
+            args.workers,
+            args.overwrite,
+        )
     except KeyboardInterrupt:
-        print(f'lora-sr: interrupted: no unfinished database is left in {args.output}; run the same command again.',
-              file=sys.stderr)
+        print(
+            f'lora-sr: interrupted: no unfinished database is left in {args.output}; run the same command again.',
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None
     height, width = prepared.smallest
     for path in prepared.databases.values():
         print(f'{path}: {prepared.entries} entries of {prepared.images} images')
-    print(f'checked: counts, keys and sizes agree; the smallest HR entry has {height} x {width} pixels, '
-          f'so gt_size can be up to {min(height, width)}')
+    print(
+        f'checked: counts, keys and sizes agree; the smallest HR entry has {height} x {width} pixels, '
+        f'so gt_size can be up to {min(height, width)}'
+    )

@@ -10,6 +10,7 @@ At an integer scale every weight is a fraction of small integers, so the sums be
 half upwards is exact. At scales 2, 3, 4 and 8 that is MATLAB's result bit by bit; at other scales MATLAB's own floating
 point may settle an exact half the other way.
 """
+
 import math
 from fractions import Fraction
 from functools import cache
@@ -57,8 +58,10 @@ def bicubic_upscale(image: np.ndarray, scale: int) -> np.ndarray:
 
 def _resize(image: np.ndarray, scale: int, shrink: bool) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
-        raise InputError(f'bicubic resize: an image of type {image.dtype} and shape {image.shape} was given, '
-                         'where 8-bit values of shape (height, width) or (height, width, channels) are right.')
+        raise InputError(
+            f'bicubic resize: an image of type {image.dtype} and shape {image.shape} was given, '
+            'where 8-bit values of shape (height, width) or (height, width, channels) are right.'
+        )
     if scale != int(scale) or not 1 <= scale <= MAX_SCALE:
         raise InputError(f'bicubic resize: the scale is {scale}, where a whole number from 1 to {MAX_SCALE} is right.')
     scale = int(scale)
@@ -92,12 +95,12 @@ def _resize_rows(planes: np.ndarray, scale: int, shrink: bool) -> np.ndarray:
         for phase, (first, taps) in enumerate(phases):
             total[:count] = denominator // 2  # half up; an odd denominator has no halves
             for tap, weight in enumerate(taps, before + first + start * stride):
-                source = padded[tap:tap + (count - 1) * stride + 1:stride]
+                source = padded[tap : tap + (count - 1) * stride + 1 : stride]
                 np.multiply(source, weight, out=term[:count], dtype=np.int32)
                 total[:count] += term[:count]
             np.floor_divide(total[:count], denominator, out=total[:count])
             np.clip(total[:count], 0, 255, out=total[:count])
-            output[start:start + count, phase] = total[:count]
+            output[start : start + count, phase] = total[:count]
     return output.reshape(steps * len(phases), *planes.shape[1:])
 
 
@@ -129,5 +132,5 @@ def _cubic(x: Fraction) -> Fraction:
     if x <= 1:
         return (3 * x**3 - 5 * x**2 + 2) / 2
     if x < 2:
-        return (-x**3 + 5 * x**2 - 8 * x + 4) / 2
+        return (-(x**3) + 5 * x**2 - 8 * x + 4) / 2
     return Fraction(0)

@@ -1,4 +1,5 @@
 """Image databases in BasicSR's form: an LMDB of PNG bytes, and `meta_info.txt` with a line for each key."""
+
 import os
 import re
 from pathlib import Path
@@ -98,14 +99,18 @@ def read_meta_info(path) -> dict:
     try:
         lines = meta_path.read_text(encoding='ascii').splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f'{meta_path} cannot be read ({error}): a database made by `lora-sr prepare` has this '
-                         'file, with a line for each key.') from error
+        raise InputError(
+            f'{meta_path} cannot be read ({error}): a database made by `lora-sr prepare` has this '
+            'file, with a line for each key.'
+        ) from error
     shapes = {}
     for number, line in enumerate(lines, 1):
         match = _META_LINE.fullmatch(line)
         if not match or match[1] in shapes:
-            raise InputError(f'{meta_path}, line {number}: "{line}" is not a new key in the form '
-                             '`KEY.png (height,width,channels) compression`.')
+            raise InputError(
+                f'{meta_path}, line {number}: "{line}" is not a new key in the form '
+                '`KEY.png (height,width,channels) compression`.'
+            )
         shapes[match[1]] = tuple(int(number) for number in match.groups()[1:])
     return shapes
 
@@ -130,12 +135,16 @@ def check_databases(hr_path: Path, lr_paths: dict, samples: int = 4):
         lr_shapes = read_meta_info(lr_path)
         _check_values(lr_path, lr_shapes, samples)
         if list(lr_shapes) != list(hr_shapes):
-            raise InputError(f'{lr_path} and {hr_path} have different keys ({len(lr_shapes)} and {len(hr_shapes)}), '
-                             'where each LR image needs its HR image.')
+            raise InputError(
+                f'{lr_path} and {hr_path} have different keys ({len(lr_shapes)} and {len(hr_shapes)}), '
+                'where each LR image needs its HR image.'
+            )
         for key, (height, width, channels) in lr_shapes.items():
             if hr_shapes[key] != (height * scale, width * scale, channels):
-                raise InputError(f'{lr_path}: {key} has the shape {lr_shapes[key]} and its HR image {hr_shapes[key]}, '
-                                 f'which is not {scale} times as large.')
+                raise InputError(
+                    f'{lr_path}: {key} has the shape {lr_shapes[key]} and its HR image {hr_shapes[key]}, '
+                    f'which is not {scale} times as large.'
+                )
 
 
 def _check_values(path: Path, shapes: dict, samples: int):
@@ -143,22 +152,32 @@ def _check_values(path: Path, shapes: dict, samples: int):
     decoded = {keys[round(i * (len(keys) - 1) / max(samples - 1, 1))] for i in range(samples)} if keys else set()
     # Pages once looked at stay in the process's memory until the map is closed: it is opened for some keys at a time.
     for start in range(0, max(len(keys), 1), CHECKED_AT_ONCE):
-        with lmdb.open(str(path), readonly=True, lock=False, readahead=False) as env, \
-                env.begin(buffers=True) as transaction:
+        with (
+            lmdb.open(str(path), readonly=True, lock=False, readahead=False) as env,
+            env.begin(buffers=True) as transaction,
+        ):
             entries = transaction.stat()['entries']
             if entries != len(shapes):
-                raise InputError(f'{path}: the database has {entries} entries and its meta_info.txt {len(shapes)}, '
-                                 'where the two must agree.')
-            for key in keys[start:start + CHECKED_AT_ONCE]:
+                raise InputError(
+                    f'{path}: the database has {entries} entries and its meta_info.txt {len(shapes)}, '
+                    'where the two must agree.'
+                )
+            for key in keys[start : start + CHECKED_AT_ONCE]:
                 if not _is_png_of_shape(transaction.get(key.encode('ascii')), shapes[key], key in decoded):
-                    raise InputError(f'{path}: {key} is not a whole PNG image of shape {shapes[key]}, as '
-                                     'meta_info.txt says it is.')
+                    raise InputError(
+                        f'{path}: {key} is not a whole PNG image of shape {shapes[key]}, as meta_info.txt says it is.'
+                    )
 
 
 def _is_png_of_shape(value: Optional[memoryview], shape: tuple, decode: bool) -> bool:
     # At the start of a PNG are its signature and the IHDR chunk: length, name, width, height.
-    if (value is None or value[:8] != PNG_SIGNATURE or value[-12:] != PNG_END
-            or int.from_bytes(value[16:20], 'big') != shape[1] or int.from_bytes(value[20:24], 'big') != shape[0]):
+    if (
+        value is None
+        or value[:8] != PNG_SIGNATURE
+        or value[-12:] != PNG_END
+        or int.from_bytes(value[16:20], 'big') != shape[1]
+        or int.from_bytes(value[20:24], 'big') != shape[0]
+    ):
         return False
     if not decode:
         return True

@@ -8,6 +8,7 @@ Everything is written to `.prepare.partial` in the output folder. When it is com
 and the databases are moved into place. A run that was stopped before that is done again from the start; one that was
 stopped between two moves is finished by the next run.
 """
+
 import contextlib
 import hashlib
 import json
@@ -51,24 +52,35 @@ class Cut:
         step: distance between neighbours in pixels.
         threshold: a strip at the right or bottom edge of up to this many pixels is left out.
     """
+
     scales: tuple
     size: int
     step: int
     threshold: int
 
     def __post_init__(self):
-        for name, value, least in (('--size', self.size, 0), ('--step', self.step, 1),
-                                   ('--threshold', self.threshold, 0)):
+        for name, value, least in (
+            ('--size', self.size, 0),
+            ('--step', self.step, 1),
+            ('--threshold', self.threshold, 0),
+        ):
             if value < least:
                 raise InputError(f'{name}: {value} was given, where a whole number of at least {least} is right.')
-        if not self.scales or len(set(self.scales)) < len(self.scales) or not all(
-                1 < scale <= MAX_SCALE for scale in self.scales):
-            raise InputError(f'--scale: {" ".join(map(str, self.scales)) or "nothing"} was given, where different '
-                             f'whole numbers from 2 to {MAX_SCALE} are right.')
+        if (
+            not self.scales
+            or len(set(self.scales)) < len(self.scales)
+            or not all(1 < scale <= MAX_SCALE for scale in self.scales)
+        ):
+            raise InputError(
+                f'--scale: {" ".join(map(str, self.scales)) or "nothing"} was given, where different '
+                f'whole numbers from 2 to {MAX_SCALE} are right.'
+            )
         for name, value in (('--size', self.size), ('--step', self.step)):
             if self.size and value % self.multiple:
-                raise InputError(f'{name}: {value} is not a multiple of {self.multiple}, as it must be for one HR '
-                                 f'database to fit scale {" and ".join(map(str, self.scales))}.')
+                raise InputError(
+                    f'{name}: {value} is not a multiple of {self.multiple}, as it must be for one HR '
+                    f'database to fit scale {" and ".join(map(str, self.scales))}.'
+                )
 
     @property
     def multiple(self) -> int:
@@ -92,15 +104,25 @@ class Prepared:
         entries: number of keys in each database.
         smallest: (height, width) of the smallest HR entry by its shorter side: an upper limit for `gt_size`.
     """
+
     databases: dict
     images: int
     entries: int
     smallest: tuple
 
 
-def prepare_databases(folders: Sequence, output, scales: Sequence[int] = (2, 3, 4),
-                      lr_folders: Optional[Sequence] = None, size: int = 480, step: int = 240, threshold: int = 0,
-                      workers: Optional[int] = None, overwrite: bool = False, progress: bool = True) -> Prepared:
+def prepare_databases(
+    folders: Sequence,
+    output,
+    scales: Sequence[int] = (2, 3, 4),
+    lr_folders: Optional[Sequence] = None,
+    size: int = 480,
+    step: int = 240,
+    threshold: int = 0,
+    workers: Optional[int] = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Prepared:
     """Make the LMDBs `HR_sub.lmdb` and `LR_bicubic_X{scale}_sub.lmdb` from folders of images.
 
     Each image is cropped, at its right and bottom edges, to a multiple of all scales. Its LR images come from their
@@ -138,8 +160,10 @@ def prepare_databases(folders: Sequence, output, scales: Sequence[int] = (2, 3, 
             if _finish_interrupted(folder, output) != job:
                 existing = [str(path) for path in databases.values() if os.path.lexists(path)]
                 if existing and not overwrite:
-                    raise InputError(f'{" and ".join(existing)} already exist: choose another output folder, or add '
-                                     '--overwrite and name all the scales wanted in the one run.')
+                    raise InputError(
+                        f'{" and ".join(existing)} already exist: choose another output folder, or add '
+                        '--overwrite and name all the scales wanted in the one run.'
+                    )
                 _build(sources, cut, folder, workers, progress)
                 _mark_complete(folder, list(cut.database_names.values()), job)
                 _move_into_place(folder, output)
@@ -175,8 +199,10 @@ def _load(source: Source, cut: Cut) -> dict:
     image = read_image(source.hr)
     height, width = (length // cut.multiple * cut.multiple for length in image.shape[:2])
     if not height or not width:
-        raise InputError(f'{source.hr} has {image.shape[0]} x {image.shape[1]} pixels, where at least {cut.multiple} '
-                         'each way are needed.')
+        raise InputError(
+            f'{source.hr} has {image.shape[0]} x {image.shape[1]} pixels, where at least {cut.multiple} '
+            'each way are needed.'
+        )
     images = {1: image[:height, :width]}
     for scale in cut.scales:
         if scale not in source.lr:
@@ -184,12 +210,16 @@ def _load(source: Source, cut: Cut) -> dict:
             continue
         lr = read_image(source.lr[scale])
         # MATLAB's imresize rounds a size up, many data sets round it down; the pixels lie in the same places.
-        if not all(hr_length // scale <= lr_length <= -(-hr_length // scale)
-                   for hr_length, lr_length in zip(image.shape[:2], lr.shape[:2])):
-            raise InputError(f'{source.lr[scale]} has {lr.shape[0]} x {lr.shape[1]} pixels, where '
-                             f'{image.shape[0] // scale} x {image.shape[1] // scale}, the size of {source.hr} by '
-                             f'{scale}, is right.')
-        images[scale] = lr[:height // scale, :width // scale]
+        if not all(
+            hr_length // scale <= lr_length <= -(-hr_length // scale)
+            for hr_length, lr_length in zip(image.shape[:2], lr.shape[:2])
+        ):
+            raise InputError(
+                f'{source.lr[scale]} has {lr.shape[0]} x {lr.shape[1]} pixels, where '
+                f'{image.shape[0] // scale} x {image.shape[1] // scale}, the size of {source.hr} by '
+                f'{scale}, is right.'
+            )
+        images[scale] = lr[: height // scale, : width // scale]
     return images
 
 
@@ -204,8 +234,11 @@ def _entries(source: Source, cut: Cut, check_only: threading.Event):
         return None, {}
     height, width = images[1].shape[:2]
     if cut.size:
-        corners = [(top, left) for top in subimage_starts(height, cut.size, cut.step, cut.threshold)
-                   for left in subimage_starts(width, cut.size, cut.step, cut.threshold)]
+        corners = [
+            (top, left)
+            for top in subimage_starts(height, cut.size, cut.step, cut.threshold)
+            for left in subimage_starts(width, cut.size, cut.step, cut.threshold)
+        ]
         keys = [f'{source.key}_s{number:03d}' for number in range(1, len(corners) + 1)]
         height, width = min(height, cut.size), min(width, cut.size)
     else:
@@ -215,7 +248,7 @@ def _entries(source: Source, cut: Cut, check_only: threading.Event):
         h, w = height // scale, width // scale
         entries[scale] = []
         for key, (top, left) in zip(keys, corners):
-            crop = image[top // scale:top // scale + h, left // scale:left // scale + w]
+            crop = image[top // scale : top // scale + h, left // scale : left // scale + w]
             entries[scale].append((key, encode_png(crop), h, w))
     return None, entries
 
@@ -227,8 +260,9 @@ def _build(sources: Sequence[Source], cut: Cut, folder: Path, workers: int, prog
     paths = {scale: folder / Path(name).stem for scale, name in cut.database_names.items()}
     with contextlib.ExitStack() as stack:
         writers = {scale: stack.enter_context(contextlib.closing(LmdbWriter(path))) for scale, path in paths.items()}
-        results = stack.enter_context(contextlib.closing(
-            _map_in_order(partial(_entries, cut=cut, check_only=check_only), sources, workers)))
+        results = stack.enter_context(
+            contextlib.closing(_map_in_order(partial(_entries, cut=cut, check_only=check_only), sources, workers))
+        )
         for error, entries in tqdm(results, total=len(sources), unit='image', disable=None if progress else True):
             if error:
                 errors.append(error)
@@ -273,8 +307,10 @@ def _partial_folder(output: Path):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise InputError(f'{output}: another `lora-sr prepare` is writing there; wait until it is done, or '
-                                 'choose another output folder.') from error
+                raise InputError(
+                    f'{output}: another `lora-sr prepare` is writing there; wait until it is done, or '
+                    'choose another output folder.'
+                ) from error
         try:
             yield folder
         finally:

@@ -1,4 +1,5 @@
 """Finding the images to prepare, pairing HR with LR, and reading them."""
+
 import os
 import re
 import zlib
@@ -28,6 +29,7 @@ class Source:
         hr: the HR file.
         lr: {scale: LR file}; a scale that is missing is to be made by bicubic.
     """
+
     key: str
     hr: Path
     lr: dict
@@ -54,22 +56,29 @@ def find_sources(folders: Sequence, scales: Sequence[int], lr_folders: Optional[
         InputError: if a folder is missing or has no images, HR and LR do not pair, or two files make the same key.
     """
     if lr_folders and len(lr_folders) != len(folders):
-        raise InputError(f'--lr: {len(lr_folders)} LR folders were given for {len(folders)} HR folders, where one for '
-                         'each, in the same order, is right.')
+        raise InputError(
+            f'--lr: {len(lr_folders)} LR folders were given for {len(folders)} HR folders, where one for '
+            'each, in the same order, is right.'
+        )
     sources = {}
     for number, folder in enumerate(folders):
         for hr_folder in _hr_folders(Path(folder)):
             lr_of_scale = {}
             for scale in scales:
-                lr_folder = (_given_lr_folder(Path(lr_folders[number]), scale, len(scales)) if lr_folders
-                             else _published_lr_folder(hr_folder, scale))
+                lr_folder = (
+                    _given_lr_folder(Path(lr_folders[number]), scale, len(scales))
+                    if lr_folders
+                    else _published_lr_folder(hr_folder, scale)
+                )
                 if lr_folder:
                     lr_of_scale[scale] = _pair(hr_folder, lr_folder, scale)
             for path in _images(hr_folder):
                 key = re.sub('[^A-Za-z0-9_-]', '_', path.stem)
                 if key in sources:
-                    raise InputError(f'{sources[key].hr} and {path} would have the same key, "{key}", in the database: '
-                                     'rename one of them.')
+                    raise InputError(
+                        f'{sources[key].hr} and {path} would have the same key, "{key}", in the database: '
+                        'rename one of them.'
+                    )
                 sources[key] = Source(key, path, {scale: lr[path] for scale, lr in lr_of_scale.items()})
     return [sources[key] for key in sorted(sources)]
 
@@ -117,8 +126,10 @@ def _hr_folders(folder: Path) -> list:
         if not _images(hr_folder):
             raise InputError(f'{hr_folder} has no images ({", ".join(IMAGE_SUFFIXES)}).')
     if not published:
-        raise InputError(f'{folder} has no images ({", ".join(IMAGE_SUFFIXES)}), nor is it the root of DIV2K or '
-                         f'Flickr2K, with a folder {" or ".join(PUBLISHED_HR_FOLDERS)}; sub-folders are not searched.')
+        raise InputError(
+            f'{folder} has no images ({", ".join(IMAGE_SUFFIXES)}), nor is it the root of DIV2K or '
+            f'Flickr2K, with a folder {" or ".join(PUBLISHED_HR_FOLDERS)}; sub-folders are not searched.'
+        )
     return published
 
 
@@ -127,8 +138,9 @@ def _given_lr_folder(folder: Path, scale: int, scales: int) -> Path:
         if candidate.is_dir():
             return candidate
     if scales > 1 or not folder.is_dir():
-        raise InputError(f'--lr: {folder / f"X{scale}"} is not a folder, where the LR images of scale {scale} '
-                         'are expected.')
+        raise InputError(
+            f'--lr: {folder / f"X{scale}"} is not a folder, where the LR images of scale {scale} are expected.'
+        )
     return folder
 
 
@@ -136,7 +148,7 @@ def _published_lr_folder(hr_folder: Path, scale: int) -> Optional[Path]:
     hr_folder = Path(os.path.abspath(hr_folder))  # `.` has no name
     if not hr_folder.name.endswith('_HR'):
         return None
-    lr_folder = hr_folder.parent / f'{hr_folder.name[:-len("_HR")]}_LR_bicubic' / f'X{scale}'
+    lr_folder = hr_folder.parent / f'{hr_folder.name[: -len("_HR")]}_LR_bicubic' / f'X{scale}'
     return lr_folder if lr_folder.is_dir() else None
 
 
@@ -153,18 +165,25 @@ def _pair(hr_folder: Path, lr_folder: Path, scale: int) -> dict:
         else:
             lonely.append(path.name)
     if lonely:
-        raise InputError(f'{lr_folder} has no LR image for {len(lonely)} of the HR images in {hr_folder} '
-                         f'({_some(lonely)}): `NAMEx{scale}` or `NAME` is right.')
+        raise InputError(
+            f'{lr_folder} has no LR image for {len(lonely)} of the HR images in {hr_folder} '
+            f'({_some(lonely)}): `NAMEx{scale}` or `NAME` is right.'
+        )
     if unused:
-        raise InputError(f'{lr_folder} has {len(unused)} images without an HR image in {hr_folder} '
-                         f'({_some(sorted(lr_of_stem[stem].name for stem in unused))}).')
+        raise InputError(
+            f'{lr_folder} has {len(unused)} images without an HR image in {hr_folder} '
+            f'({_some(sorted(lr_of_stem[stem].name for stem in unused))}).'
+        )
     return pairs
 
 
 def _images(folder: Path) -> list:
     try:
-        return sorted(path for path in folder.iterdir()
-                      if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith('.') and path.is_file())
+        return sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith('.') and path.is_file()
+        )
     except OSError as error:
         raise InputError(f'{folder} cannot be read ({error.strerror}).') from error
 
@@ -182,12 +201,15 @@ def _is_damaged(data: bytes) -> bool:
     if data.startswith(PNG_SIGNATURE):
         position = len(PNG_SIGNATURE)
         while position < len(data):
-            end = position + 12 + int.from_bytes(view[position:position + 4], 'big')
-            name = bytes(view[position + 4:position + 8])
+            end = position + 12 + int.from_bytes(view[position : position + 4], 'big')
+            name = bytes(view[position + 4 : position + 8])
             # Only chunks that make the picture count: their names begin with a capital.
             critical = name[:1].isupper()
-            if end > len(data) or critical and zlib.crc32(view[position + 4:end - 4]) != int.from_bytes(
-                    view[end - 4:end], 'big'):
+            if (
+                end > len(data)
+                or critical
+                and zlib.crc32(view[position + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], 'big')
+            ):
                 return True
             if name == b'IEND':
                 return False
@@ -202,5 +224,5 @@ def _is_damaged(data: bytes) -> bool:
                 return True
             if match[1] == b'\xd9':
                 return False
-            position = match.end() + int.from_bytes(view[match.end():match.end() + 2], 'big')
+            position = match.end() + int.from_bytes(view[match.end() : match.end() + 2], 'big')
     return False

@@ -1,4 +1,5 @@
 """From a trained checkpoint to the plain checkpoint that is run."""
+
 from __future__ import annotations
 
 import os
@@ -30,15 +31,18 @@ class MergeReport:
 
     def __str__(self) -> str:
         share = self.lora_parameters / (self.lora_parameters + self.merged_parameters)
-        return (f'network               {self.network}\n'
-                f'layers with LoRA      {self.layers}\n'
-                f'parameters, merged    {self.merged_parameters:,}\n'
-                f'trainable in LoRA     {self.lora_parameters:,} ({share:.1%} of the adapted network)\n'
-                f'largest difference    {self.difference:.2e} (adapted against merged output, range [0, 1])')
+        return (
+            f'network               {self.network}\n'
+            f'layers with LoRA      {self.layers}\n'
+            f'parameters, merged    {self.merged_parameters:,}\n'
+            f'trainable in LoRA     {self.lora_parameters:,} ({share:.1%} of the adapted network)\n'
+            f'largest difference    {self.difference:.2e} (adapted against merged output, range [0, 1])'
+        )
 
 
-def merge_checkpoint(checkpoint: str | os.PathLike, output: str | os.PathLike, param_key: str | None = None,
-                     overwrite: bool = False) -> MergeReport:
+def merge_checkpoint(
+    checkpoint: str | os.PathLike, output: str | os.PathLike, param_key: str | None = None, overwrite: bool = False
+) -> MergeReport:
     """Merge the LoRA of an adapted checkpoint and write the plain network's checkpoint.
 
     The written file is loaded again, into the stock network, and compared with the adapted network on random images.
@@ -73,16 +77,22 @@ def merge_checkpoint(checkpoint: str | os.PathLike, output: str | os.PathLike, p
         _write(merged, partial)
         difference = _largest_difference(adapted, load_network(partial))
         if not difference <= TOLERANCE:
-            raise InputError(f'The merged network differs from the adapted one by {difference:.2e}, more than '
-                             f'{TOLERANCE:.0e}: {checkpoint} has weights too large for float32, or NaN.')
+            raise InputError(
+                f'The merged network differs from the adapted one by {difference:.2e}, more than '
+                f'{TOLERANCE:.0e}: {checkpoint} has weights too large for float32, or NaN.'
+            )
         os.replace(partial, output)
     except OSError as error:
         raise InputError(f'The output {output} cannot be written: {error.strerror}.') from None
     finally:
         partial.unlink(missing_ok=True)
-    return MergeReport(network=type(load_network(output)).__name__, layers=layers,
-                       lora_parameters=count_parameters(adapted).lora,
-                       merged_parameters=count_parameters(merged).total, difference=difference)
+    return MergeReport(
+        network=type(load_network(output)).__name__,
+        layers=layers,
+        lora_parameters=count_parameters(adapted).lora,
+        merged_parameters=count_parameters(merged).total,
+        difference=difference,
+    )
 
 
 def _write(network: nn.Module, path: Path) -> None:

@@ -1,4 +1,5 @@
 """Memory and time of the spatial affinity loss beside its naive form, in one run."""
+
 from __future__ import annotations
 
 import statistics
@@ -16,7 +17,7 @@ SHAPE = (4, 26, 64, 64)
 
 
 def naive_affinity_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """The same distance by its definition, with whole (HW, HW) matrices: what the blockwise form is measured against."""
+    """The same distance by its definition, with whole (HW, HW) matrices: the form to measure against."""
     units = [F.normalize(features.flatten(2), dim=1) for features in (student, teacher)]
     ours, theirs = (unit.transpose(1, 2) @ unit for unit in units)
     return (ours - theirs).abs().mean()

@@ -1,4 +1,5 @@
 """Networks side by side on a folder of images: PSNR, SSIM, parameters, and a picture."""
+
 from __future__ import annotations
 
 import os
@@ -32,8 +33,13 @@ class Row:
     ssim: float
 
 
-def compare(gt_folder: str | os.PathLike, scale: int, checkpoints: dict[str, str | os.PathLike],
-            lr_folder: str | os.PathLike | None = None, picture: str | os.PathLike | None = None) -> list[Row]:
+def compare(
+    gt_folder: str | os.PathLike,
+    scale: int,
+    checkpoints: dict[str, str | os.PathLike],
+    lr_folder: str | os.PathLike | None = None,
+    picture: str | os.PathLike | None = None,
+) -> list[Row]:
     """Measure networks and bicubic interpolation on the images of a folder.
 
     PSNR and SSIM are those of the field's tables: on the Y channel of 8-bit outputs, ``scale`` pixels of border left
@@ -67,15 +73,23 @@ def compare(gt_folder: str | os.PathLike, scale: int, checkpoints: dict[str, str
         versions.update((name, super_resolve(network, small)) for name, network in networks.items())
         for name, version in versions.items():
             if version.shape != original.shape:
-                raise InputError(f'"{name}" makes {version.shape[1]}x{version.shape[0]} pixels of {source.hr.name}, '
-                                 f'where the original has {width}x{height}: its scale is not {scale}.')
-            scores[name].append([metric(version, original, crop_border=scale, test_y_channel=True)
-                                 for metric in (calculate_psnr, calculate_ssim)])
+                raise InputError(
+                    f'"{name}" makes {version.shape[1]}x{version.shape[0]} pixels of {source.hr.name}, '
+                    f'where the original has {width}x{height}: its scale is not {scale}.'
+                )
+            scores[name].append(
+                [
+                    metric(version, original, crop_border=scale, test_y_channel=True)
+                    for metric in (calculate_psnr, calculate_ssim)
+                ]
+            )
         strips.append(_strip({**versions, 'original': original}))
     if picture is not None:
         _write_picture(np.concatenate(strips), Path(picture))
-    return [Row(name, count_parameters(networks[name]).total if name in networks else None, *np.mean(values, axis=0))
-            for name, values in scores.items()]
+    return [
+        Row(name, count_parameters(networks[name]).total if name in networks else None, *np.mean(values, axis=0))
+        for name, values in scores.items()
+    ]
 
 
 @torch.inference_mode()
@@ -108,16 +122,19 @@ def _strip(versions: dict[str, np.ndarray]) -> np.ndarray:
     error = np.abs(versions['original'].astype(np.float32) - versions[BICUBIC]).mean(2)
     side = min(PATCH, *error.shape)
     means = cv2.boxFilter(error, -1, (side, side), anchor=(0, 0), borderType=cv2.BORDER_CONSTANT)
-    means = means[:error.shape[0] - side + 1, :error.shape[1] - side + 1]
+    means = means[: error.shape[0] - side + 1, : error.shape[1] - side + 1]
     top, left = np.unravel_index(means.argmax(), means.shape)
     tiles = []
     for name, version in versions.items():
-        detail = version[top:top + side, left:left + side]
+        detail = version[top : top + side, left : left + side]
         detail = cv2.resize(detail, (PATCH * ZOOM, PATCH * ZOOM), interpolation=cv2.INTER_NEAREST)
         caption = np.full((24, PATCH * ZOOM, 3), 255, np.uint8)
         cv2.putText(caption, name, (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-        tiles.append(cv2.copyMakeBorder(np.concatenate([caption, detail]), 0, 4, 2, 2, cv2.BORDER_CONSTANT,
-                                        value=(255, 255, 255)))
+        tiles.append(
+            cv2.copyMakeBorder(
+                np.concatenate([caption, detail]), 0, 4, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255)
+            )
+        )
     return np.concatenate(tiles, axis=1)
 
 

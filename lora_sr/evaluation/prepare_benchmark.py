@@ -5,6 +5,7 @@ sub-images as PNG files, over all cores; then `create_lmdb.py` reads these files
 `make_lmdb_from_imgs`. The second step is BasicSR's own function here. The first is not part of the installed package,
 so `_extract_subimages` does its work, call by call, with its settings.
 """
+
 import contextlib
 import io
 import multiprocessing
@@ -55,17 +56,25 @@ def run(images, scale: int, work_dir=None) -> dict:
     if scale < 2 or STEP % scale:
         raise InputError(f'--scale: {scale} was given, where a divisor of {STEP} from 2 is right.')
     paths = [Path(images)] if isinstance(images, (str, os.PathLike)) else [Path(path) for path in images]
-    images = [image for path in paths
-              for image in ([path] if path.is_file() else [source.hr for source in find_sources([path], ())])]
+    images = [
+        image
+        for path in paths
+        for image in ([path] if path.is_file() else [source.hr for source in find_sources([path], ())])
+    ]
     workers = os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix='prepare_benchmark_', dir=work_dir) as folder:
         work = Path(folder)
         count = _write_pngs(images, scale, work)
 
-        extract_s = _seconds(lambda: [_extract_subimages(work / name, work / f'{name}_sub', scale_of, workers)
-                                      for name, scale_of in (('hr', 1), ('lr', scale))])
-        lmdb_s = _seconds(lambda: [_create_lmdb(work / f'{name}_sub', work / f'basicsr_{name}.lmdb')
-                                   for name in ('hr', 'lr')])
+        extract_s = _seconds(
+            lambda: [
+                _extract_subimages(work / name, work / f'{name}_sub', scale_of, workers)
+                for name, scale_of in (('hr', 1), ('lr', scale))
+            ]
+        )
+        lmdb_s = _seconds(
+            lambda: [_create_lmdb(work / f'{name}_sub', work / f'basicsr_{name}.lmdb') for name in ('hr', 'lr')]
+        )
         for name in ('hr', 'lr'):
             shutil.rmtree(work / f'{name}_sub')
         options = dict(size=SIZE, step=STEP, threshold=THRESHOLD, workers=workers, progress=False)
@@ -78,19 +87,29 @@ def run(images, scale: int, work_dir=None) -> dict:
         entries = len(read_meta_info(work / 'ours' / 'HR_sub.lmdb'))
 
     result = {
-        'images': count, 'entries': entries, 'workers': workers,
-        'basicsr_extract_s': extract_s, 'basicsr_lmdb_s': lmdb_s, 'basicsr_s': extract_s + lmdb_s,
-        'lora_sr_s': ours_s, 'lora_sr_with_bicubic_s': bicubic_s,
-        'ratio': (extract_s + lmdb_s) / ours_s, 'ratio_with_bicubic': (extract_s + lmdb_s) / bicubic_s,
+        'images': count,
+        'entries': entries,
+        'workers': workers,
+        'basicsr_extract_s': extract_s,
+        'basicsr_lmdb_s': lmdb_s,
+        'basicsr_s': extract_s + lmdb_s,
+        'lora_sr_s': ours_s,
+        'lora_sr_with_bicubic_s': bicubic_s,
+        'ratio': (extract_s + lmdb_s) / ours_s,
+        'ratio_with_bicubic': (extract_s + lmdb_s) / bicubic_s,
     }
     left_out = f' ({len(images) - count} smaller than {SIZE} x {SIZE} left out)' if count < len(images) else ''
-    print(f'{count} images{left_out}, {entries} sub-images of {SIZE} x {SIZE} and their LR at scale {scale}, '
-          f'{workers} cores')
-    for label, key in (('BasicSR: extract_subimages to PNG files', 'basicsr_extract_s'),
-                       ('BasicSR: make_lmdb_from_imgs', 'basicsr_lmdb_s'),
-                       ('BasicSR: both', 'basicsr_s'),
-                       ('lora-sr prepare, LR given', 'lora_sr_s'),
-                       ('lora-sr prepare, LR made by bicubic', 'lora_sr_with_bicubic_s')):
+    print(
+        f'{count} images{left_out}, {entries} sub-images of {SIZE} x {SIZE} and their LR at scale {scale}, '
+        f'{workers} cores'
+    )
+    for label, key in (
+        ('BasicSR: extract_subimages to PNG files', 'basicsr_extract_s'),
+        ('BasicSR: make_lmdb_from_imgs', 'basicsr_lmdb_s'),
+        ('BasicSR: both', 'basicsr_s'),
+        ('lora-sr prepare, LR given', 'lora_sr_s'),
+        ('lora-sr prepare, LR made by bicubic', 'lora_sr_with_bicubic_s'),
+    ):
         print(f'{label:<40} {result[key]:8.2f} s {result["basicsr_s"] / result[key]:8.2f} x')
     print(f'same keys and pixels in all databases; lora-sr prepare is {result["ratio"]:.2f} times as fast as BasicSR')
     return result
@@ -118,8 +137,10 @@ def _write_pngs(images, scale: int, work: Path) -> int:
         cv2.imwrite(str(work / 'lr' / name), bicubic_downscale(image, scale))
         count += 1
     if not count:
-        raise InputError(f'prepare benchmark: none of the {len(images)} images has {SIZE} x {SIZE} pixels, the size of '
-                         'one sub-image.')
+        raise InputError(
+            f'prepare benchmark: none of the {len(images)} images has {SIZE} x {SIZE} pixels, the size of '
+            'one sub-image.'
+        )
     return count
 
 
@@ -137,26 +158,31 @@ def _extract_one(path: Path, target: Path, scale: int):
     for top in subimage_starts(image.shape[0], size, STEP // scale, THRESHOLD):
         for left in subimage_starts(image.shape[1], size, STEP // scale, THRESHOLD):
             index += 1
-            crop = np.ascontiguousarray(image[top:top + size, left:left + size])
-            cv2.imwrite(str(target / f'{path.stem}_s{index:03d}.png'), crop,
-                        [cv2.IMWRITE_PNG_COMPRESSION, EXTRACT_COMPRESSION])
+            crop = np.ascontiguousarray(image[top : top + size, left : left + size])
+            cv2.imwrite(
+                str(target / f'{path.stem}_s{index:03d}.png'), crop, [cv2.IMWRITE_PNG_COMPRESSION, EXTRACT_COMPRESSION]
+            )
 
 
 def _create_lmdb(source: Path, target: Path):
     names = sorted(path.name for path in source.iterdir())
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        make_lmdb_from_imgs(str(source), str(target), names, [name[:-len('.png')] for name in names])
+        make_lmdb_from_imgs(str(source), str(target), names, [name[: -len('.png')] for name in names])
 
 
 def _check_same(theirs: Path, ours: Path):
     """Both databases have the same keys, and the same pixels under each."""
     if read_meta_info(theirs) != read_meta_info(ours):
         raise RuntimeError(f'prepare benchmark: {theirs.name} and {ours} have different keys or shapes')
-    with lmdb.open(str(theirs), readonly=True, lock=False) as their_env, \
-            lmdb.open(str(ours), readonly=True, lock=False) as our_env, \
-            their_env.begin() as their_values, our_env.begin() as our_values:
+    with (
+        lmdb.open(str(theirs), readonly=True, lock=False) as their_env,
+        lmdb.open(str(ours), readonly=True, lock=False) as our_env,
+        their_env.begin() as their_values,
+        our_env.begin() as our_values,
+    ):
         for key, value in their_values.cursor():
-            a, b = (cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
-                    for png in (value, our_values.get(key)))
+            a, b = (
+                cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED) for png in (value, our_values.get(key))
+            )
             if not np.array_equal(a, b):
                 raise RuntimeError(f'prepare benchmark: {key.decode()} differs between {theirs.name} and {ours}')

@@ -1,4 +1,5 @@
 """Spatial affinity distillation, exact, in memory that does not grow with the square of the number of positions."""
+
 from __future__ import annotations
 
 import math
@@ -33,20 +34,20 @@ class _AffinityDistance(torch.autograd.Function):
         group = min(samples, max(1, BUFFER_ELEMENTS // (rows * positions)))
         buffers = student.new_empty(2, group * rows * positions)
         for first in range(0, samples, group):
-            s, t = student[first:first + group], teacher[first:first + group]
+            s, t = student[first : first + group], teacher[first : first + group]
             for start in range(0, positions, rows):
                 stop = min(start + rows, positions)
                 shape = (s.shape[0], stop - start, positions - start)
-                ours, theirs = (buffer[:math.prod(shape)].view(shape) for buffer in buffers)
+                ours, theirs = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
                 # Two products and a difference, rather than one accumulated product: equal features give exactly zero.
                 torch.bmm(s[:, :, start:stop].mT, s[:, :, start:], out=ours)
                 difference = ours.sub_(torch.bmm(t[:, :, start:stop].mT, t[:, :, start:], out=theirs))
                 absolute = torch.abs(difference, out=theirs)
-                total += 2 * absolute.sum() - absolute[:, :, :stop - start].sum()
+                total += 2 * absolute.sum() - absolute[:, :, : stop - start].sum()
                 if needs_grad:
                     sign = difference.sign_()
-                    grad[first:first + group, :, start:stop] += s[:, :, start:] @ sign.mT
-                    grad[first:first + group, :, stop:] += s[:, :, start:stop] @ sign[:, :, stop - start:]
+                    grad[first : first + group, :, start:stop] += s[:, :, start:] @ sign.mT
+                    grad[first : first + group, :, stop:] += s[:, :, start:stop] @ sign[:, :, stop - start :]
         pairs = samples * positions**2
         if needs_grad:
             ctx.save_for_backward(grad.mul_(2 / pairs))
@@ -76,10 +77,15 @@ def spatial_affinity_distance(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         InputError: The number of samples or the spatial sizes differ.
     """
-    if student.ndim != 4 or teacher.ndim != 4 or student.shape[:1] + student.shape[2:] != (
-            teacher.shape[:1] + teacher.shape[2:]):
-        raise InputError(f'Spatial affinity compares feature maps (N, C, H, W) of equal N, H and W, but the student\'s '
-                         f'are {tuple(student.shape)} and the teacher\'s {tuple(teacher.shape)}.')
+    if (
+        student.ndim != 4
+        or teacher.ndim != 4
+        or student.shape[:1] + student.shape[2:] != (teacher.shape[:1] + teacher.shape[2:])
+    ):
+        raise InputError(
+            f"Spatial affinity compares feature maps (N, C, H, W) of equal N, H and W, but the student's "
+            f"are {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}."
+        )
     units = [F.normalize(features.flatten(2), dim=1).contiguous() for features in (student, teacher.detach())]
     return _AffinityDistance.apply(*units, torch.is_grad_enabled() and student.requires_grad)
 
@@ -103,7 +109,9 @@ class SpatialAffinityLoss(nn.Module):
             InputError: The numbers of layers differ or are 0, or a pair does not fit.
         """
         if len(student) != len(teacher) or not student:
-            raise InputError(f'The affinity loss needs as many layers of the student ({len(student)}) as of the '
-                             f'teacher ({len(teacher)}), at least one.')
+            raise InputError(
+                f'The affinity loss needs as many layers of the student ({len(student)}) as of the '
+                f'teacher ({len(teacher)}), at least one.'
+            )
         distances = [spatial_affinity_distance(s, t) for s, t in zip(student, teacher)]
         return self.loss_weight * torch.stack(distances).mean()

@@ -1,4 +1,5 @@
 """Training of a student network under a teacher."""
+
 from __future__ import annotations
 
 import difflib
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 
 from lora_sr.archs import fold, read_state_dict
+from lora_sr.checkpoint_file import load_weights
 from lora_sr.errors import InputError
 
 MEMORY_FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
@@ -38,13 +40,16 @@ class FeatureTap:
         for layer in self.layers:
             if layer not in modules or not layer:
                 near = difflib.get_close_matches(layer, modules, n=4, cutoff=0.3) or list(modules)[1:5]
-                raise InputError(f'train.affinity_opt.layers names "{layer}", which the {role} '
-                                 f'{type(network).__name__} does not have; near names are {", ".join(near)}.')
+                raise InputError(
+                    f'train.affinity_opt.layers names "{layer}", which the {role} '
+                    f'{type(network).__name__} does not have; near names are {", ".join(near)}.'
+                )
             modules[layer].register_forward_hook(self._keep(layer))
 
     def _keep(self, layer: str):
         def hook(module, inputs, output):
             self._outputs[layer] = output[0] if isinstance(output, (tuple, list)) else output
+
         return hook
 
     def features(self) -> list[Tensor]:
@@ -93,9 +98,7 @@ class DistillationModel(SRModel):
         self.ema_decay = train_opt.get('ema_decay', 0)
         if self.ema_decay > 0:
             # A copy, not a second network: the random lora_A of the student must be the average's, too.
-            self.net_g_ema = deepcopy(self.get_bare_model(self.net_g)).eval()
-            for parameter in self.net_g_ema.parameters():
-                parameter.requires_grad_(False)
+            self.net_g_ema = deepcopy(self.get_bare_model(self.net_g)).eval().requires_grad_(False)
             if self.opt['path'].get('resume_state'):
                 self.load_network(self.net_g_ema, self.opt['path']['pretrain_network_g'], True, 'params_ema')
 
@@ -105,15 +108,13 @@ class DistillationModel(SRModel):
     def _build_teacher(self):
         path_opt = self.opt['path']
         if not self.opt.get('network_t') or not path_opt.get('pretrain_network_t'):
-            raise InputError('DistillationModel needs a trained teacher: give "network_t" and '
-                             '"path: pretrain_network_t".')
+            raise InputError(
+                'DistillationModel needs a trained teacher: give "network_t" and "path: pretrain_network_t".'
+            )
         teacher = build_network(self.opt['network_t'])
-        state = read_state_dict(path_opt['pretrain_network_t'], path_opt.get('param_key_t'))
-        try:
-            teacher.load_state_dict(state, strict=path_opt.get('strict_load_t', True))
-        except RuntimeError as error:
-            raise InputError(f'path.pretrain_network_t ({path_opt["pretrain_network_t"]}) does not fit network_t '
-                             f'({type(teacher).__name__}): {" ".join(str(error).split())}') from None
+        path = path_opt['pretrain_network_t']
+        state = read_state_dict(path, path_opt.get('param_key_t'))
+        load_weights(teacher, state, path, strict=path_opt.get('strict_load_t', True))
         fold(teacher).eval().requires_grad_(False)
         self.net_t = teacher.to(self.device, memory_format=self.memory_format)
 
@@ -129,23 +130,30 @@ class DistillationModel(SRModel):
         self.cri_distill_pix = build('distill_pixel_opt')
         self.cri_affinity = build('affinity_opt')
         if self.cri_distill_pix is None and self.cri_affinity is None:
-            raise InputError('DistillationModel learns nothing from its teacher: give "train: distill_pixel_opt", '
-                             '"train: affinity_opt", or both (or use SRModel).')
+            raise InputError(
+                'DistillationModel learns nothing from its teacher: give "train: distill_pixel_opt", '
+                '"train: affinity_opt", or both (or use SRModel).'
+            )
         if self.cri_affinity is not None:
             self._tap_features(layers)
 
     def _tap_features(self, layers):
         if isinstance(self.net_g, DataParallel):
-            raise InputError('train.affinity_opt does not work with DataParallel: start one process a GPU, with '
-                             '--launcher pytorch.')
+            raise InputError(
+                'train.affinity_opt does not work with DataParallel: start one process a GPU, with --launcher pytorch.'
+            )
         pair = layers if isinstance(layers, dict) else {'student': layers, 'teacher': layers}
         for role in ('student', 'teacher'):
             if set(pair) != {'student', 'teacher'} or not isinstance(pair[role], list) or not pair[role]:
-                raise InputError('train.affinity_opt.layers must be a list of module names, or '
-                                 f'{{student: [...], teacher: [...]}} with two such lists, not {layers!r}.')
+                raise InputError(
+                    'train.affinity_opt.layers must be a list of module names, or '
+                    f'{{student: [...], teacher: [...]}} with two such lists, not {layers!r}.'
+                )
         if len(pair['student']) != len(pair['teacher']):
-            raise InputError(f'train.affinity_opt.layers has {len(pair["student"])} layers of the student and '
-                             f'{len(pair["teacher"])} of the teacher: they are compared one by one.')
+            raise InputError(
+                f'train.affinity_opt.layers has {len(pair["student"])} layers of the student and '
+                f'{len(pair["teacher"])} of the teacher: they are compared one by one.'
+            )
         self.student_tap = FeatureTap(self.get_bare_model(self.net_g), pair['student'], 'student')
         self.teacher_tap = FeatureTap(self.net_t, pair['teacher'], 'teacher')
 
@@ -159,9 +167,11 @@ class DistillationModel(SRModel):
         for key, network in (('network_g', student), ('network_t', self.net_t)):
             output = network(patch)
             if output.shape[2:] != (size * scale, size * scale):
-                raise InputError(f'The option "scale" is {scale}, but {key} ({type(network).__name__}) makes '
-                                 f'{output.shape[2]}x{output.shape[3]} of {size}x{size}: give both networks the '
-                                 'scale of the data.')
+                raise InputError(
+                    f'The option "scale" is {scale}, but {key} ({type(network).__name__}) makes '
+                    f'{output.shape[2]}x{output.shape[3]} of {size}x{size}: give both networks the '
+                    'scale of the data.'
+                )
         if self.cri_affinity is not None:
             self.cri_affinity(self.student_tap.features(), self.teacher_tap.features())
 

@@ -1,4 +1,5 @@
 """LoRA: against the authors' layer, against float64, and against what a user would do wrong."""
+
 import copy
 
 import numpy as np
@@ -6,9 +7,23 @@ import pytest
 import torch
 from torch import nn
 
-from lora_sr.adapters import (LoRAConfig, LoRAConv2d, LoRALinear, add_lora, count_parameters, describe_lora,
-                              load_adapter, lora_layers, lora_state_dict, mark_trainable, merge_lora, read_adapter,
-                              remove_lora, save_adapter, set_lora_scale)
+from lora_sr.adapters import (
+    LoRAConfig,
+    LoRAConv2d,
+    LoRALinear,
+    add_lora,
+    count_parameters,
+    describe_lora,
+    load_adapter,
+    lora_layers,
+    lora_state_dict,
+    mark_trainable,
+    merge_lora,
+    read_adapter,
+    remove_lora,
+    save_adapter,
+    set_lora_scale,
+)
 from lora_sr.errors import InputError
 
 
@@ -18,9 +33,12 @@ class Small(nn.Module):
     def __init__(self):
         super().__init__()
         self.head = nn.Conv2d(3, 8, 3, padding=1)
-        self.body = nn.Sequential(nn.Conv2d(8, 8, 5, padding=4, dilation=2, groups=8), nn.GELU(),
-                                  nn.Conv2d(8, 12, (1, 3), stride=2, padding=(0, 1), groups=4, bias=False),
-                                  nn.BatchNorm2d(12))
+        self.body = nn.Sequential(
+            nn.Conv2d(8, 8, 5, padding=4, dilation=2, groups=8),
+            nn.GELU(),
+            nn.Conv2d(8, 12, (1, 3), stride=2, padding=(0, 1), groups=4, bias=False),
+            nn.BatchNorm2d(12),
+        )
         self.up = nn.ConvTranspose2d(12, 4, 2, 2)
         self.tail = nn.Linear(4, 5)
 
@@ -48,8 +66,9 @@ def trained(network):
 @pytest.mark.parametrize('kernel', ['k1', 'k3', 'k5'])
 def test_convolution_equals_the_authors_layer(shared, kernel):
     golden = np.load(shared / 'golden/convlora.npz')
-    tensors = {name: torch.from_numpy(golden[f'{kernel}.{name}'])
-               for name in ('weight', 'bias', 'lora_A', 'lora_B', 'x', 'y')}
+    tensors = {
+        name: torch.from_numpy(golden[f'{kernel}.{name}']) for name in ('weight', 'bias', 'lora_A', 'lora_B', 'x', 'y')
+    }
     size, rank, alpha = golden[f'{kernel}.meta'].tolist()
     out_channels, in_channels = tensors['weight'].shape[:2]
     layer = LoRAConv2d(nn.Conv2d(in_channels, out_channels, size, padding=size // 2), rank, alpha)
@@ -91,14 +110,19 @@ def test_adding_lora_leaves_the_output_bit_equal_and_trains_lora_only(network):
 def test_initialisation_is_kaiming_uniform_and_zero():
     torch.manual_seed(0)
     layer = LoRAConv2d(nn.Conv2d(64, 64, 3), rank=16, alpha=1)
-    bound = 1 / (64 * 3)**0.5  # kaiming_uniform_ with a = sqrt(5) over a fan-in of in * k
+    bound = 1 / (64 * 3) ** 0.5  # kaiming_uniform_ with a = sqrt(5) over a fan-in of in * k
     assert layer.lora_A.abs().max() <= bound and abs(layer.lora_A.std().item() - bound / 3**0.5) < 0.01 * bound
     assert not layer.lora_B.any()
 
 
-@pytest.mark.parametrize('bias, expected', [('none', set()), ('lora', {'head.bias', 'body.0.bias', 'tail.bias'}),
-                                            ('all', {'head.bias', 'body.0.bias', 'tail.bias', 'up.bias',
-                                                     'body.3.bias'})])
+@pytest.mark.parametrize(
+    'bias, expected',
+    [
+        ('none', set()),
+        ('lora', {'head.bias', 'body.0.bias', 'tail.bias'}),
+        ('all', {'head.bias', 'body.0.bias', 'tail.bias', 'up.bias', 'body.3.bias'}),
+    ],
+)
 def test_biases_that_train(network, bias, expected):
     mark_trainable(add_lora(network, ALL), bias)
     assert {name for name, p in network.named_parameters() if p.requires_grad and 'lora' not in name} == expected
@@ -129,11 +153,20 @@ def test_scale_runs_from_the_base_to_the_adapted_network_and_merges_as_set(netwo
 
 
 def test_patterns_exclusions_and_overrides(network):
-    config = LoRAConfig([r'body\.\d', 'tail', 'head'], rank=4, alpha=8, exclude_modules=['body.0'],
-                        rank_pattern={'tail': 2}, alpha_pattern={'h.*': 1})
+    config = LoRAConfig(
+        [r'body\.\d', 'tail', 'head'],
+        rank=4,
+        alpha=8,
+        exclude_modules=['body.0'],
+        rank_pattern={'tail': 2},
+        alpha_pattern={'h.*': 1},
+    )
     add_lora(network, config)
     assert {name: (layer.rank, layer.lora_alpha.item()) for name, layer in lora_layers(network)} == {
-        'head': (4, 1.0), 'body.2': (4, 8.0), 'tail': (2, 8.0)}
+        'head': (4, 1.0),
+        'body.2': (4, 8.0),
+        'tail': (2, 8.0),
+    }
     counts = count_parameters(network)
     sizes = {'head': 4 * 3 * (3 * 3 + 8 * 3), 'body.2': 4 * (8 * 3) + (12 // 4) * 4, 'tail': 2 * (4 + 5)}
     assert counts.lora == sum(sizes.values()) and counts.trainable == counts.total
@@ -170,20 +203,23 @@ def test_adapter_of_another_shape_is_refused_and_changes_nothing(network, tmp_pa
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize('config, message', [
-    ({'target_modules': ['boddy.0']}, r'"boddy.0" matches no module .* near names are body\.'),
-    ({'target_modules': ['up']}, '"up" matches "up", a ConvTranspose2d, which cannot carry LoRA'),
-    ({'target_modules': ['body']}, r'"body" matches "body", a Sequential.*inside it are body\.0, body\.2'),
-    ({'target_modules': ['.*'], 'exclude_modules': ['tial']}, 'exclude_modules "tial" matches no module'),
-    ({'target_modules': ['.*'], 'exclude_modules': ['.*']}, 'leaves nothing'),
-    ({'target_modules': ['tail'], 'rank': 0}, '"rank" is 0'),
-    ({'target_modules': ['tail'], 'rank_pattern': {'tail': -1}}, '"tail" is -1'),
-    ({'target_modules': ['tail'], 'alpha': 0}, '"alpha" is 0'),
-    ({'target_modules': ['(']}, 'is not a regular expression'),
-    ({'target_modules': []}, 'target_modules is empty'),
-    ({'target_modules': ['tail'], 'rnak': 4}, 'did you mean "rank"'),
-    ({'rank': 4}, 'lack "target_modules"'),
-])
+@pytest.mark.parametrize(
+    'config, message',
+    [
+        ({'target_modules': ['boddy.0']}, r'"boddy.0" matches no module .* near names are body\.'),
+        ({'target_modules': ['up']}, '"up" matches "up", a ConvTranspose2d, which cannot carry LoRA'),
+        ({'target_modules': ['body']}, r'"body" matches "body", a Sequential.*inside it are body\.0, body\.2'),
+        ({'target_modules': ['.*'], 'exclude_modules': ['tial']}, 'exclude_modules "tial" matches no module'),
+        ({'target_modules': ['.*'], 'exclude_modules': ['.*']}, 'leaves nothing'),
+        ({'target_modules': ['tail'], 'rank': 0}, '"rank" is 0'),
+        ({'target_modules': ['tail'], 'rank_pattern': {'tail': -1}}, '"tail" is -1'),
+        ({'target_modules': ['tail'], 'alpha': 0}, '"alpha" is 0'),
+        ({'target_modules': ['(']}, 'is not a regular expression'),
+        ({'target_modules': []}, 'target_modules is empty'),
+        ({'target_modules': ['tail'], 'rnak': 4}, 'did you mean "rank"'),
+        ({'rank': 4}, 'lack "target_modules"'),
+    ],
+)
 def test_wrong_configurations_name_what_is_wrong(network, config, message):
     before = copy.deepcopy(network.state_dict())
     with pytest.raises(InputError, match=message):

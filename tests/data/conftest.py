@@ -1,26 +1,22 @@
 """Small images that the tests make, and the published sets where they are at hand."""
+
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-BENCHMARK_SETS = Path(__file__).resolve().parents[2].parent / 'shared' / 'data' / 'benchmark'
-
 
 @pytest.fixture
-def benchmark_set():
-    """A function: the folder of a published test set; the test is skipped where the sets are absent."""
-    def folder(name: str) -> Path:
-        if not (BENCHMARK_SETS / name).is_dir():
-            pytest.skip(f'the published test sets are not at hand ({BENCHMARK_SETS / name})')
-        return BENCHMARK_SETS / name
-    return folder
+def benchmark_set(shared):
+    """A function: the folder of a published test set."""
+    return lambda name: shared / 'data' / 'benchmark' / name
 
 
 @pytest.fixture
 def make_images():
     """A function: write images of given sizes, different in content, to a folder that it makes."""
+
     def make(folder: Path, sizes, names=None, suffix='.png') -> Path:
         folder.mkdir(parents=True)
         for number, (height, width) in enumerate(sizes, 1):
@@ -28,4 +24,5 @@ def make_images():
             image = cv2.resize(noise, (width, height), interpolation=cv2.INTER_LINEAR)
             cv2.imwrite(str(folder / f'{names[number - 1] if names else f"{number:04d}"}{suffix}'), image)
         return folder
+
     return make

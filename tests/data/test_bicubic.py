@@ -1,4 +1,5 @@
 """The bicubic against the published LR images and against MATLAB's algorithm written out in float64."""
+
 import cv2
 import numpy as np
 import pytest
@@ -7,8 +8,9 @@ from lora_sr.data.bicubic import bicubic_downscale, bicubic_upscale
 from lora_sr.errors import InputError
 
 
-@pytest.mark.parametrize('name, scale', [('Set5', 2), ('Set5', 3), ('Set5', 4), ('Set14', 2), ('Set14', 3),
-                                         ('Set14', 4), ('B100', 4)])
+@pytest.mark.parametrize(
+    'name, scale', [('Set5', 2), ('Set5', 3), ('Set5', 4), ('Set14', 2), ('Set14', 3), ('Set14', 4), ('B100', 4)]
+)
 def test_equals_the_published_lr_but_for_two_pixels_at_the_border(benchmark_set, name, scale):
     paths = sorted((benchmark_set(name) / f'GTmod{scale}').iterdir())
     assert paths
@@ -21,6 +23,7 @@ def test_equals_the_published_lr_but_for_two_pixels_at_the_border(benchmark_set,
 
 def matlab_imresize(image, scale):
     """MATLAB's `imresize.m`, dimension by dimension, pixel by pixel."""
+
     def kernel(x):
         x = abs(x)
         if x <= 1:
@@ -38,8 +41,10 @@ def matlab_imresize(image, scale):
             left = int(np.floor(u - kernel_width / 2))
             indices = range(left, left + int(np.ceil(kernel_width)) + 2)
             weights = [kernel(min(scale, 1) * (u - i)) for i in indices]
-            row = sum(w / sum(weights) * image[mirrored[(i - 1) % (2 * length)]].astype(np.float64)
-                      for w, i in zip(weights, indices))
+            row = sum(
+                w / sum(weights) * image[mirrored[(i - 1) % (2 * length)]].astype(np.float64)
+                for w, i in zip(weights, indices)
+            )
             rows.append(np.floor(np.clip(row, 0, 255) + 0.5).astype(np.uint8))
         image = np.moveaxis(np.stack(rows), 0, axis)
     return image
@@ -70,10 +75,18 @@ def test_scale_1_changes_nothing():
     np.testing.assert_array_equal(bicubic_upscale(image, 1), image)
 
 
-@pytest.mark.parametrize('image, scale', [
-    (np.zeros((8, 8, 3), np.float32), 2), (np.zeros((8, 8, 3), np.uint16), 2), (np.zeros((0, 8, 3), np.uint8), 2),
-    (np.zeros(8, np.uint8), 2), (np.zeros((8, 8), np.uint8), 0), (np.zeros((8, 8), np.uint8), 2.5),
-    (np.zeros((8, 8), np.uint8), 17)])
+@pytest.mark.parametrize(
+    'image, scale',
+    [
+        (np.zeros((8, 8, 3), np.float32), 2),
+        (np.zeros((8, 8, 3), np.uint16), 2),
+        (np.zeros((0, 8, 3), np.uint8), 2),
+        (np.zeros(8, np.uint8), 2),
+        (np.zeros((8, 8), np.uint8), 0),
+        (np.zeros((8, 8), np.uint8), 2.5),
+        (np.zeros((8, 8), np.uint8), 17),
+    ],
+)
 def test_refuses_what_it_cannot_resize(image, scale):
     with pytest.raises(InputError, match='is right|are right'):
         bicubic_downscale(image, scale)

@@ -1,4 +1,5 @@
 """The comparison with BasicSR's scripts: it runs, and both ways make the same databases."""
+
 import pytest
 
 from lora_sr.errors import InputError

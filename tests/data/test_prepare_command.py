@@ -1,4 +1,5 @@
 """Wrong input to `lora-sr prepare`: one sentence each, and nothing is written."""
+
 import cv2
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ from lora_sr.data import read_meta_info
 @pytest.fixture
 def refused(tmp_path, capfd):
     """A function: the one sentence on stderr that these arguments are refused with, status 2 and nothing written."""
+
     def message(*arguments, output=tmp_path / 'out'):
         capfd.readouterr()
         assert main(['prepare', *map(str, arguments), '-o', str(output)]) == 2
         assert not (tmp_path / 'out').exists()
         out, err = capfd.readouterr()
         assert not out and err.startswith('lora-sr: error: ') and err.endswith('.\n') and err.count('\n') == 1, err
-        return err[len('lora-sr: error: '):-1]
+        return err[len('lora-sr: error: ') : -1]
+
     return message
 
 
@@ -34,11 +37,21 @@ def test_says_what_was_made(tmp_path, make_images, capfd):
     assert len(read_meta_info(tmp_path / 'out' / 'LR_bicubic_X4_sub.lmdb')) == 4
 
 
-@pytest.mark.parametrize('options, part', [
-    ('--scale 1', '--scale: 1 was given'), ('--scale 2 2', '--scale: 2 2 was given'), ('--scale 99', '--scale: 99'),
-    ('--size 100 --scale 3', '--size: 100 is not a multiple of 3'), ('--step 0', '--step: 0'),
-    ('--step 10 --scale 4', '--step: 10 is not a multiple of 4'), ('--size -1', '--size: -1'),
-    ('--threshold -1', '--threshold: -1'), ('--workers 0', '--workers: 0'), ('--lr a b', '--lr: 2 LR folders')])
+@pytest.mark.parametrize(
+    'options, part',
+    [
+        ('--scale 1', '--scale: 1 was given'),
+        ('--scale 2 2', '--scale: 2 2 was given'),
+        ('--scale 99', '--scale: 99'),
+        ('--size 100 --scale 3', '--size: 100 is not a multiple of 3'),
+        ('--step 0', '--step: 0'),
+        ('--step 10 --scale 4', '--step: 10 is not a multiple of 4'),
+        ('--size -1', '--size: -1'),
+        ('--threshold -1', '--threshold: -1'),
+        ('--workers 0', '--workers: 0'),
+        ('--lr a b', '--lr: 2 LR folders'),
+    ],
+)
 def test_wrong_options(tmp_path, make_images, refused, options, part):
     folder = make_images(tmp_path / 'photos', [(48, 48)])
     assert part in refused(folder, *options.split())
@@ -78,7 +91,7 @@ def test_lr_that_does_not_pair(tmp_path, make_images, refused):
 def test_bad_images_are_all_named(tmp_path, make_images, refused):
     folder = make_images(tmp_path / 'photos', [(400, 300)] * 30)
     whole = (folder / '0001.png').read_bytes()
-    (folder / '0003.png').write_bytes(whole[:len(whole) // 2])
+    (folder / '0003.png').write_bytes(whole[: len(whole) // 2])
     (folder / '0009.png').write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     jpeg = cv2.imencode('.jpg', cv2.imread(str(folder / '0001.png')))[1].tobytes()
     (folder / '0030.png').unlink()
@@ -88,13 +101,16 @@ def test_bad_images_are_all_named(tmp_path, make_images, refused):
     assert all(f'{name} is damaged' in message for name in ('0003.png', '0009.png', '0030.jpg'))
 
 
-@pytest.mark.parametrize('name, content, part', [
-    ('text.png', b'not an image', 'text.png is damaged or is not an image'),
-    ('empty.jpg', b'', 'empty.jpg is damaged'),
-    ('deep.png', np.zeros((48, 48, 3), np.uint16), 'values of type uint16'),
-    ('clear.png', np.zeros((48, 48, 4), np.uint8), 'transparent in places'),
-    ('tiny.png', np.zeros((48, 3, 3), np.uint8), 'has 48 x 3 pixels, where at least 12'),
-])
+@pytest.mark.parametrize(
+    'name, content, part',
+    [
+        ('text.png', b'not an image', 'text.png is damaged or is not an image'),
+        ('empty.jpg', b'', 'empty.jpg is damaged'),
+        ('deep.png', np.zeros((48, 48, 3), np.uint16), 'values of type uint16'),
+        ('clear.png', np.zeros((48, 48, 4), np.uint8), 'transparent in places'),
+        ('tiny.png', np.zeros((48, 3, 3), np.uint8), 'has 48 x 3 pixels, where at least 12'),
+    ],
+)
 def test_an_image_that_cannot_be_used(tmp_path, make_images, refused, name, content, part):
     folder = make_images(tmp_path / 'photos', [(48, 48)])
     if not isinstance(content, bytes):

@@ -1,4 +1,5 @@
 """Databases made from folders: their contents, and what is left after an interruption at any moment."""
+
 import os
 import shutil
 import subprocess
@@ -46,18 +47,22 @@ def test_sub_images_are_cut_from_the_whole_image_and_its_bicubic_lr(tmp_path, ma
     folder = make_images(tmp_path / 'photos', [(101, 75), (60, 130)])
     prepared = prepare_databases([folder], tmp_path / 'out', [2, 3, 4], **SMALL)
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
-        'HR_sub.lmdb', 'LR_bicubic_X2_sub.lmdb', 'LR_bicubic_X3_sub.lmdb', 'LR_bicubic_X4_sub.lmdb']
+        'HR_sub.lmdb',
+        'LR_bicubic_X2_sub.lmdb',
+        'LR_bicubic_X3_sub.lmdb',
+        'LR_bicubic_X4_sub.lmdb',
+    ]
     expected = {scale: {} for scale in (1, 2, 3, 4)}
     for name in ('0001', '0002'):
         image = cv2.imread(str(folder / f'{name}.png'))
-        image = image[:image.shape[0] // 12 * 12, :image.shape[1] // 12 * 12]
+        image = image[: image.shape[0] // 12 * 12, : image.shape[1] // 12 * 12]
         index = 0
         for top in basicsr_starts(image.shape[0], 48, 24, 0):
             for left in basicsr_starts(image.shape[1], 48, 24, 0):
                 index += 1
                 for k in expected:
                     lr = bicubic_downscale(image, k)
-                    expected[k][f'{name}_s{index:03d}'] = lr[top // k:(top + 48) // k, left // k:(left + 48) // k]
+                    expected[k][f'{name}_s{index:03d}'] = lr[top // k : (top + 48) // k, left // k : (left + 48) // k]
     for scale, images in expected.items():
         values, meta = contents(prepared.databases[scale])
         side = 48 // scale
@@ -106,17 +111,21 @@ def test_published_layouts_bring_their_own_lr(tmp_path, make_images, root, name)
         prepared = prepare_databases([folder], tmp_path / 'out', [2, 4], overwrite=True, **SMALL)
         values, _ = contents(prepared.databases[4])
         for key in ('0001', '0002'):
-            np.testing.assert_array_equal(decode(values[f'{key}_s001'.encode()]),
-                                          cv2.imread(str(lr / f'{key}x4.png'))[:12, :12])
+            np.testing.assert_array_equal(
+                decode(values[f'{key}_s001'.encode()]), cv2.imread(str(lr / f'{key}x4.png'))[:12, :12]
+            )
         hr = cv2.imread(str(tmp_path / root / f'{name}_HR' / '0001.png'))
-        np.testing.assert_array_equal(decode(contents(prepared.databases[2])[0][b'0001_s001']),
-                                      bicubic_downscale(hr, 2)[:24, :24])
+        np.testing.assert_array_equal(
+            decode(contents(prepared.databases[2])[0][b'0001_s001']), bicubic_downscale(hr, 2)[:24, :24]
+        )
 
 
 def test_given_lr_folders_pair_with_the_hr_folders_in_order(tmp_path, make_images):
     hr = [make_images(tmp_path / f'hr{i}', [(48, 48)], [f'image {i}.a']) for i in (1, 2)]
-    lr = [make_images(tmp_path / 'lr1', [(12, 12)], ['image 1.a']),
-          make_images(tmp_path / 'lr2' / 'X4', [(12, 12)], ['image 2.ax4']).parent]
+    lr = [
+        make_images(tmp_path / 'lr1', [(12, 12)], ['image 1.a']),
+        make_images(tmp_path / 'lr2' / 'X4', [(12, 12)], ['image 2.ax4']).parent,
+    ]
     prepared = prepare_databases(hr, tmp_path / 'out', [4], lr, **SMALL)
     values, _ = contents(prepared.databases[4])
     assert list(values) == [b'image_1_a_s001', b'image_2_a_s001']
@@ -222,8 +231,16 @@ for moment in moments:
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, moment
 """
-MOMENTS = ['read_image-1', 'read_image-7', 'put-1', 'put-40', 'check_databases-1', 'replace-1',
-           *(f'rename-{number}' for number in range(1, 10)), 'rmtree-1']
+MOMENTS = [
+    'read_image-1',
+    'read_image-7',
+    'put-1',
+    'put-40',
+    'check_databases-1',
+    'replace-1',
+    *(f'rename-{number}' for number in range(1, 10)),
+    'rmtree-1',
+]
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills forked processes')
@@ -231,10 +248,13 @@ MOMENTS = ['read_image-1', 'read_image-7', 'put-1', 'put-40', 'check_databases-1
 def test_a_kill_at_any_moment_leaves_nothing_half_made_and_a_second_run_completes(tmp_path, make_images, before):
     old = make_images(tmp_path / 'old', [(60, 60)])
     new = make_images(tmp_path / 'new', [(60 + 7 * i, 120 - 5 * i) for i in range(9)])
-    wanted = {path: contents(path) for path in
-              prepare_databases([new], tmp_path / 'wanted', [2, 4], **SMALL).databases.values()}
-    moments = MOMENTS if before == 'an older pair' else [m for m in MOMENTS if m not in ('rename-7', 'rename-8',
-                                                                                        'rename-9')]
+    wanted = {
+        path: contents(path)
+        for path in prepare_databases([new], tmp_path / 'wanted', [2, 4], **SMALL).databases.values()
+    }
+    moments = (
+        MOMENTS if before == 'an older pair' else [m for m in MOMENTS if m not in ('rename-7', 'rename-8', 'rename-9')]
+    )
     for moment in moments:
         if before == 'an older pair':
             prepare_databases([old], tmp_path / moment, [2, 4], **SMALL)
@@ -248,7 +268,8 @@ def test_a_kill_at_any_moment_leaves_nothing_half_made_and_a_second_run_complete
         assert not [path for path in (output / '.prepare.partial').rglob('*.lmdb') if 'replaced' not in path.parts]
         complete = {path.name: content for path, content in wanted.items()}
         assert all(content == complete[name] for name, content in left.items()) or (
-            before == 'an older pair' and all(content == wanted_old[name] for name, content in left.items())), moment
+            before == 'an older pair' and all(content == wanted_old[name] for name, content in left.items())
+        ), moment
         # A first set needs no leave to overwrite: what the kill left does not count as a finished set.
         prepare_databases([new], output, [2, 4], overwrite=before == 'an older pair', **SMALL)
         assert sorted(path.name for path in output.iterdir()) == sorted(complete)

@@ -1,4 +1,5 @@
 """`lora-sr merge`: the plain checkpoint gives the adapted network's images, and nothing is overwritten."""
+
 import pytest
 import torch
 
@@ -17,8 +18,10 @@ def adapted(tmp_path):
     with torch.no_grad():
         for _, layer in lora_layers(network):
             layer.lora_B.normal_(std=0.02)
-    torch.save({'params': DSCLoRA(feature_channels=8, upscale=3).state_dict(), 'params_ema': network.state_dict()},
-               tmp_path / 'net_g_10.pth')
+    torch.save(
+        {'params': DSCLoRA(feature_channels=8, upscale=3).state_dict(), 'params_ema': network.state_dict()},
+        tmp_path / 'net_g_10.pth',
+    )
     return network
 
 
@@ -50,13 +53,16 @@ def test_nothing_is_overwritten_or_left_behind(adapted, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['merged.pth', 'net_g_10.pth']
 
 
-@pytest.mark.parametrize('checkpoint, output, message', [
-    ('absent.pth', 'm.pth', 'There is no checkpoint file'),
-    ('net_g_10.pth', 'm.pt', 'must end in .pth or .safetensors'),
-    ('net_g_10.pth', 'absent/m.pth', 'does not exist'),
-    ('plain.pth', 'm.pth', 'carries no LoRA'),
-    ('nan.pth', 'm.pth', 'differs from the adapted one'),
-])
+@pytest.mark.parametrize(
+    'checkpoint, output, message',
+    [
+        ('absent.pth', 'm.pth', 'absent.pth cannot be read'),
+        ('net_g_10.pth', 'm.pt', 'must end in .pth or .safetensors'),
+        ('net_g_10.pth', 'absent/m.pth', 'does not exist'),
+        ('plain.pth', 'm.pth', 'carries no LoRA'),
+        ('nan.pth', 'm.pth', 'differs from the adapted one'),
+    ],
+)
 def test_mistakes_are_one_sentence_and_leave_no_file(adapted, tmp_path, capsys, checkpoint, output, message):
     torch.save(SPAN(feature_channels=8).state_dict(), tmp_path / 'plain.pth')
     adapted.conv_2.eval_conv.lora_B.data[0] = float('nan')

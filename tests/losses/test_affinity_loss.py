@@ -1,4 +1,5 @@
 """The blockwise affinity loss: against the naive formula, and within its memory."""
+
 import subprocess
 import sys
 
@@ -29,9 +30,9 @@ def test_value_and_gradient_equal_the_naive_form(monkeypatch, dtype, shape, teac
     teacher = torch.randn(shape[0], teacher_channels, *shape[2:], dtype=dtype)
     wide = student.detach().double().requires_grad_()
     expected = naive(wide, teacher.double())
-    expected_grad, = torch.autograd.grad(expected, wide)
+    (expected_grad,) = torch.autograd.grad(expected, wide)
     value = spatial_affinity_distance(student, teacher)
-    grad, = torch.autograd.grad(value, student)
+    (grad,) = torch.autograd.grad(value, student)
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-7)
     assert value.dtype == dtype
     assert (grad - expected_grad).norm() <= 1e-5 * expected_grad.norm() + 1e-7
@@ -73,11 +74,16 @@ def test_features_that_do_not_fit():
 
 def test_memory_stays_within_100_mb_beyond_the_inputs():
     from lora_sr.evaluation.affinity_benchmark import measure_peak_memory
+
     ours, whole = measure_peak_memory('blockwise'), measure_peak_memory('naive')
     assert ours <= 100e6 < whole
 
 
 def test_benchmark_prints_the_ratios():
-    result = subprocess.run([sys.executable, '-m', 'lora_sr.cli.main', 'benchmark', 'affinity', '--size', '16'],
-                            capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, '-m', 'lora_sr.cli.main', 'benchmark', 'affinity', '--size', '16'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert 'naive / blockwise' in result.stdout

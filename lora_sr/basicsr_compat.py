@@ -332,7 +332,10 @@ def mend_training_state_types() -> None:
 
 
 def mend_check_resume() -> None:
-    """`check_resume` points every network to a file of the run, a frozen teacher as well, which is never saved."""
+    """`check_resume` points every network to a file of the run, a frozen teacher as well, which is never saved.
+
+    It also leaves a `param_key_*` that suits the pretrained file but not the run's own, whose weights are in `params`.
+    """
     from basicsr.utils import misc
 
     original = misc.check_resume
@@ -348,7 +351,10 @@ def mend_check_resume() -> None:
         for network in [key[len('network_') :] for key in opt if key.startswith('network_')]:
             key = f'pretrain_network_{network}'
             saved = paths.get(key)
-            if saved is None or saved == before.get(key) or Path(saved).is_file():
+            if saved is None or saved == before.get(key):
+                continue
+            if Path(saved).is_file():
+                paths[f'param_key_{network}'] = 'params'
                 continue
             was_saved = any(Path(saved).parent.glob(f'net_{network}_*.pth'))
             if network == 'g' or was_saved or before.get(key) is None:

@@ -412,6 +412,11 @@ def test_resume_keeps_the_teacher(tmp_path):
     assert (opt['path']['pretrain_network_t'], opt['path']['param_key_t']) == ('teacher.pth', 'params_ema')
     assert opt['path']['param_key_g'] == 'params'
 
+    # A start from a plain state dict (~) is over once the run has files of its own.
+    opt = resume_options(tmp_path, pretrain_network_g='base.pth', param_key_g=None)
+    compat.load_resume_state(opt)
+    assert opt['path']['param_key_g'] == 'params'
+
     opt = resume_options(tmp_path, resume_state='x', **teacher)
     stock(misc, 'check_resume')(opt, 100)
     assert not Path(opt['path']['pretrain_network_t']).exists()  # the defect

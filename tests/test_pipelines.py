@@ -3,36 +3,15 @@
 import argparse
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import TINY_OPTIONS
+from tiny_run import TINY_OPTIONS, logged, run_python, write_pairs
 
 from lora_sr.checkpoint_file import read_checkpoint
 from lora_sr.cli import pipelines
 from lora_sr.cli.pipelines import add_parser, main
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-def run_python(*arguments, cwd, status=0):
-    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS='1')
-    for name in ('RANK', 'WORLD_SIZE', 'SLURM_PROCID'):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=180
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
-
-
-def logged(done) -> dict:
-    """The learning rate of each iteration that was logged."""
-    found = re.findall(r'iter:\s*([\d,]+), lr:\(([\d.e+-]+),', done.stdout + done.stderr)
-    return {int(iteration): float(rate) for iteration, rate in found}
 
 
 def listing(folder: Path) -> list:
@@ -151,8 +130,6 @@ def test_wrong_files(tiny_options, tmp_path, monkeypatch, capfd):
 
 
 def test_damaged_database(tmp_path, monkeypatch, capfd):
-    from tiny_run import write_pairs
-
     write_pairs(tmp_path)
     (tmp_path / 'tiny.yml').write_text(TINY_OPTIONS.format(root=tmp_path, suffix='.lmdb', backend='lmdb'))
     data = tmp_path / 'lq.lmdb' / 'data.mdb'

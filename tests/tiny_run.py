@@ -1,10 +1,16 @@
-"""A tiny run: a data set of eight pairs, and the options of six iterations on it."""
+"""A tiny run: a data set of eight pairs, the options of six iterations on it, and how to start it."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import lmdb
 import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 TINY_OPTIONS = """\
 name: tiny
@@ -74,3 +80,30 @@ def write_pairs(root: Path, count: int = 8, gt_size: int = 32, scale: int = 2) -
                 transaction.put(f'{index:03}'.encode(), png)
         lines = [f'{index:03}.png ({size},{size},3) 1\n' for index in range(count)]
         (database / 'meta_info.txt').write_text(''.join(lines))
+
+
+def python_environment() -> dict:
+    """The environment of a run: this repository's package, one thread, and no launcher's variables."""
+    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS='1')
+    for name in ('RANK', 'WORLD_SIZE', 'SLURM_PROCID'):
+        environment.pop(name, None)
+    return environment
+
+
+def run_python(*arguments, cwd, status=0):
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=python_environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def logged(done) -> dict:
+    """The learning rate of each iteration that was logged."""
+    found = re.findall(r'iter:\s*([\d,]+), lr:\(([\d.e+-]+),', done.stdout + done.stderr)
+    return {int(iteration): float(rate) for iteration, rate in found}

@@ -1,0 +1,45 @@
+"""The option files that ship: free of mistakes, and good for the published numbers."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tiny_run import run_python
+
+from lora_sr.option_check import check_options
+from lora_sr.option_file import apply_overrides, load_options
+
+OPTIONS = Path(__file__).resolve().parents[1] / 'options'
+
+
+@pytest.mark.parametrize('file', sorted(OPTIONS.rglob('*.yml')), ids=lambda file: file.stem)
+def test_nothing_but_the_data_is_missing(file, tmp_path):
+    options = load_options(file)
+    apply_overrides(options, ['num_gpu=0'])
+    problems = check_options(options, 'train' in file.stem, tmp_path)
+    missing = [
+        p for p in problems if re.search(r'(dataroot_\w+|pretrain_network_\w).*(does not exist|No such file)', p)
+    ]
+    assert problems == missing
+
+
+@pytest.mark.parametrize('name', ['spantiny_ch26_x4', 'span_ch28_x4', 'DSCF_ch26_x4'])
+def test_official_weights_have_the_published_psnr_and_ssim(shared, tmp_path, name):
+    expected = json.loads((shared / 'reference.json').read_text())['measured_with_official_code'][name]
+    (tmp_path / 'datasets').mkdir()
+    (tmp_path / 'datasets' / 'benchmark').symlink_to(shared / 'data' / 'benchmark')
+    overrides = [
+        f'network_g:feature_channels={re.search("ch(..)", name)[1]}',
+        f'path:pretrain_network_g={shared / expected["weights"]}',
+        'path:param_key_g=~',
+        'val:save_img=false',
+        'num_gpu=0',
+    ]
+    option_file = OPTIONS / 'test' / 'SPAN' / 'test_SPAN_x4.yml'
+    done = run_python('-m', 'lora_sr.test', '-opt', option_file, '--force_yml', *overrides, cwd=tmp_path)
+    found = re.findall(r'Validation (\w+)\n\t # psnr: ([\d.]+).*\n\t # ssim: ([\d.]+)', done.stderr)
+    assert [row[0] for row in found] == ['Set5', 'Set14', 'B100']
+    for dataset, psnr, ssim in found:
+        assert float(psnr) == pytest.approx(expected[dataset]['psnr'], abs=0.005)
+        assert float(ssim) == pytest.approx(expected[dataset]['ssim'], abs=0.0002)

@@ -409,7 +409,7 @@ def mend_load_network() -> None:
     """`BaseModel.load_network` unpickles anything, and answers a wrong file with a traceback."""
     from basicsr.models.base_model import BaseModel
 
-    if not _is_defective(BaseModel.load_network, 'load'):
+    if not _is_defective(BaseModel.load_network, 'load', without='weights_only'):
         return
 
     @_mend
@@ -453,7 +453,7 @@ def mend_saving() -> None:
         save_atomically(state, os.path.join(self.opt['path']['training_states'], f'{current_iter}.state'))
 
     for mended in (save_network, save_training_state):
-        if _is_defective(getattr(BaseModel, mended.__name__), 'save'):
+        if _is_defective(getattr(BaseModel, mended.__name__), 'save', without='replace'):
             setattr(BaseModel, mended.__name__, mended)
 
 
@@ -465,7 +465,7 @@ def mend_frozen_warnings() -> None:
     from basicsr.models.sr_model import SRModel
 
     original = SRModel.setup_optimizers
-    if not _is_defective(original, 'warning'):
+    if not _is_defective(original, 'named_parameters'):
         return
 
     @functools.wraps(original)
@@ -547,7 +547,9 @@ def _is_defective(function, name: str, without: str = '') -> bool:
     if getattr(function, 'is_mend', False):
         return False
     code = inspect.unwrap(function).__code__
-    names = code.co_names + code.co_varnames
+    # Names of keyword arguments stand among the constants, in a tuple.
+    keywords = [name for constant in code.co_consts if isinstance(constant, tuple) for name in constant]
+    names = [*code.co_names, *code.co_varnames, *keywords]
     return name in names and without not in names
 
 

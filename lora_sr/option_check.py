@@ -12,11 +12,12 @@ import torch
 from basicsr.models.lr_scheduler import CosineAnnealingRestartLR, MultiStepRestartLR
 from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, LOSS_REGISTRY, METRIC_REGISTRY, MODEL_REGISTRY
 
-from lora_sr.archs import read_state_dict
+from lora_sr.archs import fold, read_state_dict
 from lora_sr.basicsr_compat import find_optimizer
 from lora_sr.checkpoint_file import load_weights, read_checkpoint
 from lora_sr.dataset_check import check_pairs
 from lora_sr.errors import InputError
+from lora_sr.models.distillation_model import DATA_PARALLEL_REFUSED, MEMORY_FORMATS, affinity_layers, find_modules
 
 SCHEDULERS = {
     'MultiStepLR': MultiStepRestartLR,
@@ -40,23 +41,23 @@ KNOWN = {
 DISTILLATION_TRAIN_KEYS = (
     'pixel_opt distill_pixel_opt affinity_opt memory_format ema_decay optim_g scheduler total_iter warmup_iter'
 )
-MEMORY_FORMATS = ('contiguous', 'channels_last')
 
 
-def check_options(opt: dict, is_train: bool, root_path=None) -> list:
+def check_options(opt: dict, is_train: bool, root_path=None, processes: int = 1) -> list:
     """What is wrong with the options of a run, as sentences; an empty list if nothing is.
 
     Args:
         opt: the options as the file and `--force_yml` give them; they are not changed.
         is_train: whether they are for training rather than for a test.
         root_path: the folder that will hold `experiments/` or `results/`; by default the current one.
+        processes: how many processes the run has, on all its machines.
     """
-    return _Check(opt, is_train, Path(root_path or os.getcwd())).run()
+    return _Check(opt, is_train, Path(root_path or os.getcwd()), processes).run()
 
 
 class _Check:
-    def __init__(self, opt: dict, is_train: bool, root: Path):
-        self.opt, self.is_train, self.root = opt, is_train, root
+    def __init__(self, opt: dict, is_train: bool, root: Path, processes: int):
+        self.opt, self.is_train, self.root, self.processes = opt, is_train, root, processes
         self.problems = []
         self.networks = {}
         self.ours = opt.get('model_type') == 'DistillationModel'
@@ -117,6 +118,8 @@ class _Check:
         known = registry if isinstance(registry, dict) else dict(iter(registry))  # its keys() lacks a [] to go with it
         if name is None:
             self.add(f'{where} is missing')
+        elif f'{name}_basicsr' in known:  # how BasicSR registers what Real-ESRGAN registers too, and finds it
+            return known[f'{name}_basicsr']
         elif name not in known:
             near = difflib.get_close_matches(str(name), known, n=3)
             hint = f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(sorted(known))}'
@@ -158,9 +161,8 @@ class _Check:
             self.number('scale', opt['scale'], 1)
         gpus = opt.get('num_gpu')
         if 'num_gpu' in opt and gpus != 'auto' and self.number('num_gpu', gpus):
-            distributed = int(os.environ.get('WORLD_SIZE', 1)) > 1
             there = torch.cuda.device_count()
-            if gpus > there and not (distributed and there):
+            if gpus > there and not (self.processes > 1 and there):
                 self.add(f'num_gpu is {gpus}, but this machine has {there}; 0 is for the CPU, auto for what is there')
         if self.ours and self.is_train and 'network_t' not in opt:
             self.add('network_t, the teacher of a DistillationModel, is missing')
@@ -188,7 +190,15 @@ class _Check:
                 self.networks[key] = arch(**{name: value for name, value in section.items() if name != 'type'})
             except InputError as error:
                 self.add(f'{key}: {error}')
-            except (AssertionError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            except (
+                AssertionError,
+                ArithmeticError,
+                LookupError,
+                OSError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ) as error:
                 reason = f': {error}' if str(error) else ''
                 self.add(f'{key}: {section["type"]} cannot be built from these values{reason}')
 
@@ -223,8 +233,9 @@ class _Check:
         try:
             if network == 'network_t' and self.ours:
                 state = read_state_dict(file, path.get('param_key_t'))
-                if net is not None and path.get('strict_load_t', True):
-                    load_weights(net, state, file)
+                if net is not None:
+                    load_weights(net, state, file, strict=path.get('strict_load_t', True))
+                    fold(net)
             elif net is not None:
                 load_weights(
                     net,
@@ -350,33 +361,25 @@ class _Check:
                 )
         if not isinstance(affinity, dict):
             return
-        layers = affinity.get('layers')
-        pair = layers if isinstance(layers, dict) else {'student': layers, 'teacher': layers}
-        if set(pair) != {'student', 'teacher'} or not all(isinstance(v, list) and v for v in pair.values()):
-            self.add(
-                'train.affinity_opt.layers has to be a list of module names, or {student: [...], teacher: [...]}, '
-                f'not {layers!r}'
-            )
+        if self.processes == 1 and self.gpus() > 1:
+            self.add(DATA_PARALLEL_REFUSED)
+        try:
+            names = affinity_layers(affinity.get('layers'))
+        except InputError as error:
+            self.add(error)
             return
-        if len(pair['student']) != len(pair['teacher']):
-            self.add(
-                f'train.affinity_opt.layers has {len(pair["student"])} layers of the student, but '
-                f'{len(pair["teacher"])} of the teacher; they are compared one by one'
-            )
-        unknown = {}
         for role, key in (('student', 'network_g'), ('teacher', 'network_t')):
-            net = self.networks.get(key)
-            modules = [name for name, _ in net.named_modules() if name] if net is not None else []
-            for layer in pair[role] if modules else []:
-                if layer not in modules:
-                    near = difflib.get_close_matches(str(layer), modules, n=3) or modules[:3]
-                    unknown.setdefault(layer, []).append((key, near))
-        for layer, places in unknown.items():
-            keys = ' and '.join(key for key, _ in places)
-            self.add(
-                f"train.affinity_opt.layers: there is no module '{layer}' in {keys}; near names are "
-                f'{", ".join(places[0][1])}'
-            )
+            if key in self.networks:
+                try:
+                    # The teacher has been folded, as it will be in the run: other names may be gone, or new.
+                    find_modules(self.networks[key], names[role], role)
+                except InputError as error:
+                    self.add(error)
+
+    def gpus(self) -> int:
+        """How many GPUs this process is to use."""
+        gpus = self.opt.get('num_gpu')
+        return torch.cuda.device_count() if gpus == 'auto' else gpus if isinstance(gpus, int) else 0
 
     def check_logger(self) -> None:
         logger = self.opt.get('logger')
@@ -487,7 +490,7 @@ class _Check:
 
     def check_amount(self, where: str, dataset: dict, count: int) -> None:
         """BasicSR counts an epoch's last, incomplete batch but drops it: on little data a run would end early."""
-        world = int(os.environ.get('WORLD_SIZE', 1))
+        world = self.processes
         batch = int(dataset['batch_size_per_gpu'])
         gpus = self.opt.get('num_gpu')
         if world == 1 and gpus != 0:

@@ -11,6 +11,8 @@ _MAPPING_TAG = yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG
 # YAML 1.1 wants a dot and a signed exponent in a float, so that `lr: 1e-4` would be a string; YAML 1.2 does not.
 _EXPONENT_FLOAT = re.compile(r'^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$')
 
+_INTEGER = re.compile(r'^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+|0o?[0-7]+|0b[01]+)$')
+
 
 class OptionLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
     """A safe YAML loader that keeps the order of keys, reads `1e-4` as a float and refuses a key given twice."""
@@ -39,6 +41,12 @@ class OptionLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
         )
 
 
+# Nor does YAML 1.2 read `2024-01-01` as a date or `12:30` as 750.
+OptionLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((':timestamp', ':int'))]
+    for first, resolvers in OptionLoader.yaml_implicit_resolvers.items()
+}
+OptionLoader.add_implicit_resolver('tag:yaml.org,2002:int', _INTEGER, list('-+0123456789'))
 OptionLoader.add_implicit_resolver('tag:yaml.org,2002:float', _EXPONENT_FLOAT, list('-+.0123456789'))
 OptionLoader.add_constructor(_MAPPING_TAG, OptionLoader.construct_options)
 OptionLoader.add_constructor('tag:yaml.org,2002:python/tuple', OptionLoader.construct_tuple)

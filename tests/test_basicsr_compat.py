@@ -413,7 +413,7 @@ def test_resume_keeps_the_teacher(tmp_path):
     assert opt['path']['param_key_g'] == 'params'
 
     # A start from a plain state dict (~) is over once the run has files of its own.
-    opt = resume_options(tmp_path, pretrain_network_g='base.pth', param_key_g=None)
+    opt = resume_options(tmp_path, pretrain_network_g='base.pth', **{**teacher, 'param_key_g': None})
     compat.load_resume_state(opt)
     assert opt['path']['param_key_g'] == 'params'
 
@@ -486,3 +486,21 @@ import types
 import torchvision.transforms.functional as functional
 sys.modules.setdefault('torchvision.transforms.functional_tensor', functional)
 """
+
+
+# --- what a later BasicSR may have mended itself ---
+
+
+def test_good_versions_are_left_alone(monkeypatch):
+    def load_network(self, net, load_path, strict=True, param_key='params'):
+        net.load_state_dict(torch.load(load_path, weights_only=True)[param_key], strict=strict)
+
+    def save_network(self, net, net_label, current_iter, param_key='params'):
+        torch.save({param_key: net.state_dict()}, 'new')
+        os.replace('new', net_label)
+
+    for good in (load_network, save_network):
+        monkeypatch.setattr(BaseModel, good.__name__, good)
+    compat.mend_load_network()
+    compat.mend_saving()
+    assert BaseModel.load_network is load_network and BaseModel.save_network is save_network

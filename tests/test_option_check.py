@@ -206,8 +206,10 @@ def test_unknown_keys_of_others_are_left_alone(options, tmp_path):
         ('train.total_iters', 6, 'train.total_iters is not a known key; the keys here are pixel_opt'),
         ('train.perceptual_opt', None, 'train.perceptual_opt is not a known key; the keys here are pixel_opt'),
         ('train.affinity_opt.layers', 'block_1', 'train.affinity_opt.layers has to be a list of module names'),
-        ('train.affinity_opt.layers', ['block1'],
-         "train.affinity_opt.layers: there is no module 'block1' in network_g and network_t; near names are block_1"),
+        ('train.affinity_opt.layers', {'student': ['block1'], 'teacher': ['block_1']},
+         "train.affinity_opt.layers: there is no module 'block1' in the student, SPAN; near names are block_1"),
+        ('train.affinity_opt.layers', {'student': ['conv_1'], 'teacher': ['conv_1.sk']},
+         "train.affinity_opt.layers: there is no module 'conv_1.sk' in the teacher, SPAN; near names are conv_1"),
         ('train.affinity_opt.layer', [1], "train.affinity_opt.layer is not a known key; the keys here are loss_weight"),
         ('train.affinity_opt.layers', {'student': ['block_1'], 'teacher': ['block_1', 'block_2']},
          'train.affinity_opt.layers has 1 layers of the student, but 2 of the teacher'),
@@ -390,3 +392,21 @@ def test_output_folder_that_cannot_be_written(options, tmp_path):
     (tmp_path / 'experiments').write_text('a file')
     folder = tmp_path / 'experiments'
     assert check(options, tmp_path) == [f'the output folder {folder} cannot be written: {folder}: it is not a folder']
+
+
+def test_affinity_with_several_gpus_needs_a_process_for_each(distillation, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    distillation['num_gpu'] = 'auto'
+    one, four = (check_options(distillation, True, tmp_path, processes) for processes in (1, 4))
+    assert [problem.startswith('train.affinity_opt does not work with several GPUs') for problem in one] == [True]
+    assert four == []
+
+
+def test_names_with_the_suffix_of_basicsr_are_known(options, tmp_path):
+    change(options, 'network_g', {'type': 'SRVGGNetCompact', 'num_feat': 4, 'num_conv': 1, 'upscale': 2})
+    assert check(options, tmp_path) == []
+
+
+def test_network_that_needs_an_absent_file_is_one_sentence(options, tmp_path):
+    change(options, 'network_g', {'type': 'BasicVSR', 'num_feat': 4, 'num_block': 1, 'spynet_path': 'absent.pth'})
+    assert [problem.startswith('network_g: BasicVSR cannot be built') for problem in check(options, tmp_path)] == [True]

@@ -111,9 +111,9 @@ def test_several_mistakes(tiny_options, tmp_path, monkeypatch, capfd):
         'logger.print_freq',
         'val.val_freq',
     ]
-    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('LOCAL_RANK', '1')
     assert main(True, argv) == 2
-    assert capfd.readouterr().err == ''  # the first process tells them
+    assert capfd.readouterr().err == ''  # the first process of each machine tells them
 
 
 def test_wrong_files(tiny_options, tmp_path, monkeypatch, capfd):

@@ -1,7 +1,11 @@
-"""LoRA for convolutional and linear layers: layers, configuration, verbs and adapter files. Needs torch alone."""
+"""LoRA for convolutional and linear layers: layers, configuration, verbs and adapter files.
+
+Of other packages these modules import torch and safetensors only; they work on any network.
+"""
 
 from lora_sr.adapters.checkpoint import (
     describe_lora,
+    infer_lora_config,
     is_lora_key,
     load_adapter,
     lora_state_dict,
@@ -30,6 +34,7 @@ __all__ = [
     'add_lora',
     'count_parameters',
     'describe_lora',
+    'infer_lora_config',
     'is_lora_key',
     'load_adapter',
     'lora_layers',

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_sr.adapters.config import LoRAConfig
 from lora_sr.adapters.layers import LORA_TENSORS
-from lora_sr.adapters.verbs import add_lora, lora_layers
+from lora_sr.adapters.verbs import add_lora, lora_layers, remove_lora
 from lora_sr.errors import InputError
 
 CONFIG_KEY = 'lora_config'
@@ -35,18 +35,42 @@ def describe_lora(model: nn.Module) -> LoRAConfig:
     Raises:
         InputError: No layer carries LoRA.
     """
-    layers = {re.escape(name): layer for name, layer in lora_layers(model)}
+    layers = dict(lora_layers(model))
     if not layers:
         raise InputError(f'No layer of {type(model).__name__} carries LoRA.')
-    ranks = [layer.rank for layer in layers.values()]
-    alphas = [layer.lora_alpha.item() for layer in layers.values()]
+    return _exact_config({name: (layer.rank, layer.lora_alpha.item()) for name, layer in layers.items()})
+
+
+def infer_lora_config(state: dict[str, Tensor]) -> LoRAConfig:
+    """The configuration of the LoRA layers in an adapted state dict: ranks from shapes, alphas from ``lora_alpha``.
+
+    Raises:
+        InputError: There are no LoRA tensors, or a layer lacks some of its tensors.
+    """
+    layers = {}
+    for name in dict.fromkeys(key.rpartition('.')[0] for key in state if is_lora_key(key)):
+        missing = [tensor for tensor in (*LORA_TENSORS, 'weight') if f'{name}.{tensor}' not in state]
+        if missing:
+            raise InputError(f'the layer "{name}" carries LoRA but lacks {" and ".join(missing)}')
+        weight = state[f'{name}.weight']
+        kernel_height = weight.shape[2] if weight.ndim == 4 else 1
+        layers[name] = state[f'{name}.lora_A'].shape[0] // kernel_height, state[f'{name}.lora_alpha'].item()
+    if not layers:
+        raise InputError('no layer carries LoRA')
+    return _exact_config(layers)
+
+
+def _exact_config(layers: dict[str, tuple[int, float]]) -> LoRAConfig:
+    """A configuration for layers of given names, ranks and alphas; what most have is the rule, the rest exceptions."""
+    layers = {re.escape(name): values for name, values in layers.items()}
+    ranks, alphas = ([values[i] for values in layers.values()] for i in (0, 1))
     rank, alpha = max(ranks, key=ranks.count), max(alphas, key=alphas.count)
     return LoRAConfig(
         target_modules=list(layers),
         rank=rank,
         alpha=alpha,
-        rank_pattern={name: layer.rank for name, layer in layers.items() if layer.rank != rank},
-        alpha_pattern={name: a for name, a in zip(layers, alphas) if a != alpha},
+        rank_pattern={name: r for name, (r, _) in layers.items() if r != rank},
+        alpha_pattern={name: a for name, (_, a) in layers.items() if a != alpha},
     )
 
 
@@ -67,11 +91,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Load an adapter file into ``model``: into its LoRA layers, or, where it has none, after adding them.
 
     Raises:
-        InputError: The file is missing or is no adapter, or it does not fit: the layers that differ are named. The
-            tensors of ``model`` are unchanged then.
+        InputError: The file is missing or is no adapter, or it does not fit: the layers that differ are named. Then
+            ``model`` is unchanged.
     """
     config, tensors = read_adapter(path)
-    if not any(True for _ in lora_layers(model)):
+    was_adapted = any(True for _ in lora_layers(model))
+    if not was_adapted:
         add_lora(model, config)
     own = lora_state_dict(model)
     differing = sorted(
@@ -80,6 +105,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         if key not in own or key not in tensors or own[key].shape != tensors[key].shape
     )
     if differing:
+        if not was_adapted:
+            remove_lora(model)
         listed = ', '.join(
             f'{key} ({_shape(own, key)} here, {_shape(tensors, key)} in the file)' for key in differing[:3]
         )

@@ -36,18 +36,15 @@ def add_lora(model: Network, config: LoRAConfig) -> Network:
 
     Raises:
         InputError: A pattern matches no module (near names are listed), or none that can carry LoRA (their types are
-            named), or a layer carries LoRA already. ``model`` is unchanged then.
+            named), a rank or alpha is given for a layer that is not adapted, or a layer carries LoRA already. ``model``
+            is unchanged then.
     """
     modules = dict(model.named_modules())
     modules.pop('')
     for key in ('target_modules', 'exclude_modules', 'rank_pattern', 'alpha_pattern'):
         for pattern in getattr(config, key):
             _check_pattern(key, pattern, modules)
-    targets = [
-        name
-        for name, module in modules.items()
-        if config.is_target(name) and (type(module) in LORA_LAYERS or isinstance(module, LoRALayer))
-    ]
+    targets = [name for name, module in modules.items() if config.is_target(name) and _is_adaptable(module)]
     if not targets:
         raise InputError(
             f'exclude_modules {config.exclude_modules} leaves nothing of target_modules '
@@ -56,10 +53,16 @@ def add_lora(model: Network, config: LoRAConfig) -> Network:
     for name in targets:
         if isinstance(modules[name], LoRALayer):
             raise InputError(f'"{name}" carries LoRA already: merge it, or exclude it.')
+    for key in ('rank_pattern', 'alpha_pattern'):
+        for pattern in getattr(config, key):
+            if not any(re.fullmatch(pattern, name) for name in targets):
+                raise InputError(f'{key} "{pattern}" matches none of the adapted layers, which are {_some(targets)}.')
+    replacements = {}
     for name in targets:
-        adapted = LORA_LAYERS[type(modules[name])](modules[name], config.rank_of(name), config.alpha_of(name))
-        adapted.train(modules[name].training)
-        _replace(model, name, adapted)
+        base = modules[name]
+        adapted = LORA_LAYERS[type(base)](base, config.rank_of(name), config.alpha_of(name))
+        replacements[base] = adapted.train(base.training)
+    _replace(model, replacements)
     return model
 
 
@@ -116,7 +119,7 @@ def merge_lora(model: Network) -> Network:
     """Add every update to its weight, at the present scale, and put the plain layers back, in place.
 
     The merged weight is the very tensor that the adapted layer computes at each forward, so the outputs are equal to
-    the bit. The result has the base network's layers and parameter names.
+    the bit. The result has the base network's layers and parameter names; what was frozen stays frozen.
 
     Returns:
         ``model`` itself.
@@ -127,20 +130,20 @@ def merge_lora(model: Network) -> Network:
     layers = list(lora_layers(model))
     if not layers:
         raise InputError(f'No layer of {type(model).__name__} carries LoRA: there is nothing to merge.')
-    for name, layer in layers:
+    replacements = {}
+    for _, layer in layers:
         merged = layer.to_base()
-        merged.weight = nn.Parameter(layer.adapted_weight())
+        merged.weight = nn.Parameter(layer.adapted_weight(), requires_grad=layer.weight.requires_grad)
         if layer.bias is not None:
-            merged.bias = nn.Parameter(layer.bias.detach().clone())
-        merged.train(layer.training)
-        _replace(model, name, merged)
+            merged.bias = nn.Parameter(layer.bias.clone(), requires_grad=layer.bias.requires_grad)
+        replacements[layer] = merged.train(layer.training)
+    _replace(model, replacements)
     return model
 
 
 def remove_lora(model: Network) -> Network:
     """Drop every update and put the plain layers back, in place: the base network again. Returns ``model`` itself."""
-    for name, layer in list(lora_layers(model)):
-        _replace(model, name, layer.to_base().train(layer.training))
+    _replace(model, {layer: layer.to_base().train(layer.training) for _, layer in lora_layers(model)})
     return model
 
 
@@ -160,7 +163,7 @@ def set_lora_scale(model: nn.Module, scale: float) -> None:
 def _check_pattern(key: str, pattern: str, modules: dict[str, nn.Module]) -> None:
     """Raise InputError unless ``pattern`` matches the name of a module that can carry LoRA."""
     matches = [name for name in modules if re.fullmatch(pattern, name)]
-    adaptable = [name for name in modules if type(modules[name]) in LORA_LAYERS or isinstance(modules[name], LoRALayer)]
+    adaptable = [name for name, module in modules.items() if _is_adaptable(module)]
     if set(matches) & set(adaptable):
         return
     kinds = ', '.join(sorted(layer.__name__ for layer in LORA_LAYERS))
@@ -179,6 +182,14 @@ def _some(names: list[str]) -> str:
     return ', '.join(names[:4]) + (', ...' if len(names) > 4 else '')
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition('.')
-    setattr(model.get_submodule(parent), child, module)
+def _is_adaptable(module: nn.Module) -> bool:
+    """Whether a module carries LoRA or can. A weight that is computed (``weight_norm``) cannot be adapted."""
+    return isinstance(module, LoRALayer) or (type(module) in LORA_LAYERS and 'weight' in module._parameters)
+
+
+def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put modules in the places of others, also where one module stands under several names."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements:
+            parent, _, child = name.rpartition('.')
+            setattr(model.get_submodule(parent), child, replacements[module])

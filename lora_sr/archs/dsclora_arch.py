@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from basicsr.utils.registry import ARCH_REGISTRY
+import re
 
-from lora_sr.adapters import LoRAConfig, add_lora, mark_trainable
-from lora_sr.archs.span_arch import SPAN
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import Tensor
+
+from lora_sr.adapters import LoRAConfig, add_lora, infer_lora_config, mark_trainable
+from lora_sr.archs.span_arch import SPAN, build_span, is_span
 
 # The 20 convolutions in which the authors' merged entry differs from the SPAN it started from.
 DSCLORA_TARGETS = (r'block_[1-6]\.c[123]_r\.eval_conv', r'conv_2\.eval_conv', r'upsampler\.0')
@@ -23,7 +26,7 @@ class DSCLoRA(SPAN):
         feature_channels: Width C of the SPAN that is adapted.
         upscale: Scale factor.
         rank: Rank of ConvLoRA.
-        alpha: Numerator of the update's scale alpha / rank.
+        alpha: Numerator of the update's scale alpha / rank. An adapted checkpoint brings its own.
         rank_pattern: Regular expression of layer names -> rank, for layers that differ, e.g. ``upsampler.0: 16``.
         alpha_pattern: Likewise for alpha.
 
@@ -54,3 +57,27 @@ class DSCLoRA(SPAN):
             ),
         )
         mark_trainable(self)
+
+
+def is_dsclora(state: dict[str, Tensor]) -> bool:
+    """Whether ``state`` is a state dict of DSCLoRA: SPAN in deploy form with LoRA on just its layers."""
+    layers = [key[: -len('.lora_A')] for key in state if key.endswith('.lora_A')]
+    targets = [layer for layer in layers if any(re.fullmatch(target, layer) for target in DSCLORA_TARGETS)]
+    return is_span(state) and len(layers) == len(targets) == 3 * SPAN.num_blocks + 2
+
+
+def build_dsclora(state: dict[str, Tensor]) -> DSCLoRA:
+    """The DSCLoRA that a state dict belongs to, not loaded yet, with the file's ranks and alphas.
+
+    Raises:
+        InputError: The LoRA tensors are incomplete.
+    """
+    base, lora = build_span(state), infer_lora_config(state)
+    return DSCLoRA(
+        feature_channels=base.feature_channels,
+        upscale=base.upscale,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+    )

@@ -6,11 +6,14 @@ import os
 
 from torch import Tensor, nn
 
-from lora_sr.adapters import LoRAConfig, add_lora, is_lora_key
-from lora_sr.archs.dsclora_arch import DSCLoRA
-from lora_sr.archs.span_arch import SPAN, is_span, span_hyperparameters
+from lora_sr.adapters import add_lora, infer_lora_config, is_lora_key, lora_layers
+from lora_sr.archs.dsclora_arch import build_dsclora, is_dsclora
+from lora_sr.archs.span_arch import build_span, is_span
 from lora_sr.checkpoint_file import load_weights, read_checkpoint, without_module_prefix
 from lora_sr.errors import InputError
+
+# How a family recognises its state dict, and the network that it builds for it; the first match counts.
+FAMILIES = ((is_dsclora, build_dsclora), (is_span, build_span))
 
 PARAM_KEYS = ('params_ema', 'params')
 
@@ -54,42 +57,16 @@ def load_network(path: str | os.PathLike, param_key: str | None = None) -> nn.Mo
         InputError: The file cannot be read, or belongs to no known network, or does not fit it.
     """
     state = read_state_dict(path, param_key)
-    if not is_span(state):
+    build = next((build for recognise, build in FAMILIES if recognise(state)), None)
+    if build is None:
         raise InputError(
             f'{path} belongs to no network known here (SPAN, DSCLoRA): its first keys are {", ".join(list(state)[:3])}.'
         )
-    network = SPAN(**span_hyperparameters(state))
-    if any(map(is_lora_key, state)):
-        network = _adapt(network, state, path)
+    try:
+        network = build(state)
+        if any(map(is_lora_key, state)) and not any(True for _ in lora_layers(network)):
+            add_lora(network, infer_lora_config(state))
+    except InputError as error:
+        raise InputError(f'{path} cannot be used: {error}') from None
     load_weights(network, state, path)
     return network.eval()
-
-
-def _adapt(network: SPAN, state: dict[str, Tensor], path) -> SPAN:
-    """``network`` with LoRA on the layers that carry it in ``state``, as DSCLoRA where they are DSCLoRA's layers."""
-    ranks, alphas = {}, {}
-    for key in state:
-        layer, _, tensor = key.rpartition('.')
-        if tensor != 'lora_A':
-            continue
-        if f'{layer}.lora_alpha' not in state:
-            raise InputError(f'{path} has {key} but no {layer}.lora_alpha, so the scale of the update is unknown.')
-        name = layer.replace('.', r'\.')
-        ranks[name] = state[key].shape[0] // state[f'{layer}.weight'].shape[2]
-        alphas[name] = state[f'{layer}.lora_alpha'].item()
-    if not ranks:
-        raise InputError(f'{path} has LoRA tensors but no lora_A: it is incomplete.')
-    rank, alpha = max(ranks.values()), max(alphas.values())
-    config = LoRAConfig(list(ranks), rank=rank, alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas)
-    dsclora = DSCLoRA(feature_channels=network.feature_channels, upscale=network.upscale)
-    same_layers = {k for k in dsclora.state_dict() if is_lora_key(k)} == {k for k in state if is_lora_key(k)}
-    if same_layers:
-        return DSCLoRA(
-            feature_channels=network.feature_channels,
-            upscale=network.upscale,
-            rank=rank,
-            alpha=alpha,
-            rank_pattern=ranks,
-            alpha_pattern=alphas,
-        )
-    return add_lora(network, config)

@@ -9,7 +9,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_sr.adapters import LoRALayer
+from lora_sr.adapters import LoRALayer, is_lora_key
 from lora_sr.errors import InputError
 
 
@@ -79,7 +79,11 @@ class Conv3XC(nn.Module):
             # The authors' training checkpoints also hold an eval_conv, folded at some earlier step: the branches count.
             for name in ('weight', 'bias'):
                 state_dict.pop(f'{prefix}eval_conv.{name}', None)
-            if not self.is_training_form:
+            if not self.is_training_form and any(map(is_lora_key, branches)):
+                error_msgs.append(
+                    f'{prefix}conv and {prefix}sk carry LoRA, which has to be merged before the branches are folded.'
+                )
+            elif not self.is_training_form:
                 weight, bias = _fold_branches(branches)
                 for name in branches:
                     del state_dict[prefix + name]
@@ -192,11 +196,10 @@ def is_span(state: dict[str, Tensor]) -> bool:
     return has_first and {'conv_cat.weight', 'upsampler.0.weight'} <= state.keys()
 
 
-def span_hyperparameters(state: dict[str, Tensor]) -> dict:
-    """The arguments of SPAN, read from the names and shapes of its state dict."""
-    training_form = 'conv_1.sk.weight' in state
-    return {
-        'feature_channels': state['conv_cat.weight'].shape[0],
-        'upscale': math.isqrt(state['upsampler.0.weight'].shape[0] // 3),
-        'deploy': not training_form,
-    }
+def build_span(state: dict[str, Tensor]) -> SPAN:
+    """The SPAN that a state dict belongs to, not loaded yet: width, scale and form are read from names and shapes."""
+    return SPAN(
+        feature_channels=state['conv_cat.weight'].shape[0],
+        upscale=math.isqrt(state['upsampler.0.weight'].shape[0] // 3),
+        deploy='conv_1.sk.weight' not in state,
+    )

@@ -50,13 +50,13 @@ def main(is_train: bool, argv=None) -> int:
     """Check the option file, then run BasicSR's pipeline in the current folder.
 
     Returns the exit status: 0, or 2 after mistakes in the input, each told in a line on the standard error by the first
-    of the run's processes.
+    process of each machine.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         run_pipeline(is_train, argv)
     except InputError as error:
-        if int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) == 0:
+        if int(os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', 0))) == 0:
             for line in str(error).splitlines():
                 print(f'error: {line}', file=sys.stderr, flush=True)
         return 2
@@ -75,7 +75,7 @@ def run_pipeline(is_train: bool, argv: list) -> None:
     opt = load_options(args.opt)
     apply_overrides(opt, args.force_yml)
     opt['auto_resume'] = args.auto_resume
-    problems = check_options(opt, is_train, os.getcwd())
+    problems = check_options(opt, is_train, os.getcwd(), _processes(args.launcher))
     if problems:
         raise InputError('\n'.join(problems))
 
@@ -87,3 +87,9 @@ def run_pipeline(is_train: bool, argv: list) -> None:
         sys.argv = before
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _processes(launcher: str) -> int:
+    """How many processes the launcher has started, on all machines."""
+    variable = {'pytorch': 'WORLD_SIZE', 'slurm': 'SLURM_NTASKS'}.get(launcher)
+    return int(os.environ.get(variable, 1)) if variable else 1

@@ -82,8 +82,9 @@ def merge_checkpoint(
                 f'{TOLERANCE:.0e}: {checkpoint} has weights too large for float32, or NaN.'
             )
         os.replace(partial, output)
-    except OSError as error:
-        raise InputError(f'The output {output} cannot be written: {error.strerror}.') from None
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
+        reason = getattr(error, 'strerror', None) or 'the disk may be full'
+        raise InputError(f'The output {output} cannot be written: {reason}.') from error
     finally:
         partial.unlink(missing_ok=True)
     return MergeReport(

@@ -7,12 +7,13 @@ import math
 import torch
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lora_sr.errors import InputError
 
-# Rows of an affinity matrix that are formed at a time, and the size of the two buffers that hold them, over as many
-# samples as fit: 16 MB of float32 each. Larger blocks gain nothing on a processor and little on a GPU.
+# Rows of an affinity matrix that are formed at a time, and the size of each of the two buffers that hold them, over as
+# many samples as fit: 16 MB of float32. Larger blocks gain nothing on a processor and little on a GPU.
 ROWS = 512
 BUFFER_ELEMENTS = 4 * 2**20
 
@@ -30,7 +31,7 @@ class _AffinityDistance(torch.autograd.Function):
         samples, _, positions = student.shape
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         grad = torch.zeros_like(student) if needs_grad else None
-        rows = min(ROWS, positions)
+        rows = min(ROWS, positions, max(1, BUFFER_ELEMENTS // positions))
         group = min(samples, max(1, BUFFER_ELEMENTS // (rows * positions)))
         buffers = student.new_empty(2, group * rows * positions)
         for first in range(0, samples, group):
@@ -54,6 +55,7 @@ class _AffinityDistance(torch.autograd.Function):
         return (total / pairs).to(student.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output: Tensor):
         return ctx.saved_tensors[0] * grad_output, None, None
 
@@ -72,22 +74,23 @@ def spatial_affinity_distance(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: Features (N, Ct, H, W); Ct may differ from Cs. No gradient flows into them.
 
     Returns:
-        A scalar, 0 to 2.
+        A scalar, 0 to 2; in float64 for float64 features, else in float32, under autocast as well: half precision
+        would lose the small differences that the loss is made of.
 
     Raises:
-        InputError: The number of samples or the spatial sizes differ.
+        InputError: The number of samples or the spatial sizes differ, or there are none.
     """
-    if (
-        student.ndim != 4
-        or teacher.ndim != 4
-        or student.shape[:1] + student.shape[2:] != (teacher.shape[:1] + teacher.shape[2:])
-    ):
+    fits = student.ndim == teacher.ndim == 4 and len(student) == len(teacher) and student.shape[2:] == teacher.shape[2:]
+    if not fits or not student.numel() or not teacher.numel():
         raise InputError(
             f"Spatial affinity compares feature maps (N, C, H, W) of equal N, H and W, but the student's "
             f"are {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}."
         )
-    units = [F.normalize(features.flatten(2), dim=1).contiguous() for features in (student, teacher.detach())]
-    return _AffinityDistance.apply(*units, torch.is_grad_enabled() and student.requires_grad)
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    with torch.autocast(student.device.type, enabled=False):
+        units = [F.normalize(features.to(dtype).flatten(2), dim=1) for features in (student, teacher.detach())]
+        needs_grad = torch.is_grad_enabled() and student.requires_grad
+        return _AffinityDistance.apply(units[0].contiguous(), units[1].contiguous(), needs_grad)
 
 
 @LOSS_REGISTRY.register()

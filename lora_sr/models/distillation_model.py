@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections import OrderedDict
 from copy import deepcopy
+from functools import partial
+from pathlib import Path
 
 import torch
 from basicsr.archs import build_network
@@ -12,49 +14,87 @@ from basicsr.losses import build_loss
 from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DataParallel
 
 from lora_sr.archs import fold, read_state_dict
 from lora_sr.checkpoint_file import load_weights
 from lora_sr.errors import InputError
 
+DATA_PARALLEL_REFUSED = (
+    'train.affinity_opt does not work with several GPUs in one process: start a process for each (--launcher pytorch, '
+    'see scripts/dist_train.sh), or set num_gpu: 1'
+)
 MEMORY_FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 
-class FeatureTap:
-    """Keeps what the named modules of a network gave in its latest forward pass.
+def affinity_layers(layers) -> dict[str, list[str]]:
+    """The modules that ``train.affinity_opt.layers`` names, as ``{'student': [...], 'teacher': [...]}``.
 
     Args:
-        network: The network to listen to.
-        layers: Names of its modules. Of a module that returns several tensors, the first is kept.
-        role: What the network is, for messages, e.g. 'student'.
+        layers: The option: one list of names for both networks, or a mapping of two such lists.
+
+    Raises:
+        InputError: It is neither, or the lists differ in length.
+    """
+    pair = layers if isinstance(layers, dict) else {'student': layers, 'teacher': layers}
+    if set(pair) != {'student', 'teacher'} or not all(isinstance(names, list) and names for names in pair.values()):
+        raise InputError(
+            'train.affinity_opt.layers has to be a list of module names, or {student: [...], teacher: [...]}, '
+            f'not {layers!r}'
+        )
+    if len(pair['student']) != len(pair['teacher']):
+        raise InputError(
+            f'train.affinity_opt.layers has {len(pair["student"])} layers of the student, but {len(pair["teacher"])} '
+            'of the teacher; they are compared one by one'
+        )
+    return pair
+
+
+def find_modules(network: nn.Module, layers: list[str], role: str) -> list[nn.Module]:
+    """The modules of ``network`` that bear these names.
+
+    Args:
+        network: The network to look in; a teacher in the form in which it runs, i.e. folded.
+        layers: Names, as ``named_modules`` gives them.
+        role: What the network is, for the message: 'student' or 'teacher'.
 
     Raises:
         InputError: A name that the network does not have; near names are listed.
     """
+    modules = {name: module for name, module in network.named_modules() if name}
+    for layer in layers:
+        if layer not in modules:
+            near = difflib.get_close_matches(str(layer), modules, n=4, cutoff=0.3) or list(modules)[:4]
+            raise InputError(
+                f"train.affinity_opt.layers: there is no module '{layer}' in the {role}, {type(network).__name__}; "
+                f'near names are {", ".join(near)}'
+            )
+    return [modules[layer] for layer in layers]
 
-    def __init__(self, network: nn.Module, layers: list[str], role: str):
-        modules = dict(network.named_modules())
-        self.layers = list(layers)
-        self._outputs: dict[str, Tensor] = {}
-        for layer in self.layers:
-            if layer not in modules or not layer:
-                near = difflib.get_close_matches(layer, modules, n=4, cutoff=0.3) or list(modules)[1:5]
-                raise InputError(
-                    f'train.affinity_opt.layers names "{layer}", which the {role} '
-                    f'{type(network).__name__} does not have; near names are {", ".join(near)}.'
-                )
-            modules[layer].register_forward_hook(self._keep(layer))
 
-    def _keep(self, layer: str):
-        def hook(module, inputs, output):
-            self._outputs[layer] = output[0] if isinstance(output, (tuple, list)) else output
+class FeatureTap:
+    """Keeps the outputs of some modules of a network from its latest forward pass.
 
-        return hook
+    Of a module that returns several tensors, the first is kept. An in-place operation that follows a module (such as
+    an in-place ReLU) changes what is kept: the feature is then the one after it.
 
-    def features(self) -> list[Tensor]:
-        """The features of the latest forward pass, in the order of the layers."""
-        return [self._outputs[layer] for layer in self.layers]
+    Args:
+        modules: The modules to listen to.
+    """
+
+    def __init__(self, modules: list[nn.Module]):
+        self._outputs: list[Tensor | None] = [None] * len(modules)
+        for index, module in enumerate(modules):
+            module.register_forward_hook(partial(self._keep, index))
+
+    def _keep(self, index: int, module: nn.Module, inputs, output) -> None:
+        self._outputs[index] = output[0] if isinstance(output, (tuple, list)) else output
+
+    def take(self) -> list[Tensor]:
+        """The features of the latest forward pass, in the order of the modules; they are not kept any longer."""
+        features, self._outputs = self._outputs, [None] * len(self._outputs)
+        return features
 
 
 @MODEL_REGISTRY.register()
@@ -89,19 +129,19 @@ class DistillationModel(SRModel):
         return super().model_to_device(net.to(memory_format=self.memory_format))
 
     def init_training_settings(self):
-        train_opt = self.opt['train']
-        self._build_teacher()
-        self._build_losses(train_opt)
-        self._check_fit()
-        self.net_g.train()
-
+        train_opt, path_opt = self.opt['train'], self.opt['path']
         self.ema_decay = train_opt.get('ema_decay', 0)
         if self.ema_decay > 0:
             # A copy, not a second network: the random lora_A of the student must be the average's, too.
             self.net_g_ema = deepcopy(self.get_bare_model(self.net_g)).eval().requires_grad_(False)
-            if self.opt['path'].get('resume_state'):
-                self.load_network(self.net_g_ema, self.opt['path']['pretrain_network_g'], True, 'params_ema')
+            start = path_opt.get('pretrain_network_g')
+            if start is not None and Path(start).parent == Path(path_opt['models']):  # a run that goes on
+                self.load_network(self.net_g_ema, start, path_opt.get('strict_load_g', True), 'params_ema')
 
+        self._build_teacher()
+        self._build_losses(train_opt)
+        self._check_fit()
+        self.net_g.train()
         self.setup_optimizers()
         self.setup_schedulers()
 
@@ -139,41 +179,35 @@ class DistillationModel(SRModel):
 
     def _tap_features(self, layers):
         if isinstance(self.net_g, DataParallel):
-            raise InputError(
-                'train.affinity_opt does not work with DataParallel: start one process a GPU, with --launcher pytorch.'
-            )
-        pair = layers if isinstance(layers, dict) else {'student': layers, 'teacher': layers}
-        for role in ('student', 'teacher'):
-            if set(pair) != {'student', 'teacher'} or not isinstance(pair[role], list) or not pair[role]:
-                raise InputError(
-                    'train.affinity_opt.layers must be a list of module names, or '
-                    f'{{student: [...], teacher: [...]}} with two such lists, not {layers!r}.'
-                )
-        if len(pair['student']) != len(pair['teacher']):
-            raise InputError(
-                f'train.affinity_opt.layers has {len(pair["student"])} layers of the student and '
-                f'{len(pair["teacher"])} of the teacher: they are compared one by one.'
-            )
-        self.student_tap = FeatureTap(self.get_bare_model(self.net_g), pair['student'], 'student')
-        self.teacher_tap = FeatureTap(self.net_t, pair['teacher'], 'teacher')
+            raise InputError(DATA_PARALLEL_REFUSED)
+        names = affinity_layers(layers)
+        self.student_tap = FeatureTap(find_modules(self.get_bare_model(self.net_g), names['student'], 'student'))
+        self.teacher_tap = FeatureTap(find_modules(self.net_t, names['teacher'], 'teacher'))
 
     @torch.no_grad()
     def _check_fit(self):
         """Run both networks once on a blank patch of the training size: what does not fit must show before training."""
         scale = self.opt['scale']
-        size = self.opt['datasets']['train']['gt_size'] // scale
+        size = self.opt['datasets']['train'].get('gt_size', 64 * scale) // scale
+        channels = self.opt['network_g'].get('num_in_ch', 3)
         student = self.get_bare_model(self.net_g).eval()
-        patch = torch.zeros(1, 3, size, size, device=self.device).contiguous(memory_format=self.memory_format)
+        patch = torch.zeros(1, channels, size, size, device=self.device).contiguous(memory_format=self.memory_format)
+        outputs = []
         for key, network in (('network_g', student), ('network_t', self.net_t)):
             output = network(patch)
             if output.shape[2:] != (size * scale, size * scale):
                 raise InputError(
                     f'The option "scale" is {scale}, but {key} ({type(network).__name__}) makes '
-                    f'{output.shape[2]}x{output.shape[3]} of {size}x{size}: give both networks the '
-                    'scale of the data.'
+                    f'{output.shape[2]}x{output.shape[3]} of {size}x{size}: give both networks the scale of the data.'
                 )
+            outputs.append(output)
+        if outputs[0].shape != outputs[1].shape:
+            raise InputError(
+                f'network_g gives {outputs[0].shape[1]} channels, but network_t {outputs[1].shape[1]}: they have to be '
+                'equal.'
+            )
         if self.cri_affinity is not None:
-            self.cri_affinity(self.student_tap.features(), self.teacher_tap.features())
+            self.cri_affinity(self.student_tap.take(), self.teacher_tap.take())
 
     def feed_data(self, data):
         super().feed_data(data)
@@ -191,10 +225,24 @@ class DistillationModel(SRModel):
         if self.cri_distill_pix is not None:
             losses['l_distill'] = self.cri_distill_pix(self.output, taught)
         if self.cri_affinity is not None:
-            losses['l_affinity'] = self.cri_affinity(self.student_tap.features(), self.teacher_tap.features())
+            losses['l_affinity'] = self.cri_affinity(self.student_tap.take(), self.teacher_tap.take())
         sum(losses.values()).backward()
         self.optimizer_g.step()
 
         self.log_dict = self.reduce_loss_dict(losses)
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
+
+    def test(self):
+        # As in SwinIRModel: a network that works in windows wants whole windows.
+        window = self.opt['network_g'].get('window_size')
+        if not window:
+            super().test()
+            return
+        lq = self.lq
+        height, width = lq.shape[2:]
+        self.lq = F.pad(lq, (0, -width % window, 0, -height % window), 'reflect')
+        super().test()
+        self.lq = lq
+        scale = self.opt['scale']
+        self.output = self.output[:, :, : height * scale, : width * scale]

@@ -203,6 +203,48 @@ def test_adapter_of_another_shape_is_refused_and_changes_nothing(network, tmp_pa
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
+def test_adapter_that_does_not_fit_a_plain_network_leaves_it_plain(network, tmp_path):
+    other = add_lora(nn.Sequential(nn.Conv2d(3, 4, 3)), LoRAConfig(['0']))
+    save_adapter(other, tmp_path / 'a.safetensors')
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3))
+    with pytest.raises(InputError, match='does not fit'):
+        load_adapter(plain, tmp_path / 'a.safetensors')
+    assert type(plain[0]) is nn.Conv2d
+
+
+def test_module_that_stands_twice_is_adapted_and_merged_twice():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    network = trained(add_lora(nn.Sequential(conv, nn.ReLU(), conv), LoRAConfig(['0'], rank=2)))
+    assert network[0] is network[2] and isinstance(network[2], LoRAConv2d)
+    x = torch.randn(1, 4, 6, 6)
+    adapted = network(x)
+    merge_lora(network)
+    assert network[0] is network[2] and torch.equal(network(x), adapted)
+
+
+def test_computed_weights_cannot_carry_lora():
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.utils.weight_norm(nn.Conv2d(3, 3, 1)))
+    with pytest.raises(InputError, match='"1" matches "1", a Conv2d, which cannot carry LoRA'):
+        add_lora(network, LoRAConfig(['1']))
+    assert [name for name, _ in lora_layers(add_lora(network, LoRAConfig(['.*'])))] == ['0']
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_merges_to_the_bit(dtype):
+    torch.manual_seed(0)
+    network = trained(add_lora(nn.Sequential(nn.Conv2d(3, 5, (3, 1), padding='same')), ALL)).to(dtype)
+    x = torch.randn(1, 3, 6, 6, dtype=dtype)
+    adapted = network(x)
+    assert torch.equal(merge_lora(network)(x), adapted)
+
+
+def test_what_was_frozen_stays_frozen_after_merging(network):
+    network.head.weight.requires_grad_(False)
+    merge_lora(add_lora(network, ALL))
+    assert {name for name, p in network.named_parameters() if not p.requires_grad} == {'head.weight'}
+
+
 @pytest.mark.parametrize(
     'config, message',
     [
@@ -211,6 +253,7 @@ def test_adapter_of_another_shape_is_refused_and_changes_nothing(network, tmp_pa
         ({'target_modules': ['body']}, r'"body" matches "body", a Sequential.*inside it are body\.0, body\.2'),
         ({'target_modules': ['.*'], 'exclude_modules': ['tial']}, 'exclude_modules "tial" matches no module'),
         ({'target_modules': ['.*'], 'exclude_modules': ['.*']}, 'leaves nothing'),
+        ({'target_modules': ['tail'], 'rank_pattern': {'head': 4}}, 'rank_pattern "head" matches none of the adapted'),
         ({'target_modules': ['tail'], 'rank': 0}, '"rank" is 0'),
         ({'target_modules': ['tail'], 'rank_pattern': {'tail': -1}}, '"tail" is -1'),
         ({'target_modules': ['tail'], 'alpha': 0}, '"alpha" is 0'),

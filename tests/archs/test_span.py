@@ -155,6 +155,9 @@ def test_adapted_checkpoint_of_other_layers_loads_alone(tmp_path):
     assert is_training_form(loaded) and torch.equal(loaded(x), network(x))
     with pytest.raises(InputError, match='merge the LoRA before folding'):
         fold(loaded)
+    # Nor may the update get lost when the branches are folded on loading.
+    with pytest.raises(RuntimeError, match='block_2.c1_r.conv .* carry LoRA, which has to be merged before'):
+        SPAN(feature_channels=6, deploy=True).load_state_dict(network.state_dict())
 
 
 def test_checkpoints_that_cannot_be_used(tmp_path):
@@ -177,8 +180,16 @@ def test_checkpoints_that_cannot_be_used(tmp_path):
     torch.save(
         {k: v for k, v in random_adapted(2, 2).state_dict().items() if 'lora_alpha' not in k}, tmp_path / 'noalpha.pth'
     )
-    with pytest.raises(InputError, match='scale of the update is unknown'):
+    with pytest.raises(InputError, match='carries LoRA but lacks lora_alpha'):
         load_network(tmp_path / 'noalpha.pth')
+
+
+def test_incomplete_layer_is_named(tmp_path):
+    state = random_adapted(2, 2).state_dict()
+    del state['conv_2.eval_conv.weight']
+    torch.save(state, tmp_path / 'net.pth')
+    with pytest.raises(InputError, match='"conv_2.eval_conv" carries LoRA but lacks weight'):
+        load_network(tmp_path / 'net.pth')
 
 
 @pytest.mark.parametrize(

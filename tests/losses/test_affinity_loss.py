@@ -50,6 +50,25 @@ def test_channels_last_features_and_upstream_gradient():
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(1, 4, 6, 7).to(dtype).requires_grad_(), torch.randn(1, 4, 6, 7)
+    expected, value = naive(student.float(), teacher), spatial_affinity_distance(student, teacher)
+    torch.testing.assert_close(value, expected)
+    grads = [torch.autograd.grad(loss, student)[0] for loss in (value, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_autocast_does_not_round_the_gradient():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(1, 4, 6, 7, requires_grad=True), torch.randn(1, 4, 6, 7)
+    (expected,) = torch.autograd.grad(naive(student, teacher), student)
+    with torch.autocast('cpu', torch.bfloat16):
+        value = spatial_affinity_distance(student, teacher)
+    torch.testing.assert_close(torch.autograd.grad(value, student)[0], expected)
+
+
 def test_equal_features_give_exactly_zero():
     features = torch.randn(2, 7, 9, 11, requires_grad=True)
     loss = spatial_affinity_distance(features, features.detach())
@@ -68,6 +87,9 @@ def test_loss_averages_over_layers_and_has_a_weight():
 def test_features_that_do_not_fit():
     with pytest.raises(InputError, match=r"student's are \(1, 4, 5, 6\) and the teacher's \(1, 4, 6, 5\)"):
         spatial_affinity_distance(torch.zeros(1, 4, 5, 6), torch.zeros(1, 4, 6, 5))
+    for shape in ((0, 4, 5, 6), (1, 4, 0, 6)):
+        with pytest.raises(InputError, match='Spatial affinity compares'):
+            spatial_affinity_distance(torch.zeros(shape), torch.zeros(shape))
     with pytest.raises(InputError, match='as many layers'):
         SpatialAffinityLoss()([torch.zeros(1, 4, 5, 6)], [])
 

@@ -198,22 +198,34 @@ def set_key(path, value):
         (set_key(['network_t', 'feature_channels'], 10), 'teacher.pth does not fit SPAN'),
         (set_key(['scale'], 3), r'"scale" is 3, but network_g \(DSCLoRA\) makes 16x16 of 8x8'),
         (set_key(['train', 'memory_format'], 'channels_lats'), 'memory_format is "channels_lats"'),
-        (set_key(['train', 'affinity_opt', 'layers'], ['block_7']), r'"block_7", which the student DSCLoRA .*block_'),
+        (
+            set_key(['train', 'affinity_opt', 'layers'], ['block_7']),
+            "'block_7' in the student, DSCLoRA; .*block_",
+        ),
         (
             set_key(['train', 'affinity_opt', 'layers'], {'student': ['conv_1'], 'teacher': ['up']}),
-            '"up".*teacher SPAN',
+            "no module 'up' in the teacher, SPAN",
         ),
         (
             set_key(['train', 'affinity_opt', 'layers'], {'student': ['conv_1'], 'teacher': ['conv_1', 'conv_2']}),
-            '1 layers of the student and 2',
+            '1 layers of the student, but 2',
         ),
         (set_key(['train', 'affinity_opt', 'layers'], {'student': ['upsampler'], 'teacher': ['conv_1']}), 'equal N, H'),
-        (set_key(['train', 'affinity_opt', 'layers'], None), 'must be a list of module names'),
+        (set_key(['train', 'affinity_opt', 'layers'], None), 'has to be a list of module names'),
     ],
 )
 def test_what_it_refuses(options, change, message):
     change(options)
     with pytest.raises(InputError, match=message):
+        build_model(options)
+
+
+def test_networks_of_different_channels_are_refused(options):
+    options['network_g'] = {'type': 'RRDBNet', 'num_in_ch': 3, 'num_out_ch': 1, 'scale': 2, 'num_feat': 4,
+                            'num_block': 1, 'num_grow_ch': 4}  # fmt: skip
+    options['path']['pretrain_network_g'] = None
+    del options['train']['affinity_opt']
+    with pytest.raises(InputError, match='network_g gives 1 channels, but network_t 3'):
         build_model(options)
 
 
@@ -235,6 +247,28 @@ def test_frozen_tensors_and_forgiven_keys_are_not_a_screenful_of_warnings(option
     finally:
         logging.getLogger('basicsr').removeHandler(handler)
     assert [record.getMessage() for record in records] == ['44 of 84 parameter tensors are frozen.']
+
+
+@torch.no_grad()
+def test_student_in_windows_is_validated_at_any_size(options):
+    """Against the network itself on the padded image, cropped: as BasicSR's SwinIRModel tests."""
+    options['network_g'] = {'type': 'SwinIR', 'embed_dim': 8, 'depths': [1], 'num_heads': [2], 'window_size': 4,
+                            'mlp_ratio': 2, 'upscale': 2, 'upsampler': 'pixelshuffledirect'}  # fmt: skip
+    options['path']['pretrain_network_g'] = None
+    del options['train']['affinity_opt']
+    model = build_model(options)
+    x = torch.rand(1, 3, 10, 13)
+    model.feed_data({'lq': x})
+    model.test()
+    padded = F.pad(x, (0, 3, 0, 2), 'reflect')
+    assert torch.equal(model.output, model.net_g_ema(padded)[:, :, :20, :26]) and model.lq.shape == x.shape
+
+
+def test_average_carries_no_hooks_and_features_are_let_go(options):
+    model = build_model(options)
+    step(model, 1)
+    assert not any(module._forward_hooks for module in model.net_g_ema.modules())
+    assert model.student_tap.take() == model.teacher_tap.take() == [None] * 3
 
 
 @pytest.mark.parametrize('model_type', ['DistillationModel', 'SRModel'])

@@ -39,6 +39,7 @@ def run_folder(pairs, tmp_path):
         affinity_opt={'type': 'SpatialAffinityLoss', 'loss_weight': 0.1, 'layers': ['block_1', 'block_6']},
     )
     options['val']['val_freq'] = 10
+    options['logger']['save_checkpoint_freq'] = 1
     (tmp_path / 'run.yml').write_text(yaml.safe_dump(options, sort_keys=False))
     return tmp_path
 
@@ -80,26 +81,63 @@ def test_killed_run_resumes_with_its_learning_rate_average_and_losses(run_folder
     rest = run_python(*COMMAND, '--auto_resume', cwd=run_folder)
     rates = {iteration: rate for iteration, rate in logged(whole).items() if iteration > reached}
     assert logged(rest) == rates and reached >= 12
-    models = [run_folder / 'experiments' / name / 'models' for name in ('whole', 'tiny')]
-    before, resumed = (read_checkpoint(folder / f'net_g_{reached}.pth') for folder in models)
-    for key in ('params', 'params_ema'):
-        assert all(torch.equal(value, resumed[key][name]) for name, value in before[key].items())
-    # From there on the images come in another order: the losses are of the same level, not the same.
-    for key, tolerance in ((0, 0.5), (1, 0.5), (2, 0.5)):
+    models = run_folder / 'experiments' / 'tiny' / 'models'
+    seam, after = (read_checkpoint(models / f'net_g_{iteration}.pth') for iteration in (reached, reached + 1))
+    for key, average in after['params_ema'].items():
+        torch.testing.assert_close(average, 0.9 * seam['params_ema'][key] + 0.1 * after['params'][key])
+    assert any((seam['params_ema'][key] - value).abs().max() > 1e-4 for key, value in seam['params'].items())
+    # After the seam the images come in another order: the losses are of the same level, not the same.
+    for index in range(3):
         levels = [
-            torch.tensor([float(line[key]) for line in losses(run)[reached - 20 :]]).mean() for run in (whole, rest)
+            torch.tensor([float(line[index]) for line in losses(run)[reached - 20 :]]).mean() for run in (whole, rest)
         ]
-        assert levels[1].item() == pytest.approx(levels[0].item(), rel=tolerance)
-    ends = [read_checkpoint(folder / 'net_g_latest.pth')['params_ema'] for folder in models]
-    changed = [key for key in ends[0] if key.endswith('lora_B')]
-    for key in changed:
-        torch.testing.assert_close(ends[1][key], ends[0][key], rtol=0.5, atol=5e-3)
+        assert levels[1].item() == pytest.approx(levels[0].item(), rel=0.3)
+
+
+RANK_WEIGHTS = """
+import sys, torch
+import lora_sr
+from lora_sr.cli.pipelines import main
+from lora_sr.models.distillation_model import DistillationModel
+save = DistillationModel.save
+def tell_weights(self, epoch, current_iter):
+    total = sum(value.double().abs().sum() for value in self.net_g.state_dict().values())
+    print(f'rank {self.opt["rank"]} image {self.lq.sum():.6f} weights {total:.12f}', flush=True)
+    save(self, epoch, current_iter)
+DistillationModel.save = tell_weights
+sys.exit(main(True))
+"""
 
 
 def test_two_processes_train_the_same_option_file(run_folder):
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2]
-    done = run_python(*launcher, *COMMAND, '--launcher', 'pytorch', cwd=run_folder)
+    (run_folder / 'ranks.py').write_text(RANK_WEIGHTS)
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, 'ranks.py', '-opt', 'run.yml']
+    done = run_python(*launcher, '--launcher', 'pytorch', cwd=run_folder)
     assert 'World size (gpu number): 2' in done.stderr and 'DistributedDataParallel - DSCLoRA' in done.stderr
     assert len(losses(done)) == 20
+    # The processes see different images, but their gradients are averaged: their weights never part.
+    told = re.findall(r'rank (\d) image (\S+) weights (\S+)', done.stdout)
+    images, weights = ([{line[i] for line in told if line[0] == rank} for rank in '01'] for i in (1, 2))
+    assert len(images[0]) > 1 and images[0] != images[1]
+    assert len(weights[0]) > 1 and weights[0] == weights[1]
     saved = read_checkpoint(run_folder / 'experiments' / 'tiny' / 'models' / 'net_g_latest.pth')
-    assert saved.keys() == {'params', 'params_ema'} and saved['params']['upsampler.0.lora_B'].any()
+    assert saved.keys() == {'params', 'params_ema'}
+
+
+def test_merged_network_has_the_adapted_network_s_table(run_folder, pairs):
+    """Train, test the adapted checkpoint, merge it, test the plain one: the tables are the same."""
+    run_python(*COMMAND, cwd=run_folder)
+    checkpoint = run_folder / 'experiments' / 'tiny' / 'models' / 'net_g_latest.pth'
+    run_python('-m', 'lora_sr.cli.main', 'merge', checkpoint, '-o', 'merged.pth', cwd=run_folder)
+    options = yaml.safe_load((run_folder / 'run.yml').read_text())
+    plain = {'type': 'SPAN', 'feature_channels': 6, 'upscale': 2, 'deploy': True}
+    tables = []
+    for network, path in ((options['network_g'], str(checkpoint)), (plain, 'merged.pth')):
+        test = {key: options[key] for key in ('scale', 'num_gpu', 'val')}
+        test.update(name='table', model_type='SRModel', network_g=network)
+        test['datasets'] = {'test': options['datasets']['val_1']}
+        test['path'] = {'pretrain_network_g': path, 'param_key_g': 'params_ema'}
+        (run_folder / 'test.yml').write_text(yaml.safe_dump(test))
+        done = run_python('-m', 'lora_sr.test', '-opt', 'test.yml', cwd=run_folder)
+        tables.append(re.findall(r'# psnr: (\S+)', done.stderr))
+    assert len(tables[0]) == 1 and tables[0] == tables[1]

@@ -16,7 +16,7 @@ step "Photographs that come with scikit-image"
 python "$photos" photos
 
 step "Prepare: images -> LMDB"
-lora-sr prepare photos/train -o datasets/train --scale 2
+lora-sr prepare photos/train -o datasets/train --scale 2 --size 128 --step 64 # small sub-images are quick to read
 lora-sr prepare photos/test -o datasets/test --scale 2 --size 0
 
 step "Train a small SPAN"

@@ -99,12 +99,12 @@ import sys, torch
 import lora_sr
 from lora_sr.cli.pipelines import main
 from lora_sr.models.distillation_model import DistillationModel
-save = DistillationModel.save
-def tell_weights(self, epoch, current_iter):
+optimize = DistillationModel.optimize_parameters
+def optimize_and_tell(self, current_iter):
+    optimize(self, current_iter)
     total = sum(value.double().abs().sum() for value in self.net_g.state_dict().values())
-    print(f'rank {self.opt["rank"]} image {self.lq.sum():.6f} weights {total:.12f}', flush=True)
-    save(self, epoch, current_iter)
-DistillationModel.save = tell_weights
+    sys.stdout.write(f'rank {self.opt["rank"]} image {self.lq.sum():.6f} weights {total:.12f}\\n')
+DistillationModel.optimize_parameters = optimize_and_tell
 sys.exit(main(True))
 """
 

@@ -36,9 +36,12 @@ torch.set_num_threads({threads})
 forward_backward(FORMS[{form!r}], (1, 2, 8, 8), 'cpu')
 student, teacher = torch.randn(2, *{shape})
 student.requires_grad_()
-with open('/proc/self/clear_refs', 'w') as file:
-    file.write('5')  # forget the peak of the imports
-before = resident('VmRSS')
+try:
+    with open('/proc/self/clear_refs', 'w') as file:
+        file.write('5')  # forget the peak of the imports
+    before = resident('VmRSS')
+except OSError:  # some sandboxes forbid it: then only what exceeds that peak is seen
+    before = resident('VmHWM')
 FORMS[{form!r}](student, teacher).backward()
 print(resident('VmHWM') - before)
 """

@@ -49,8 +49,8 @@ def run_command(args: argparse.Namespace, is_train: bool) -> None:
 def main(is_train: bool, argv=None) -> int:
     """Check the option file, then run BasicSR's pipeline in the current folder.
 
-    Returns the exit status: 0, or 2 after mistakes in the input, each told in a line on the standard error by the first
-    process of each machine.
+    Returns the exit status: 0; 2 after mistakes in the input, each told in a line on the standard error by the first
+    process of each machine; or 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -60,6 +60,10 @@ def main(is_train: bool, argv=None) -> int:
             for line in str(error).splitlines():
                 print(f'error: {line}', file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        hint = '; --auto_resume goes on from its last checkpoint' if is_train else ''
+        print(f'interrupted{hint}', file=sys.stderr, flush=True)
+        return 130
     return 0
 
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from lora_sr.adapters import LoRALayer, is_lora_key
 from lora_sr.errors import InputError
 
+BRANCH_TENSORS = [f'{name}.{tensor}' for name in ('sk', 'conv.0', 'conv.1', 'conv.2') for tensor in ('weight', 'bias')]
+
 
 class Conv3XC(nn.Module):
     """A 3x3 convolution, trained as 1x1 -> 3x3 -> 1x1 with wider inner channels plus a 1x1 skip.
@@ -83,7 +85,7 @@ class Conv3XC(nn.Module):
                 error_msgs.append(
                     f'{prefix}conv and {prefix}sk carry LoRA, which has to be merged before the branches are folded.'
                 )
-            elif not self.is_training_form:
+            elif not self.is_training_form and len(branches) == len(BRANCH_TENSORS):
                 weight, bias = _fold_branches(branches)
                 for name in branches:
                     del state_dict[prefix + name]

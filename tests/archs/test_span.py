@@ -160,6 +160,13 @@ def test_adapted_checkpoint_of_other_layers_loads_alone(tmp_path):
         SPAN(feature_channels=6, deploy=True).load_state_dict(network.state_dict())
 
 
+def test_incomplete_branches_are_told_and_not_folded():
+    state = SPAN(feature_channels=6).state_dict()
+    del state['block_3.c1_r.conv.1.bias']
+    with pytest.raises(RuntimeError, match='Missing key.*block_3.c1_r.eval_conv'):
+        SPAN(feature_channels=6, deploy=True).load_state_dict(state)
+
+
 def test_checkpoints_that_cannot_be_used(tmp_path):
     with pytest.raises(InputError, match='absent.pth cannot be read'):
         load_network(tmp_path / 'absent.pth')

@@ -10,6 +10,7 @@ from collections import OrderedDict
 import safetensors.torch
 import torch
 
+from lora_sr.adapters import is_lora_key
 from lora_sr.errors import InputError
 
 LOG = logging.getLogger('basicsr')
@@ -57,7 +58,13 @@ def load_weights(net, content: dict, path, param_key=None, strict=True, tell_dif
             )
         content = content[param_key]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise InputError(f'{path} holds no weights {"at its top" if param_key is None else f"under {param_key}"}')
+        there = [key for key in ('params', 'params_ema') if isinstance(content, dict) and key in content]
+        hint = (
+            f'; they are under {" and ".join(there)}, which the param_key in the section path has to name'
+            if there
+            else ''
+        )
+        raise InputError(f'{path} holds no weights {"at its top" if param_key is None else f"under {param_key}"}{hint}')
     weights = without_module_prefix(content)
     if tell_differences is not None:
         LOG.info(f'Loading {type(net).__name__} model from {path}, with param key: [{param_key}].')
@@ -105,9 +112,11 @@ def save_atomically(content, path) -> None:
 
 def _misfit(net: torch.nn.Module, weights: dict) -> str:
     own = net.state_dict()
+    has_lora = any(map(is_lora_key, weights))
     parts = []
     for what, keys in (
-        ('missing', [key for key in own if key not in weights]),
+        # A base checkpoint may lack every LoRA tensor of an adapted network.
+        ('missing', [key for key in own if key not in weights and (has_lora or not is_lora_key(key))]),
         ('not known to it', [key for key in weights if key not in own]),
     ):
         if keys:

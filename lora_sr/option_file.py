@@ -108,7 +108,8 @@ def _what_exists(place, parents: list, key: str) -> str:
     where = f"'{':'.join(parents)}'" if parents else 'the option file'
     if not isinstance(place, dict):
         return f"{where} is a single value and has no key '{key}'"
-    return f"{where} has no key '{key}'; the keys there are {', '.join(map(str, place))}"
+    keys = ', '.join(map(str, place))
+    return f"{where} has no key '{key}'; the keys there are {keys} (others have to stand in the file first)"
 
 
 def _parse(text: str, source: str):

@@ -20,5 +20,7 @@ if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv
 fi
 echo "installing lora_sr and what it needs into .venv (PyTorch is large: the first time takes minutes)"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+# As a path, not as an import hook: beside a clone called lora_sr, Python would otherwise take that folder for the package.
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat \
+  --editable '.[test]'
 export PATH="$PWD/.venv/bin:$PATH"

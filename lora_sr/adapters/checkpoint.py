@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_sr.adapters.config import LoRAConfig
@@ -84,7 +84,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         raise InputError(f'An adapter is a .safetensors file, but the path is {path}.')
     metadata = {CONFIG_KEY: describe_lora(model).to_json()}
     tensors = {key: value.detach().cpu().contiguous() for key, value in lora_state_dict(model).items()}
-    save_file(tensors, os.fspath(path), metadata=metadata)
+    Path(path).write_bytes(save(tensors, metadata=metadata))
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:

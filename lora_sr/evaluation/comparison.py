@@ -60,6 +60,8 @@ def compare(
         InputError: A folder, an image or a checkpoint that cannot be used, a network of another scale, or a picture
             that cannot be written.
     """
+    if scale < 1:
+        raise InputError(f'The scale is {scale}: it has to be a whole number of at least 1.')
     networks = {name: load_network(path) for name, path in checkpoints.items()}
     sources = find_sources([gt_folder], [scale], None if lr_folder is None else [lr_folder])
     scores: dict[str, list] = {name: [] for name in (BICUBIC, *networks)}

@@ -12,6 +12,7 @@ from lora_sr.adapters import LoRAConfig, add_lora, count_parameters, lora_layers
 from lora_sr.archs import fold, is_training_form, read_state_dict
 from lora_sr.archs.dsclora_arch import DSCLoRA
 from lora_sr.archs.span_arch import SPAN
+from lora_sr.checkpoint_file import load_weights
 from lora_sr.errors import InputError
 
 OFFICIAL = ['weights/SPAN/spantiny_ch26_x4.pth', 'weights/SPAN/span_ch28_x4.pth', 'weights/DSCLoRA/DSCF_ch26_x4.pth']
@@ -189,6 +190,13 @@ def test_checkpoints_that_cannot_be_used(tmp_path):
     )
     with pytest.raises(InputError, match='carries LoRA but lacks lora_alpha'):
         load_network(tmp_path / 'noalpha.pth')
+
+
+def test_misfit_does_not_speak_of_lora_tensors_that_may_be_missing():
+    state = SPAN(feature_channels=8, deploy=True).state_dict()
+    with pytest.raises(InputError) as error:
+        load_weights(DSCLoRA(feature_channels=6), state, 'net.pth')
+    assert 'has shape (8, 3, 3, 3) instead of (6, 3, 3, 3)' in str(error.value) and 'lora' not in str(error.value)
 
 
 def test_incomplete_layer_is_named(tmp_path):

@@ -34,6 +34,8 @@ def test_wrong_scale_and_names_are_one_sentence(tmp_path, capsys):
     assert main([*arguments, '--scale', '2']) == 2
     assert '"mine" makes 30x24 pixels of a.png, where the original has 20x16' in capsys.readouterr().err
     assert main([*arguments, '--scale', '3']) == 0
+    assert main([*arguments, '--scale', '0']) == 2
+    assert 'The scale is 0' in capsys.readouterr().err
     with pytest.raises(SystemExit, match='2'):
         main(['compare', 'net.pth', '--gt', str(tmp_path), '--scale', '2'])
     assert 'should be NAME=CHECKPOINT' in capsys.readouterr().err

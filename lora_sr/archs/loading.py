@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from lora_sr.adapters import add_lora, infer_lora_config, is_lora_key, lora_layers
 from lora_sr.archs.dsclora_arch import build_dsclora, is_dsclora
+from lora_sr.archs.lkdn_arch import build_lkdn, is_lkdn
 from lora_sr.archs.span_arch import build_span, is_span
 from lora_sr.checkpoint_file import load_weights, read_checkpoint, without_module_prefix
 from lora_sr.errors import InputError
 
 # How a family recognises its state dict, and the network that it builds for it; the first match counts.
-FAMILIES = ((is_dsclora, build_dsclora), (is_span, build_span))
+FAMILIES = ((is_dsclora, build_dsclora), (is_span, build_span), (is_lkdn, build_lkdn))
 
 PARAM_KEYS = ('params_ema', 'params')
 
@@ -60,7 +61,8 @@ def load_network(path: str | os.PathLike, param_key: str | None = None) -> nn.Mo
     build = next((build for recognise, build in FAMILIES if recognise(state)), None)
     if build is None:
         raise InputError(
-            f'{path} belongs to no network known here (SPAN, DSCLoRA): its first keys are {", ".join(list(state)[:3])}.'
+            f'{path} belongs to no network known here (SPAN, DSCLoRA, LKDN): its first keys are '
+            f'{", ".join(list(state)[:3])}.'
         )
     try:
         network = build(state)

@@ -9,13 +9,14 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_sr.adapters import LoRALayer, is_lora_key
+from lora_sr.adapters import is_lora_key
+from lora_sr.archs.reparam import Foldable
 from lora_sr.errors import InputError
 
 BRANCH_TENSORS = [f'{name}.{tensor}' for name in ('sk', 'conv.0', 'conv.1', 'conv.2') for tensor in ('weight', 'bias')]
 
 
-class Conv3XC(nn.Module):
+class Conv3XC(Foldable):
     """A 3x3 convolution, trained as 1x1 -> 3x3 -> 1x1 with wider inner channels plus a 1x1 skip.
 
     The input is padded before the first 1x1, so at the border the 3x3 sees that layer's bias rather than zeros, and
@@ -30,6 +31,7 @@ class Conv3XC(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, gain: int = 2, deploy: bool = False):
         super().__init__()
+        self.in_channels = in_channels
         if deploy:
             self.eval_conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         else:
@@ -51,23 +53,13 @@ class Conv3XC(nn.Module):
             return self.conv(F.pad(x, (1, 1, 1, 1))) + self.sk(x)
         return self.eval_conv(x)
 
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Turn the training form into the deploy form, in place; summed in float64, rounded once.
-
-        Raises:
-            InputError: A branch carries LoRA, which has to be merged first.
-        """
-        if any(isinstance(module, LoRALayer) for module in self.modules()):
-            raise InputError('A branch of a Conv3XC carries LoRA: merge the LoRA before folding the branches.')
-        skip = self.sk.weight
-        eval_conv = nn.Conv2d(skip.shape[1], skip.shape[0], 3, padding=1, device=skip.device, dtype=skip.dtype)
+    def folded(self) -> Conv3XC:
+        """The deploy form; summed in float64, rounded once."""
         weight, bias = _fold_branches(self.state_dict())
-        eval_conv.weight.copy_(weight)
-        eval_conv.bias.copy_(bias)
-        eval_conv.train(self.training)
-        del self.sk, self.conv
-        self.eval_conv = eval_conv
+        plain = Conv3XC(weight.shape[1], weight.shape[0], deploy=True).to(weight)
+        plain.eval_conv.weight.copy_(weight)
+        plain.eval_conv.bias.copy_(bias)
+        return plain
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

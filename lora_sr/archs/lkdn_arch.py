@@ -67,11 +67,9 @@ class BSConvU_rep(Foldable, BSConvU):
         """The BSConvU that computes the same."""
         plain = BSConvU(self.in_channels, self.in_channels).to(self.pw.weight)
         pointwise = self.pw.weight.double()
-        pointwise += torch.eye(self.in_channels).to(pointwise)[:, :, None, None]
-        depthwise = self.dw.weight.double()
-        depthwise[:, :, 1, 1] += 1 + self.rep1x1.weight.double()[:, :, 0, 0]
-        plain.pw.weight.copy_(pointwise)
-        plain.dw.weight.copy_(depthwise)
+        plain.pw.weight.copy_(pointwise + torch.eye(self.in_channels).to(pointwise)[:, :, None, None])
+        # Padding adds to the centre of the 3x3 alone, in a new tensor also where the weights are float64 already.
+        plain.dw.weight.copy_(self.dw.weight.double() + F.pad(1 + self.rep1x1.weight.double(), (1, 1, 1, 1)))
         plain.dw.bias.copy_(self.dw.bias.double() + self.rep1x1.bias.double())
         return plain
 
@@ -255,7 +253,9 @@ def LKDN_S(
 
 def is_lkdn(state: dict[str, Tensor]) -> bool:
     """Whether ``state`` is a state dict of LKDN, of any size and form, with or without LoRA."""
-    return {'fea_conv.pw.weight', 'B1.c1_d.weight', 'B1.atten.pointwise.weight', 'c1.weight'} <= state.keys()
+    has_last = 'upsampler.0.weight' in state or 'upsampler.conv3.weight' in state
+    others = {'fea_conv.pw.weight', 'B1.c1_d.weight', 'B1.atten.pointwise.weight', 'c1.weight'}
+    return has_last and others <= state.keys()
 
 
 def build_lkdn(state: dict[str, Tensor]) -> LKDN:

@@ -41,8 +41,8 @@ def fold(network: nn.Module) -> nn.Module:
     """Fold every re-parameterisable module of ``network`` to its deploy form, in place, and return the network.
 
     Each is compared with what replaces it, in float64 on a random image, before anything is replaced. Done once and
-    for good: the branches are gone afterwards. A network in deploy form is left as it is. (Where ``network`` itself is
-    a module that folds, only what is returned is folded.)
+    for good: the branches are gone afterwards. What was frozen stays frozen, and a network in deploy form is left as it
+    is. (Where ``network`` itself is a module that folds, only what is returned is folded.)
 
     Raises:
         InputError: A branch carries LoRA, which has to be merged first; or a deploy form differs by more than 1e-5 of
@@ -55,19 +55,19 @@ def fold(network: nn.Module) -> nn.Module:
             if any(isinstance(part, LoRALayer) for part in module.modules()):
                 raise InputError(f'A branch of {where} carries LoRA: merge the LoRA before folding the branches.')
             replacement = module.folded().train(module.training)
+            replacement.requires_grad_(any(parameter.requires_grad for parameter in module.parameters()))
             difference = _relative_difference(module, replacement)
             if not difference <= TOLERANCE:
                 raise InputError(
                     f'The folded {where} differs from its branches by {difference:.1e} of the largest output, more '
                     f'than {TOLERANCE:.0e}: its weights are too large for float32, or NaN.'
                 )
-            replacements[name] = replacement
-    for name, replacement in replacements.items():
-        if not name:
-            return replacement
-        parent, _, child = name.rpartition('.')
-        setattr(network.get_submodule(parent), child, replacement)
-    return network
+            replacements[module] = replacement
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if name and module in replacements:
+            parent, _, child = name.rpartition('.')
+            setattr(network.get_submodule(parent), child, replacements[module])
+    return replacements.get(network, network)
 
 
 def _relative_difference(branched: Foldable, plain: nn.Module) -> float:

@@ -12,7 +12,8 @@ from safetensors.torch import save
 from torch import nn
 
 from lora_sr.adapters import count_parameters, lora_layers, merge_lora
-from lora_sr.archs import load_network
+from lora_sr.archs import fold, load_network
+from lora_sr.archs.reparam import Foldable
 from lora_sr.errors import InputError
 
 TOLERANCE = 1e-5
@@ -21,41 +22,46 @@ SUFFIXES = ('.pth', '.safetensors')
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What :func:`merge_checkpoint` measured."""
+    """What :func:`merge_checkpoint` did and measured; ``difference`` is relative to the largest output."""
 
     network: str
     layers: int
+    folded: int
     lora_parameters: int
-    merged_parameters: int
+    trained_parameters: int
+    plain_parameters: int
     difference: float
 
     def __str__(self) -> str:
-        share = self.lora_parameters / (self.lora_parameters + self.merged_parameters)
+        lora = f' ({self.lora_parameters:,} parameters, {self.lora_parameters / self.trained_parameters:.1%} of all)'
         return (
             f'network               {self.network}\n'
-            f'layers with LoRA      {self.layers}\n'
-            f'parameters, merged    {self.merged_parameters:,}\n'
-            f'trainable in LoRA     {self.lora_parameters:,} ({share:.1%} of the adapted network)\n'
-            f'largest difference    {self.difference:.2e} (adapted against merged output, range [0, 1])'
+            f'layers with LoRA      {self.layers}{lora if self.layers else ""}\n'
+            f'modules folded        {self.folded}\n'
+            f'parameters            {self.trained_parameters:,} -> {self.plain_parameters:,}\n'
+            f'largest difference    {self.difference:.1e} of the largest output (trained against written network)'
         )
 
 
 def merge_checkpoint(
     checkpoint: str | os.PathLike, output: str | os.PathLike, param_key: str | None = None, overwrite: bool = False
 ) -> MergeReport:
-    """Merge the LoRA of an adapted checkpoint and write the plain network's checkpoint.
+    """Take a training checkpoint to its deploy form: merge the LoRA, then fold the re-parameterised branches.
 
-    The written file is loaded again, into the stock network, and compared with the adapted network on random images.
+    Either may be absent. The written file is loaded again, into the stock network, and compared with the trained
+    network on random images. Merging is exact to the bit, and is compared in float32, as it runs. Folding rounds
+    differently, so there both networks are evaluated in float64, which leaves the rounding of the written weights.
 
     Args:
-        checkpoint: An adapted checkpoint, see :func:`lora_sr.archs.load_network`.
+        checkpoint: A checkpoint with LoRA or with branches, see :func:`lora_sr.archs.load_network`.
         output: The file to write, ``.pth`` (state dict under ``params``) or ``.safetensors``.
         param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``.
         overwrite: Replace ``output`` where it exists.
 
     Raises:
-        InputError: ``checkpoint`` cannot be read or carries no LoRA; ``output`` exists, has another suffix or cannot
-            be written; or the outputs differ by more than 1e-5. No file is left behind then.
+        InputError: ``checkpoint`` cannot be read, or there is nothing to merge or fold; ``output`` exists, has another
+            suffix or cannot be written; or the outputs differ by more than 1e-5 of the largest. No file is left behind
+            then.
     """
     output = Path(output)
     if output.suffix not in SUFFIXES:
@@ -65,21 +71,29 @@ def merge_checkpoint(
     if not output.parent.is_dir():
         raise InputError(f'The folder {output.parent} of the output does not exist.')
 
-    adapted = load_network(checkpoint, param_key)
-    layers = sum(1 for _ in lora_layers(adapted))
-    if not layers:
-        raise InputError(f'{checkpoint} carries no LoRA: there is nothing to merge.')
-    merged = merge_lora(deepcopy(adapted))
+    trained = load_network(checkpoint, param_key)
+    layers = sum(1 for _ in lora_layers(trained))
+    folded = sum(1 for module in trained.modules() if isinstance(module, Foldable) and module.is_training_form)
+    if not layers and not folded:
+        raise InputError(f'{checkpoint} is a deploy-form checkpoint already: nothing to merge or fold.')
+    plain = deepcopy(trained)
+    if layers:
+        merge_lora(plain)
+    try:
+        fold(plain)
+    except InputError as error:
+        raise InputError(f'{checkpoint} cannot be folded: {error}') from None
 
     # Written beside the output and renamed when it has proved itself, so that no doubtful file bears the name.
     partial = output.with_name(f'.{output.stem}.partial{output.suffix}')
     try:
-        _write(merged, partial)
-        difference = _largest_difference(adapted, load_network(partial))
+        _write(plain, partial)
+        written = load_network(partial)
+        difference = _relative_difference(trained, written, torch.float64 if folded else torch.float32)
         if not difference <= TOLERANCE:
             raise InputError(
-                f'The merged network differs from the adapted one by {difference:.2e}, more than '
-                f'{TOLERANCE:.0e}: {checkpoint} has weights too large for float32, or NaN.'
+                f'The written network differs from the trained one by {difference:.1e} of the largest output, more '
+                f'than {TOLERANCE:.0e}: {checkpoint} has weights too large for float32, or NaN.'
             )
         os.replace(partial, output)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
@@ -87,11 +101,14 @@ def merge_checkpoint(
         raise InputError(f'The output {output} cannot be written: {reason}.') from error
     finally:
         partial.unlink(missing_ok=True)
+    before = count_parameters(trained)
     return MergeReport(
-        network=type(load_network(output)).__name__,
+        network=type(written).__name__,
         layers=layers,
-        lora_parameters=count_parameters(adapted).lora,
-        merged_parameters=count_parameters(merged).total,
+        folded=folded,
+        lora_parameters=before.lora,
+        trained_parameters=before.total,
+        plain_parameters=count_parameters(written).total,
         difference=difference,
     )
 
@@ -106,6 +123,7 @@ def _write(network: nn.Module, path: Path) -> None:
 
 
 @torch.no_grad()
-def _largest_difference(first: nn.Module, second: nn.Module) -> float:
-    images = torch.rand(2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
-    return (first(images) - second(images)).abs().max().item()
+def _relative_difference(trained: nn.Module, written: nn.Module, dtype: torch.dtype) -> float:
+    images = torch.rand(2, 3, 32, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    first, second = (network.to(dtype)(images) for network in (trained, written))
+    return 0.0 if torch.equal(first, second) else ((first - second).abs().max() / first.abs().max()).item()

@@ -1,4 +1,4 @@
-"""Networks side by side on a folder of images: PSNR, SSIM, parameters, and a picture."""
+"""Networks side by side on a folder of images: PSNR, SSIM, what they cost, and a picture."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lora_sr.archs import load_network
 from lora_sr.data.bicubic import bicubic_downscale, bicubic_upscale
 from lora_sr.data.sources import find_sources, read_image
 from lora_sr.errors import InputError
+from lora_sr.evaluation.complexity import count_multi_adds_720p
 
 BICUBIC = 'bicubic'
 PATCH, ZOOM = 64, 3  # the picture shows patches of 64x64 pixels, each pixel 3x3
@@ -25,10 +26,14 @@ PATCH, ZOOM = 64, 3  # the picture shows patches of 64x64 pixels, each pixel 3x3
 
 @dataclass
 class Row:
-    """One method's line of the table: means over the images; ``parameters`` is None for bicubic."""
+    """One method's line of the table: means over the images.
+
+    ``multi_adds`` are those for an output of 1280x720 pixels; they and ``parameters`` are None for bicubic.
+    """
 
     name: str
     parameters: int | None
+    multi_adds: int | None
     psnr: float
     ssim: float
 
@@ -88,10 +93,11 @@ def compare(
         strips.append(_strip({**versions, 'original': original}))
     if picture is not None:
         _write_picture(np.concatenate(strips), Path(picture))
-    return [
-        Row(name, count_parameters(networks[name]).total if name in networks else None, *np.mean(values, axis=0))
-        for name, values in scores.items()
-    ]
+    costs = {
+        name: (count_parameters(network).total, count_multi_adds_720p(network, scale))
+        for name, network in networks.items()
+    }
+    return [Row(name, *costs.get(name, (None, None)), *np.mean(values, axis=0)) for name, values in scores.items()]
 
 
 @torch.inference_mode()
@@ -112,10 +118,11 @@ def super_resolve(network: nn.Module, image: np.ndarray) -> np.ndarray:
 def format_table(rows: list[Row]) -> str:
     """The rows as a table of fixed-width text."""
     width = max(len(row.name) for row in rows) + 2
-    lines = [f'{"":{width}}{"parameters":>12}{"PSNR (Y), dB":>15}{"SSIM (Y)":>11}']
+    lines = [f'{"":{width}}{"parameters":>12}{"multi-adds (720p), G":>23}{"PSNR (Y), dB":>15}{"SSIM (Y)":>11}']
     for row in rows:
         parameters = '-' if row.parameters is None else f'{row.parameters:,}'
-        lines.append(f'{row.name:{width}}{parameters:>12}{row.psnr:>15.3f}{row.ssim:>11.4f}')
+        multi_adds = '-' if row.multi_adds is None else f'{row.multi_adds / 1e9:.2f}'
+        lines.append(f'{row.name:{width}}{parameters:>12}{multi_adds:>23}{row.psnr:>15.3f}{row.ssim:>11.4f}')
     return '\n'.join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Checks of paired data sets, LMDB or folders, before a run starts: one sentence for each thing that is wrong."""
+"""Checks of data sets, LMDB or folders, before a run starts: one sentence for each thing that is wrong."""
 
 import io
 import os
@@ -8,6 +8,7 @@ import lmdb
 from PIL import Image
 
 from lora_sr.data.lmdb_store import PNG_END, PNG_SIGNATURE, read_meta_info
+from lora_sr.data.lr_image_dataset import lr_roots
 from lora_sr.errors import InputError
 
 # Reading a header costs little, reading all of a file a lot more: larger data sets are sampled evenly.
@@ -35,13 +36,7 @@ def check_pairs(where: str, dataset: dict, scale: int, training: bool):
     for key in ('dataroot_gt', 'dataroot_lq'):
         path = Path(os.path.expanduser(str(dataset[key])))
         roots[key] = path
-        if not path.is_dir():
-            what = 'is not a folder' if path.exists() else 'does not exist'
-            problems.append(f'{where}.{key}: {path} {what}')
-        elif kind == 'lmdb' and path.suffix != '.lmdb':
-            problems.append(f'{where}.{key}: the name of {path} has to end in .lmdb, since io_backend is lmdb')
-        elif kind == 'disk' and path.suffix == '.lmdb':
-            problems.append(f'{where}.{key}: {path} is a database; set io_backend: {{type: lmdb}}')
+        problems += _root_problems(f'{where}.{key}', path, kind)
     if problems:
         return problems, None
     try:
@@ -53,6 +48,59 @@ def check_pairs(where: str, dataset: dict, scale: int, training: bool):
     except InputError as error:
         return [str(error)], None
     return [], pairs.count
+
+
+def check_lr_images(where: str, dataset: dict):
+    """Check an `LRImageDataset`: that its images exist, can be read, and are large enough for a patch.
+
+    Args:
+        where: what the section is called, e.g. 'datasets.train'.
+        dataset: the section.
+
+    Returns:
+        The sentences, and the number of images, which is None where something is wrong.
+    """
+    key, kind, size = f'{where}.dataroot_lq', dataset['io_backend']['type'], dataset['lq_size']
+    roots = [Path(os.path.expanduser(str(root))) for root in lr_roots(dataset['dataroot_lq'])]
+    problems = [problem for root in dict.fromkeys(roots) for problem in _root_problems(key, root, kind)]
+    if problems:
+        return problems, None
+    counts = {}
+    try:
+        for root in roots:
+            if root not in counts:
+                shapes, counts[root] = _database_shapes(root) if kind == 'lmdb' else _folder_shapes(root)
+                if not shapes:
+                    raise InputError(f'{root} holds no images')
+                name, smallest = min(shapes.items(), key=lambda entry: min(entry[1]))
+                if min(smallest) < size:
+                    return [f"{where}.lq_size: {size} is larger than '{name}' of {_size(smallest)} in {root}"], None
+    except InputError as error:
+        return [f'{key}: {error}'], None
+    return [], sum(counts[root] for root in roots)
+
+
+def _root_problems(key: str, path: Path, kind: str) -> list:
+    if not path.is_dir():
+        what = 'is not a folder' if path.exists() else 'does not exist'
+        return [f'{key}: {path} {what}']
+    if kind == 'lmdb' and path.suffix != '.lmdb':
+        return [f'{key}: the name of {path} has to end in .lmdb, since io_backend is lmdb']
+    if kind == 'disk' and path.suffix == '.lmdb':
+        return [f'{key}: {path} is a database; set io_backend: {{type: lmdb}}']
+    return []
+
+
+def _database_shapes(root: Path) -> tuple:
+    shapes = read_meta_info(root)
+    _check_database(root, shapes)
+    return {name: shape[:2] for name, shape in shapes.items()}, len(shapes)
+
+
+def _folder_shapes(folder: Path) -> tuple:
+    names = _file_names(folder)
+    whole = set(_sample(names, MAX_WHOLE_FILES))
+    return {name: _image_size(folder / name, name in whole) for name in _sample(names, MAX_HEADERS)}, len(names)
 
 
 class _Pairs(list):

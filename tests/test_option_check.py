@@ -81,6 +81,7 @@ CHANGES = [
     ('logger', ..., 'logger is missing'),
     ('logger.save_checkpoint_freq', 0, 'logger.save_checkpoint_freq has to be a whole number of at least 1, not 0'),
     ('path', None, 'path has to be a section of keys, not None'),
+    ('path', 4, 'path has to be a section of keys, not 4'),
     (
         'path.pretrain_network_g',
         'no.pth',
@@ -90,6 +91,8 @@ CHANGES = [
     ('path.resume_state', 'no.state', 'path.resume_state: the checkpoint no.state cannot be read: No such file'),
     ('network_g.type', 'MSRResnet', "network_g.type: there is no network 'MSRResnet'; did you mean MSRResNet"),
     ('network_g.type', ..., 'network_g.type is missing'),
+    ('network_g.type', ['MSRResNet'], "network_g.type has to be a name, not ['MSRResNet']"),
+    ('network_g.upscale', None, 'network_g: MSRResNet cannot be built from these values: '),
     ('network_g.num_feats', 4, 'network_g.num_feats is not a known key; the keys here are num_in_ch, num_out_ch'),
     ('network_g.upscale', 4, 'network_g.upscale is 4, but scale is 2; they have to be equal'),
     ('network_g.upscale', ..., 'network_g.upscale is 4 by default in MSRResNet, but scale is 2'),
@@ -98,10 +101,12 @@ CHANGES = [
     ('train.total_iter', -5, 'train.total_iter has to be a whole number of at least 1, not -5'),
     ('train.optim_g', ..., 'train.optim_g is missing'),
     ('train.optim_g.type', 'AdmaW', "train.optim_g.type: there is no optimizer 'AdmaW'; did you mean AdamW"),
+    ('train.optim_g.type', ['AdamW'], "train.optim_g.type has to be a name, not ['AdamW']"),
     ('train.optim_g.lr', ..., 'train.optim_g.lr is missing'),
     ('train.optim_g.lr', '1e-4x', "train.optim_g.lr has to be a number of at least 0, not '1e-4x'"),
     ('train.optim_g.momentum', 0.9, 'train.optim_g.momentum is not a known key; the keys here are lr, betas'),
     ('train.optim_g.betas', [0.9, 2], 'train.optim_g: AdamW refuses these values: Invalid beta'),
+    ('train.optim_g.betas', [], 'train.optim_g: AdamW refuses these values'),
     ('train.scheduler.type', 'MultistepLR', "train.scheduler.type: there is no scheduler 'MultistepLR'; did you mean"),
     ('train.scheduler.milestone', [3], 'train.scheduler.milestone is not a known key; the keys here are milestones'),
     ('train.scheduler.milestones', 3, 'train.scheduler.milestones has to be a list of numbers, not 3'),
@@ -202,6 +207,7 @@ def test_unknown_keys_of_others_are_left_alone(options, tmp_path):
     [
         ('network_t', ..., 'network_t, the teacher of a DistillationModel, is missing'),
         ('path.pretrain_network_t', None, 'path.pretrain_network_t, the trained weights of the teacher, is missing'),
+        ('path.param_key_t', ['params'], "path.param_key_t has to be params, params_ema or ~, not ['params']"),
         ('network_t.feature_channels', 12, 'path.pretrain_network_t: '),
         ('train.total_iters', 6, 'train.total_iters is not a known key; the keys here are pixel_opt'),
         ('train.perceptual_opt', None, 'train.perceptual_opt is not a known key; the keys here are pixel_opt'),
@@ -410,3 +416,162 @@ def test_names_with_the_suffix_of_basicsr_are_known(options, tmp_path):
 def test_network_that_needs_an_absent_file_is_one_sentence(options, tmp_path):
     change(options, 'network_g', {'type': 'BasicVSR', 'num_feat': 4, 'num_block': 1, 'spynet_path': 'absent.pth'})
     assert [problem.startswith('network_g: BasicVSR cannot be built') for problem in check(options, tmp_path)] == [True]
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'sentence'),
+    [
+        ('foreach', True, None),
+        ('betas', [0.98, 0.92], '"betas" of Adan is [0.98, 0.92]: it must be three numbers'),
+        ('betas', [0.98, 0.92, 1], '"betas" of Adan is [0.98, 0.92, 1]: it must be three numbers'),
+        ('betas', 0.98, '"betas" of Adan is 0.98: it must be three numbers'),
+        ('weight_decay', -1, '"weight_decay" of Adan is -1: it must be'),
+    ],
+)
+def test_adan(options, tmp_path, key, value, sentence):
+    change(options, 'train.optim_g', {'type': 'Adan', 'lr': 5e-3, 'betas': [0.98, 0.92, 0.99], 'weight_decay': 0})
+    change(options, f'train.optim_g.{key}', value)
+    problems = check(options, tmp_path)
+    assert len(problems) == (sentence is not None), problems
+    assert all(problem.startswith(f'train.optim_g: {sentence}') for problem in problems)
+
+
+def adapted(**changes) -> dict:
+    base = {'type': 'LKDN', 'num_feat': 4, 'num_atten': 4, 'num_block': 1, 'upscale': 2}
+    return {'type': 'LoRANetwork', 'base': base, 'target_modules': ['B1\\..*', 'c1'], 'rank': 2, **changes}
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'sentence'),
+    [
+        ('rank', 2, None),
+        ('base', ..., 'network_g.base is missing'),
+        ('base', 'LKDN', "network_g.base has to be a section of keys, not 'LKDN'"),
+        ('base.type', 'LKDNS', "network_g.base.type: there is no network 'LKDNS'; did you mean LKDN"),
+        ('base.num_feats', 4, 'network_g.base.num_feats is not a known key; the keys here are num_in_ch'),
+        ('base.upscale', 3, 'network_g.base.upscale is 3, but scale is 2; they have to be equal'),
+        ('base.upscale', ..., 'network_g.base.upscale is 4 by default in LKDN, but scale is 2; they have to be equal'),
+        ('base.num_feat', 5, 'network_g.base: "num_feat" of LKDN is 5: it must be even'),
+        ('base.num_block', {}, 'network_g.base: "num_block" of LKDN is {}'),
+        ('target_modules', ..., 'network_g.target_modules is missing'),
+        ('target_modules', ['B1'], 'network_g: target_modules "B1" matches "B1", a LKDB, which cannot carry LoRA'),
+        ('target_modules', 3, 'network_g: LoRANetwork cannot be built from these values: '),
+        ('rank', 0, 'network_g: LoRA rank of "rank" is 0: it must be an integer of at least 1'),
+        ('rank_pattern', {'c2': 4}, 'network_g: rank_pattern "c2" matches "c2", a BSConvU'),
+        ('targets', ['c1'], 'network_g.targets is not a known key; the keys here are base, target_modules, rank'),
+    ],
+)
+def test_network_with_lora(options, tmp_path, path, value, sentence):
+    change(options, 'network_g', adapted())
+    change(options, f'network_g.{path}', value)
+    problems = check(options, tmp_path)
+    assert len(problems) == (sentence is not None), problems
+    assert all(problem.startswith(sentence) for problem in problems)
+
+
+LKDN_OF_4 = {'type': 'LKDN', 'num_feat': 4, 'num_atten': 4, 'num_block': 1}
+SPAN_OF_4 = {'type': 'SPAN', 'feature_channels': 4}
+
+
+@pytest.mark.parametrize(
+    ('network', 'deploy', 'layers'),
+    [
+        (LKDN_OF_4, {}, 'upsampler.0'),
+        (
+            {**LKDN_OF_4, 'upsampler': 'pixelshuffle_rep'},
+            {},
+            'upsampler.conv1, upsampler.conv3, upsampler.conv3x3',
+        ),
+        (SPAN_OF_4, {}, 'upsampler.0'),
+        (SPAN_OF_4, {'deploy': True}, 'upsampler.0'),  # folded on the way
+        (SPAN_OF_4, {'type': 'DSCLoRA'}, 'upsampler.0'),
+    ],
+)
+def test_checkpoint_of_another_scale(options, tmp_path, network, deploy, layers):
+    from basicsr.utils.registry import ARCH_REGISTRY
+
+    arguments = {key: value for key, value in network.items() if key != 'type'}
+    file = tmp_path / 'x4.pth'
+    torch.save({'params': ARCH_REGISTRY.get(network['type'])(**arguments, upscale=4).state_dict()}, file)
+    change(options, 'network_g', {**network, **deploy, 'upscale': 2})
+    change(options, 'path.pretrain_network_g', str(file))
+    sentence = f'path.pretrain_network_g: {file} is of scale 4 and network_g of scale 2: all but {layers} fits'
+    assert check(options, tmp_path) == [f'{sentence}; to start from it, set path.strict_load_g: false']
+    change(options, 'path.strict_load_g', False)
+    assert check(options, tmp_path) == []
+
+    change(options, 'path.strict_load_g', True)
+    change(options, 'datasets', {'test': options['datasets']['val']})
+    assert check(options, tmp_path, is_train=False) == [sentence]
+
+
+def test_checkpoint_of_another_scale_that_differs_elsewhere_too(options, tmp_path):
+    from lora_sr.archs.lkdn_arch import LKDN
+
+    torch.save({'params': LKDN(num_feat=4, num_atten=4, num_block=2).state_dict()}, tmp_path / 'x4.pth')
+    change(options, 'network_g', {**LKDN_OF_4, 'upscale': 2})
+    change(options, 'path.pretrain_network_g', str(tmp_path / 'x4.pth'))
+    (problem,) = check(options, tmp_path)
+    assert 'does not fit LKDN' in problem and 'scale' not in problem
+
+
+@pytest.fixture
+def without_gt(distillation, pairs):
+    """A distillation from LR images alone, from a folder of 16x16 images that counts twice."""
+    train = distillation['datasets']['train']
+    for key in ('dataroot_gt', 'gt_size'):
+        del train[key]
+    train.update(type='LRImageDataset', dataroot_lq=[f'{pairs}/lq', f'{pairs}/lq'], lq_size=16)
+    del distillation['train']['pixel_opt']
+    return distillation
+
+
+def test_lr_images_without_gt_are_correct(without_gt, pairs, tmp_path):
+    assert check(without_gt, tmp_path) == []
+    without_gt['datasets']['train'].update(dataroot_lq=f'{pairs}/lq.lmdb', io_backend={'type': 'lmdb'})
+    assert check(without_gt, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'sentence'),
+    [
+        ('datasets.train.dataroot_lq', ['nowhere'], 'datasets.train.dataroot_lq: nowhere does not exist'),
+        ('datasets.train.lq_size', ..., 'datasets.train.lq_size is missing'),
+        ('datasets.train.lq_size', 0, 'datasets.train.lq_size has to be a whole number of at least 1, not 0'),
+        ('datasets.train.lq_size', 17, "datasets.train.lq_size: 17 is larger than '000.png' of 16x16 in {pairs}/lq"),
+        (
+            'datasets.train.io_backend',
+            {'type': 'lmdb'},
+            'datasets.train.dataroot_lq: the name of {pairs}/lq has to end in .lmdb, since io_backend is lmdb',
+        ),
+        (
+            'datasets.train.batch_size_per_gpu',
+            161,
+            'datasets.train gives only 0 whole batches of 161 an epoch, so that BasicSR would stop after 0 of 6 '
+            'iterations; set dataset_enlarge_ratio: 1007',
+        ),
+        (
+            'train.pixel_opt',
+            {'type': 'L1Loss'},
+            'train.pixel_opt compares with the ground truth, which an LRImageDataset does not have: leave it out, or '
+            'train on a PairedImageDataset',
+        ),
+        (
+            'datasets.val.type',
+            'LRImageDataset',
+            'datasets.val: an LRImageDataset has no ground truth to measure with; use a PairedImageDataset',
+        ),
+    ],
+)
+def test_lr_images_without_gt(without_gt, pairs, tmp_path, path, value, sentence):
+    change(without_gt, path, value)
+    assert check(without_gt, tmp_path) == [sentence.format(pairs=pairs)]
+
+
+def test_damaged_lr_images(without_gt, data, tmp_path):
+    root, _ = data
+    without_gt['datasets']['train'].update(dataroot_lq=[str(root / 'lq')])
+    assert check(without_gt, tmp_path) == []
+    (root / 'lq' / '004.png').write_bytes(b'not an image')
+    (problem,) = check(without_gt, tmp_path)
+    assert problem.startswith('datasets.train.dataroot_lq: ') and problem.endswith('is not an image, or a damaged one')

@@ -25,6 +25,10 @@ DATA_PARALLEL_REFUSED = (
     'train.affinity_opt does not work with several GPUs in one process: start a process for each (--launcher pytorch, '
     'see scripts/dist_train.sh), or set num_gpu: 1'
 )
+NO_GROUND_TRUTH = (
+    'train.pixel_opt compares with the ground truth, which an LRImageDataset does not have: leave it out, or train '
+    'on a PairedImageDataset'
+)
 MEMORY_FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 
@@ -103,7 +107,8 @@ class DistillationModel(SRModel):
 
     L = L_rec + L_TS + L_AD, each with the ``loss_weight`` of its section, at least one of the latter two:
 
-    - ``train.pixel_opt``: L_rec, the student's output against the ground truth, logged as ``l_pix``;
+    - ``train.pixel_opt``: L_rec, the student's output against the ground truth, logged as ``l_pix``; left out, no
+      ground truth is needed, and the data may come from an ``LRImageDataset``;
     - ``train.distill_pixel_opt``: L_TS, the student's output against the teacher's, logged as ``l_distill``;
     - ``train.affinity_opt``: L_AD, features against the teacher's, logged as ``l_affinity``; ``layers`` names the
       modules, one list for both networks or ``{student: [...], teacher: [...]}``.
@@ -169,6 +174,8 @@ class DistillationModel(SRModel):
         self.cri_pix = build('pixel_opt')
         self.cri_distill_pix = build('distill_pixel_opt')
         self.cri_affinity = build('affinity_opt')
+        if self.cri_pix is not None and self.opt['datasets']['train'].get('type') == 'LRImageDataset':
+            raise InputError(NO_GROUND_TRUTH)
         if self.cri_distill_pix is None and self.cri_affinity is None:
             raise InputError(
                 'DistillationModel learns nothing from its teacher: give "train: distill_pixel_opt", '
@@ -188,7 +195,8 @@ class DistillationModel(SRModel):
     def _check_fit(self):
         """Run both networks once on a blank patch of the training size: what does not fit must show before training."""
         scale = self.opt['scale']
-        size = self.opt['datasets']['train'].get('gt_size', 64 * scale) // scale
+        dataset = self.opt['datasets']['train']
+        size = dataset.get('lq_size') or dataset.get('gt_size', 64 * scale) // scale
         channels = self.opt['network_g'].get('num_in_ch', 3)
         student = self.get_bare_model(self.net_g).eval()
         patch = torch.zeros(1, channels, size, size, device=self.device).contiguous(memory_format=self.memory_format)

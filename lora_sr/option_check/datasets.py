@@ -1,0 +1,123 @@
+"""The check of the section `datasets`."""
+
+import math
+import os
+
+import torch
+from basicsr.utils.registry import DATASET_REGISTRY
+
+from lora_sr.dataset_check import check_lr_images, check_pairs
+from lora_sr.option_check.check import KNOWN, Check
+
+
+def check_datasets(check: Check) -> None:
+    """Check the section `datasets`, and the data sets themselves."""
+    datasets = check.opt.get('datasets')
+    if 'datasets' not in check.opt:
+        return
+    if not isinstance(datasets, dict) or not datasets:
+        check.add(f'datasets has to be a section of data sets, not {datasets!r}')
+        return
+    if check.is_train and 'train' not in datasets:
+        check.add(f'datasets.train is missing; the data sets are {", ".join(map(str, datasets))}')
+    for name, dataset in datasets.items():
+        phase = str(name).split('_')[0]
+        if phase not in (('train', 'val') if check.is_train else ('val', 'test', 'train')):
+            allowed = 'train or val, val_2, …' if check.is_train else 'test, test_2, …'
+            check.add(f'datasets.{name}: a data set is named {allowed}')
+        elif check.is_train or phase != 'train':
+            _check_dataset(check, f'datasets.{name}', dataset, phase == 'train')
+
+
+def _check_dataset(check: Check, where: str, dataset, training: bool) -> None:
+    if not check.is_section(where, dataset):
+        return
+    paired, unpaired = (dataset.get('type') == name for name in ('PairedImageDataset', 'LRImageDataset'))
+    if unpaired and not training:
+        check.add(f'{where}: an LRImageDataset has no ground truth to measure with; use a PairedImageDataset')
+        return
+    required = 'name type'
+    if training:
+        required += ' batch_size_per_gpu num_worker_per_gpu'
+    if paired:
+        required += ' dataroot_gt dataroot_lq io_backend' + (' gt_size use_hflip use_rot' if training else '')
+    elif unpaired:
+        required += ' dataroot_lq io_backend lq_size use_hflip use_rot'
+    complete = check.section(where, dataset, KNOWN['dataset'], required)
+    if 'type' in dataset:
+        check.registered(f'{where}.type', dataset['type'], DATASET_REGISTRY, 'data set')
+    before = len(check.problems)
+    _check_loading(check, where, dataset, training)
+    if not paired and not unpaired:
+        for key in [key for key in dataset if key.startswith('dataroot') and isinstance(dataset[key], str)]:
+            if not os.path.exists(os.path.expanduser(dataset[key])):
+                check.add(f'{where}.{key}: {dataset[key]} does not exist')
+        return
+    backend = dataset.get('io_backend')
+    if 'io_backend' in dataset and (not isinstance(backend, dict) or backend.get('type') not in ('disk', 'lmdb')):
+        if not isinstance(backend, dict) or backend.get('type') != 'memcached':
+            check.add(f'{where}.io_backend has to be {{type: disk}} or {{type: lmdb}}, not {_plain(backend)}')
+        return
+    if unpaired:
+        if complete and len(check.problems) == before:
+            problems, count = check_lr_images(where, dataset)
+            check.problems += problems
+            if count is not None:
+                _check_amount(check, where, dataset, count)
+        return
+    scale = check.opt.get('scale')
+    if scale is None:
+        if not any("'scale'?" in problem or problem == 'scale is missing' for problem in check.problems):
+            check.add('scale is missing')
+        return
+    if not complete or len(check.problems) > before or not isinstance(scale, int) or scale < 1:
+        return
+    if training and dataset['gt_size'] % scale:
+        check.add(f'{where}.gt_size is {dataset["gt_size"]}, which has to be a multiple of scale ({scale})')
+        return
+    problems, count = check_pairs(where, dataset, scale, training)
+    check.problems += problems
+    if training and count is not None:
+        _check_amount(check, where, dataset, count)
+
+
+def _check_loading(check: Check, where: str, dataset: dict, training: bool) -> None:
+    for key, least in (('batch_size_per_gpu', 1), ('num_worker_per_gpu', 0), ('gt_size', 1), ('lq_size', 1)):
+        if training and key in dataset:
+            check.number(f'{where}.{key}', dataset[key], least)
+    if training and 'dataset_enlarge_ratio' in dataset:
+        check.number(f'{where}.dataset_enlarge_ratio', dataset['dataset_enlarge_ratio'], 1, whole=False)
+    mode = dataset.get('prefetch_mode')
+    if mode not in (None, 'cpu', 'cuda'):
+        check.add(f"{where}.prefetch_mode: there is no '{mode}'; it is cpu, cuda or ~")
+    elif mode == 'cuda' and not torch.cuda.is_available():
+        check.add(f'{where}.prefetch_mode is cuda, but there is no GPU; set it to ~')
+    elif mode == 'cuda' and dataset.get('pin_memory') is not True:
+        check.add(f'{where}.prefetch_mode is cuda, which needs pin_memory: true')
+
+
+def _check_amount(check: Check, where: str, dataset: dict, count: int) -> None:
+    """BasicSR counts an epoch's last, incomplete batch but drops it: on little data a run would end early."""
+    world = check.processes
+    batch = int(dataset['batch_size_per_gpu'])
+    gpus = check.opt.get('num_gpu')
+    if world == 1 and gpus != 0:
+        there = torch.cuda.device_count()
+        batch *= max(1, min(gpus, there) if isinstance(gpus, int) else there)
+    ratio = dataset.get('dataset_enlarge_ratio', 1)
+    drawn = math.ceil(count * ratio / world)
+    total = check.subsection('train').get('total_iter')
+    if not isinstance(total, (int, float)):
+        return
+    counted = math.ceil(count * ratio / (dataset['batch_size_per_gpu'] * world))
+    iterations = (math.ceil(total / counted) + 1) * (drawn // batch)
+    if iterations < total:
+        enough = math.ceil(100 * batch * world / count)
+        check.add(
+            f'{where} gives only {drawn // batch} whole batches of {batch} an epoch, so that BasicSR would stop '
+            f'after {iterations} of {total} iterations; set dataset_enlarge_ratio: {enough}'
+        )
+
+
+def _plain(value) -> str:
+    return str(dict(value)) if isinstance(value, dict) else repr(value)

@@ -1,0 +1,65 @@
+"""The check of the top level of an option file, and of the sections `logger` and `val`."""
+
+import os
+
+import torch
+from basicsr.utils.registry import METRIC_REGISTRY, MODEL_REGISTRY
+
+from lora_sr.option_check.check import KNOWN, Check
+
+
+def check_top(check: Check) -> None:
+    """Check the keys of the top level, and those of them that are no sections."""
+    opt = check.opt
+    required = 'name model_type num_gpu datasets network_g path' + (' train logger' if check.is_train else ' val')
+    check.section('', opt, KNOWN[''], required)
+    if 'name' in opt and (not isinstance(opt['name'], str) or not opt['name'] or os.sep in opt['name']):
+        check.add(f'name has to be the name of a folder, not {opt["name"]!r}')
+    if 'model_type' in opt:
+        check.registered('model_type', opt['model_type'], MODEL_REGISTRY, 'model')
+    if 'scale' in opt:
+        check.number('scale', opt['scale'], 1)
+    gpus = opt.get('num_gpu')
+    if 'num_gpu' in opt and gpus != 'auto' and check.number('num_gpu', gpus):
+        there = torch.cuda.device_count()
+        if gpus > there and not (check.processes > 1 and there):
+            check.add(f'num_gpu is {gpus}, but this machine has {there}; 0 is for the CPU, auto for what is there')
+    if check.ours and check.is_train and 'network_t' not in opt:
+        check.add('network_t, the teacher of a DistillationModel, is missing')
+
+
+def check_logger(check: Check) -> None:
+    """Check the section `logger`."""
+    logger = check.opt.get('logger')
+    if 'logger' not in check.opt:
+        return
+    check.section('logger', logger, KNOWN['logger'], 'print_freq save_checkpoint_freq use_tb_logger')
+    for key in ('print_freq', 'save_checkpoint_freq'):
+        if isinstance(logger, dict) and key in logger:
+            check.number(f'logger.{key}', logger[key], 1)
+
+
+def check_val(check: Check) -> None:
+    """Check the section `val`."""
+    val = check.opt.get('val')
+    if val is None:
+        return
+    required = 'val_freq save_img' if check.is_train else 'save_img'
+    if isinstance(val, dict) and not check.is_train and val.get('save_img'):
+        required += ' suffix'
+    check.section('val', val, KNOWN['val'], required)
+    if not isinstance(val, dict):
+        return
+    if check.is_train and 'val_freq' in val:
+        check.number('val.val_freq', val['val_freq'], 1)
+    metrics = val.get('metrics')
+    if metrics is not None and not isinstance(metrics, dict):
+        check.add(f'val.metrics has to be a section of keys, not {metrics!r}')
+        return
+    for name, section in (metrics or {}).items():
+        where = f'val.metrics.{name}'
+        if not check.is_section(where, section):
+            continue
+        metric = check.registered(f'{where}.type', section.get('type'), METRIC_REGISTRY, 'metric')
+        if metric is not None:
+            check.arguments(where, metric, section, ours=('better',), supplied=('img', 'img2'))

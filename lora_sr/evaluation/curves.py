@@ -1,0 +1,98 @@
+"""A metric over the iterations of training runs, read from BasicSR's logs, as a picture."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from lora_sr.errors import InputError
+
+ITERATION = re.compile(r'\biter:\s*([\d,]+)')
+VALIDATION = re.compile(r'Validation (\S+)')
+VALUE = re.compile(r'\s*# (\w+): (-?[\d.]+)')
+
+
+def read_curves(run: str | os.PathLike, metric: str = 'psnr') -> dict[str, dict[int, float]]:
+    """The validation results of a training run.
+
+    BasicSR's log does not say to which iteration a validation belongs. It is the one logged last, hence exact where
+    ``logger.print_freq`` divides ``val.val_freq``.
+
+    Args:
+        run: Folder of the run, e.g. ``experiments/NAME``. Several logs, of a run that was resumed, are read in the
+            order of their dates, and a later one counts.
+        metric: Name of the metric in ``val.metrics``.
+
+    Returns:
+        Name of the validation set -> iteration -> value.
+
+    Raises:
+        InputError: No training log in the folder, or no such metric in it.
+    """
+    logs = sorted(Path(run).glob('train_*.log'))
+    if not logs:
+        raise InputError(f'{run} has no training log: it should be a folder of experiments/, with a train_*.log in it.')
+    curves: dict[str, dict[int, float]] = {}
+    others = set()
+    for log in logs:
+        iteration, dataset = 0, None
+        for line in log.read_text(errors='replace').splitlines():
+            found = VALUE.match(line)
+            if found and dataset is not None:
+                if found[1] == metric:
+                    curves.setdefault(dataset, {})[iteration] = float(found[2])
+                others.add(found[1])
+                continue
+            found = VALIDATION.search(line)
+            dataset = found[1] if found else None
+            found = ITERATION.search(line)
+            if found:
+                iteration = int(found[1].replace(',', ''))
+    if not curves:
+        known = f'it has {", ".join(sorted(others))}' if others else 'nothing was validated'
+        raise InputError(f'The logs of {run} have no "{metric}": {known}.')
+    return curves
+
+
+def draw_curves(
+    runs: dict[str, str | os.PathLike],
+    output: str | os.PathLike,
+    datasets: list[str] | None = None,
+    metric: str = 'psnr',
+) -> None:
+    """Draw a metric over the iterations of runs: a panel for each validation set, a line for each run.
+
+    Args:
+        runs: Name in the legend -> folder of the run, see :func:`read_curves`.
+        output: Picture to write; its suffix says how (``.png``, ``.svg``, ``.pdf``).
+        datasets: Names of validation sets; by default all.
+        metric: Name of the metric in ``val.metrics``.
+
+    Raises:
+        InputError: As :func:`read_curves`; a set that no run has validated on; a picture that cannot be written; or
+            matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError('Curves are drawn by matplotlib, which is not installed: pip install matplotlib.') from None
+    curves = {name: read_curves(run, metric) for name, run in runs.items()}
+    known = list(dict.fromkeys(dataset for sets in curves.values() for dataset in sets))
+    for dataset in datasets or ():
+        if dataset not in known:
+            raise InputError(f'No run was validated on "{dataset}": the sets are {", ".join(known)}.')
+    shown = datasets or known
+    figure = Figure(figsize=(4.5 * len(shown), 3.5), layout='constrained')
+    for axes, dataset in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
+        for name, sets in curves.items():
+            points = sorted(sets.get(dataset, {}).items())
+            if points:
+                axes.plot(*zip(*points), label=name, marker='.')
+        axes.set(title=dataset, xlabel='iteration', ylabel=f'{metric.upper()}, dB' if metric == 'psnr' else metric)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    try:
+        figure.savefig(output)
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix that it does not know
+        raise InputError(f'The picture {output} cannot be written: {error}.') from None

@@ -1,14 +1,16 @@
 """Parameter-efficient fine-tuning and distillation for super-resolution, as a plug-in for BasicSR.
 
-Importing this package mends what is defective in BasicSR, and registers every network, loss, data set and model.
+Importing this package mends what is defective in BasicSR, and registers every network, loss, data set, model and
+optimizer.
 """
 
 import importlib
 from pathlib import Path
 
-from lora_sr import basicsr_compat
+from lora_sr import basicsr_compat, optim
 
 basicsr_compat.apply()
+basicsr_compat.OPTIMIZER_REGISTRY.register(optim.Adan)  # here, since `optim` knows nothing of BasicSR
 
 # BasicSR's habit: whatever registers something is found by the suffix of its file.
 for _pattern in ('archs/*_arch.py', 'losses/*_loss.py', 'data/*_dataset.py', 'models/*_model.py'):

@@ -1,0 +1,198 @@
+"""Adan, adaptive Nesterov momentum: the authors' trajectory, with all tensors updated together."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from numbers import Real
+
+import adan_pytorch
+import torch
+from torch import Tensor
+
+from lora_sr.errors import InputError
+
+# What a parameter's state holds, under the names of adan_pytorch.
+STATE = {'step', 'prev_grad', 'm', 'v', 'n'}
+
+
+class Adan(adan_pytorch.Adan):
+    """Adan as in its authors' code. With the gradient g and the one before it, g_prev (at first g itself), a step is
+
+    - d = g - g_prev
+    - m = beta1 * m + (1 - beta1) * g
+    - v = beta2 * v + (1 - beta2) * d
+    - n = beta3 * n + (1 - beta3) * (g + beta2 * d)^2
+    - p = (p - lr * (m' + beta2 * v') / (sqrt(n') + eps)) / (1 + lr * weight_decay)
+
+    where m, v and n start at 0, and m', v' and n' are they, divided by 1 - beta^k of the parameter's own step k.
+
+    Source: arXiv:2208.06677, Algorithm 1, without restarts. Each beta of the formulas there, and of
+    ``adan_pytorch.Adan``, is one minus the beta here, which is that of the authors' code and of LKDN's option files.
+    The first step of ``adan_pytorch.Adan`` moves nothing, and it updates one tensor after the other.
+
+    The state of a parameter is ``step`` (an int, the number of its steps), ``prev_grad``, ``m``, ``v`` and ``n`` (each
+    of the parameter's shape). A parameter without a gradient is left out.
+
+    Args:
+        params: Parameters, or dictionaries that each hold some under ``params`` and options of their own.
+        lr: Learning rate, at least 0.
+        betas: beta1, beta2 and beta3, each at least 0 and less than 1.
+        eps: Added to the denominator, at least 0.
+        weight_decay: At least 0. It is decoupled from the gradient, and proximal: a division after the update.
+        foreach: As for torch's optimizers: update all tensors together, which needs as much memory again as the
+            parameters while a step lasts; or one after the other, which is slower and needs as much as the largest.
+
+    Raises:
+        InputError: A value beyond its range.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        foreach: bool = True,
+    ):
+        check_values({'lr': lr, 'betas': betas, 'eps': eps, 'weight_decay': weight_decay, 'foreach': foreach})
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        for options in (self.defaults, *self.param_groups):
+            del options['restart_cond']
+            options.setdefault('foreach', foreach)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add parameters, with options of their own where ``param_group`` has them.
+
+        Raises:
+            InputError: A value beyond its range.
+        """
+        check_values(param_group)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on from what ``state_dict()`` gave.
+
+        Raises:
+            InputError: It is from another optimizer; ``adan_pytorch.Adan`` is another, as its betas are.
+        """
+        groups = state_dict['param_groups']
+        foreign = any(state.keys() != STATE for state in state_dict['state'].values())
+        if foreign or any('restart_cond' in group for group in groups):
+            options = ', '.join(key for key in groups[0] if key != 'params')
+            raise InputError(
+                f'The state to resume is not of Adan, but of an optimizer with the options {options}: '
+                'go on with that optimizer, or begin anew.'
+            )
+        super().load_state_dict(state_dict)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: Computes the gradients anew and returns the loss.
+
+        Returns:
+            The loss of ``closure``, or None.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for step, tensors in self._batches(group):
+                _update(*tensors, step, group['lr'], group['betas'], group['eps'], group['weight_decay'])
+        return loss
+
+    def _batches(self, group: dict):
+        """Count a step for each parameter with a gradient, and yield the tensors that can be updated together.
+
+        With the number of the step it yields parameters, gradients, and their ``prev_grad``, ``m``, ``v`` and ``n``.
+        """
+        # Nearly always this is one batch: all tensors of a network have the same device, type and number of steps.
+        batches = defaultdict(list)
+        for index, param in enumerate(group['params']):
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f'Adan needs dense gradients, but that of a parameter of shape {tuple(param.shape)} is sparse '
+                    f'({grad.layout}); such a parameter needs an optimizer of its own, e.g. torch.optim.SparseAdam'
+                )
+            state = self.state[param]
+            if not state:
+                state.update(step=0, prev_grad=grad.clone())
+                state.update((name, torch.zeros_like(param)) for name in 'mvn')
+            state['step'] += 1
+            key = param.device, param.dtype, state['step'], None if group['foreach'] else index
+            batches[key].append((param, grad, state['prev_grad'], state['m'], state['v'], state['n']))
+        for (_, _, step, _), rows in batches.items():
+            yield step, zip(*rows)
+
+
+def check_values(options: dict) -> None:
+    """Raise InputError for the first of Adan's options with a value that it cannot have; others are not looked at."""
+
+    def is_number(value) -> bool:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+    for key in ('lr', 'eps', 'weight_decay'):
+        value = options.get(key, 0)
+        if not is_number(value) or value < 0:
+            raise InputError(f'"{key}" of Adan is {value!r}: it must be a number of at least 0.')
+    betas = options.get('betas', (0, 0, 0))
+    are_three = isinstance(betas, (list, tuple)) and len(betas) == 3
+    if not are_three or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):
+        raise InputError(
+            f'"betas" of Adan is {betas!r}: it must be three numbers of at least 0 and less than 1, '
+            'e.g. [0.98, 0.92, 0.99].'
+        )
+    foreach = options.get('foreach', True)
+    if not isinstance(foreach, bool):
+        raise InputError(f'"foreach" of Adan is {foreach!r}: it must be true or false.')
+
+
+def _update(
+    params: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...],
+    prev_grads: tuple[Tensor, ...],
+    m: tuple[Tensor, ...],
+    v: tuple[Tensor, ...],
+    n: tuple[Tensor, ...],
+    step: int,
+    lr: float,
+    betas: tuple[float, float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Update tensors of one device and type, all at their step number ``step``.
+
+    Each call of torch is few kernels on a GPU and one pass over the memory elsewhere, so their number counts.
+    """
+    beta1, beta2, beta3 = betas
+    correction1, correction2, root3 = 1 - beta1**step, 1 - beta2**step, math.sqrt(1 - beta3**step)
+
+    differences = torch._foreach_sub(grads, prev_grads)
+    torch._foreach_lerp_(m, grads, 1 - beta1)
+    torch._foreach_lerp_(v, differences, 1 - beta2)
+    del differences  # the memory is wanted below
+
+    # g_prev + (1 + beta2) * d is g + beta2 * d, and the place of g_prev is free for it until it becomes g.
+    torch._foreach_lerp_(prev_grads, grads, 1 + beta2)
+    torch._foreach_mul_(n, beta3)
+    torch._foreach_addcmul_(n, prev_grads, prev_grads, 1 - beta3)
+    torch._foreach_lerp_(prev_grads, grads, 1.0)  # a copy, for which torch 2.0 has no call
+
+    # Numerator and denominator are multiplied by root3: n' would be a pass more.
+    denominators = torch._foreach_sqrt(n)
+    torch._foreach_add_(denominators, eps * root3)
+    torch._foreach_addcdiv_(params, m, denominators, -lr * root3 / correction1)
+    torch._foreach_addcdiv_(params, v, denominators, -lr * beta2 * root3 / correction2)
+    if weight_decay:
+        torch._foreach_div_(params, 1 + lr * weight_decay)

@@ -49,7 +49,7 @@ def apply() -> None:
     mend_saving()
     mend_frozen_warnings()
     mend_missing_lora_warnings()
-    mend_average_of_lora()
+    mend_average()
     mend_parse_options()
 
 
@@ -214,13 +214,26 @@ def mend_parse_options() -> None:
 
         argv = [sys.argv[0], '-opt', path, *rest]
         loader = functools.partial(_PreparedOptions, opt)
+        lists = _take_lists_of_roots(opt)
         with _swapped(namespace, ordered_yaml=lambda: (loader, OptionDumper), init_dist=init_dist):
             with _swapped(vars(sys), argv=argv):
                 opt, args = original(root_path, is_train)
+        for name, roots in lists.items():
+            opt['datasets'][name]['dataroot_lq'] = [os.path.expanduser(root) for root in roots]
         args.force_yml = entries
         return opt, args
 
     _replace_everywhere(original, parse_options)
+
+
+def _take_lists_of_roots(opt: dict) -> dict:
+    """Take the lists under `dataroot_lq`, which `parse_options` takes for one path, out of the data sets' sections."""
+    sections = {name: section for name, section in opt['datasets'].items() if isinstance(section, dict)}
+    return {
+        name: section.pop('dataroot_lq')
+        for name, section in sections.items()
+        if isinstance(section.get('dataroot_lq'), list)
+    }
 
 
 class _PreparedOptions:
@@ -506,11 +519,12 @@ def mend_missing_lora_warnings() -> None:
     BaseModel._print_different_keys_loading = _print_different_keys_loading
 
 
-def mend_average_of_lora() -> None:
-    """`init_training_settings` builds the EMA network anew, so that its random `lora_A` is not the network's own.
+def mend_average() -> None:
+    """`init_training_settings` builds the EMA network anew: what the file does not give is random, and another random.
 
-    The average must start as a copy. `setup_schedulers` is the last step of every model's `init_training_settings`,
-    whichever model overrides it. A resumed run has the average of its checkpoint already.
+    That is `lora_A`, and with `strict_load_g: false` every tensor that does not fit. There the average must start as a
+    copy. `setup_schedulers` is the last step of every model's `init_training_settings`, whichever model overrides it.
+    A resumed run has the average of its checkpoint already.
     """
     from basicsr.models.base_model import BaseModel
     from basicsr.models.sr_model import SRModel
@@ -522,12 +536,16 @@ def mend_average_of_lora() -> None:
     @functools.wraps(original)
     def setup_schedulers(self):
         original(self)
-        average = getattr(self, 'net_g_ema', None)
-        if average is None or self.opt['path'].get('resume_state'):
+        average, path = getattr(self, 'net_g_ema', None), self.opt['path']
+        if average is None or path.get('resume_state'):
             return
         own = self.get_bare_model(self.net_g).state_dict()
-        if any(map(is_lora_key, own)):
-            average.load_state_dict(own)
+        given = {}
+        if path.get('pretrain_network_g') is not None:
+            content = read_checkpoint(path['pretrain_network_g'])
+            given = without_module_prefix(content.get('params_ema', content.get('params', content)))
+        copied = {key: value for key, value in own.items() if key not in given or given[key].shape != value.shape}
+        average.load_state_dict({**average.state_dict(), **copied})
 
     setup_schedulers.is_mend = True
     BaseModel.setup_schedulers = setup_schedulers

@@ -535,6 +535,16 @@ def test_lr_images_without_gt_are_correct(without_gt, pairs, tmp_path):
 @pytest.mark.parametrize(
     ('path', 'value', 'sentence'),
     [
+        (
+            'datasets.train.dataroot_lq',
+            [],
+            'datasets.train.dataroot_lq has to be a folder or a database, or a list of them, not []',
+        ),
+        (
+            'datasets.train.dataroot_lq',
+            5,
+            'datasets.train.dataroot_lq has to be a folder or a database, or a list of them, not 5',
+        ),
         ('datasets.train.dataroot_lq', ['nowhere'], 'datasets.train.dataroot_lq: nowhere does not exist'),
         ('datasets.train.lq_size', ..., 'datasets.train.lq_size is missing'),
         ('datasets.train.lq_size', 0, 'datasets.train.lq_size has to be a whole number of at least 1, not 0'),
@@ -575,3 +585,11 @@ def test_damaged_lr_images(without_gt, data, tmp_path):
     (root / 'lq' / '004.png').write_bytes(b'not an image')
     (problem,) = check(without_gt, tmp_path)
     assert problem.startswith('datasets.train.dataroot_lq: ') and problem.endswith('is not an image, or a damaged one')
+
+
+def test_lr_images_need_a_teacher(without_gt, tmp_path):
+    without_gt.update(model_type='SRModel')
+    del without_gt['network_t'], without_gt['path']['pretrain_network_t']
+    without_gt['train'] = {**without_gt['train'], 'pixel_opt': {'type': 'L1Loss'}}
+    sentence = 'datasets.train: an LRImageDataset has no ground truth; it needs a teacher, model_type: '
+    assert f'{sentence}DistillationModel' in check(without_gt, tmp_path)

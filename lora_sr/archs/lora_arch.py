@@ -6,6 +6,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
 from lora_sr.adapters import LoRAConfig, add_lora, mark_trainable
+from lora_sr.errors import InputError
 
 
 @ARCH_REGISTRY.register()
@@ -35,6 +36,8 @@ def LoRANetwork(
     Raises:
         InputError: As LoRAConfig, ``add_lora`` and the base network do.
     """
+    if not isinstance(base, dict) or base.get('type') not in ARCH_REGISTRY:
+        raise InputError(f'"base" of LoRANetwork has to be the section of a registered network, not {base!r}.')
     arguments = dict(base)
     # Not BasicSR's `build_network`: it logs, and a logger that exists before a run gets no file in it.
     network = ARCH_REGISTRY.get(arguments.pop('type'))(**arguments)

@@ -57,7 +57,7 @@ class LRImageDataset(Dataset):
             self.file_client = FileClient(self.backend.pop('type'), **self.backend)
         root, name = self.paths[index]
         image = imfrombytes(self.file_client.get(name, root), float32=True)
-        size = self.opt['lq_size']
+        size = int(self.opt['lq_size'])
         top, left = (np.random.randint(length - size + 1) for length in image.shape[:2])
         patch = augment(image[top : top + size, left : left + size], self.opt['use_hflip'], self.opt['use_rot'])
         return {'lq': img2tensor(patch, bgr2rgb=True, float32=True), 'lq_path': name}

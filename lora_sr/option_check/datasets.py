@@ -6,6 +6,7 @@ import os
 import torch
 from basicsr.utils.registry import DATASET_REGISTRY
 
+from lora_sr.data.lr_image_dataset import lr_roots
 from lora_sr.dataset_check import check_lr_images, check_pairs
 from lora_sr.option_check.check import KNOWN, Check
 
@@ -36,6 +37,9 @@ def _check_dataset(check: Check, where: str, dataset, training: bool) -> None:
     if unpaired and not training:
         check.add(f'{where}: an LRImageDataset has no ground truth to measure with; use a PairedImageDataset')
         return
+    if unpaired and not check.ours:
+        check.add(f'{where}: an LRImageDataset has no ground truth; it needs a teacher, model_type: DistillationModel')
+        return
     required = 'name type'
     if training:
         required += ' batch_size_per_gpu num_worker_per_gpu'
@@ -59,7 +63,13 @@ def _check_dataset(check: Check, where: str, dataset, training: bool) -> None:
             check.add(f'{where}.io_backend has to be {{type: disk}} or {{type: lmdb}}, not {_plain(backend)}')
         return
     if unpaired:
-        if complete and len(check.problems) == before:
+        roots = lr_roots(dataset.get('dataroot_lq'))
+        if complete and not (roots and all(isinstance(root, str) for root in roots)):
+            check.add(
+                f'{where}.dataroot_lq has to be a folder or a database, or a list of them, '
+                f'not {dataset["dataroot_lq"]!r}'
+            )
+        elif complete and len(check.problems) == before:
             problems, count = check_lr_images(where, dataset)
             check.problems += problems
             if count is not None:

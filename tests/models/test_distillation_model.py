@@ -250,10 +250,13 @@ def test_frozen_tensors_and_forgiven_keys_are_not_a_screenful_of_warnings(option
 
 
 @torch.no_grad()
-def test_student_in_windows_is_validated_at_any_size(options):
+@pytest.mark.parametrize('with_lora', [False, True])
+def test_student_in_windows_is_validated_at_any_size(options, with_lora):
     """Against the network itself on the padded image, cropped: as BasicSR's SwinIRModel tests."""
-    options['network_g'] = {'type': 'SwinIR', 'embed_dim': 8, 'depths': [1], 'num_heads': [2], 'window_size': 4,
-                            'mlp_ratio': 2, 'upscale': 2, 'upsampler': 'pixelshuffledirect'}  # fmt: skip
+    network = {'type': 'SwinIR', 'embed_dim': 8, 'depths': [1], 'num_heads': [2], 'window_size': 4,
+               'mlp_ratio': 2, 'upscale': 2, 'upsampler': 'pixelshuffledirect'}  # fmt: skip
+    lora = {'type': 'LoRANetwork', 'base': network, 'target_modules': ['layers.*'], 'rank': 2}
+    options['network_g'] = lora if with_lora else network
     options['path']['pretrain_network_g'] = None
     del options['train']['affinity_opt']
     model = build_model(options)
@@ -278,3 +281,17 @@ def test_average_of_any_lora_network_starts_as_an_exact_copy(options, model_type
     own = model.net_g.state_dict()
     assert any(map(is_lora_key, own))
     assert all(torch.equal(value, own[key]) for key, value in model.net_g_ema.state_dict().items())
+
+
+def test_average_keeps_what_its_file_gives_and_copies_the_rest(options, tmp_path):
+    """A file of another scale, with weights and an average of its own: only the upsampler is the network's."""
+    torch.manual_seed(1)
+    file = {key: SPAN(feature_channels=6, upscale=4, deploy=True).state_dict() for key in ('params', 'params_ema')}
+    torch.save(file, tmp_path / 'x4.pth')
+    options['model_type'] = 'SRModel'
+    options['network_g'] = {'type': 'SPAN', 'feature_channels': 6, 'upscale': 2, 'deploy': True}
+    options['path'].update(pretrain_network_g=str(tmp_path / 'x4.pth'), strict_load_g=False)
+    model = build_model(options)
+    own = model.net_g.state_dict()
+    for key, value in model.net_g_ema.state_dict().items():
+        assert torch.equal(value, own[key] if key.startswith('upsampler') else file['params_ema'][key])

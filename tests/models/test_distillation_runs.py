@@ -141,3 +141,17 @@ def test_merged_network_has_the_adapted_network_s_table(run_folder, pairs):
         done = run_python('-m', 'lora_sr.test', '-opt', 'test.yml', cwd=run_folder)
         tables.append(re.findall(r'# psnr: (\S+)', done.stderr))
     assert len(tables[0]) == 1 and tables[0] == tables[1]
+
+
+def test_lr_images_of_several_databases_train_without_ground_truth(run_folder, pairs):
+    options = yaml.safe_load((run_folder / 'run.yml').read_text())
+    train = options['datasets']['train']
+    del train['dataroot_gt'], train['gt_size'], options['train']['pixel_opt'], options['train']['affinity_opt']
+    train.update(type='LRImageDataset', dataroot_lq=[str(pairs / 'lq.lmdb'), str(pairs / 'gt.lmdb')], lq_size=12)
+    options['train']['distill_pixel_opt'] = {'type': 'PSNRLoss'}
+    (run_folder / 'run.yml').write_text(yaml.safe_dump(options, sort_keys=False))
+    done = run_python(*COMMAND, cwd=run_folder)
+    found = [float(value) for value in re.findall(r'l_distill: (\S+)', done.stderr)]
+    assert len(found) == 20 and sum(found[-5:]) < sum(found[:5])
+    # The log counts the images of both: eight and eight.
+    assert 'Number of train images: 16' in done.stderr

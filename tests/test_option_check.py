@@ -502,7 +502,7 @@ def test_checkpoint_of_another_scale(options, tmp_path, network, deploy, layers)
 
     change(options, 'path.strict_load_g', True)
     change(options, 'datasets', {'test': options['datasets']['val']})
-    assert check(options, tmp_path, is_train=False) == [sentence]
+    assert check(options, tmp_path, is_train=False) == [f'{sentence}; give a checkpoint of scale 2']
 
 
 def test_checkpoint_of_another_scale_that_differs_elsewhere_too(options, tmp_path):

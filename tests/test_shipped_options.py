@@ -24,19 +24,31 @@ def test_nothing_but_the_data_is_missing(file, tmp_path):
     assert problems == missing
 
 
-@pytest.mark.parametrize('name', ['spantiny_ch26_x4', 'span_ch28_x4', 'DSCF_ch26_x4'])
-def test_official_weights_have_the_published_psnr_and_ssim(shared, tmp_path, name):
+PLAIN = ['path:param_key_g=~']  # the file is a plain state dict
+
+
+@pytest.mark.parametrize(
+    ('name', 'option_file', 'overrides'),
+    [
+        ('spantiny_ch26_x4', 'SPAN/test_SPAN_x4', ['network_g:feature_channels=26', *PLAIN]),
+        ('span_ch28_x4', 'SPAN/test_SPAN_x4', ['network_g:feature_channels=28', *PLAIN]),
+        ('DSCF_ch26_x4', 'SPAN/test_SPAN_x4', ['network_g:feature_channels=26', *PLAIN]),
+        ('LKDN_x4', 'LKDN/test_LKDN_x4', []),
+        ('LKDN-S_x4', 'LKDN/test_LKDN-S_x4', []),
+        ('LKDN-S_del_rep_x4', 'LKDN/test_LKDN-S_deploy_x4', PLAIN),
+    ],
+)
+def test_official_weights_have_the_psnr_and_ssim_of_their_code(shared, tmp_path, name, option_file, overrides):
     expected = json.loads((shared / 'reference.json').read_text())['measured_with_official_code'][name]
     (tmp_path / 'datasets').mkdir()
     (tmp_path / 'datasets' / 'benchmark').symlink_to(shared / 'data' / 'benchmark')
     overrides = [
-        f'network_g:feature_channels={re.search("ch(..)", name)[1]}',
+        *overrides,
         f'path:pretrain_network_g={shared / expected["weights"]}',
-        'path:param_key_g=~',
         'val:save_img=false',
         'num_gpu=0',
     ]
-    option_file = OPTIONS / 'test' / 'SPAN' / 'test_SPAN_x4.yml'
+    option_file = OPTIONS / 'test' / f'{option_file}.yml'
     done = run_python('-m', 'lora_sr.test', '-opt', option_file, '--force_yml', *overrides, cwd=tmp_path)
     found = re.findall(r'Validation (\w+)\n\t # psnr: ([\d.]+).*\n\t # ssim: ([\d.]+)', done.stderr)
     assert [row[0] for row in found] == ['Set5', 'Set14', 'B100']

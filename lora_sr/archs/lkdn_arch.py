@@ -34,7 +34,10 @@ class BSConvU_idt(BSConvU):
     """BSConvU with an identity around it (the paper's BSRB). The identity runs, too: there is nothing to fold.
 
     Its weights have the names and shapes of BSConvU's, and the two compute different things. So a checkpoint of ours
-    also says which it is, by the tensor ``identity``; a checkpoint without it, as the authors' code writes, loads.
+    also says which it is, by the tensor ``identity``, and BSConvU refuses that. The other way round nothing is refused:
+    a file of the authors' code has no ``identity`` and has to load here, and a BSConvU of ours looks the same.
+
+    ``out_channels`` is there for the sake of BSConvU's signature, and has to equal ``channels``: the input is added.
     """
 
     def __init__(self, channels: int, out_channels: int):
@@ -51,7 +54,10 @@ class BSConvU_idt(BSConvU):
 
 
 class BSConvU_rep(Foldable, BSConvU):
-    """Re-parameterisable BSConvU (the RBSB): an identity beside the 1x1, an identity and a 1x1 beside the 3x3."""
+    """Re-parameterisable BSConvU (the RBSB): an identity beside the 1x1, an identity and a 1x1 beside the 3x3.
+
+    ``out_channels`` is there for the sake of BSConvU's signature, and has to equal ``channels``: the input is added.
+    """
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__(channels, out_channels)
@@ -210,7 +216,7 @@ class LKDN(nn.Module):
             'num_in': num_in,
         }
         for key, value in numbers.items():
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f'"{key}" of LKDN is {value!r}: it must be an integer of at least 1.')
         if num_feat % 2:
             raise InputError(f'"num_feat" of LKDN is {num_feat}: it must be even, as half of it is distilled.')
@@ -262,9 +268,19 @@ def build_lkdn(state: dict[str, Tensor]) -> LKDN:
     """The LKDN that a state dict belongs to, not loaded yet, for RGB images: sizes and forms are read from it.
 
     ``BSConvU_idt`` is recognised in checkpoints of ours alone, by its tensor ``identity``.
+
+    Raises:
+        InputError: The network takes or makes other images than RGB, or its sizes are those of no LKDN.
     """
     branched = 'upsampler.conv3.weight' in state
     last = state['upsampler.conv3.weight' if branched else 'upsampler.0.weight']
+    inputs, outputs = state['fea_conv.pw.weight'].shape[1], last.shape[0]
+    upscale = math.isqrt(outputs // 3)
+    if inputs % 3 or outputs != 3 * upscale**2:
+        raise InputError(
+            f'it is no LKDN for RGB images, with 3 channels in and out: fea_conv.pw takes {inputs}, which should be a '
+            f'multiple of 3, and the upsampler convolves to {outputs}, which should be 3 times the square of a scale.'
+        )
     conv = 'BSConvU'
     if 'B1.c1_r.rep1x1.weight' in state:
         conv = 'BSConvU_rep'
@@ -274,8 +290,8 @@ def build_lkdn(state: dict[str, Tensor]) -> LKDN:
         num_feat=state['c1.weight'].shape[0],
         num_atten=state['B1.atten.pointwise.weight'].shape[0],
         num_block=len({key.split('.')[0] for key in state if re.match(r'B\d+\.', key)}),
-        upscale=math.isqrt(last.shape[0] // 3),
-        num_in=state['fea_conv.pw.weight'].shape[1] // 3,
+        upscale=upscale,
+        num_in=inputs // 3,
         conv=conv,
         upsampler='pixelshuffle_rep' if branched else 'pixelshuffledirect',
     )

@@ -47,6 +47,9 @@ def load_network(path: str | os.PathLike, param_key: str | None = None) -> nn.Mo
     Base, training-form, adapted and merged checkpoints are told apart by their keys. An adapted one gives a network
     whose LoRA layers have the ranks and alphas of the file.
 
+    One form cannot be told: an LKDN file of the authors' code with ``BSConvU_idt`` has the names and shapes of one with
+    ``BSConvU``, and is taken for that, whose output differs. Build that network and load the file into it.
+
     Args:
         path: Checkpoint file, see :func:`read_state_dict`.
         param_key: Where the state dict is in the file; by default ``params_ema``, else ``params``, else the top.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from copy import deepcopy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_sr.adapters import LoRALayer
 from lora_sr.errors import InputError
 
+# The largest relative difference between outputs that are to be the same up to rounding in float32.
 TOLERANCE = 1e-5
 
 
@@ -36,6 +37,14 @@ def is_training_form(network: nn.Module) -> bool:
     return any(isinstance(module, Foldable) and module.is_training_form for module in network.modules())
 
 
+def relative_difference(first: Tensor, second: Tensor) -> float:
+    """The largest difference of two outputs of one shape, relative to the largest value of the first; 0 if equal.
+
+    NaN where either has one, so ask for ``not relative_difference(...) <= TOLERANCE``.
+    """
+    return 0.0 if torch.equal(first, second) else ((first - second).abs().max() / first.abs().max()).item()
+
+
 @torch.no_grad()
 def fold(network: nn.Module) -> nn.Module:
     """Fold every re-parameterisable module of ``network`` to its deploy form, in place, and return the network.
@@ -45,8 +54,9 @@ def fold(network: nn.Module) -> nn.Module:
     is. (Where ``network`` itself is a module that folds, only what is returned is folded.)
 
     Raises:
-        InputError: A branch carries LoRA, which has to be merged first; or a deploy form differs by more than 1e-5 of
-            the largest output, as with NaN, or weights that leave float32.
+        InputError: A branch carries LoRA, which has to be merged first; a branch is in float16 or bfloat16, which
+            would round what is folded; or a deploy form differs by more than 1e-5 of the largest output, as with NaN,
+            or weights that leave float32.
     """
     replacements = {}
     for name, module in network.named_modules():
@@ -54,9 +64,15 @@ def fold(network: nn.Module) -> nn.Module:
             where = f'{name} ({type(module).__name__})' if name else type(module).__name__
             if any(isinstance(part, LoRALayer) for part in module.modules()):
                 raise InputError(f'A branch of {where} carries LoRA: merge the LoRA before folding the branches.')
+            for parameter in module.parameters():
+                if parameter.dtype not in (torch.float32, torch.float64):
+                    raise InputError(
+                        f'{where} is in {str(parameter.dtype).rpartition(".")[2]}, which is too coarse for what its '
+                        'branches add up to: fold the network in float32 first, and convert it afterwards.'
+                    )
             replacement = module.folded().train(module.training)
             replacement.requires_grad_(any(parameter.requires_grad for parameter in module.parameters()))
-            difference = _relative_difference(module, replacement)
+            difference = _difference(module, replacement)
             if not difference <= TOLERANCE:
                 raise InputError(
                     f'The folded {where} differs from its branches by {difference:.1e} of the largest output, more '
@@ -70,7 +86,6 @@ def fold(network: nn.Module) -> nn.Module:
     return replacements.get(network, network)
 
 
-def _relative_difference(branched: Foldable, plain: nn.Module) -> float:
+def _difference(branched: Foldable, plain: nn.Module) -> float:
     image = torch.randn(1, branched.in_channels, 9, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    first, second = (deepcopy(module).double().cpu()(image) for module in (branched, plain))
-    return 0.0 if torch.equal(first, second) else ((first - second).abs().max() / first.abs().max()).item()
+    return relative_difference(*(deepcopy(module).double().cpu()(image) for module in (branched, plain)))

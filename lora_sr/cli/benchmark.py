@@ -17,6 +17,12 @@ def add_parser(commands):
     prepare.add_argument('--scale', type=int, default=4, help='scale of the LR images (default 4)')
     prepare.set_defaults(run=run_prepare)
 
+    lkdn = subjects.add_parser('lkdn', help="LKDN against its authors' structure, in both memory formats")
+    lkdn.set_defaults(run=run_lkdn)
+
+    adan = subjects.add_parser('adan', help='a step of Adan against adan_pytorch')
+    adan.set_defaults(run=run_adan)
+
 
 def run_affinity(args):
     """Measure the affinity loss."""
@@ -30,3 +36,17 @@ def run_prepare(args):
     from lora_sr.evaluation import prepare_benchmark
 
     prepare_benchmark.run(args.images, args.scale)
+
+
+def run_lkdn(args):
+    """Measure LKDN."""
+    from lora_sr.evaluation import lkdn_benchmark
+
+    lkdn_benchmark.run()
+
+
+def run_adan(args):
+    """Measure Adan."""
+    from lora_sr.evaluation import adan_benchmark
+
+    adan_benchmark.run()

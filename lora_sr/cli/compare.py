@@ -1,6 +1,6 @@
 """`lora-sr compare`: networks beside bicubic interpolation, on a folder of images."""
 
-import argparse
+from lora_sr.cli.arguments import by_name, named
 
 
 def add_parser(commands):
@@ -11,7 +11,7 @@ def add_parser(commands):
         description='Measure networks and bicubic interpolation on a folder of images: PSNR and SSIM on the Y '
         'channel, parameters, multiply-adds for an output of 1280x720, and a picture of details side by side.',
     )
-    parser.add_argument('checkpoints', nargs='+', type=_named, metavar='NAME=CHECKPOINT')
+    parser.add_argument('checkpoints', nargs='+', type=named('CHECKPOINT'), metavar='NAME=CHECKPOINT')
     parser.add_argument('--gt', required=True, metavar='FOLDER', help='original images')
     parser.add_argument('--lr', metavar='FOLDER', help='LR images of the same names (default: made by bicubic)')
     parser.add_argument('--scale', type=int, required=True, help='scale factor')
@@ -19,17 +19,10 @@ def add_parser(commands):
     parser.set_defaults(run=run)
 
 
-def _named(argument: str):
-    name, equals, path = argument.partition('=')
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f'{argument!r} should be NAME=CHECKPOINT')
-    return name, path
-
-
 def run(args):
     """Compare, and print the table."""
     from lora_sr.evaluation.comparison import compare, format_table
 
-    print(format_table(compare(args.gt, args.scale, dict(args.checkpoints), args.lr, args.picture)))
+    print(format_table(compare(args.gt, args.scale, by_name(args.checkpoints), args.lr, args.picture)))
     if args.picture:
         print(f'wrote {args.picture}')

@@ -1,6 +1,6 @@
 """`lora-sr curves`: a metric over the iterations of training runs, as a picture."""
 
-import argparse
+from lora_sr.cli.arguments import by_name, named
 
 
 def add_parser(commands):
@@ -9,25 +9,20 @@ def add_parser(commands):
         'curves',
         help='picture of PSNR over the iterations of runs',
         description='Draw what the validations of training runs gave, over the iterations, from their logs. Needs '
-        'matplotlib.',
+        'matplotlib: pip install "lora-sr[plots]".',
     )
-    parser.add_argument('runs', nargs='+', type=_named, metavar='NAME=FOLDER', help='experiments/… and its name')
+    parser.add_argument(
+        'runs', nargs='+', type=named('FOLDER'), metavar='NAME=FOLDER', help='experiments/… and its name'
+    )
     parser.add_argument('-o', '--output', required=True, metavar='PICTURE', help='file to write (.png, .svg, .pdf)')
     parser.add_argument('--dataset', nargs='+', metavar='NAME', help='validation sets (default: all)')
     parser.add_argument('--metric', default='psnr', help='name in val.metrics (default: psnr)')
     parser.set_defaults(run=run)
 
 
-def _named(argument: str):
-    name, equals, path = argument.partition('=')
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f'{argument!r} should be NAME=FOLDER')
-    return name, path
-
-
 def run(args):
     """Draw the curves."""
     from lora_sr.evaluation.curves import draw_curves
 
-    draw_curves(dict(args.runs), args.output, args.dataset, args.metric)
+    draw_curves(by_name(args.runs), args.output, args.dataset, args.metric)
     print(f'wrote {args.output}')

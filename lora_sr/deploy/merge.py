@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,10 +14,9 @@ from torch import nn
 
 from lora_sr.adapters import count_parameters, lora_layers, merge_lora
 from lora_sr.archs import fold, load_network
-from lora_sr.archs.reparam import Foldable
+from lora_sr.archs.reparam import TOLERANCE, Foldable, relative_difference
 from lora_sr.errors import InputError
 
-TOLERANCE = 1e-5
 SUFFIXES = ('.pth', '.safetensors')
 
 
@@ -87,18 +87,17 @@ def merge_checkpoint(
     # Written beside the output and renamed when it has proved itself, so that no doubtful file bears the name.
     partial = output.with_name(f'.{output.stem}.partial{output.suffix}')
     try:
-        _write(plain, partial)
+        with _errors_of_writing(output):
+            _write(plain, partial)
         written = load_network(partial)
-        difference = _relative_difference(trained, written, torch.float64 if folded else torch.float32)
+        difference = _difference(trained, written, torch.float64 if folded else torch.float32)
         if not difference <= TOLERANCE:
             raise InputError(
                 f'The written network differs from the trained one by {difference:.1e} of the largest output, more '
                 f'than {TOLERANCE:.0e}: {checkpoint} has weights too large for float32, or NaN.'
             )
-        os.replace(partial, output)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
-        reason = getattr(error, 'strerror', None) or 'the disk may be full'
-        raise InputError(f'The output {output} cannot be written: {reason}.') from error
+        with _errors_of_writing(output):
+            os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)
     before = count_parameters(trained)
@@ -113,6 +112,15 @@ def merge_checkpoint(
     )
 
 
+@contextlib.contextmanager
+def _errors_of_writing(output: Path):
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
+        reason = getattr(error, 'strerror', None) or 'the disk may be full'
+        raise InputError(f'The output {output} cannot be written: {reason}.') from error
+
+
 def _write(network: nn.Module, path: Path) -> None:
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     with open(path, 'wb') as file:
@@ -123,7 +131,6 @@ def _write(network: nn.Module, path: Path) -> None:
 
 
 @torch.no_grad()
-def _relative_difference(trained: nn.Module, written: nn.Module, dtype: torch.dtype) -> float:
+def _difference(trained: nn.Module, written: nn.Module, dtype: torch.dtype) -> float:
     images = torch.rand(2, 3, 32, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
-    first, second = (network.to(dtype)(images) for network in (trained, written))
-    return 0.0 if torch.equal(first, second) else ((first - second).abs().max() / first.abs().max()).item()
+    return relative_difference(*(network.to(dtype)(images) for network in (trained, written)))

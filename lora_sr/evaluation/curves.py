@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_sr.errors import InputError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 ITERATION = re.compile(r'\biter:\s*([\d,]+)')
-VALIDATION = re.compile(r'Validation (\S+)')
-VALUE = re.compile(r'\s*# (\w+): (-?[\d.]+)')
+VALIDATION = re.compile(r' INFO: Validation (.+)')
+VALUE = re.compile(r'\s*# (.+?): (-?(?:\d+\.?\d*|inf|nan))')
 
 
 def read_curves(run: str | os.PathLike, metric: str = 'psnr') -> dict[str, dict[int, float]]:
@@ -55,28 +59,26 @@ def read_curves(run: str | os.PathLike, metric: str = 'psnr') -> dict[str, dict[
     return curves
 
 
-def draw_curves(
-    runs: dict[str, str | os.PathLike],
-    output: str | os.PathLike,
-    datasets: list[str] | None = None,
-    metric: str = 'psnr',
-) -> None:
-    """Draw a metric over the iterations of runs: a panel for each validation set, a line for each run.
+def plot_curves(runs: dict[str, str | os.PathLike], datasets: list[str] | None = None, metric: str = 'psnr') -> Figure:
+    """A metric over the iterations of runs: a panel for each validation set, a line for each run.
 
     Args:
         runs: Name in the legend -> folder of the run, see :func:`read_curves`.
-        output: Picture to write; its suffix says how (``.png``, ``.svg``, ``.pdf``).
         datasets: Names of validation sets; by default all.
         metric: Name of the metric in ``val.metrics``.
 
+    Returns:
+        A figure of matplotlib.
+
     Raises:
-        InputError: As :func:`read_curves`; a set that no run has validated on; a picture that cannot be written; or
-            matplotlib is not installed.
+        InputError: As :func:`read_curves`; a set that no run has validated on; or matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError('Curves are drawn by matplotlib, which is not installed: pip install matplotlib.') from None
+        raise InputError(
+            'Curves are drawn by matplotlib, which is not installed: pip install "lora-sr[plots]".'
+        ) from None
     curves = {name: read_curves(run, metric) for name, run in runs.items()}
     known = list(dict.fromkeys(dataset for sets in curves.values() for dataset in sets))
     for dataset in datasets or ():
@@ -92,6 +94,27 @@ def draw_curves(
         axes.set(title=dataset, xlabel='iteration', ylabel=f'{metric.upper()}, dB' if metric == 'psnr' else metric)
         axes.grid(alpha=0.3)
         axes.legend()
+    return figure
+
+
+def draw_curves(
+    runs: dict[str, str | os.PathLike],
+    output: str | os.PathLike,
+    datasets: list[str] | None = None,
+    metric: str = 'psnr',
+) -> None:
+    """Write the figure of :func:`plot_curves`.
+
+    Args:
+        runs: As for :func:`plot_curves`.
+        output: Picture to write; its suffix says how (``.png``, ``.svg``, ``.pdf``).
+        datasets: As for :func:`plot_curves`.
+        metric: As for :func:`plot_curves`.
+
+    Raises:
+        InputError: As :func:`plot_curves`; or a picture that cannot be written.
+    """
+    figure = plot_curves(runs, datasets, metric)
     try:
         figure.savefig(output)
     except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix that it does not know

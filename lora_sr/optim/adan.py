@@ -59,7 +59,7 @@ class Adan(adan_pytorch.Adan):
         check_values({'lr': lr, 'betas': betas, 'eps': eps, 'weight_decay': weight_decay, 'foreach': foreach})
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         for options in (self.defaults, *self.param_groups):
-            del options['restart_cond']
+            options.pop('restart_cond', None)  # a function, which no state dict should hold
             options.setdefault('foreach', foreach)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -79,7 +79,7 @@ class Adan(adan_pytorch.Adan):
         """
         groups = state_dict['param_groups']
         foreign = any(state.keys() != STATE for state in state_dict['state'].values())
-        if foreign or any('restart_cond' in group for group in groups):
+        if foreign or any('restart_cond' in group or len(group.get('betas', ())) != 3 for group in groups):
             options = ', '.join(key for key in groups[0] if key != 'params')
             raise InputError(
                 f'The state to resume is not of Adan, but of an optimizer with the options {options}: '

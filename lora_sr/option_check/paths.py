@@ -92,8 +92,8 @@ def _other_scale(check: Check, network: str, content: dict, file: str, param_key
     layers = ', '.join(dict.fromkeys(key.rpartition('.')[0] for key in others))
     sentence = f'{file} is of scale {min(scales):.0f} and {network} of scale {scale}: all but {layers} fits'
     if check.is_train and network == 'network_g':
-        sentence += '; to start from it, set path.strict_load_g: false'
-    return sentence
+        return f'{sentence}; to start from it, set path.strict_load_g: false'
+    return f'{sentence}; give a checkpoint of scale {scale}'
 
 
 def _resumes(check: Check) -> bool:

@@ -117,11 +117,22 @@ def test_training_reaches_every_parameter(conv, upsampler, num_block):
     assert not [name for name, p in network.named_parameters() if torch.equal(p, before[name])]
 
 
+def after_a_step(network):
+    """``network`` after a step of training, so that no norm and no bias has the value it starts with."""
+    start = copy.deepcopy(network.state_dict())
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    with torch.enable_grad():
+        (network(torch.rand(2, 3, 9, 10)) - 1).abs().mean().backward()
+    optimizer.step()
+    assert not [name for name, p in network.named_parameters() if torch.equal(p, start[name])]
+    return network
+
+
 @torch.no_grad()
 @each_form
 @each_depth
 def test_folded_is_the_plain_network_with_the_same_output(conv, upsampler, num_block):
-    network = small(num_block=num_block, conv=conv, upsampler=upsampler, upscale=3)
+    network = after_a_step(small(num_block=num_block, conv=conv, upsampler=upsampler, upscale=3))
     branched = copy.deepcopy(network).double()
     assert is_training_form(network) == (conv == 'BSConvU_rep' or upsampler == 'pixelshuffle_rep')
     assert fold(network) is network
@@ -174,7 +185,8 @@ def test_the_identity_is_remembered_in_our_checkpoints(tmp_path):
     again = small(seed=1, conv='BSConvU_idt')
     again.load_state_dict(authors, strict=True)
     assert torch.equal(again(x), network(x))
-    # A checkpoint of ours cannot be taken for one of the other kind.
+    # So neither is one of ours with BSConvU refused here. Only the other way round a checkpoint of ours is told apart.
+    again.load_state_dict(small().state_dict(), strict=True)
     with pytest.raises(RuntimeError, match='Unexpected key.*B1.c1_r.identity'):
         small().load_state_dict(state)
     torch.save(state, tmp_path / 'net.pth')
@@ -252,6 +264,7 @@ def test_a_network_inside_another_folds():
         ({'num_block': 0}, '"num_block" of LKDN is 0: it must be an integer of at least 1'),
         ({'upscale': -1}, '"upscale" of LKDN is -1'),
         ({'num_in': 0}, '"num_in" of LKDN is 0'),
+        ({'num_in': True}, '"num_in" of LKDN is True: it must be an integer of at least 1'),
         ({'conv': 'BSConv'}, '"conv" of LKDN is \'BSConv\': it must be one of BSConvU, BSConvU_idt, BSConvU_rep'),
         ({'upsampler': 'nearest'}, '"upsampler" of LKDN is \'nearest\': it must be one of pixelshuffledirect, pixel'),
     ],
@@ -276,3 +289,21 @@ def test_checkpoints_that_cannot_be_used(tmp_path):
     assert 'does not fit LKDN: 3 keys are missing (the first is B2.c4.pw.weight)' in message_for(without_block)
     odd = {**state, 'c1.weight': torch.zeros(7, 14, 1, 1)}
     assert 'cannot be used: "num_feat" of LKDN is 7' in message_for(odd)
+
+
+@pytest.mark.parametrize(
+    'arguments, inputs, outputs',
+    [
+        ({'num_in_ch': 1, 'num_out_ch': 1}, 2, 4),
+        ({'num_in_ch': 1, 'num_out_ch': 1, 'num_in': 3}, 3, 4),
+        ({'num_in_ch': 1}, 2, 12),
+        ({'num_out_ch': 1, 'upscale': 3}, 6, 9),
+        ({'num_out_ch': 1, 'upscale': 3, 'upsampler': 'pixelshuffle_rep'}, 6, 9),
+        ({'num_out_ch': 2, 'upscale': 3}, 6, 18),
+    ],
+)
+def test_a_network_for_other_images_than_rgb_is_refused(tmp_path, arguments, inputs, outputs):
+    torch.save(small(**arguments).state_dict(), tmp_path / 'grey.pth')
+    message = f'grey.pth cannot be used: it is no LKDN for RGB images, .* takes {inputs}, .* convolves to {outputs}, '
+    with pytest.raises(InputError, match=message):
+        load_network(tmp_path / 'grey.pth')

@@ -198,6 +198,18 @@ def test_what_float32_cannot_hold_is_refused_and_nothing_is_changed(values):
         torch.testing.assert_close(value, state[key], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_half_precision_is_folded_in_float32_first(dtype):
+    network = network_of_all_blocks().to(getattr(torch, dtype))
+    modules = list(network.modules())
+    with pytest.raises(
+        InputError, match=rf'^0\.1 \(BSConvU_rep\) is in {dtype}, .*: fold the network in float32 first'
+    ):
+        fold(network)
+    assert list(network.modules()) == modules
+    assert not is_training_form(fold(network.float()))
+
+
 @pytest.mark.parametrize(
     'target, message',
     [

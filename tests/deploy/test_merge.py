@@ -142,6 +142,33 @@ def test_a_file_that_gives_other_images_is_not_kept(adapted, tmp_path, monkeypat
     assert set(tmp_path.iterdir()) == files
 
 
+@pytest.mark.parametrize(
+    'error, reason',
+    [(OSError(28, 'No space left on device'), 'No space left on device'), (RuntimeError('x'), 'the disk may be full')],
+)
+def test_a_failure_to_write_is_one_sentence(adapted, tmp_path, monkeypatch, capsys, error, reason):
+    def fail(network, path):
+        path.write_text('a part')
+        raise error
+
+    monkeypatch.setattr(merge, '_write', fail)
+    files = set(tmp_path.iterdir())
+    assert main(['merge', str(tmp_path / 'net_g_10.pth'), '-o', str(tmp_path / 'm.pth')]) == 2
+    assert capsys.readouterr().err == f'lora-sr: error: The output {tmp_path / "m.pth"} cannot be written: {reason}.\n'
+    assert set(tmp_path.iterdir()) == files
+
+
+def test_another_failure_is_not_taken_for_one_to_write(adapted, tmp_path, monkeypatch):
+    def fail(network, images):
+        raise RuntimeError('of the forward pass')
+
+    monkeypatch.setattr(SPAN, 'forward', fail)
+    files = set(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match='^of the forward pass$'):
+        main(['merge', str(tmp_path / 'net_g_10.pth'), '-o', str(tmp_path / 'm.pth')])
+    assert set(tmp_path.iterdir()) == files
+
+
 def test_nothing_is_overwritten_or_left_behind(adapted, tmp_path, capsys):
     output = tmp_path / 'merged.pth'
     output.write_text('mine')

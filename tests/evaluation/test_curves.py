@@ -1,5 +1,7 @@
 """Curves of training runs: against the networks that the runs saved."""
 
+import math
+
 import cv2
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from tiny_run import TINY_OPTIONS, run_python, write_pairs
 
 from lora_sr.cli.main import main
 from lora_sr.errors import InputError
-from lora_sr.evaluation.curves import read_curves
+from lora_sr.evaluation.curves import plot_curves, read_curves
 
 
 @pytest.fixture(scope='module')
@@ -43,12 +45,73 @@ def test_values_are_those_of_the_saved_networks(trained):
         assert value == pytest.approx(psnr_of_checkpoint(trained, iteration), abs=1e-4)
 
 
+def write_log(run, validations, date='20240101_000000', metric='psnr'):
+    """A log as BasicSR writes it, of (iteration, set, value as text)."""
+    run.mkdir(exist_ok=True)
+    lines = []
+    for iteration, dataset, value in validations:
+        lines += [
+            f'2024-01-01 00:00:00,000 INFO: [tiny..][epoch:  0, iter:{iteration:8,d}, lr:(1.000e-03,)] l_pix: 1.0e-01 ',
+            f'2024-01-01 00:00:00,000 INFO: Validation {dataset}',
+            f'\t # {metric}: {value}\tBest: 99.0000 @ 1 iter',
+            '\t # other: 0.5000\tBest: 0.5000 @ 1 iter',
+            '',
+        ]
+    (run / f'train_tiny_{date}.log').write_text('\n'.join(lines))
+    return run
+
+
+def test_a_resumed_run_has_two_logs_and_the_later_counts(tmp_path):
+    run = write_log(tmp_path / 'run', [(1000, 'A', '1.0'), (2000, 'A', '2.0'), (3000, 'A', '3.0')])
+    write_log(run, [(3000, 'A', '3.5'), (4000, 'A', '4.0')], date='20240102_000000')
+    assert read_curves(run) == {'A': {1000: 1.0, 2000: 2.0, 3000: 3.5, 4000: 4.0}}
+
+
+def test_any_name_and_any_value_is_read(tmp_path):
+    validations = [(1, 'Set 5', 'inf'), (2, 'Set 5', '-1.5000'), (2, 'val', 'nan')]
+    curves = read_curves(write_log(tmp_path / 'run', validations, metric='psnr-y (dB)'), 'psnr-y (dB)')
+    assert list(curves) == ['Set 5', 'val'] and curves['Set 5'] == {1: math.inf, 2: -1.5}
+    assert math.isnan(curves['val'][2])
+    with pytest.raises(InputError, match=r'have no "psnr": it has other, psnr-y \(dB\)\.'):
+        read_curves(tmp_path / 'run')
+
+
+def test_a_panel_for_each_set_and_a_line_for_each_run(tmp_path):
+    pytest.importorskip('matplotlib')
+    one = write_log(tmp_path / 'one', [(100, 'A', '1.0'), (100, 'B', '5.0'), (200, 'A', '2.0')])
+    two = write_log(tmp_path / 'two', [(50, 'A', '3.0')])
+
+    def content(*arguments):
+        figure = plot_curves({'first': one, 'second': two}, *arguments)
+        return {
+            axes.get_title(): {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.get_lines()}
+            for axes in figure.axes
+        }
+
+    panel_b = {'first': (100, 5.0)}
+    assert content() == {'A': {'first': (100, 200, 1.0, 2.0), 'second': (50, 3.0)}, 'B': panel_b}
+    assert content(['B']) == {'B': panel_b}
+    assert content(['B'], 'other') == {'B': {'first': (100, 0.5)}}
+
+
 def test_the_picture_is_written(trained, tmp_path, capsys):
     pytest.importorskip('matplotlib')
     picture = tmp_path / 'curves.png'
     assert main(['curves', f'one={trained}/experiments/tiny', '-o', str(picture)]) == 0
-    image = cv2.imread(str(picture))
-    assert image.std() > 0
+    assert cv2.imread(str(picture)) is not None and capsys.readouterr().out == f'wrote {picture}\n'
+
+
+@pytest.mark.parametrize('command', [['curves', '-o', 'a.png'], ['compare', '--gt', 'images', '--scale', '2']])
+def test_a_name_is_given_once(command, capsys):
+    assert main([*command, 'a=X', 'b=Y', 'a=Z']) == 2
+    assert capsys.readouterr().err == 'lora-sr: error: The name "a" is given 2 times: give each its own.\n'
+
+
+@pytest.mark.parametrize('argument', ['X', '=X', 'a='])
+def test_an_argument_needs_a_name(argument, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        main(['curves', argument, '-o', 'a.png'])
+    assert f"'{argument}' should be NAME=FOLDER" in capsys.readouterr().err
 
 
 def test_wrong_input_is_one_sentence(trained, tmp_path, capsys):

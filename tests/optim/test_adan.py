@@ -274,6 +274,12 @@ def test_state_of_another_optimizer_is_refused(other, options):
         Adan(params).load_state_dict(optimizer.state_dict())
 
 
+def test_state_of_another_optimizer_without_a_step_is_refused():
+    params = make_params()
+    with pytest.raises(InputError, match='is not of Adan'):
+        Adan(params).load_state_dict(torch.optim.Adam(params).state_dict())
+
+
 # --- options ---
 
 

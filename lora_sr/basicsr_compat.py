@@ -46,6 +46,7 @@ def apply() -> None:
     mend_check_resume()
     mend_load_resume_state()
     mend_load_network()
+    mend_resume_training()
     mend_saving()
     mend_frozen_warnings()
     mend_missing_lora_warnings()
@@ -419,7 +420,10 @@ def load_resume_state(opt: dict):
 
 
 def mend_load_network() -> None:
-    """`BaseModel.load_network` unpickles anything, and answers a wrong file with a traceback."""
+    """`BaseModel.load_network` unpickles anything, and answers a wrong file with a traceback.
+
+    Stock models also ask for the average under `params_ema` whatever the file: in one of plain weights it is the file.
+    """
     from basicsr.models.base_model import BaseModel
 
     if not _is_defective(BaseModel.load_network, 'load', without='weights_only'):
@@ -428,11 +432,39 @@ def mend_load_network() -> None:
     @_mend
     def load_network(self, net, load_path, strict=True, param_key='params'):
         content = read_checkpoint(load_path)
+        if net is getattr(self, 'net_g_ema', None) and not {'params', 'params_ema'} & content.keys():
+            param_key = None
         load_weights(
             self.get_bare_model(net), content, load_path, param_key, strict, self._print_different_keys_loading
         )
 
     BaseModel.load_network = load_network
+
+
+def mend_resume_training() -> None:
+    """`BaseModel.resume_training` takes the state of any optimizer, and its step then fails on what is not its own."""
+    from basicsr.models.base_model import BaseModel
+
+    original = BaseModel.resume_training
+    if getattr(original, 'is_mend', False):
+        return
+
+    def number_of_betas(state: dict) -> list:
+        return [len(group.get('betas') or ()) for group in state['param_groups']]
+
+    @_mend
+    @functools.wraps(original)
+    def resume_training(self, resume_state):
+        for optimizer, state in zip(self.optimizers, resume_state['optimizers']):
+            if number_of_betas(optimizer.state_dict()) != number_of_betas(state):
+                options = ', '.join(key for key in state['param_groups'][0] if key != 'params')
+                raise InputError(
+                    f'the run cannot be resumed with {type(optimizer).__name__}: its optimizer had the options '
+                    f'{options}; go on with that one, or begin anew'
+                )
+        original(self, resume_state)
+
+    BaseModel.resume_training = resume_training
 
 
 def mend_saving() -> None:

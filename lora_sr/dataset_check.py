@@ -4,6 +4,7 @@ import io
 import os
 from pathlib import Path
 
+import cv2
 import lmdb
 from PIL import Image
 
@@ -100,6 +101,9 @@ def _database_shapes(root: Path) -> tuple:
 def _folder_shapes(folder: Path) -> tuple:
     names = _file_names(folder)
     whole = set(_sample(names, MAX_WHOLE_FILES))
+    for name in whole:
+        if not cv2.haveImageReader(str(folder / name)):  # Pillow, which reads the headers here, knows more formats
+            raise InputError(f'{folder / name} is not an image of a format that OpenCV reads')
     return {name: _image_size(folder / name, name in whole) for name in _sample(names, MAX_HEADERS)}, len(names)
 
 

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_run import TINY_OPTIONS, write_pairs
 
 from lora_sr.option_check import check_options
@@ -106,7 +107,7 @@ CHANGES = [
     ('train.optim_g.lr', '1e-4x', "train.optim_g.lr has to be a number of at least 0, not '1e-4x'"),
     ('train.optim_g.momentum', 0.9, 'train.optim_g.momentum is not a known key; the keys here are lr, betas'),
     ('train.optim_g.betas', [0.9, 2], 'train.optim_g: AdamW refuses these values: Invalid beta'),
-    ('train.optim_g.betas', [], 'train.optim_g: AdamW refuses these values'),
+    ('train.optim_g.betas', [], 'train.optim_g.betas has 0 values; AdamW takes 2, e.g. [0.9, 0.999]'),
     ('train.scheduler.type', 'MultistepLR', "train.scheduler.type: there is no scheduler 'MultistepLR'; did you mean"),
     ('train.scheduler.milestone', [3], 'train.scheduler.milestone is not a known key; the keys here are milestones'),
     ('train.scheduler.milestones', 3, 'train.scheduler.milestones has to be a list of numbers, not 3'),
@@ -578,13 +579,34 @@ def test_lr_images_without_gt(without_gt, pairs, tmp_path, path, value, sentence
     assert check(without_gt, tmp_path) == [sentence.format(pairs=pairs)]
 
 
+def test_mistakes_of_distillation_without_gt_that_would_train(without_gt, tmp_path):
+    without_gt['train']['distill_pixel_opt'] = {'type': 'PSNRLoss', 'eps': 0}
+    without_gt['train']['optim_g']['betas'] = [0.98, 0.92, 0.99]
+    assert check(without_gt, tmp_path) == [
+        'train.optim_g.betas has 3 values; Adam takes 2, e.g. [0.9, 0.999]',
+        'train.distill_pixel_opt: "eps" of PSNRLoss is 0: it must be more than 0.',
+    ]
+
+
+def test_teacher_of_a_model_without_one(without_gt, tmp_path):
+    without_gt['model_type'] = 'SRModel'
+    sentence = 'network_t, a teacher, is for a DistillationModel alone; set model_type: DistillationModel'
+    assert sentence in check(without_gt, tmp_path)
+
+
 def test_damaged_lr_images(without_gt, data, tmp_path):
     root, _ = data
     without_gt['datasets']['train'].update(dataroot_lq=[str(root / 'lq')])
     assert check(without_gt, tmp_path) == []
-    (root / 'lq' / '004.png').write_bytes(b'not an image')
+    file = root / 'lq' / '004.png'
+    Image.open(file).save(root / 'lq' / 'x.pcx')
+    assert check(without_gt, tmp_path) == [
+        f'datasets.train.dataroot_lq: {root}/lq/x.pcx is not an image of a format that OpenCV reads'
+    ]
+    (root / 'lq' / 'x.pcx').unlink()
+    file.write_bytes(b'not an image')
     (problem,) = check(without_gt, tmp_path)
-    assert problem.startswith('datasets.train.dataroot_lq: ') and problem.endswith('is not an image, or a damaged one')
+    assert problem.startswith(f'datasets.train.dataroot_lq: {file} is not an image')
 
 
 def test_lr_images_need_a_teacher(without_gt, tmp_path):

@@ -9,7 +9,7 @@ def add_parser(commands):
         'curves',
         help='picture of PSNR over the iterations of runs',
         description='Draw what the validations of training runs gave, over the iterations, from their logs. Needs '
-        'matplotlib: pip install "lora-sr[plots]".',
+        'matplotlib: pip install matplotlib.',
     )
     parser.add_argument(
         'runs', nargs='+', type=named('FOLDER'), metavar='NAME=FOLDER', help='experiments/… and its name'

@@ -20,7 +20,7 @@ from lora_sr.data.sources import find_sources, read_image
 from lora_sr.errors import InputError
 from lora_sr.evaluation.complexity import count_multi_adds_720p
 
-BICUBIC = 'bicubic'
+BICUBIC, ORIGINAL = 'bicubic', 'original'
 PATCH, ZOOM = 64, 3  # the picture shows patches of 64x64 pixels, each pixel 3x3
 
 
@@ -67,6 +67,11 @@ def compare(
     """
     if scale < 1:
         raise InputError(f'The scale is {scale}: it has to be a whole number of at least 1.')
+    for name in (BICUBIC, ORIGINAL):
+        if name in checkpoints:
+            raise InputError(f'"{name}" is the name of another row or picture: give the network another name.')
+    if picture is not None and (Path(picture).suffix != '.png' or not Path(picture).parent.is_dir()):
+        raise InputError(f'The picture {picture} has to be a .png file in a folder that exists.')
     networks = {name: load_network(path) for name, path in checkpoints.items()}
     sources = find_sources([gt_folder], [scale], None if lr_folder is None else [lr_folder])
     scores: dict[str, list] = {name: [] for name in (BICUBIC, *networks)}
@@ -90,7 +95,7 @@ def compare(
                     for metric in (calculate_psnr, calculate_ssim)
                 ]
             )
-        strips.append(_strip({**versions, 'original': original}))
+        strips.append(_strip({**versions, ORIGINAL: original}))
     if picture is not None:
         _write_picture(np.concatenate(strips), Path(picture))
     costs = {
@@ -128,7 +133,7 @@ def format_table(rows: list[Row]) -> str:
 
 def _strip(versions: dict[str, np.ndarray]) -> np.ndarray:
     """The same detail of all versions in one row, with captions: the detail on which bicubic errs most."""
-    error = np.abs(versions['original'].astype(np.float32) - versions[BICUBIC]).mean(2)
+    error = np.abs(versions[ORIGINAL].astype(np.float32) - versions[BICUBIC]).mean(2)
     side = min(PATCH, *error.shape)
     means = cv2.boxFilter(error, -1, (side, side), anchor=(0, 0), borderType=cv2.BORDER_CONSTANT)
     means = means[: error.shape[0] - side + 1, : error.shape[1] - side + 1]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ITERATION = re.compile(r'\biter:\s*([\d,]+)')
+TOTAL = re.compile(r'\s*total_iter: (\S+)')
 VALIDATION = re.compile(r' INFO: Validation (.+)')
 VALUE = re.compile(r'\s*# (.+?): (-?(?:\d+\.?\d*|inf|nan))')
 
@@ -20,39 +21,58 @@ VALUE = re.compile(r'\s*# (.+?): (-?(?:\d+\.?\d*|inf|nan))')
 def read_curves(run: str | os.PathLike, metric: str = 'psnr') -> dict[str, dict[int, float]]:
     """The validation results of a training run.
 
-    BasicSR's log does not say to which iteration a validation belongs. It is the one logged last, hence exact where
-    ``logger.print_freq`` divides ``val.val_freq``.
+    BasicSR's log does not say to which iteration a validation belongs. It is the one logged last, which is right where
+    ``logger.print_freq`` divides ``val.val_freq``, and after the end of the training the last of all.
 
     Args:
         run: Folder of the run, e.g. ``experiments/NAME``. Several logs, of a run that was resumed, are read in the
-            order of their dates, and a later one counts.
+            order of their dates; what an earlier one has beyond the iteration of the resumption does not count.
         metric: Name of the metric in ``val.metrics``.
 
     Returns:
         Name of the validation set -> iteration -> value.
 
     Raises:
-        InputError: No training log in the folder, or no such metric in it.
+        InputError: No training log in the folder, no such metric in it, or validations between logged iterations.
     """
+    if not Path(run).is_dir():
+        raise InputError(f'The folder {run} does not exist.')
     logs = sorted(Path(run).glob('train_*.log'))
     if not logs:
         raise InputError(f'{run} has no training log: it should be a folder of experiments/, with a train_*.log in it.')
     curves: dict[str, dict[int, float]] = {}
     others = set()
     for log in logs:
-        iteration, dataset = 0, None
+        iteration, total, dataset, seen = 0, None, None, set()
         for line in log.read_text(errors='replace').splitlines():
             found = VALUE.match(line)
             if found and dataset is not None:
                 if found[1] == metric:
+                    if iteration == 0 or (dataset, iteration) in seen:
+                        raise InputError(
+                            f'{log} does not tell the iterations of its validations: val.val_freq should be a multiple '
+                            'of logger.print_freq.'
+                        )
+                    seen.add((dataset, iteration))
                     curves.setdefault(dataset, {})[iteration] = float(found[2])
                 others.add(found[1])
                 continue
             found = VALIDATION.search(line)
             dataset = found[1] if found else None
+            found = TOTAL.match(line)
+            if found:
+                total = int(float(found[1]))
             found = ITERATION.search(line)
             if found:
                 iteration = int(found[1].replace(',', ''))
+                if 'Resuming training' in line:
+                    for points in curves.values():
+                        for late in [late for late in points if late > iteration]:
+                            del points[late]
+            elif 'End of training' in line:
+                # BasicSR validates once more, also where it has just done so.
+                iteration = total or iteration
+                seen.clear()
     if not curves:
         known = f'it has {", ".join(sorted(others))}' if others else 'nothing was validated'
         raise InputError(f'The logs of {run} have no "{metric}": {known}.')
@@ -76,9 +96,7 @@ def plot_curves(runs: dict[str, str | os.PathLike], datasets: list[str] | None =
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError(
-            'Curves are drawn by matplotlib, which is not installed: pip install "lora-sr[plots]".'
-        ) from None
+        raise InputError('Curves are drawn by matplotlib, which is not installed: pip install matplotlib.') from None
     curves = {name: read_curves(run, metric) for name, run in runs.items()}
     known = list(dict.fromkeys(dataset for sets in curves.values() for dataset in sets))
     for dataset in datasets or ():

@@ -6,6 +6,8 @@ import torch
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 
+from lora_sr.errors import InputError
+
 
 @LOSS_REGISTRY.register()
 class PSNRLoss(nn.Module):
@@ -18,11 +20,17 @@ class PSNRLoss(nn.Module):
 
     Args:
         loss_weight: Factor of the loss.
-        eps: Added to the mean squared error, at range [0, 1]. Images closer than that (1e-6 is 60 dB) pull no more.
+        eps: Added to the mean squared error, at range [0, 1], more than 0. Images closer than that (1e-6 is 60 dB)
+            hardly pull.
+
+    Raises:
+        InputError: ``eps`` is not more than 0.
     """
 
     def __init__(self, loss_weight: float = 1.0, eps: float = 1e-6):
         super().__init__()
+        if not eps > 0:
+            raise InputError(f'"eps" of PSNRLoss is {eps}: it must be more than 0.')
         self.loss_weight, self.eps = loss_weight, eps
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ def check_top(check: Check) -> None:
         there = torch.cuda.device_count()
         if gpus > there and not (check.processes > 1 and there):
             check.add(f'num_gpu is {gpus}, but this machine has {there}; 0 is for the CPU, auto for what is there')
+    if not check.ours and check.is_train and 'network_t' in opt:
+        check.add('network_t, a teacher, is for a DistillationModel alone; set model_type: DistillationModel')
     if check.ours and check.is_train and 'network_t' not in opt:
         check.add('network_t, the teacher of a DistillationModel, is missing')
 

@@ -80,7 +80,13 @@ def _check_optimizer(check: Check, where: str, section) -> None:
 
 def _try_optimizer(check: Check, where: str, optimizer: type, section: dict) -> None:
     options = {key: value for key, value in section.items() if key != 'type'}
-    if any(key not in inspect.signature(optimizer).parameters for key in options):
+    parameters = inspect.signature(optimizer).parameters
+    if any(key not in parameters for key in options):
+        return
+    betas, own = options.get('betas'), getattr(parameters.get('betas'), 'default', None)
+    if isinstance(betas, list) and isinstance(own, tuple) and len(betas) != len(own) and section['type'] != 'Adan':
+        # torch takes the first two of three, which were meant for another optimizer.
+        check.add(f'{where}.betas has {len(betas)} values; {section["type"]} takes {len(own)}, e.g. {list(own)}')
         return
     try:
         optimizer([torch.nn.Parameter(torch.zeros(2, 2))], **options)
@@ -96,7 +102,15 @@ def _check_loss(check: Check, where: str, section) -> None:
         return
     loss = check.registered(f'{where}.type', section.get('type'), LOSS_REGISTRY, 'loss')
     if loss is not None:
-        check.arguments(where, loss, section, ours=('layers',) if where == 'train.affinity_opt' else ())
+        ours = ('layers',) if where == 'train.affinity_opt' else ()
+        # Others' losses are not built here: some fetch a network for it.
+        if check.arguments(where, loss, section, ours=ours) and loss.__module__.startswith('lora_sr.'):
+            try:
+                loss(**{key: value for key, value in section.items() if key not in ('type', *ours)})
+            except InputError as error:
+                check.add(f'{where}: {error}')
+            except TypeError as error:
+                check.add(f'{where}: {section["type"]} refuses these values: {error}')
 
 
 def _check_scheduler(check: Check, section, total) -> None:

@@ -67,6 +67,32 @@ def test_a_resumed_run_has_two_logs_and_the_later_counts(tmp_path):
     assert read_curves(run) == {'A': {1000: 1.0, 2000: 2.0, 3000: 3.5, 4000: 4.0}}
 
 
+def test_what_a_resumption_left_behind_does_not_count(tmp_path):
+    run = write_log(tmp_path / 'run', [(1000, 'A', '1.0'), (2000, 'A', '2.0'), (3000, 'A', '3.0')])
+    log = write_log(run, [(2500, 'A', '2.5')], date='20240102_000000') / 'train_tiny_20240102_000000.log'
+    resumption = '2024-01-02 00:00:00,000 INFO: Resuming training from epoch: 1, iter: 1500.\n'
+    log.write_text(resumption + log.read_text())
+    assert read_curves(run) == {'A': {1000: 1.0, 2500: 2.5}}
+
+
+def test_the_last_validation_is_of_the_last_iteration(tmp_path):
+    run = write_log(tmp_path / 'run', [(1000, 'A', '1.0')])
+    (log,) = run.glob('train_*.log')
+    end = '2024-01-01 00:00:00,000 INFO: End of training. Time consumed: 0:00:01\n'
+    last = '2024-01-01 00:00:00,000 INFO: Validation A\n\t # psnr: 1.5\tBest: 1.5 @ 1250 iter\n'
+    log.write_text('    total_iter: 1250\n' + log.read_text() + end + last)
+    assert read_curves(run) == {'A': {1000: 1.0, 1250: 1.5}}
+
+
+def test_validations_between_logged_iterations_are_refused(tmp_path):
+    run = write_log(tmp_path / 'run', [(1000, 'A', '1.0')])
+    (log,) = run.glob('train_*.log')
+    iteration, validation = log.read_text().split('\n', 1)
+    log.write_text('\n'.join([iteration, validation, validation]))
+    with pytest.raises(InputError, match='val.val_freq should be a multiple of logger.print_freq'):
+        read_curves(run)
+
+
 def test_any_name_and_any_value_is_read(tmp_path):
     validations = [(1, 'Set 5', 'inf'), (2, 'Set 5', '-1.5000'), (2, 'val', 'nan')]
     curves = read_curves(write_log(tmp_path / 'run', validations, metric='psnr-y (dB)'), 'psnr-y (dB)')

@@ -295,3 +295,13 @@ def test_average_keeps_what_its_file_gives_and_copies_the_rest(options, tmp_path
     own = model.net_g.state_dict()
     for key, value in model.net_g_ema.state_dict().items():
         assert torch.equal(value, own[key] if key.startswith('upsampler') else file['params_ema'][key])
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_average_of_a_stock_model_starts_from_a_file_of_plain_weights(options, strict):
+    options['model_type'] = 'SRModel'
+    weights = SPAN(feature_channels=6, upscale=2, deploy=True).state_dict()
+    torch.save(weights, options['path']['pretrain_network_g'])
+    options['path'].update(param_key_g=None, strict_load_g=strict)
+    model = build_model(options)
+    assert all(torch.equal(model.net_g_ema.state_dict()[key], value) for key, value in weights.items())

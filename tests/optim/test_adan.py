@@ -280,6 +280,17 @@ def test_state_of_another_optimizer_without_a_step_is_refused():
         Adan(params).load_state_dict(torch.optim.Adam(params).state_dict())
 
 
+def test_run_with_adan_is_not_resumed_with_adam(tiny_options):
+    text = tiny_options.read_text().replace('type: AdamW, lr: 1e-3, betas: [0.9, 0.99]', 'type: Adan, lr: 1e-3')
+    tiny_options.write_text(text)
+    command = ['-m', 'lora_sr.train', '-opt', tiny_options.name]
+    run_python(*command, '--force_yml', 'train:total_iter=2', cwd=tiny_options.parent)
+    changes = ['--auto_resume', '--force_yml', 'train:optim_g:type=Adam']
+    done = run_python(*command, *changes, cwd=tiny_options.parent, status=2)
+    assert 'the run cannot be resumed with Adam: its optimizer had the options lr, betas' in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
 # --- options ---
 
 

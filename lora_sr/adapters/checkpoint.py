@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_sr.adapters.config import LoRAConfig
-from lora_sr.adapters.layers import LORA_TENSORS
+from lora_sr.adapters.layers import LORA_TENSORS, SHIFT_PREFIX, low_rank_update
 from lora_sr.adapters.verbs import add_lora, lora_layers, remove_lora
 from lora_sr.errors import InputError
 
@@ -20,8 +20,9 @@ CONFIG_KEY = 'lora_config'
 
 
 def is_lora_key(key: str) -> bool:
-    """Whether a state dict's key names a tensor of LoRA."""
-    return key.rsplit('.', 1)[-1] in LORA_TENSORS
+    """Whether a state dict's key names a tensor of LoRA, or the shift of a parameter beside it."""
+    name = key.rsplit('.', 1)[-1]
+    return name in LORA_TENSORS or name.startswith(SHIFT_PREFIX)
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -38,7 +39,8 @@ def describe_lora(model: nn.Module) -> LoRAConfig:
     layers = dict(lora_layers(model))
     if not layers:
         raise InputError(f'No layer of {type(model).__name__} carries LoRA.')
-    return _exact_config({name: (layer.rank, layer.lora_alpha.item()) for name, layer in layers.items()})
+    also_train = _kinds_of_shifts(lora_state_dict(model))
+    return _exact_config({name: (layer.rank, layer.lora_alpha.item()) for name, layer in layers.items()}, also_train)
 
 
 def infer_lora_config(state: dict[str, Tensor]) -> LoRAConfig:
@@ -47,8 +49,13 @@ def infer_lora_config(state: dict[str, Tensor]) -> LoRAConfig:
     Raises:
         InputError: There are no LoRA tensors, or a layer lacks some of its tensors.
     """
+    return _exact_config(_lora_of_layers(state), _kinds_of_shifts(state))
+
+
+def _lora_of_layers(state: dict[str, Tensor]) -> dict[str, tuple[int, float]]:
+    """Name -> rank and alpha of every layer with LoRA in an adapted state dict."""
     layers = {}
-    for name in dict.fromkeys(key.rpartition('.')[0] for key in state if is_lora_key(key)):
+    for name in dict.fromkeys(key.rpartition('.')[0] for key in state if key.rsplit('.', 1)[-1] in LORA_TENSORS):
         missing = [tensor for tensor in (*LORA_TENSORS, 'weight') if f'{name}.{tensor}' not in state]
         if missing:
             raise InputError(f'the layer "{name}" carries LoRA but lacks {" and ".join(missing)}')
@@ -57,10 +64,44 @@ def infer_lora_config(state: dict[str, Tensor]) -> LoRAConfig:
         layers[name] = state[f'{name}.lora_A'].shape[0] // kernel_height, state[f'{name}.lora_alpha'].item()
     if not layers:
         raise InputError('no layer carries LoRA')
-    return _exact_config(layers)
+    return layers
 
 
-def _exact_config(layers: dict[str, tuple[int, float]]) -> LoRAConfig:
+def merge_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapted state dict with every update added to its weight: the base's keys, as :func:`merge_lora` gives them.
+
+    It needs no network, so it serves any that has layers with LoRA.
+
+    Raises:
+        InputError: There are no LoRA tensors, or a layer lacks some of its tensors.
+    """
+    merged = {key: value for key, value in state.items() if not is_lora_key(key)}
+    for name, (rank, _) in _lora_of_layers(state).items():
+        lora_A, lora_B, alpha, weight = (state[f'{name}.{tensor}'] for tensor in (*LORA_TENSORS, 'weight'))
+        merged[f'{name}.weight'] = weight + low_rank_update(lora_A, lora_B, alpha * (1.0 / rank), weight.shape)
+    for key in state:
+        path, dot, last = key.rpartition('.')
+        if last.startswith(SHIFT_PREFIX):
+            shifted = f'{path}{dot}{last[len(SHIFT_PREFIX) :]}'
+            merged[shifted] = merged[shifted] + state[key]
+    return merged
+
+
+def _kinds_of_shifts(state: dict[str, Tensor]) -> list[str]:
+    """What ``also_train`` was, from the keys of the shifts."""
+    kinds = set()
+    for key in state:
+        name, _, last = key.rpartition('.')
+        if last == f'{SHIFT_PREFIX}bias' and f'{name}.lora_A' in state:
+            kinds.add('bias')
+        elif last in (f'{SHIFT_PREFIX}weight', f'{SHIFT_PREFIX}bias'):
+            kinds.add('norm')
+        elif last.startswith(SHIFT_PREFIX):
+            kinds.add('position')
+    return sorted(kinds)
+
+
+def _exact_config(layers: dict[str, tuple[int, float]], also_train: list[str]) -> LoRAConfig:
     """A configuration for layers of given names, ranks and alphas; what most have is the rule, the rest exceptions."""
     layers = {re.escape(name): values for name, values in layers.items()}
     ranks, alphas = ([values[i] for values in layers.values()] for i in (0, 1))
@@ -71,6 +112,7 @@ def _exact_config(layers: dict[str, tuple[int, float]]) -> LoRAConfig:
         alpha=alpha,
         rank_pattern={name: r for name, (r, _) in layers.items() if r != rank},
         alpha_pattern={name: a for name, (_, a) in layers.items() if a != alpha},
+        also_train=also_train,
     )
 
 

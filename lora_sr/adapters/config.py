@@ -8,7 +8,10 @@ import json
 import re
 from dataclasses import dataclass, field
 
+from lora_sr.adapters.groups import GROUPS
 from lora_sr.errors import InputError
+
+ALSO_TRAIN = ('bias', 'norm', 'position')
 
 
 @dataclass
@@ -20,34 +23,50 @@ class LoRAConfig:
 
     Args:
         target_modules: Patterns of the layers that receive LoRA.
+        groups: Groups of layers that receive LoRA besides: ``conv``, ``attention``, ``mlp``, ``upsampler``, or ``all``;
+            see :func:`lora_sr.adapters.layer_groups`. At least one pattern or group is needed.
         rank: Rank r of the update, at least 1.
         alpha: Numerator of the update's scale alpha / r. ``None`` stands for the rank, i.e. a scale of 1.
         exclude_modules: Patterns of layers that stay as they are although a target matches them.
-        rank_pattern: Pattern -> rank, for layers that differ from ``rank``. The first match counts.
+        rank_pattern: Pattern -> rank, for layers that differ from ``rank``. The first match counts. A rank of 0
+            leaves a layer as it is.
         alpha_pattern: Pattern -> alpha, likewise.
+        also_train: What trains besides, as a shift beside its frozen value: ``bias`` (the biases of the layers with
+            LoRA), ``norm`` (scale and offset of all normalisation layers), ``position`` (tables of relative positions).
 
     Raises:
-        InputError: A rank below 1, an alpha of 0, or a pattern that is no regular expression.
+        InputError: A rank below 1, an alpha of 0, a pattern that is no regular expression, or an unknown group or word.
     """
 
-    target_modules: list[str]
+    target_modules: list[str] = field(default_factory=list)
     rank: int = 8
     alpha: float | None = None
     exclude_modules: list[str] = field(default_factory=list)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    groups: list[str] = field(default_factory=list)
+    also_train: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        for name in ('target_modules', 'exclude_modules'):
+        for name in ('target_modules', 'exclude_modules', 'groups', 'also_train'):
             value = getattr(self, name)
+            if not isinstance(value, (str, list, tuple, type(None))):
+                raise InputError(f'"{name}" of LoRA is {value!r}: it must be a list.')
             setattr(self, name, [value] if isinstance(value, str) else list(value or []))
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
-        if not self.target_modules:
-            raise InputError('target_modules is empty: name at least one pattern of layers to adapt, e.g. ".*".')
+        for name, known in (('groups', (*GROUPS, 'all')), ('also_train', ALSO_TRAIN)):
+            for word in getattr(self, name):
+                if word not in known:
+                    near = difflib.get_close_matches(str(word), known, n=1)
+                    hint = f'did you mean "{near[0]}"?' if near else f'known are {", ".join(known)}.'
+                    raise InputError(f'{name} of LoRA has no "{word}": {hint}')
+        if not self.target_modules and not self.groups:
+            raise InputError('LoRA has neither groups nor target_modules: say what to adapt, e.g. groups: [all].')
         for key, rank in [('rank', self.rank), *self.rank_pattern.items()]:
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise InputError(f'LoRA rank of "{key}" is {rank!r}: it must be an integer of at least 1.')
+            least = 1 if key == 'rank' else 0
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < least:
+                raise InputError(f'LoRA rank of "{key}" is {rank!r}: it must be an integer of at least {least}.')
         for key, alpha in [('alpha', self.alpha), *self.alpha_pattern.items()]:
             if alpha is None and key == 'alpha':
                 continue
@@ -59,12 +78,13 @@ class LoRAConfig:
             except (re.error, TypeError) as error:
                 raise InputError(f'The pattern {pattern!r} is not a regular expression: {error}.') from None
 
-    def is_target(self, name: str) -> bool:
-        """Whether the module called ``name`` is to receive LoRA."""
-        return _first_match(self.target_modules, name) is not None and _first_match(self.exclude_modules, name) is None
+    def is_target(self, name: str, group: str) -> bool:
+        """Whether the layer called ``name``, of that group, is to receive LoRA."""
+        is_wanted = bool({group, 'all'} & set(self.groups)) or _first_match(self.target_modules, name) is not None
+        return is_wanted and _first_match(self.exclude_modules, name) is None and self.rank_of(name) > 0
 
     def rank_of(self, name: str) -> int:
-        """The rank for the module called ``name``."""
+        """The rank for the layer called ``name``."""
         pattern = _first_match(self.rank_pattern, name)
         return self.rank if pattern is None else self.rank_pattern[pattern]
 
@@ -97,8 +117,6 @@ class LoRAConfig:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
                 hint = f'did you mean "{near[0]}"?' if near else f'known keys are {", ".join(known)}.'
                 raise InputError(f'Unknown LoRA option "{key}": {hint}')
-        if 'target_modules' not in options:
-            raise InputError('The LoRA options lack "target_modules", the patterns of the layers to adapt.')
         return cls(**options)
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lora_sr.adapters.config import LoRAConfig
-from lora_sr.adapters.layers import LORA_LAYERS, LoRALayer
+from lora_sr.adapters.groups import is_adaptable, layer_groups
+from lora_sr.adapters.layers import LORA_LAYERS, AdaptedModule, LoRALayer, add_shift
 from lora_sr.errors import InputError
 
 Network = TypeVar('Network', bound=nn.Module)
@@ -21,6 +22,13 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     """Name and layer of every layer of ``model`` that carries LoRA, in the order of ``named_modules``."""
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
+            yield name, module
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
+    """Likewise for every module that carries an update of any kind: LoRA, or the shift of a parameter."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedModule):
             yield name, module
 
 
@@ -36,63 +44,108 @@ def add_lora(model: Network, config: LoRAConfig) -> Network:
 
     Raises:
         InputError: A pattern matches no module (near names are listed), or none that can carry LoRA (their types are
-            named), a rank or alpha is given for a layer that is not adapted, or a layer carries LoRA already. ``model``
-            is unchanged then.
+            named), a group or what trains besides is not there, a rank or alpha is given for a layer that is not
+            adapted, or a layer carries LoRA already. ``model`` is unchanged then.
     """
     modules = dict(model.named_modules())
     modules.pop('')
     for key in ('target_modules', 'exclude_modules', 'rank_pattern', 'alpha_pattern'):
         for pattern in getattr(config, key):
             _check_pattern(key, pattern, modules)
-    targets = [name for name, module in modules.items() if config.is_target(name) and _is_adaptable(module)]
+    groups = layer_groups(model)
+    for group in config.groups:
+        if group != 'all' and group not in groups.values():
+            there = ', '.join(dict.fromkeys(groups.values()))
+            raise InputError(f'{type(model).__name__} has no layer of the group "{group}"; its groups are {there}.')
+    targets = [name for name, group in groups.items() if config.is_target(name, group)]
     if not targets:
-        raise InputError(
-            f'exclude_modules {config.exclude_modules} leaves nothing of target_modules '
-            f'{config.target_modules} to adapt.'
+        wanted = ' and '.join(
+            f'{key} {getattr(config, key)}' for key in ('groups', 'target_modules') if getattr(config, key)
         )
+        raise InputError(f'exclude_modules {config.exclude_modules} and ranks of 0 leave nothing of {wanted} to adapt.')
     for name in targets:
         if isinstance(modules[name], LoRALayer):
             raise InputError(f'"{name}" carries LoRA already: merge it, or exclude it.')
     for key in ('rank_pattern', 'alpha_pattern'):
         for pattern in getattr(config, key):
-            if not any(re.fullmatch(pattern, name) for name in targets):
+            is_zero = key == 'rank_pattern' and config.rank_pattern[pattern] == 0
+            if not is_zero and not any(re.fullmatch(pattern, name) for name in targets):
                 raise InputError(f'{key} "{pattern}" matches none of the adapted layers, which are {_some(targets)}.')
+    shifts = _shifts(model, targets, config.also_train)
     replacements = {}
     for name in targets:
         base = modules[name]
         adapted = LORA_LAYERS[type(base)](base, config.rank_of(name), config.alpha_of(name))
         replacements[base] = adapted.train(base.training)
+    for module, names in shifts.items():
+        add_shift(replacements.get(module, module), names)
     _replace(model, replacements)
     return model
 
 
-def mark_trainable(model: nn.Module, bias: str = 'none') -> None:
-    """Let the LoRA tensors train, and freeze everything else.
-
-    Args:
-        model: A network with LoRA.
-        bias: Biases that train besides: 'none', 'lora' (those of the adapted layers) or 'all'.
+def _shifts(model: nn.Module, targets: list[str], also_train: list[str]) -> dict[nn.Module, tuple[str, ...]]:
+    """Which parameters of which modules are to carry a shift.
 
     Raises:
-        InputError: No layer carries LoRA, or ``bias`` is another word.
+        InputError: There is nothing of a kind that is to train.
     """
-    if bias not in ('none', 'lora', 'all'):
-        raise InputError(f'bias is "{bias}": it must be "none", "lora" or "all".')
-    layers = list(lora_layers(model))
-    if not layers:
+    found: dict[str, dict[nn.Module, tuple[str, ...]]] = {kind: {} for kind in also_train}
+    for name, module in model.named_modules():
+        own = tuple(key for key, value in module._parameters.items() if value is not None)
+        if name in targets:
+            kind, names = 'bias', tuple(key for key in own if key == 'bias')
+        elif 'norm' in type(module).__name__.lower():
+            kind, names = 'norm', own
+        else:
+            kind, names = 'position', tuple(key for key in own if re.search('rel(ative)?_pos|absolute_pos', key))
+        if names and kind in found:
+            found[kind][module] = names
+    for kind, shifts in found.items():
+        if not shifts:
+            raise InputError(f'also_train of LoRA has "{kind}", but {type(model).__name__} has nothing of that kind.')
+    return {module: names for shifts in found.values() for module, names in shifts.items()}
+
+
+def mark_trainable(model: nn.Module) -> None:
+    """Let the updates train, i.e. the LoRA tensors and the shifts beside them, and freeze everything else.
+
+    That includes the statistics that ``BatchNorm`` and ``spectral_norm`` keep: such layers compute as in eval mode also
+    while the network trains, until the updates are merged or removed.
+
+    Raises:
+        InputError: No layer carries LoRA.
+    """
+    if not any(True for _ in lora_layers(model)):
         raise InputError(f'No layer of {type(model).__name__} carries LoRA: call add_lora first.')
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(bias == 'all' and name.rsplit('.', 1)[-1] == 'bias')
-    for _, layer in layers:
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
-        if bias == 'lora' and layer.bias is not None:
-            layer.bias.requires_grad_(True)
+        parameter.requires_grad_(_is_update(name))
+    for module in model.modules():
+        if _keeps_statistics(module) and _compute_as_in_eval not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_compute_as_in_eval, prepend=True)  # before spectral_norm's own
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) or hasattr(module, 'weight_u')
+
+
+def _compute_as_in_eval(module: nn.Module, inputs: tuple) -> None:
+    module.training = False
+
+
+def _let_statistics_move(model: nn.Module) -> None:
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _compute_as_in_eval:
+                del module._forward_pre_hooks[key]
+
+
+def _is_update(name: str) -> bool:
+    return name.rsplit('.', 1)[-1].startswith('lora_')
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters: all of them, those that train, those of LoRA."""
+    """Numbers of parameters: all of them, those that train, those of LoRA and of the shifts beside it."""
 
     total: int
     trainable: int
@@ -106,11 +159,11 @@ class ParameterCount:
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the parameters of a network. LoRA tensors are part of the total."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    parameters = list(model.named_parameters())
     return ParameterCount(
-        total=sum(size for size, _ in sizes),
-        trainable=sum(size for size, trains in sizes if trains),
-        lora=sum(layer.lora_A.numel() + layer.lora_B.numel() for _, layer in lora_layers(model)),
+        total=sum(value.numel() for _, value in parameters),
+        trainable=sum(value.numel() for _, value in parameters if value.requires_grad),
+        lora=sum(value.numel() for name, value in parameters if _is_update(name)),
     )
 
 
@@ -127,23 +180,25 @@ def merge_lora(model: Network) -> Network:
     Raises:
         InputError: No layer carries LoRA.
     """
-    layers = list(lora_layers(model))
-    if not layers:
+    modules = dict(adapted_modules(model)).values()
+    if not modules:
         raise InputError(f'No layer of {type(model).__name__} carries LoRA: there is nothing to merge.')
-    replacements = {}
-    for _, layer in layers:
-        merged = layer.to_base()
-        merged.weight = nn.Parameter(layer.adapted_weight(), requires_grad=layer.weight.requires_grad)
-        if layer.bias is not None:
-            merged.bias = nn.Parameter(layer.bias.clone(), requires_grad=layer.bias.requires_grad)
-        replacements[layer] = merged.train(layer.training)
-    _replace(model, replacements)
+    for module in modules:
+        base = {name: value for name, value in module._parameters.items() if not _is_update(name)}
+        merged = {name: getattr(module, name) for name in base}  # base plus update, where there is one
+        module.drop_update()
+        for name, value in merged.items():
+            if value is not base[name]:
+                module._parameters[name] = nn.Parameter(value, requires_grad=base[name].requires_grad)
+    _let_statistics_move(model)
     return model
 
 
 def remove_lora(model: Network) -> Network:
-    """Drop every update and put the plain layers back, in place: the base network again. Returns ``model`` itself."""
-    _replace(model, {layer: layer.to_base().train(layer.training) for _, layer in lora_layers(model)})
+    """Drop every update, in place: the base network again, with its plain layers. Returns ``model`` itself."""
+    for _, module in adapted_modules(model):
+        module.drop_update()
+    _let_statistics_move(model)
     return model
 
 
@@ -153,17 +208,17 @@ def set_lora_scale(model: nn.Module, scale: float) -> None:
     Raises:
         InputError: No layer carries LoRA.
     """
-    layers = list(lora_layers(model))
-    if not layers:
+    modules = dict(adapted_modules(model)).values()
+    if not modules:
         raise InputError(f'No layer of {type(model).__name__} carries LoRA: there is nothing to scale.')
-    for _, layer in layers:
-        layer.lora_scale = float(scale)
+    for module in modules:
+        module.lora_scale = float(scale)
 
 
 def _check_pattern(key: str, pattern: str, modules: dict[str, nn.Module]) -> None:
     """Raise InputError unless ``pattern`` matches the name of a module that can carry LoRA."""
     matches = [name for name in modules if re.fullmatch(pattern, name)]
-    adaptable = [name for name, module in modules.items() if _is_adaptable(module)]
+    adaptable = [name for name, module in modules.items() if is_adaptable(module)]
     if set(matches) & set(adaptable):
         return
     kinds = ', '.join(sorted(layer.__name__ for layer in LORA_LAYERS))
@@ -180,11 +235,6 @@ def _check_pattern(key: str, pattern: str, modules: dict[str, nn.Module]) -> Non
 
 def _some(names: list[str]) -> str:
     return ', '.join(names[:4]) + (', ...' if len(names) > 4 else '')
-
-
-def _is_adaptable(module: nn.Module) -> bool:
-    """Whether a module carries LoRA or can. A weight that is computed (``weight_norm``) cannot be adapted."""
-    return isinstance(module, LoRALayer) or (type(module) in LORA_LAYERS and 'weight' in module._parameters)
 
 
 def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:

@@ -19,6 +19,7 @@ from lora_sr.adapters import (
     lora_state_dict,
     mark_trainable,
     merge_lora,
+    merge_state_dict,
     read_adapter,
     remove_lora,
     save_adapter,
@@ -104,7 +105,7 @@ def test_adding_lora_leaves_the_output_bit_equal_and_trains_lora_only(network):
     network(x).square().mean().backward()
     # At the start B is zero, so the gradient reaches B only.
     assert all(layer.lora_B.grad.abs().sum() > 0 for _, layer in lora_layers(network))
-    assert network.head.weight.grad is None
+    assert network.head.base_parameter('weight').grad is None
 
 
 def test_initialisation_is_kaiming_uniform_and_zero():
@@ -115,17 +116,78 @@ def test_initialisation_is_kaiming_uniform_and_zero():
     assert not layer.lora_B.any()
 
 
-@pytest.mark.parametrize(
-    'bias, expected',
-    [
-        ('none', set()),
-        ('lora', {'head.bias', 'body.0.bias', 'tail.bias'}),
-        ('all', {'head.bias', 'body.0.bias', 'tail.bias', 'up.bias', 'body.3.bias'}),
-    ],
-)
-def test_biases_that_train(network, bias, expected):
-    mark_trainable(add_lora(network, ALL), bias)
-    assert {name for name, p in network.named_parameters() if p.requires_grad and 'lora' not in name} == expected
+@torch.no_grad()
+def test_shifts_beside_lora_train_merge_and_load():
+    """A bias, a normalisation layer and a table of positions, against the same numbers put into the base by hand."""
+
+    class WithTable(Small):
+        def __init__(self):
+            super().__init__()
+            self.relative_position_bias_table = nn.Parameter(torch.randn(5))
+
+        def forward(self, x):
+            return super().forward(x) + self.relative_position_bias_table
+
+    # Frozen: where a parameter wants a gradient torch takes another kernel, which rounds differently.
+    base = WithTable().eval().requires_grad_(False)
+    adapted = add_lora(copy.deepcopy(base), LoRAConfig(['head'], also_train=['bias', 'norm', 'position']))
+    mark_trainable(adapted)
+    x = torch.randn(2, 3, 12, 10)
+    assert torch.equal(adapted(x), base(x))
+    trains = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    shifted = {'head.bias', 'body.3.weight', 'body.3.bias', 'relative_position_bias_table'}
+    assert trains == {'head.lora_A', 'head.lora_B'} | {
+        '.'.join([*name.split('.')[:-1], f'lora_shift_{name.split(".")[-1]}']) for name in shifted
+    }
+
+    by_hand = copy.deepcopy(base)
+    with torch.no_grad():
+        for name in shifted:
+            *path, last = name.split('.')
+            shift = dict(adapted.named_parameters())['.'.join([*path, f'lora_shift_{last}'])].normal_()
+            by_hand.get_parameter(name).add_(shift)
+    torch.testing.assert_close(adapted(x), by_hand(x), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(adapted(x), base(x), atol=1e-2)
+
+    state = adapted.state_dict()
+    merged = merge_lora(copy.deepcopy(adapted))
+    assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
+    assert torch.equal(merged(x), adapted(x))
+    by_keys = merge_state_dict(state)
+    assert by_keys.keys() == base.state_dict().keys()
+    assert all(torch.equal(value, by_keys[key]) for key, value in merged.state_dict().items())
+    again = add_lora(copy.deepcopy(base), describe_lora(adapted))
+    again.load_state_dict(state)
+    assert torch.equal(again(x), adapted(x))
+    set_lora_scale(adapted, 0)
+    assert torch.equal(adapted(x), base(x))
+    assert torch.equal(remove_lora(adapted)(x), base(x))
+    adapted = add_lora(copy.deepcopy(base), LoRAConfig(['head'], also_train=['bias']))
+    adapted.load_state_dict(base.state_dict())  # strictly
+
+
+def test_whoever_reads_the_weight_of_a_layer_reads_the_updated_one(network):
+    """As the branches of re-parameterised networks do: a functional convolution with the layer's weight."""
+    x = torch.randn(1, 3, 8, 8)
+    trained(add_lora(network, ALL))
+    head = network.head
+    by_formula = head.base_parameter('weight') + 5 / 3 * (head.lora_B @ head.lora_A).view(8, 3, 3, 3)
+    torch.testing.assert_close(head.weight, by_formula)
+    assert torch.equal(nn.functional.conv2d(x, head.weight, head.bias, padding=1), head(x))
+
+
+def test_a_replica_computes_what_its_layer_computes(network):
+    """DataParallel makes replicas, whose tensors are attributes (torch/nn/parallel/replicate.py)."""
+    layer = trained(add_lora(network, LoRAConfig(['head'], also_train=['bias']))).head
+    with torch.no_grad():
+        layer.lora_shift_bias.normal_()
+    replica = layer._replicate_for_data_parallel()
+    for name, value in layer.named_parameters(recurse=False):
+        setattr(replica, name, value.detach().clone())
+    for name, value in layer.named_buffers(recurse=False):
+        setattr(replica, name, value.clone())
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(replica(x), layer(x))
 
 
 @pytest.mark.parametrize('rank', [1, 2, 16])
@@ -252,15 +314,15 @@ def test_what_was_frozen_stays_frozen_after_merging(network):
         ({'target_modules': ['up']}, '"up" matches "up", a ConvTranspose2d, which cannot carry LoRA'),
         ({'target_modules': ['body']}, r'"body" matches "body", a Sequential.*inside it are body\.0, body\.2'),
         ({'target_modules': ['.*'], 'exclude_modules': ['tial']}, 'exclude_modules "tial" matches no module'),
-        ({'target_modules': ['.*'], 'exclude_modules': ['.*']}, 'leaves nothing'),
+        ({'target_modules': ['.*'], 'exclude_modules': ['.*']}, 'leave nothing'),
         ({'target_modules': ['tail'], 'rank_pattern': {'head': 4}}, 'rank_pattern "head" matches none of the adapted'),
         ({'target_modules': ['tail'], 'rank': 0}, '"rank" is 0'),
         ({'target_modules': ['tail'], 'rank_pattern': {'tail': -1}}, '"tail" is -1'),
         ({'target_modules': ['tail'], 'alpha': 0}, '"alpha" is 0'),
         ({'target_modules': ['(']}, 'is not a regular expression'),
-        ({'target_modules': []}, 'target_modules is empty'),
+        ({'target_modules': []}, 'neither groups nor'),
         ({'target_modules': ['tail'], 'rnak': 4}, 'did you mean "rank"'),
-        ({'rank': 4}, 'lack "target_modules"'),
+        ({'rank': 4}, 'neither groups nor'),
     ],
 )
 def test_wrong_configurations_name_what_is_wrong(network, config, message):

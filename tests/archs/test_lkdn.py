@@ -225,7 +225,7 @@ def test_lora_on_every_convolution(arguments):
         (network(x) - 1).abs().mean().backward()
         optimizer.step()
     assert all(layer.lora_A.grad.any() and layer.lora_B.any() for _, layer in lora_layers(network))
-    assert all(torch.equal(network.get_parameter(name), value) for name, value in frozen.items())
+    assert all(torch.equal(dict(network.named_parameters())[name], value) for name, value in frozen.items())
 
     with torch.no_grad():
         adapted, exact = network(x), copy.deepcopy(network).double()

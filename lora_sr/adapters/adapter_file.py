@@ -1,0 +1,358 @@
+"""An adapter by itself: taken out of a network, kept in a file, mixed with others, and put into a network again."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from lora_sr.adapters.checkpoint import exact_config, infer_lora_config, is_lora_key, lora_state_dict, merge_state_dict
+from lora_sr.adapters.config import LoRAConfig
+from lora_sr.adapters.layers import LORA_TENSORS, SHIFT_PREFIX
+from lora_sr.adapters.verbs import add_lora, remove_lora
+from lora_sr.errors import InputError
+
+CONFIG_KEY = 'lora_config'
+SUFFIX = '.safetensors'
+SHOWN = 3  # of the layers that do not fit
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """The updates of a network without the network.
+
+    Args:
+        config: What gives a base these layers, with their ranks: one exact name a layer.
+        tensors: Name in the adapted network's state dict -> tensor: ``lora_A``, ``lora_B`` and ``lora_alpha`` of every
+            layer with LoRA (shapes as in :class:`lora_sr.adapters.LoRAConv2d` and :class:`~lora_sr.adapters.LoRALinear`)
+            and ``lora_shift_<parameter>``, of the parameter's shape. There are none in the adapter that changes nothing.
+
+    Raises:
+        InputError: A layer lacks some of its tensors, or their shapes do not go with each other and with its rank.
+    """
+
+    config: LoRAConfig
+    tensors: dict[str, Tensor]
+
+    def __post_init__(self):
+        for name in self.layers:
+            tensors = [self.tensors.get(f'{name}.{tensor}') for tensor in LORA_TENSORS]
+            missing = [tensor for tensor, value in zip(LORA_TENSORS, tensors) if value is None]
+            if missing:
+                raise InputError(f'The adapter lacks {" and ".join(missing)} of the layer "{name}".')
+            (lora_A, lora_B, alpha), rank = tensors, self.rank_of(name)
+            if not (
+                lora_A.ndim == lora_B.ndim == 2
+                and alpha.ndim == 0
+                and lora_A.shape[0] == lora_B.shape[1]
+                and rank > 0
+                and lora_A.shape[0] % rank == lora_B.shape[0] % (lora_A.shape[0] // rank or 1) == 0
+            ):
+                raise InputError(
+                    f'The adapter is damaged: "{name}" has lora_A {_shape(lora_A)} and lora_B {_shape(lora_B)}, '
+                    f'which do not go with rank {rank}.'
+                )
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers with LoRA."""
+        return list(dict.fromkeys(key.rpartition('.')[0] for key in self.tensors if not self._is_shift(key)))
+
+    @property
+    def shifts(self) -> dict[str, Tensor]:
+        """Name of a parameter of the base -> what is added to it."""
+        return {key.replace(SHIFT_PREFIX, ''): value for key, value in self.tensors.items() if self._is_shift(key)}
+
+    def rank_of(self, layer: str) -> int:
+        """The rank of a layer's update."""
+        return self.config.rank_of(layer)
+
+    def alpha_of(self, layer: str) -> float:
+        """The numerator of a layer's scale alpha / rank."""
+        return self.tensors[f'{layer}.lora_alpha'].item()
+
+    @staticmethod
+    def _is_shift(key: str) -> bool:
+        return key.rpartition('.')[2].startswith(SHIFT_PREFIX)
+
+
+def extract_adapter(adapted: nn.Module | Mapping[str, Tensor]) -> Adapter:
+    """Take the adapter out of an adapted network or state dict; it is a copy, on the CPU.
+
+    Raises:
+        InputError: There are no LoRA tensors, or a layer lacks some of its tensors.
+    """
+    state = adapted.state_dict() if isinstance(adapted, nn.Module) else adapted
+    tensors = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in state.items()
+        if is_lora_key(key)
+    }
+    return Adapter(infer_lora_config(state), tensors)
+
+
+def apply_adapter(base: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+    """The state dict of the base network -> that of the adapted one: the base's tensors and, beside them, the adapter's.
+
+    It needs no network, so it serves any that has convolutions or linear layers of those names.
+
+    Raises:
+        InputError: ``base`` carries LoRA already, or the adapter does not fit it: the layers that differ are named.
+    """
+    if any(map(is_lora_key, base)):
+        raise InputError('The base carries LoRA already: merge it, or take its adapter out.')
+    misfit = describe_misfit(adapter, base)
+    if misfit:
+        raise InputError(f'The adapter does not fit the base: {misfit}.')
+    adapted = dict(base)
+    for key, value in adapter.tensors.items():
+        name, _, last = key.rpartition('.')
+        parameter = last[len(SHIFT_PREFIX) :] if last.startswith(SHIFT_PREFIX) else 'weight'
+        adapted[key] = value.to(base[f'{name}.{parameter}' if name else parameter].dtype)
+    return adapted
+
+
+def merge_adapter(base: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+    """The state dict of the base network with the updates added: a plain one, of the same keys.
+
+    Where the adapter changes nothing, the tensors are the base's own.
+
+    Raises:
+        InputError: As :func:`apply_adapter` does.
+    """
+    adapted = apply_adapter(base, adapter)
+    return merge_state_dict(adapted) if adapter.tensors else adapted
+
+
+@torch.no_grad()
+def mix_adapters(parts: Iterable[tuple[Adapter, float]]) -> Adapter:
+    """One adapter that does what several do together, each to its part: delta W = sum over i of w_i * delta W_i.
+
+    This is exact, since B_1 A_1 + B_2 A_2 is the product of the matrices put side by side: the rank of a layer is the
+    sum of its ranks, its alpha equals it, and the weights are in ``lora_B``. A layer that only one adapter has keeps its
+    tensors, and its alpha is multiplied by the weight. Shifts add up likewise.
+
+    Args:
+        parts: Adapters of one base, each with its weight: any finite number, also negative or beyond 1. With 0 an
+            adapter is left out; if all are, what results changes nothing, not by a bit.
+
+    Raises:
+        InputError: A weight is not finite, or two adapters are for different shapes of the same layer.
+    """
+    parts = [(adapter, float(weight)) for adapter, weight in parts]
+    for _, weight in parts:
+        if not math.isfinite(weight):
+            raise InputError(f'The weight of an adapter is {weight}: it must be a finite number.')
+    parts = [(adapter, weight) for adapter, weight in parts if weight]
+    tensors, ranks_and_alphas = {}, {}
+    for name in dict.fromkeys(name for adapter, _ in parts for name in adapter.layers):
+        update, rank = _mix_layer(name, [part for part in parts if name in part[0].layers])
+        tensors.update((f'{name}.{tensor}', value) for tensor, value in zip(LORA_TENSORS, update))
+        ranks_and_alphas[name] = rank, update[-1].item()
+    for key in dict.fromkeys(key for adapter, _ in parts for key in adapter.tensors if key not in tensors):
+        shifts = [adapter.tensors[key] * weight for adapter, weight in parts if key in adapter.tensors]
+        _check_same_shape(key, [shift.shape for shift in shifts])
+        tensors[key] = sum(shifts[1:], shifts[0])
+    if not tensors:
+        return Adapter(LoRAConfig(['.*'], rank_pattern={'.*': 0}), {})
+    return Adapter(exact_config(ranks_and_alphas, tensors), tensors)
+
+
+def _mix_layer(name: str, parts: list[tuple[Adapter, float]]) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    """``lora_A``, ``lora_B`` and ``lora_alpha`` of a mixed layer, and its rank."""
+    updates = [[adapter.tensors[f'{name}.{tensor}'] for tensor in LORA_TENSORS] for adapter, _ in parts]
+    ranks = [adapter.rank_of(name) for adapter, _ in parts]
+    _check_same_shape(
+        name, [(a.shape[0] // rank, a.shape[1], b.shape[0]) for (a, b, _), rank in zip(updates, ranks)]
+    )
+    if len(parts) == 1:
+        (lora_A, lora_B, alpha), ((_, weight),) = updates[0], parts
+        return (lora_A.clone(), lora_B.clone(), alpha * weight), ranks[0]
+    factors = [weight * alpha.item() / rank for (_, _, alpha), (_, weight), rank in zip(updates, parts, ranks)]
+    lora_A = torch.cat([lora_A for lora_A, _, _ in updates])
+    lora_B = torch.cat([lora_B * factor for (_, lora_B, _), factor in zip(updates, factors)], dim=1)
+    return (lora_A, lora_B, torch.tensor(float(sum(ranks)), dtype=lora_B.dtype)), sum(ranks)
+
+
+def _check_same_shape(name: str, shapes: list) -> None:
+    if len(set(shapes)) > 1:
+        raise InputError(f'The adapters are not of one base: they are for different shapes of "{name}".')
+
+
+def describe_misfit(adapter: Adapter, base: Mapping[str, Tensor]) -> str | None:
+    """Where an adapter does not fit a base network: how many of its layers differ, and the first of them.
+
+    Args:
+        adapter: The adapter.
+        base: The state dict of the base; LoRA tensors in it do not count.
+
+    Returns:
+        E.g. ``2 of its 20 layers differ: conv is 30x3x3x3 here, the adapter is for 60x3x3x3; tail is not there``;
+        ``None`` if it fits.
+    """
+    wanted = {f'{name}.weight': name for name in adapter.layers} | {key: key for key in adapter.shifts}
+    differing = []
+    for key, name in wanted.items():
+        here = base.get(key)
+        if here is None:
+            differing.append(f'{name} is not there')
+            continue
+        shape = adapter.shifts[key].shape if key == name else _shape_of_weight(adapter, name, here)
+        if here.shape != shape:
+            differing.append(f'{name} is {_shape(here)} here, the adapter is for {"x".join(map(str, shape))}')
+    if not differing:
+        return None
+    more = '; ...' if len(differing) > SHOWN else ''
+    return f'{len(differing)} of its {len(wanted)} layers differ: {"; ".join(differing[:SHOWN])}{more}'
+
+
+def _shape_of_weight(adapter: Adapter, name: str, weight: Tensor) -> tuple[int, ...]:
+    """The shape of the weight that a layer of an adapter is for.
+
+    The tensors tell out / groups, the kernel's height, and in * the kernel's width. The rest is taken from ``weight``,
+    the layer of that name in the base, where it can be; else for a square kernel and one group.
+    """
+    lora_A, lora_B = (adapter.tensors[f'{name}.{tensor}'] for tensor in ('lora_A', 'lora_B'))
+    height = lora_A.shape[0] // adapter.rank_of(name)
+    out_of_group, columns = lora_B.shape[0] // height, lora_A.shape[1]
+    if weight.ndim != 4:
+        return (out_of_group, columns) if height == 1 else (out_of_group, columns // height, height, height)
+    out_here, in_of_group_here, height_here, width_here = weight.shape
+    width = width_here if height == height_here and columns % width_here == 0 else height
+    in_channels = columns // width
+    groups = in_channels // in_of_group_here if in_of_group_here else 0
+    if groups * in_of_group_here == in_channels and groups * out_of_group == out_here:
+        return out_here, in_of_group_here, height, width
+    return out_of_group, in_channels, height, width
+
+
+def save_adapter(adapter: Adapter | nn.Module, path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Write an adapter, or that of an adapted network, to a ``.safetensors`` file with its configuration inside.
+
+    Raises:
+        InputError: The network carries no LoRA; ``path`` has another suffix, is there and ``overwrite`` is not given,
+            or cannot be written. No half-written file is left behind.
+    """
+    check_output(path, (SUFFIX,), overwrite)
+    if isinstance(adapter, nn.Module):
+        adapter = extract_adapter(adapter)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in adapter.tensors.items()}
+    write_whole(path, save(tensors, metadata={CONFIG_KEY: adapter.config.to_json()}))
+
+
+def read_adapter(path: str | os.PathLike) -> Adapter:
+    """Read an adapter file.
+
+    Raises:
+        InputError: The file is missing, cannot be read, or holds no adapter.
+    """
+    if not Path(path).is_file():
+        raise InputError(f'There is no adapter file {path}.')
+    try:
+        with safe_open(os.fspath(path), framework='pt') as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f'{path} cannot be read as a safetensors file: {error}.') from None
+    if not all(map(is_lora_key, tensors)):
+        kind = 'an adapted checkpoint: extract its adapter' if any(map(is_lora_key, tensors)) else 'a base checkpoint'
+        raise InputError(f'{path} is no adapter but {kind}.')
+    if CONFIG_KEY not in metadata:
+        raise InputError(f'{path} holds no adapter: its metadata lacks "{CONFIG_KEY}".')
+    try:
+        return Adapter(LoRAConfig.from_json(metadata[CONFIG_KEY]), tensors)
+    except (InputError, ValueError, TypeError) as error:
+        raise InputError(f'{path} cannot be used: {error}') from None
+
+
+def load_adapter(model: nn.Module, adapter: Adapter | str | os.PathLike) -> None:
+    """Put an adapter into a live network, in the place of whatever LoRA that has. The base stays as it is.
+
+    The new tensors are on the device and of the type of the base's, and the scale of the updates is 1. An optimizer that
+    holds the former tensors has to be made anew.
+
+    Args:
+        model: A network, with LoRA on any layers and of any rank, or without.
+        adapter: An adapter, or the path of an adapter file.
+
+    Raises:
+        InputError: The file is missing or is no adapter, or it does not fit: the layers that differ are named. Then
+            ``model`` is unchanged.
+    """
+    what = 'The adapter' if isinstance(adapter, Adapter) else f'The adapter {adapter}'
+    if not isinstance(adapter, Adapter):
+        adapter = read_adapter(adapter)
+    misfit = describe_misfit(adapter, model.state_dict())
+    if misfit:
+        raise InputError(f'{what} does not fit {type(model).__name__}: {misfit}.')
+    try:
+        _replace_lora(_without_values(model), adapter)
+    except InputError as error:
+        raise InputError(f'{what} does not fit {type(model).__name__}: {error}') from None
+    _replace_lora(model, adapter)
+
+
+@torch.no_grad()
+def _replace_lora(model: nn.Module, adapter: Adapter) -> None:
+    remove_lora(model)
+    if not adapter.tensors:
+        return
+    # A module that stands under several names has tensors under each, but is adapted once.
+    names = {name for name, _ in model.named_modules()}
+    layers = {name: (adapter.rank_of(name), adapter.alpha_of(name)) for name in adapter.layers if name in names}
+    add_lora(model, exact_config(layers, adapter.tensors))
+    own = lora_state_dict(model)
+    for key, value in adapter.tensors.items():
+        if key not in own:
+            raise InputError(f'what it adds to {key.replace(SHIFT_PREFIX, "")} has no place there.')
+        own[key].copy_(value)
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """A copy of a network on the ``meta`` device, to try on what is to be done to the network."""
+    memo = {}
+    for value in itertools.chain(model.parameters(), model.buffers()):
+        empty = torch.empty_like(value, device='meta')
+        memo[id(value)] = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def check_output(path: str | os.PathLike, suffixes: tuple[str, ...], overwrite: bool) -> None:
+    """Raise InputError where a file cannot be written: another suffix, no such folder, or not to be overwritten."""
+    path = Path(path)
+    if path.suffix not in suffixes:
+        raise InputError(f'The output {path} must end in {" or ".join(suffixes)}.')
+    if path.exists() and not overwrite:
+        raise InputError(f'The output {path} exists: choose another name, or allow it with --overwrite.')
+    if not path.parent.is_dir():
+        raise InputError(f'The folder {path.parent} of the output does not exist.')
+
+
+def write_whole(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file such that it is either complete or as it was before.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f'.{path.stem}.{os.getpid()}.partial{path.suffix}')
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f'The output {path} cannot be written: {error.strerror}.') from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _shape(tensor: Tensor) -> str:
+    return 'x'.join(map(str, tensor.shape)) or 'a number'

@@ -11,6 +11,9 @@ examples:
   lora-sr prepare photos -o datasets/photos --scale 4
   lora-sr prepare val_HR --lr val_LR -o datasets/val --scale 4 --size 0
       Whole images, for validation: HR.lmdb and LR_bicubic_X4.lmdb.
+  lora-sr prepare "RealSR(V3)" --split train -o datasets/RealSR/train --scale 4
+  lora-sr prepare "RealSR(V3)" --split test -o datasets/RealSR/test --scale 4 --size 0
+      Pairs from cameras, of RealSR or DRealSR: HR_sub.lmdb and LR_X4_sub.lmdb; HR.lmdb and LR_X4.lmdb.
 """
 
 
@@ -27,7 +30,8 @@ def add_parser(commands):
         'folders',
         nargs='+',
         metavar='HR_FOLDER',
-        help='a folder of HR images, or the root of DIV2K or Flickr2K; sub-folders are not searched',
+        help='a folder of HR images, or the root of DIV2K, Flickr2K, RealSR (version 3) or DRealSR; other sub-folders '
+        'are not searched',
     )
     parser.add_argument('-o', '--output', required=True, metavar='FOLDER', help='where the databases go')
     parser.add_argument(
@@ -44,6 +48,11 @@ def add_parser(commands):
         metavar='FOLDER',
         help='the LR folder of each HR folder, in their order, with images NAME or NAMEx4, or with a '
         'folder X2, X3, ... for each scale (default: NAME_LR_bicubic/X4 beside NAME_HR, if there)',
+    )
+    parser.add_argument(
+        '--split',
+        metavar='PART',
+        help='train or test: the part of RealSR or DRealSR, needed where the folder has both',
     )
     parser.add_argument(
         '--size',
@@ -86,6 +95,7 @@ def run(args):
             args.threshold,
             args.workers,
             args.overwrite,
+            split=args.split,
         )
     except KeyboardInterrupt:
         print(

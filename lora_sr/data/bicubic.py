@@ -76,7 +76,7 @@ def _resize(image: np.ndarray, scale: int, shrink: bool) -> np.ndarray:
 def _resize_rows(planes: np.ndarray, scale: int, shrink: bool) -> np.ndarray:
     """Resize dimension 0 of (rows, columns, channels) and round to 8 bits."""
     rows = planes.shape[0]
-    phases, denominator = _weights(scale, shrink)
+    phases, denominator = resampling_weights(scale, shrink)
     stride = scale if shrink else 1
     steps = -(-rows // stride)  # output rows of each phase
     before = -min(first for first, _ in phases)
@@ -105,7 +105,7 @@ def _resize_rows(planes: np.ndarray, scale: int, shrink: bool) -> np.ndarray:
 
 
 @cache
-def _weights(scale: int, shrink: bool):
+def resampling_weights(scale: int, shrink: bool):
     """The taps of one dimension as whole numbers over a common denominator.
 
     Output row `p + n * len(phases)` is the sum of `taps[t] * input[n * stride + first + t]` over `denominator`, with

@@ -87,11 +87,11 @@ class Cut:
         """HR sizes and positions are multiples of this, so that they are whole numbers at every scale."""
         return math.lcm(*self.scales)
 
-    @property
-    def database_names(self) -> dict:
-        """{scale: name of its database}, the HR database first, as scale 1."""
+    def database_names(self, captured: bool) -> dict:
+        """{scale: name of its database}, the HR database first, as scale 1; no "bicubic" for a camera's LR images."""
         end = '_sub.lmdb' if self.size else '.lmdb'
-        return {1: f'HR{end}', **{scale: f'LR_bicubic_X{scale}{end}' for scale in self.scales}}
+        kind = '' if captured else '_bicubic'
+        return {1: f'HR{end}', **{scale: f'LR{kind}_X{scale}{end}' for scale in self.scales}}
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ def prepare_databases(
     workers: Optional[int] = None,
     overwrite: bool = False,
     progress: bool = True,
+    split: Optional[str] = None,
 ) -> Prepared:
     """Make the LMDBs `HR_sub.lmdb` and `LR_bicubic_X{scale}_sub.lmdb` from folders of images.
 
@@ -129,7 +130,8 @@ def prepare_databases(
     files or are made by `bicubic_downscale`, whole, before they are cut. It is cut as in BasicSR's
     `extract_subimages.py`; the sub-images of `NAME` are `NAME_s001`, `NAME_s002`, ... in rows from the top left. Where
     an image is smaller than `size`, which that script cannot handle, its sub-images have its whole height or width.
-    With size 0 images stay whole, under their own names, in `HR.lmdb` and `LR_bicubic_X{scale}.lmdb`.
+    With size 0 images stay whole, under their own names, in `HR.lmdb` and `LR_bicubic_X{scale}.lmdb`. Where the LR
+    images come from RealSR or DRealSR the name is `LR_X{scale}`, for they are not bicubic.
 
     Args:
         folders: HR folders, or roots of the published data sets; see `find_sources`.
@@ -142,6 +144,7 @@ def prepare_databases(
         workers: number of threads; the number of cores if None.
         overwrite: replace databases of these names.
         progress: show a progress bar, if stderr is a terminal.
+        split: the part of RealSR or DRealSR, 'train' or 'test'; see `find_sources`.
 
     Raises:
         InputError: if an option is out of range, the images cannot be found, read or paired, an image is smaller than
@@ -151,9 +154,10 @@ def prepare_databases(
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise InputError(f'--workers: {workers} was given, where a whole number of at least 1 is right.')
-    sources = find_sources(folders, cut.scales, lr_folders)
+    sources = find_sources(folders, cut.scales, lr_folders, split)
     output = Path(output)
-    databases = {scale: output / name for scale, name in cut.database_names.items()}
+    names = cut.database_names(captured=any(source.captured for source in sources))
+    databases = {scale: output / name for scale, name in names.items()}
     job = _fingerprint(sources, cut)
     try:
         with _partial_folder(output) as folder:
@@ -164,8 +168,9 @@ def prepare_databases(
                         f'{" and ".join(existing)} already exist: choose another output folder, or add '
                         '--overwrite and name all the scales wanted in the one run.'
                     )
-                _build(sources, cut, folder, workers, progress)
-                _mark_complete(folder, list(cut.database_names.values()), job)
+                paths = {scale: folder / Path(name).stem for scale, name in names.items()}
+                _build(sources, cut, paths, workers, progress)
+                _mark_complete(folder, list(names.values()), job)
                 _move_into_place(folder, output)
     except (OSError, lmdb.Error) as error:
         raise InputError(f'{output}: the databases cannot be written there ({error}).') from error
@@ -209,6 +214,11 @@ def _load(source: Source, cut: Cut) -> dict:
             images[scale] = bicubic_downscale(images[1], scale)
             continue
         lr = read_image(source.lr[scale])
+        if lr.shape == image.shape:
+            raise InputError(
+                f'{source.lr[scale]} is as large as {source.hr}, where an image {scale} times smaller is right, as in '
+                'version 3 of RealSR, other than versions 1 and 2.'
+            )
         # MATLAB's imresize rounds a size up, many data sets round it down; the pixels lie in the same places.
         if not all(
             hr_length // scale <= lr_length <= -(-hr_length // scale)
@@ -253,11 +263,10 @@ def _entries(source: Source, cut: Cut, check_only: threading.Event):
     return None, entries
 
 
-def _build(sources: Sequence[Source], cut: Cut, folder: Path, workers: int, progress: bool):
-    """Write and check the databases in `folder`, under their names without `.lmdb`, which BasicSR does not open."""
+def _build(sources: Sequence[Source], cut: Cut, paths: dict, workers: int, progress: bool):
+    """Write and check the databases at {scale: path}, names without `.lmdb`, which BasicSR does not open."""
     check_only = threading.Event()
     errors = []
-    paths = {scale: folder / Path(name).stem for scale, name in cut.database_names.items()}
     with contextlib.ExitStack() as stack:
         writers = {scale: stack.enter_context(contextlib.closing(LmdbWriter(path))) for scale, path in paths.items()}
         results = stack.enter_context(

@@ -16,6 +16,7 @@ from lora_sr.errors import InputError
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 PUBLISHED_HR_FOLDERS = ('DIV2K_train_HR', 'Flickr2K_HR')
+SPLITS = ('train', 'test')
 
 _JPEG_MARKER = re.compile(rb'\xff+([^\x00\xff\xd0-\xd7])', re.DOTALL)
 
@@ -28,14 +29,29 @@ class Source:
         key: the file's name without its extension, with `_` for anything but ASCII letters, digits, `-` and `_`.
         hr: the HR file.
         lr: {scale: LR file}; a scale that is missing is to be made by bicubic.
+        captured: HR and LR come from a camera, as in RealSR and DRealSR.
     """
 
     key: str
     hr: Path
     lr: dict
+    captured: bool = False
 
 
-def find_sources(folders: Sequence, scales: Sequence[int], lr_folders: Optional[Sequence] = None) -> list:
+@dataclass(frozen=True)
+class _Part:
+    """A part of RealSR or DRealSR: its HR and LR folders. The split or the scale is None where no name tells it."""
+
+    dataset: str
+    split: Optional[str]
+    scale: Optional[int]
+    hr: Path
+    lr: Path
+
+
+def find_sources(
+    folders: Sequence, scales: Sequence[int], lr_folders: Optional[Sequence] = None, split: Optional[str] = None
+) -> list:
     """Find the HR images of some folders, and the LR image of each where there is one.
 
     A folder holds images (its sub-folders are not searched), or it is the root of the published DIV2K or Flickr2K,
@@ -43,43 +59,51 @@ def find_sources(folders: Sequence, scales: Sequence[int], lr_folders: Optional[
     images at scale 4, as DIV2K and Flickr2K have it. The LR image of `0001.png` is `0001x4.png` or `0001.png`, of
     any image type.
 
+    Two published sets have HR and LR images from cameras, with other HR images at each scale:
+
+    - RealSR, version 3 (Cai et al., ICCV 2019): `CAMERA/Train/4/NAME_HR.png` and, beside it, `NAME_LR4.png`; likewise
+      `Test` and the scales 2 and 3. The folder is the root, a camera's folder, or `4`.
+    - DRealSR (Wei et al., ECCV 2020): `Train_x4/train_HR/NAME_x4.png` and `Train_x4/train_LR/NAME_x1.png`, likewise
+      `Test_x4/test_HR` and `test_LR`. The folder is `Train_x4` or holds it, or it holds `x4/Train_x4`.
+
     Args:
         folders: HR folders.
         scales: the scales that LR images are wanted for.
         lr_folders: the LR folder of each HR folder, in the same order, in place of those found by name. With one scale
             it may hold the images themselves; otherwise it holds a folder `X2`, `X3`, ... for each scale.
+        split: 'train' or 'test': the part of RealSR or DRealSR that is wanted, where a folder has both.
 
     Returns:
         A `Source` for each HR image, sorted by key.
 
     Raises:
-        InputError: if a folder is missing or has no images, HR and LR do not pair, or two files make the same key.
+        InputError: if a folder is missing or has no images, HR and LR do not pair, two files make the same key, or a
+            camera's set is not there as wanted.
     """
     if lr_folders and len(lr_folders) != len(folders):
         raise InputError(
             f'--lr: {len(lr_folders)} LR folders were given for {len(folders)} HR folders, where one for '
             'each, in the same order, is right.'
         )
+    if split not in (None, *SPLITS):
+        raise InputError(f'--split: {split} was given, where {" or ".join(SPLITS)} is right.')
     sources = {}
     for number, folder in enumerate(folders):
-        for hr_folder in _hr_folders(Path(folder)):
-            lr_of_scale = {}
-            for scale in scales:
-                lr_folder = (
-                    _given_lr_folder(Path(lr_folders[number]), scale, len(scales))
-                    if lr_folders
-                    else _published_lr_folder(hr_folder, scale)
+        folder, lr_folder = Path(folder), Path(lr_folders[number]) if lr_folders else None
+        parts = _captured_parts(folder)
+        if parts:
+            found = _captured_sources(folder, parts, scales, lr_folder, split)
+        else:
+            found = _plain_sources(folder, scales, lr_folder)
+        for source in found:
+            if source.key in sources:
+                raise InputError(
+                    f'{sources[source.key].hr} and {source.hr} would have the same key, "{source.key}", in the '
+                    'database: rename one of them.'
                 )
-                if lr_folder:
-                    lr_of_scale[scale] = _pair(hr_folder, lr_folder, scale)
-            for path in _images(hr_folder):
-                key = re.sub('[^A-Za-z0-9_-]', '_', path.stem)
-                if key in sources:
-                    raise InputError(
-                        f'{sources[key].hr} and {path} would have the same key, "{key}", in the database: '
-                        'rename one of them.'
-                    )
-                sources[key] = Source(key, path, {scale: lr[path] for scale, lr in lr_of_scale.items()})
+            sources[source.key] = source
+    if split and not any(source.captured for source in sources.values()):
+        raise InputError(f'--split: {split} was given, but none of the folders is RealSR or DRealSR, which have parts.')
     return [sources[key] for key in sorted(sources)]
 
 
@@ -116,6 +140,88 @@ def read_image(path: Path) -> np.ndarray:
     return image
 
 
+def _plain_sources(folder: Path, scales: Sequence[int], lr_folder: Optional[Path]) -> list:
+    """The images of a folder, or of the published DIV2K or Flickr2K."""
+    sources = []
+    for hr_folder in _hr_folders(folder):
+        lr_of_scale = {}
+        for scale in scales:
+            lr_of_hr_folder = (
+                _given_lr_folder(lr_folder, scale, len(scales)) if lr_folder else _published_lr_folder(hr_folder, scale)
+            )
+            if lr_of_hr_folder:
+                lr_of_scale[scale] = _pair(hr_folder, lr_of_hr_folder, scale)
+        for path in _images(hr_folder):
+            sources.append(Source(_key(path.stem), path, {scale: lr[path] for scale, lr in lr_of_scale.items()}))
+    return sources
+
+
+def _captured_parts(folder: Path) -> list:
+    """The parts of RealSR or DRealSR at and below a folder; none if it is another folder."""
+    here = Path(os.path.abspath(folder))  # `.` has no name
+    if not here.is_dir():
+        return []
+    images = _images(here)
+    parts = []
+    for path in [here] if images else sorted([*here.glob('T*/*'), *here.glob('*/T*/*')]):
+        if path.parent.name in ('Train', 'Test') and path.name.isdigit() and _has_image(path, r'_(HR|LR\d)$'):
+            parts.append(_Part('RealSR', path.parent.name.lower(), int(path.name), path, path))
+    if not parts and images and _has_image(here, r'_LR\d$'):
+        parts.append(_Part('RealSR', None, None, here, here))
+    if parts or images:
+        return parts
+    # Each of the published archives has a folder of its own name, in which it may have been unpacked.
+    for pattern in ('', 'T*_x?/', 'T*_x?/T*_x?/', 'x?/T*_x?/', 'x?/T*_x?/T*_x?/'):
+        for path in sorted(here.glob(f'{pattern}t*_HR')):
+            split, scale = path.name[: -len('_HR')], re.fullmatch(r'T\w+_x(\d)', path.parent.name)
+            if split in SPLITS:
+                parts.append(_Part('DRealSR', split, scale and int(scale[1]), path, path.with_name(f'{split}_LR')))
+    return parts
+
+
+def _has_image(folder: Path, pattern: str) -> bool:
+    return folder.is_dir() and any(re.search(pattern, path.stem) for path in _images(folder))
+
+
+def _captured_sources(
+    folder: Path, parts: list, scales: Sequence[int], lr_folder: Optional[Path], split: Optional[str]
+) -> list:
+    """The pairs of the parts that are wanted."""
+    dataset = parts[0].dataset
+    if lr_folder or not scales:
+        raise InputError(
+            f'{folder} has LR images of its own, those of {dataset}, where a folder of HR images alone is right.'
+        )
+    if len(scales) > 1:
+        raise InputError(
+            f'--scale: {" ".join(map(str, scales))} was given, where one scale at a time is right for {folder}: '
+            f'{dataset} has other HR images at each.'
+        )
+    scale = scales[0]
+    wanted = [part for part in parts if part.scale in (None, scale) and (not split or part.split in (None, split))]
+    if not wanted:
+        there = sorted({part.split + (f' at scale {part.scale}' if part.scale else '') for part in parts})
+        raise InputError(
+            f'{folder} is {dataset} with {", ".join(there)}, where {f"{split} at " if split else ""}scale {scale} is '
+            'wanted.'
+        )
+    if len({part.split for part in wanted}) > 1:
+        raise InputError(f'--split: nothing was given, where train or test is right for {folder}: it has both.')
+    sources = []
+    for part in wanted:
+        if not part.lr.is_dir():
+            raise InputError(f'{part.lr} is not a folder, where the LR images of {part.hr} are expected.')
+        for hr, lr in _pair(part.hr, part.lr, scale).items():
+            # `NAME_HR` and `NAME_x4` are both NAME; the parts of DRealSR for training may have a number behind.
+            key = _key(re.sub(rf'_HR$|_x{scale}(?=_|$)', '', hr.stem))
+            sources.append(Source(key, hr, {scale: lr}, captured=True))
+    return sources
+
+
+def _key(name: str) -> str:
+    return re.sub('[^A-Za-z0-9_-]', '_', name)
+
+
 def _hr_folders(folder: Path) -> list:
     if not folder.is_dir():
         raise InputError(f'{folder} is not a folder, where a folder of HR images is right.')
@@ -128,7 +234,8 @@ def _hr_folders(folder: Path) -> list:
     if not published:
         raise InputError(
             f'{folder} has no images ({", ".join(IMAGE_SUFFIXES)}), nor is it the root of DIV2K or '
-            f'Flickr2K, with a folder {" or ".join(PUBLISHED_HR_FOLDERS)}; sub-folders are not searched.'
+            f'Flickr2K, with a folder {" or ".join(PUBLISHED_HR_FOLDERS)}, or of RealSR or DRealSR, with '
+            'CAMERA/Train/4 or Train_x4; other sub-folders are not searched.'
         )
     return published
 
@@ -153,21 +260,29 @@ def _published_lr_folder(hr_folder: Path, scale: int) -> Optional[Path]:
 
 
 def _pair(hr_folder: Path, lr_folder: Path, scale: int) -> dict:
-    """{HR file: its LR file}, one to one."""
-    lr_of_stem = {path.stem: path for path in _images(lr_folder)}
+    """{HR file: its LR file}, one to one. Where both are in one folder, `NAME_HR` are the HR files."""
+    hr_paths, lr_paths = _images(hr_folder), _images(lr_folder)
+    if hr_folder == lr_folder:
+        hr_paths = [path for path in hr_paths if path.stem.endswith('_HR')]
+        lr_paths = [path for path in lr_paths if not path.stem.endswith('_HR')]
+    lr_of_stem = {path.stem: path for path in lr_paths}
     unused = set(lr_of_stem)
     pairs, lonely = {}, []
-    for path in _images(hr_folder):
-        stem = f'{path.stem}x{scale}' if f'{path.stem}x{scale}' in lr_of_stem else path.stem
-        if stem in unused:
-            unused.remove(stem)
-            pairs[path] = lr_of_stem[stem]
+    for path in hr_paths:
+        for stem in _lr_stems(path.stem, scale):
+            if stem in unused:
+                unused.remove(stem)
+                pairs[path] = lr_of_stem[stem]
+                break
         else:
-            lonely.append(path.name)
+            lonely.append(path)
     if lonely:
+        those = 'its HR images' if hr_folder == lr_folder else f'the HR images in {hr_folder}'
+        stems = _lr_stems(lonely[0].stem, scale)
         raise InputError(
-            f'{lr_folder} has no LR image for {len(lonely)} of the HR images in {hr_folder} '
-            f'({_some(lonely)}): `NAMEx{scale}` or `NAME` is right.'
+            f'{lr_folder} has no LR image for {len(lonely)} of {those} '
+            f'({_some([path.name for path in lonely])}): for the first, '
+            f'{" or ".join(f"`{stem}`" for stem in stems[2:] or stems)} is right.'
         )
     if unused:
         raise InputError(
@@ -175,6 +290,14 @@ def _pair(hr_folder: Path, lr_folder: Path, scale: int) -> dict:
             f'({_some(sorted(lr_of_stem[stem].name for stem in unused))}).'
         )
     return pairs
+
+
+def _lr_stems(stem: str, scale: int) -> list:
+    """What the LR image of an HR image may be called, without extensions."""
+    stems = [f'{stem}x{scale}', stem]
+    if stem.endswith('_HR'):
+        stems.append(f'{stem[: -len("_HR")]}_LR{scale}')  # RealSR
+    return list(dict.fromkeys([*stems, re.sub(rf'_x{scale}(?=_|$)', '_x1', stem)]))  # DRealSR
 
 
 def _images(folder: Path) -> list:

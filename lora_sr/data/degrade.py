@@ -1,0 +1,95 @@
+"""From a folder of HR images to a folder of LR images as a camera might have taken them."""
+
+import contextlib
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Optional
+
+from tqdm import tqdm
+
+from lora_sr.data.bicubic import MAX_SCALE
+from lora_sr.data.camera import camera_degradation, camera_seed
+from lora_sr.data.lmdb_store import encode_png
+from lora_sr.data.sources import find_sources, read_image
+from lora_sr.errors import InputError
+
+
+def degrade_folder(
+    folder,
+    output,
+    scale: int,
+    seed: int = 0,
+    workers: Optional[int] = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> int:
+    """Write `NAME.png`, the camera's LR image, for each image `NAME` of a folder; see `camera_degradation`.
+
+    An HR image is cropped at its right and bottom edges to a multiple of the scale.
+
+    Args:
+        folder: HR images, or the root of the published DIV2K or Flickr2K.
+        output: the folder for the LR images; made if it is missing.
+        scale: a whole number from 2 to 16.
+        seed: another seed gives another set of LR images.
+        workers: number of threads; the number of cores if None.
+        overwrite: replace images of these names.
+        progress: show a progress bar, if stderr is a terminal.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        InputError: if an option is out of range, an image cannot be read or is smaller than the scale, an LR image is
+            already there, or the output cannot be written. LR images come into their places when all are made.
+    """
+    if not 2 <= scale <= MAX_SCALE:
+        raise InputError(f'--scale: {scale} was given, where a whole number from 2 to {MAX_SCALE} is right.')
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    if workers < 1:
+        raise InputError(f'--workers: {workers} was given, where a whole number of at least 1 is right.')
+    sources = find_sources([folder], scales=())
+    output = Path(output)
+    if any(os.path.realpath(source.hr.parent) == os.path.realpath(output) for source in sources):
+        raise InputError(f'{output} is the folder of the HR images, where another folder for the LR images is right.')
+    names = [f'{source.hr.stem}.png' for source in sources]
+    existing = [name for name in names if os.path.lexists(output / name)]
+    if existing and not overwrite:
+        raise InputError(
+            f'{output} already has {len(existing)} of these images, {existing[0]} among them: choose another output '
+            'folder, or add --overwrite.'
+        )
+
+    def write(source, path: Path):
+        image = read_image(source.hr)
+        height, width = (length // scale * scale for length in image.shape[:2])
+        if not height or not width:
+            raise InputError(
+                f'{source.hr} has {image.shape[0]} x {image.shape[1]} pixels, where at least {scale} each way are '
+                'needed.'
+            )
+        lr = camera_degradation(image[:height, :width], scale, camera_seed(source.hr.stem, seed))
+        path.write_bytes(encode_png(lr).tobytes())
+
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        partial_folder = tempfile.TemporaryDirectory(prefix='.degrade.', dir=output)
+        with partial_folder as partial, ThreadPoolExecutor(workers) as pool:
+            jobs = [pool.submit(write, source, Path(partial) / name) for source, name in zip(sources, names)]
+            try:
+                for job in tqdm(jobs, unit='image', disable=None if progress else True):
+                    job.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+            for name in names:
+                os.replace(Path(partial) / name, output / name)
+    except OSError as error:
+        raise InputError(f'{output}: the images cannot be written there ({error}).') from error
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # what is not empty stays
+                path.rmdir()
+    return len(names)

@@ -437,15 +437,16 @@ def test_adan(options, tmp_path, key, value, sentence):
     assert all(problem.startswith(f'train.optim_g: {sentence}') for problem in problems)
 
 
-def adapted(**changes) -> dict:
+def adapted() -> dict:
     base = {'type': 'LKDN', 'num_feat': 4, 'num_atten': 4, 'num_block': 1, 'upscale': 2}
-    return {'type': 'LoRANetwork', 'base': base, 'target_modules': ['B1\\..*', 'c1'], 'rank': 2, **changes}
+    return {'type': 'AdaptSR', 'base': base, 'lora': {'target_modules': ['B1\\..*', 'c1'], 'rank': 2}}
 
 
 @pytest.mark.parametrize(
     ('path', 'value', 'sentence'),
     [
-        ('rank', 2, None),
+        ('lora.rank', 2, None),
+        ('lora.groups', ['attention', 'upsampler'], None),
         ('base', ..., 'network_g.base is missing'),
         ('base', 'LKDN', "network_g.base has to be a section of keys, not 'LKDN'"),
         ('base.type', 'LKDNS', "network_g.base.type: there is no network 'LKDNS'; did you mean LKDN"),
@@ -454,12 +455,22 @@ def adapted(**changes) -> dict:
         ('base.upscale', ..., 'network_g.base.upscale is 4 by default in LKDN, but scale is 2; they have to be equal'),
         ('base.num_feat', 5, 'network_g.base: "num_feat" of LKDN is 5: it must be even'),
         ('base.num_block', {}, 'network_g.base: "num_block" of LKDN is {}'),
-        ('target_modules', ..., 'network_g.target_modules is missing'),
-        ('target_modules', ['B1'], 'network_g: target_modules "B1" matches "B1", a LKDB, which cannot carry LoRA'),
-        ('target_modules', 3, 'network_g: LoRANetwork cannot be built from these values: '),
-        ('rank', 0, 'network_g: LoRA rank of "rank" is 0: it must be an integer of at least 1'),
-        ('rank_pattern', {'c2': 4}, 'network_g: rank_pattern "c2" matches "c2", a BSConvU'),
-        ('targets', ['c1'], 'network_g.targets is not a known key; the keys here are base, target_modules, rank'),
+        ('lora', ..., 'network_g.lora is missing'),
+        ('lora', 8, 'network_g: "lora" of AdaptSR has to be a section, e.g. {groups: [all], rank: 8}, not 8'),
+        ('lora.target_modules', ..., 'network_g: LoRA has neither groups nor target_modules: say what to adapt'),
+        ('lora.target_modules', ['B1'], 'network_g: target_modules "B1" matches "B1", a LKDB, which cannot carry'),
+        ('lora.target_modules', 3, 'network_g: "target_modules" of LoRA is 3: it must be a list'),
+        ('lora.groups', ['convs'], 'network_g: groups of LoRA has no "convs": did you mean "conv"?'),
+        (
+            'lora.groups',
+            ['mlp'],
+            'network_g: LKDN has no layer of the group "mlp"; its groups are conv, attention, ups',
+        ),
+        ('lora.also_train', ['position'], 'network_g: also_train of LoRA has "position", but LKDN has nothing of that'),
+        ('lora.rank', 0, 'network_g: LoRA rank of "rank" is 0: it must be an integer of at least 1'),
+        ('lora.rank_pattern', {'c2': 4}, 'network_g: rank_pattern "c2" matches "c2", a BSConvU'),
+        ('lora.target', ['c1'], 'network_g: Unknown LoRA option "target": did you mean "target_modules"?'),
+        ('targets', ['c1'], 'network_g.targets is not a known key; the keys here are base, lora'),
     ],
 )
 def test_network_with_lora(options, tmp_path, path, value, sentence):

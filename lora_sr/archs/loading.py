@@ -7,14 +7,22 @@ import os
 from torch import Tensor, nn
 
 from lora_sr.adapters import add_lora, infer_lora_config, is_lora_key, lora_layers
+from lora_sr.archs.any_size import take_any_size
 from lora_sr.archs.dsclora_arch import build_dsclora, is_dsclora
 from lora_sr.archs.lkdn_arch import build_lkdn, is_lkdn
 from lora_sr.archs.span_arch import build_span, is_span
+from lora_sr.archs.stock_networks import STOCK_NETWORKS
 from lora_sr.checkpoint_file import load_weights, read_checkpoint, without_module_prefix
 from lora_sr.errors import InputError
 
 # How a family recognises its state dict, and the network that it builds for it; the first match counts.
-FAMILIES = ((is_dsclora, build_dsclora), (is_span, build_span), (is_lkdn, build_lkdn))
+FAMILIES = (
+    (is_dsclora, build_dsclora),
+    (is_span, build_span),
+    (is_lkdn, build_lkdn),
+    *((network.recognise, network.build) for network in STOCK_NETWORKS),
+)
+KNOWN = ('SPAN', 'DSCLoRA', 'LKDN', *(network.arch.__name__ for network in STOCK_NETWORKS))
 
 PARAM_KEYS = ('params_ema', 'params')
 
@@ -41,14 +49,30 @@ def read_state_dict(path: str | os.PathLike, param_key: str | None = None) -> di
     return without_module_prefix(state)
 
 
+def is_known(state: dict[str, Tensor]) -> bool:
+    """Whether a state dict belongs to a network that :func:`load_network` builds."""
+    return any(recognise(state) for recognise, _ in FAMILIES)
+
+
 def load_network(path: str | os.PathLike, param_key: str | None = None) -> nn.Module:
     """Build the network that a checkpoint belongs to and load it; its hyperparameters come from names and shapes.
 
     Base, training-form, adapted and merged checkpoints are told apart by their keys. An adapted one gives a network
-    whose LoRA layers have the ranks and alphas of the file.
+    whose LoRA layers have the ranks and alphas of the file. The network takes images of any size, see
+    :func:`lora_sr.archs.take_any_size`, except for SwinIR with an absolute position embedding, which has one size.
 
-    One form cannot be told: an LKDN file of the authors' code with ``BSConvU_idt`` has the names and shapes of one with
-    ``BSConvU``, and is taken for that, whose output differs. Build that network and load the file into it.
+    What no tensor shows is taken to be as in the published checkpoints:
+
+    - LKDN: a file of the authors' code with ``BSConvU_idt`` has the names and shapes of one with ``BSConvU``, and is
+      taken for that, whose output differs.
+    - SwinIR: ``img_range`` is 255 for windows of 7 without an upsampler (JPEG artefacts), else 1; no ``qk_scale``.
+    - EDSR: ``res_scale`` is 0.1 from 256 channels on (EDSR-L), else 1 (EDSR-M).
+    - RCAN: ``res_scale`` is 1. EDSR and RCAN: ``img_range`` is 255, ``rgb_mean`` that of DIV2K.
+    - SRVGGNetCompact and ECBSR: activations without weights are ``relu``. ECBSR: ``with_idt`` is off.
+    - RIDNet, as published, takes and gives values from 0 to 255, and all others from 0 to 1.
+
+    A file of a network that was built otherwise gives other images then, without an error. Build that network, and load
+    the file into it.
 
     Args:
         path: Checkpoint file, see :func:`read_state_dict`.
@@ -64,7 +88,7 @@ def load_network(path: str | os.PathLike, param_key: str | None = None) -> nn.Mo
     build = next((build for recognise, build in FAMILIES if recognise(state)), None)
     if build is None:
         raise InputError(
-            f'{path} belongs to no network known here (SPAN, DSCLoRA, LKDN): its first keys are '
+            f'{path} belongs to no network known here ({", ".join(KNOWN)}): its first keys are '
             f'{", ".join(list(state)[:3])}.'
         )
     try:
@@ -73,5 +97,7 @@ def load_network(path: str | os.PathLike, param_key: str | None = None) -> nn.Mo
             add_lora(network, infer_lora_config(state))
     except InputError as error:
         raise InputError(f'{path} cannot be used: {error}') from None
+    except KeyError as error:
+        raise InputError(f'{path} is incomplete: it lacks {error.args[0]}.') from None
     load_weights(network, state, path)
-    return network.eval()
+    return take_any_size(network.eval())

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from basicsr.archs.swinir_arch import SwinIR
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
-from lora_sr.adapters import count_parameters, lora_layers, merge_lora
-from lora_sr.archs import fold, load_network
+from lora_sr.adapters import count_parameters, is_lora_key, lora_layers, merge_lora, merge_state_dict
+from lora_sr.archs import fold, load_network, read_state_dict
+from lora_sr.archs.any_size import accepted_input
+from lora_sr.archs.loading import is_known
 from lora_sr.archs.reparam import TOLERANCE, Foldable, relative_difference
 from lora_sr.errors import InputError
 
@@ -22,24 +25,31 @@ SUFFIXES = ('.pth', '.safetensors')
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What :func:`merge_checkpoint` did and measured; ``difference`` is relative to the largest output."""
+    """What :func:`merge_checkpoint` did and measured; ``difference`` is relative to the largest output.
 
-    network: str
+    Of a network that is not known here, ``network`` and ``difference`` are ``None``, and what counts as parameters are
+    all values of the file, also those that are none, such as masks.
+    """
+
+    network: str | None
     layers: int
     folded: int
     lora_parameters: int
     trained_parameters: int
     plain_parameters: int
-    difference: float
+    difference: float | None
 
     def __str__(self) -> str:
+        known = self.network is not None
         lora = f' ({self.lora_parameters:,} parameters, {self.lora_parameters / self.trained_parameters:.1%} of all)'
+        difference = f'{self.difference:.1e} of the largest output (trained against written network)' if known else ''
         return (
-            f'network               {self.network}\n'
+            f'network               {self.network if known else "unknown here"}\n'
             f'layers with LoRA      {self.layers}{lora if self.layers else ""}\n'
             f'modules folded        {self.folded}\n'
-            f'parameters            {self.trained_parameters:,} -> {self.plain_parameters:,}\n'
-            f'largest difference    {self.difference:.1e} of the largest output (trained against written network)'
+            f'{"parameters    " if known else "values in file"}        '
+            f'{self.trained_parameters:,} -> {self.plain_parameters:,}\n'
+            f'largest difference    {difference or "not measured, as an unknown network cannot be run"}'
         )
 
 
@@ -52,8 +62,12 @@ def merge_checkpoint(
     network on random images. Merging is exact to the bit, and is compared in float32, as it runs. Folding rounds
     differently, so there both networks are evaluated in float64, which leaves the rounding of the written weights.
 
+    A checkpoint with LoRA of a network that is not known here is merged without the network: each update is added to
+    the weight that it stands beside. No outputs are compared then, and no branches folded.
+
     Args:
-        checkpoint: A checkpoint with LoRA or with branches, see :func:`lora_sr.archs.load_network`.
+        checkpoint: A checkpoint with LoRA or with branches, see :func:`lora_sr.archs.load_network`; with LoRA, of any
+            network.
         output: The file to write, ``.pth`` (state dict under ``params``) or ``.safetensors``.
         param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``.
         overwrite: Replace ``output`` where it exists.
@@ -71,6 +85,9 @@ def merge_checkpoint(
     if not output.parent.is_dir():
         raise InputError(f'The folder {output.parent} of the output does not exist.')
 
+    state = read_state_dict(checkpoint, param_key)
+    if any(map(is_lora_key, state)) and not is_known(state):
+        return _merge_unknown(checkpoint, state, output)
     trained = load_network(checkpoint, param_key)
     layers = sum(1 for _ in lora_layers(trained))
     folded = sum(1 for module in trained.modules() if isinstance(module, Foldable) and module.is_training_form)
@@ -84,11 +101,7 @@ def merge_checkpoint(
     except InputError as error:
         raise InputError(f'{checkpoint} cannot be folded: {error}') from None
 
-    # Written beside the output and renamed when it has proved itself, so that no doubtful file bears the name.
-    partial = output.with_name(f'.{output.stem}.partial{output.suffix}')
-    try:
-        with _errors_of_writing(output):
-            _write(plain, partial)
+    with writing(plain.state_dict(), output) as partial:
         written = load_network(partial)
         difference = _difference(trained, written, torch.float64 if folded else torch.float32)
         if not difference <= TOLERANCE:
@@ -96,10 +109,6 @@ def merge_checkpoint(
                 f'The written network differs from the trained one by {difference:.1e} of the largest output, more '
                 f'than {TOLERANCE:.0e}: {checkpoint} has weights too large for float32, or NaN.'
             )
-        with _errors_of_writing(output):
-            os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
     before = count_parameters(trained)
     return MergeReport(
         network=type(written).__name__,
@@ -112,6 +121,42 @@ def merge_checkpoint(
     )
 
 
+def _merge_unknown(checkpoint: str | os.PathLike, state: dict[str, Tensor], output: Path) -> MergeReport:
+    try:
+        merged = merge_state_dict(state)
+    except InputError as error:
+        raise InputError(f'{checkpoint} cannot be used: {error}') from None
+    for key, value in merged.items():
+        if value is not state[key] and not value.isfinite().all():
+            raise InputError(f'{checkpoint} has weights too large for float32, or NaN: {key}.')
+    with writing(merged, output):
+        pass  # there is nothing to run it with
+    updates = [key for key in state if is_lora_key(key) and not key.endswith('lora_alpha')]
+    return MergeReport(
+        network=None,
+        layers=sum(key.endswith('lora_A') for key in state),
+        folded=0,
+        lora_parameters=sum(state[key].numel() for key in updates),
+        trained_parameters=sum(value.numel() for value in state.values()),
+        plain_parameters=sum(value.numel() for value in merged.values()),
+        difference=None,
+    )
+
+
+@contextlib.contextmanager
+def writing(state: dict[str, Tensor], output: Path):
+    """Write a state dict, let the caller prove the file that is given to it, and only then give it its name."""
+    partial = output.with_name(f'.{output.stem}.partial{output.suffix}')
+    try:
+        with _errors_of_writing(output):
+            _write(state, partial)
+        yield partial
+        with _errors_of_writing(output):
+            os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _errors_of_writing(output: Path):
     try:
@@ -121,8 +166,9 @@ def _errors_of_writing(output: Path):
         raise InputError(f'The output {output} cannot be written: {reason}.') from error
 
 
-def _write(network: nn.Module, path: Path) -> None:
-    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+def _write(state: dict[str, Tensor], path: Path) -> None:
+    # Copies, since safetensors takes no tensors that share their memory.
+    state = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
     with open(path, 'wb') as file:
         if path.suffix == '.safetensors':
             file.write(save(state))
@@ -132,5 +178,11 @@ def _write(network: nn.Module, path: Path) -> None:
 
 @torch.no_grad()
 def _difference(trained: nn.Module, written: nn.Module, dtype: torch.dtype) -> float:
-    images = torch.rand(2, 3, 32, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    height, width = 32, 40
+    if isinstance(trained, SwinIR) and trained.ape:  # an absolute position embedding is for images of one size
+        channels, (height, width) = trained.conv_first.in_channels, trained.patches_resolution
+    else:
+        accepted = accepted_input(trained)
+        channels = 3 if accepted is None else accepted.channels
+    images = torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     return relative_difference(*(network.to(dtype)(images) for network in (trained, written)))

@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_sr.adapters import count_parameters
 from lora_sr.archs import load_network
+from lora_sr.archs.any_size import accepted_input
 from lora_sr.data.bicubic import bicubic_downscale, bicubic_upscale
 from lora_sr.data.sources import find_sources, read_image
 from lora_sr.errors import InputError
@@ -73,6 +74,10 @@ def compare(
     if picture is not None and (Path(picture).suffix != '.png' or not Path(picture).parent.is_dir()):
         raise InputError(f'The picture {picture} has to be a .png file in a folder that exists.')
     networks = {name: load_network(path) for name, path in checkpoints.items()}
+    for name, network in networks.items():
+        accepted = accepted_input(network)
+        if accepted is None or accepted.channels != 3:
+            raise InputError(f'"{name}" does not take RGB images of any size: compare measures networks that do.')
     sources = find_sources([gt_folder], [scale], None if lr_folder is None else [lr_folder])
     scores: dict[str, list] = {name: [] for name in (BICUBIC, *networks)}
     strips = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 import torch
+from basicsr.archs.ecbsr_arch import ECB
 from torch import nn
 
 OUTPUT_HEIGHT, OUTPUT_WIDTH = 720, 1280  # the output of which the tables give the multiply-adds
@@ -30,6 +31,8 @@ def count_multi_adds(network: nn.Module, height: int, width: int) -> int:
         nonlocal total
         if isinstance(layer, nn.LayerNorm):
             total += output.numel() * (4 if layer.elementwise_affine else 2)
+        elif isinstance(layer, ECB):  # runs as the one convolution that its branches add up to
+            total += output.numel() * layer.conv3x3.weight[0].numel()
         else:
             # weight[0] is what one output value is summed from or, transposed, what one input value is spread over.
             values = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
@@ -37,9 +40,10 @@ def count_multi_adds(network: nn.Module, height: int, width: int) -> int:
 
     network = deepcopy(network).to('meta').eval()
     for layer in network.modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.LayerNorm)):
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.LayerNorm, ECB)):
             layer.register_forward_hook(count)
-    network(torch.empty(1, 3, height, width, device='meta'))
+    with torch.device('meta'):  # also for what a forward pass makes without naming a device
+        network(torch.empty(1, 3, height, width))
     return total
 
 

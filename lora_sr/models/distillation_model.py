@@ -197,7 +197,7 @@ class DistillationModel(SRModel):
         scale = self.opt['scale']
         dataset = self.opt['datasets']['train']
         size = dataset.get('lq_size') or dataset.get('gt_size', 64 * scale) // scale
-        channels = self._base_section().get('num_in_ch', 3)
+        channels = self.opt['network_g'].get('num_in_ch', 3)
         student = self.get_bare_model(self.net_g).eval()
         patch = torch.zeros(1, channels, size, size, device=self.device).contiguous(memory_format=self.memory_format)
         outputs = []
@@ -216,11 +216,6 @@ class DistillationModel(SRModel):
             )
         if self.cri_affinity is not None:
             self.cri_affinity(self.student_tap.take(), self.teacher_tap.take())
-
-    def _base_section(self) -> dict:
-        """The section with the arguments of the network itself, which `LoRANetwork` has in a section of its own."""
-        section = self.opt['network_g']
-        return section.get('base', section)
 
     def feed_data(self, data):
         super().feed_data(data)
@@ -248,7 +243,7 @@ class DistillationModel(SRModel):
 
     def test(self):
         # As in SwinIRModel: a network that works in windows wants whole windows.
-        window = self._base_section().get('window_size')
+        window = self.opt['network_g'].get('window_size')
         if not window:
             super().test()
             return

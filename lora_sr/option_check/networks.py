@@ -4,7 +4,7 @@ import inspect
 
 from basicsr.utils.registry import ARCH_REGISTRY
 
-from lora_sr.archs.lora_arch import LoRANetwork
+from lora_sr.archs.adaptsr_arch import AdaptSR
 from lora_sr.errors import InputError
 from lora_sr.option_check.check import Check
 
@@ -26,8 +26,13 @@ def _check_network(check: Check, where: str, section, has_scale: bool, is_built:
     arch = check.registered(f'{where}.type', section.get('type'), ARCH_REGISTRY, 'network')
     if arch is None or not check.arguments(where, arch, section):
         return None
-    if arch is LoRANetwork and _check_network(check, f'{where}.base', section['base'], has_scale, is_built) is None:
+    if arch is AdaptSR and _check_network(check, f'{where}.base', section['base'], has_scale, is_built) is None:
         return None
+    is_adapted = arch is AdaptSR  # and its base has been through this check
+    if not is_adapted and check.opt.get('model_type') == 'SwinIRModel' and where.startswith('network_g'):
+        if 'window_size' not in section:
+            check.add(f'{where}.window_size is missing; SwinIRModel reads it (SRModel does without, on an AdaptSR)')
+            return None
     if has_scale and not _has_the_scale(check, where, section, arch):
         return None
     return _build(check, where, section, arch) if is_built else None

@@ -5,9 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from basicsr.archs.ecbsr_arch import ECBSR
+from basicsr.archs.edsr_arch import EDSR
+from basicsr.archs.rcan_arch import RCAN
+from basicsr.archs.ridnet_arch import RIDNet
+from basicsr.archs.rrdbnet_arch import RRDBNet
+from basicsr.archs.srresnet_arch import MSRResNet
+from basicsr.archs.srvgg_arch import SRVGGNetCompact
+from basicsr.archs.swinir_arch import SwinIR
+from torch import nn
 
 from lora_sr import load_network
-from lora_sr.adapters import LoRAConfig, add_lora, count_parameters, lora_layers
+from lora_sr.adapters import LoRAConfig, add_lora, count_parameters, is_lora_key, lora_layers
 from lora_sr.archs import is_training_form, read_state_dict
 from lora_sr.archs.dsclora_arch import DSCLoRA
 from lora_sr.archs.lkdn_arch import LKDN, BSConvU, BSConvU_idt
@@ -102,6 +111,146 @@ def test_lora_is_merged_and_then_branches_are_folded(tmp_path, capsys, build, pl
     assert (expected - written.double()(x)).abs().max() <= 1e-5 * expected.abs().max()
 
 
+SWINIR = {'embed_dim': 8, 'depths': [2], 'num_heads': [2], 'mlp_ratio': 2}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize(
+    'build, channels, also_train',
+    [
+        (lambda: SwinIR(16, window_size=8, upsampler='pixelshuffle', **SWINIR), 3, ['bias', 'norm', 'position']),
+        (lambda: SwinIR(14, window_size=7, upscale=1, in_chans=1, img_range=255.0, **SWINIR), 1, []),
+        (lambda: RRDBNet(3, 3, 1, num_feat=8, num_block=1, num_grow_ch=4), 3, ['bias']),
+        (lambda: EDSR(3, 3, num_feat=8, num_block=2, upscale=3), 3, []),
+        (lambda: RCAN(3, 3, num_feat=16, num_group=1, num_block=2, upscale=2), 3, ['bias']),
+        (lambda: MSRResNet(num_feat=8, num_block=2), 3, []),
+        (lambda: SRVGGNetCompact(num_feat=8, num_conv=2), 3, []),
+        (lambda: RIDNet(3, 16, 3, num_block=1), 3, ['bias']),
+        (lambda: ECBSR(3, 3, 1, 8, False, 'prelu', 2), 3, []),
+    ],
+    ids=['SwinIR', 'SwinIR, grey', 'RRDBNet', 'EDSR', 'RCAN', 'MSRResNet', 'SRVGGNetCompact', 'RIDNet', 'ECBSR'],
+)
+def test_stock_networks_are_merged_to_themselves(tmp_path, capsys, build, channels, also_train, suffix):
+    torch.manual_seed(0)
+    network, plain = build().eval(), build().eval()
+    add_lora(network, LoRAConfig(groups=['all'], rank=2, alpha=3, also_train=also_train))
+    for name, parameter in network.named_parameters():
+        if is_lora_key(name):
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    torch.save({'params': network.state_dict()}, tmp_path / 'net.pth')
+    assert main(['merge', str(tmp_path / 'net.pth'), '-o', str(tmp_path / f'plain{suffix}')]) == 0
+    printed = capsys.readouterr().out
+    assert f'network               {type(plain).__name__}\n' in printed
+    assert f'{count_parameters(network).total:,} -> {count_parameters(plain).total:,}\n' in printed
+    assert 'largest difference    0.0e+00 of the largest output' in printed
+    plain.load_state_dict(read_state_dict(tmp_path / f'plain{suffix}'), strict=True)
+    x = torch.rand(1, channels, 56, 56)  # whole windows of 7 and of 8
+    assert torch.equal(plain(x), network(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('channels, size', [(3, (16, 24)), (1, (16, 16))])
+def test_swinir_for_images_of_one_size(tmp_path, capsys, channels, size):
+    torch.manual_seed(0)
+    arguments = {'img_size': size, 'in_chans': channels, 'window_size': 8, 'upscale': 1, 'ape': True}
+    network, plain = (SwinIR(**arguments, **SWINIR).eval() for _ in range(2))
+    with_lora(network, [r'layers\..*'])
+    torch.save(network.state_dict(), tmp_path / 'net.pth')
+    assert main(['merge', str(tmp_path / 'net.pth'), '-o', str(tmp_path / 'plain.pth')]) == 0
+    assert 'network               SwinIR\n' in capsys.readouterr().out
+    plain.load_state_dict(read_state_dict(tmp_path / 'plain.pth'), strict=True)
+    x = torch.rand(1, channels, *size)
+    assert torch.equal(plain(x), network(x))
+
+
+class Own(nn.Module):
+    """A network that is not known here, with layers of every kind that carries an update, one of them depthwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, (3, 5), padding='same')
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.norm = nn.LayerNorm(8)
+        self.mlp = nn.Linear(8, 8)
+        self.last = nn.Conv2d(8, 3, 1)
+        self.register_buffer('mask', torch.tensor([0.0, float('-inf')]))
+        self.register_buffer('twin', self.mask)
+        self.register_buffer('index', torch.arange(4))
+
+    def forward(self, x):
+        x = self.depthwise(self.first(x)).permute(0, 2, 3, 1)
+        return self.last(self.mlp(self.norm(x)).permute(0, 3, 1, 2))
+
+
+def adapted_own():
+    torch.manual_seed(0)
+    network = Own().eval()
+    patterns = {'rank_pattern': {'mlp': 3}, 'alpha_pattern': {'last': 0.5}}
+    add_lora(network, LoRAConfig(groups=['all'], rank=2, alpha=4, also_train=['bias', 'norm'], **patterns))
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if is_lora_key(name):
+                parameter.copy_(torch.randn_like(parameter))
+    return network
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_a_network_that_is_not_known_is_merged_without_it(tmp_path, capsys, suffix):
+    network, plain = adapted_own(), Own().eval()
+    state = network.state_dict()
+    torch.save({'params': plain.state_dict(), 'params_ema': state}, tmp_path / 'own.pth')
+    output = tmp_path / f'plain{suffix}'
+    assert main(['merge', str(tmp_path / 'own.pth'), '-o', str(output)]) == 0
+    count, values = count_parameters(network), sum(value.numel() for value in state.values())
+    assert capsys.readouterr().out.splitlines() == [
+        'network               unknown here',
+        f'layers with LoRA      4 ({count.lora:,} parameters, {count.lora / values:.1%} of all)',
+        'modules folded        0',
+        f'values in file        {values:,} -> {count.total - count.lora + 8:,}',
+        'largest difference    not measured, as an unknown network cannot be run',
+        f'wrote {output}',
+    ]
+    merged = read_state_dict(output)
+    plain.load_state_dict(merged, strict=True)
+    exact = {key: value.double() for key, value in state.items()}
+    for layer, scale in (('first', 4 / 2), ('depthwise', 4 / 2), ('mlp', 4 / 3), ('last', 0.5 / 2)):
+        update = (exact[f'{layer}.lora_B'] @ exact[f'{layer}.lora_A']).reshape(exact[f'{layer}.weight'].shape)
+        expected = exact[f'{layer}.weight'] + scale * update
+        torch.testing.assert_close(merged[f'{layer}.weight'].double(), expected, rtol=1e-6, atol=1e-6)
+    for key in ('first.bias', 'norm.weight', 'norm.bias'):
+        layer, _, name = key.rpartition('.')
+        expected = exact[key] + exact[f'{layer}.lora_shift_{name}']
+        torch.testing.assert_close(merged[key].double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(merged['mask'], state['mask']) and torch.equal(merged['index'], state['index'])
+    x = torch.rand(1, 3, 9, 11)
+    assert torch.equal(plain(x), network(x))
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda state: state['mlp.lora_B'].fill_(float('nan')), 'or NaN: mlp.weight.'),
+        (lambda state: state['norm.lora_shift_bias'].fill_(3e38).add_(3e38), 'or NaN: norm.bias.'),
+        (lambda state: state.pop('last.weight'), 'own.pth cannot be used: the layer "last" carries'),
+        (
+            lambda state: state.pop('mlp.lora_alpha'),
+            'the layer "mlp" carries LoRA but lacks lora_alpha',
+        ),
+        (lambda state: [state.pop(key) for key in list(state) if is_lora_key(key)], 'belongs to no network known here'),
+    ],
+)
+def test_a_damaged_file_of_a_network_that_is_not_known_is_one_sentence(tmp_path, capsys, change, message):
+    state = adapted_own().state_dict()
+    change(state)
+    torch.save(state, tmp_path / 'own.pth')
+    assert main(['merge', str(tmp_path / 'own.pth'), '-o', str(tmp_path / 'plain.pth')]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['own.pth']
+
+
 @torch.no_grad()
 def test_official_training_checkpoint_becomes_the_official_deploy_network(shared, tmp_path, capsys):
     measured = json.loads((shared / 'reference.json').read_text())['measured_with_official_code']
@@ -130,9 +279,8 @@ def test_an_identity_that_runs_stays(tmp_path, capsys):
 
 
 def test_a_file_that_gives_other_images_is_not_kept(adapted, tmp_path, monkeypatch, capsys):
-    def forget_a_layer(network, path):
-        torch.nn.init.zeros_(network.conv_cat.bias)
-        write(network, path)
+    def forget_a_layer(state, path):
+        write({**state, 'conv_cat.bias': torch.zeros_like(state['conv_cat.bias'])}, path)
 
     write = merge._write
     monkeypatch.setattr(merge, '_write', forget_a_layer)
@@ -147,7 +295,7 @@ def test_a_file_that_gives_other_images_is_not_kept(adapted, tmp_path, monkeypat
     [(OSError(28, 'No space left on device'), 'No space left on device'), (RuntimeError('x'), 'the disk may be full')],
 )
 def test_a_failure_to_write_is_one_sentence(adapted, tmp_path, monkeypatch, capsys, error, reason):
-    def fail(network, path):
+    def fail(state, path):
         path.write_text('a part')
         raise error
 

@@ -255,7 +255,7 @@ def test_student_in_windows_is_validated_at_any_size(options, with_lora):
     """Against the network itself on the padded image, cropped: as BasicSR's SwinIRModel tests."""
     network = {'type': 'SwinIR', 'embed_dim': 8, 'depths': [1], 'num_heads': [2], 'window_size': 4,
                'mlp_ratio': 2, 'upscale': 2, 'upsampler': 'pixelshuffledirect'}  # fmt: skip
-    lora = {'type': 'LoRANetwork', 'base': network, 'target_modules': ['layers.*'], 'rank': 2}
+    lora = {'type': 'AdaptSR', 'base': network, 'lora': {'groups': ['attention'], 'rank': 2}}
     options['network_g'] = lora if with_lora else network
     options['path']['pretrain_network_g'] = None
     del options['train']['affinity_opt']

@@ -3,15 +3,24 @@
 Of other packages these modules import torch and safetensors only; they work on any network.
 """
 
+from lora_sr.adapters.adapter_file import (
+    Adapter,
+    apply_adapter,
+    describe_misfit,
+    extract_adapter,
+    load_adapter,
+    merge_adapter,
+    mix_adapters,
+    read_adapter,
+    save_adapter,
+)
+from lora_sr.adapters.allocation import LayerImportance, allocate_ranks, layer_importance
 from lora_sr.adapters.checkpoint import (
     describe_lora,
     infer_lora_config,
     is_lora_key,
-    load_adapter,
     lora_state_dict,
     merge_state_dict,
-    read_adapter,
-    save_adapter,
 )
 from lora_sr.adapters.config import LoRAConfig
 from lora_sr.adapters.groups import GROUPS, layer_groups
@@ -31,6 +40,8 @@ from lora_sr.adapters.verbs import (
 __all__ = [
     'GROUPS',
     'AdaptedModule',
+    'Adapter',
+    'LayerImportance',
     'LoRAConfig',
     'LoRAConv2d',
     'LoRALayer',
@@ -38,17 +49,24 @@ __all__ = [
     'ParameterCount',
     'adapted_modules',
     'add_lora',
+    'allocate_ranks',
+    'apply_adapter',
     'count_parameters',
     'describe_lora',
+    'describe_misfit',
+    'extract_adapter',
     'infer_lora_config',
     'is_lora_key',
     'layer_groups',
+    'layer_importance',
     'load_adapter',
     'lora_layers',
     'lora_state_dict',
     'mark_trainable',
+    'merge_adapter',
     'merge_lora',
     'merge_state_dict',
+    'mix_adapters',
     'read_adapter',
     'remove_lora',
     'save_adapter',

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, Mapping
@@ -33,8 +34,8 @@ class Adapter:
     Args:
         config: What gives a base these layers, with their ranks: one exact name a layer.
         tensors: Name in the adapted network's state dict -> tensor: ``lora_A``, ``lora_B`` and ``lora_alpha`` of every
-            layer with LoRA (shapes as in :class:`lora_sr.adapters.LoRAConv2d` and :class:`~lora_sr.adapters.LoRALinear`)
-            and ``lora_shift_<parameter>``, of the parameter's shape. There are none in the adapter that changes nothing.
+            layer with LoRA (for shapes see :class:`lora_sr.adapters.LoRAConv2d` and ``LoRALinear``), and
+            ``lora_shift_<parameter>``, of the parameter's shape. The adapter that changes nothing has none.
 
     Raises:
         InputError: A layer lacks some of its tensors, or their shapes do not go with each other and with its rank.
@@ -58,8 +59,8 @@ class Adapter:
                 and lora_A.shape[0] % rank == lora_B.shape[0] % (lora_A.shape[0] // rank or 1) == 0
             ):
                 raise InputError(
-                    f'The adapter is damaged: "{name}" has lora_A {_shape(lora_A)} and lora_B {_shape(lora_B)}, '
-                    f'which do not go with rank {rank}.'
+                    f'The adapter is damaged: "{name}" has lora_A {_text(lora_A.shape)} and lora_B '
+                    f'{_text(lora_B.shape)}, which do not go with rank {rank}.'
                 )
 
     @property
@@ -97,11 +98,13 @@ def extract_adapter(adapted: nn.Module | Mapping[str, Tensor]) -> Adapter:
         for key, value in state.items()
         if is_lora_key(key)
     }
+    if not tensors:
+        raise InputError('There is no adapter to take out: no layer carries LoRA.')
     return Adapter(infer_lora_config(state), tensors)
 
 
 def apply_adapter(base: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
-    """The state dict of the base network -> that of the adapted one: the base's tensors and, beside them, the adapter's.
+    """The state dict of the base network -> that of the adapted one: its tensors and, beside them, the adapter's.
 
     It needs no network, so it serves any that has convolutions or linear layers of those names.
 
@@ -138,8 +141,8 @@ def mix_adapters(parts: Iterable[tuple[Adapter, float]]) -> Adapter:
     """One adapter that does what several do together, each to its part: delta W = sum over i of w_i * delta W_i.
 
     This is exact, since B_1 A_1 + B_2 A_2 is the product of the matrices put side by side: the rank of a layer is the
-    sum of its ranks, its alpha equals it, and the weights are in ``lora_B``. A layer that only one adapter has keeps its
-    tensors, and its alpha is multiplied by the weight. Shifts add up likewise.
+    sum of its ranks, its alpha equals it, and the weights are in ``lora_B``. A layer that only one adapter has keeps
+    its tensors, and its alpha is multiplied by the weight. Shifts add up likewise.
 
     Args:
         parts: Adapters of one base, each with its weight: any finite number, also negative or beyond 1. With 0 an
@@ -171,9 +174,7 @@ def _mix_layer(name: str, parts: list[tuple[Adapter, float]]) -> tuple[tuple[Ten
     """``lora_A``, ``lora_B`` and ``lora_alpha`` of a mixed layer, and its rank."""
     updates = [[adapter.tensors[f'{name}.{tensor}'] for tensor in LORA_TENSORS] for adapter, _ in parts]
     ranks = [adapter.rank_of(name) for adapter, _ in parts]
-    _check_same_shape(
-        name, [(a.shape[0] // rank, a.shape[1], b.shape[0]) for (a, b, _), rank in zip(updates, ranks)]
-    )
+    _check_same_shape(name, [(a.shape[0] // rank, a.shape[1], b.shape[0]) for (a, b, _), rank in zip(updates, ranks)])
     if len(parts) == 1:
         (lora_A, lora_B, alpha), ((_, weight),) = updates[0], parts
         return (lora_A.clone(), lora_B.clone(), alpha * weight), ranks[0]
@@ -199,20 +200,23 @@ def describe_misfit(adapter: Adapter, base: Mapping[str, Tensor]) -> str | None:
         E.g. ``2 of its 20 layers differ: conv is 30x3x3x3 here, the adapter is for 60x3x3x3; tail is not there``;
         ``None`` if it fits.
     """
-    wanted = {f'{name}.weight': name for name in adapter.layers} | {key: key for key in adapter.shifts}
-    differing = []
-    for key, name in wanted.items():
+    wanted = [f'{name}.weight' for name in adapter.layers] + list(adapter.shifts)
+    differing: dict[str, str] = {}  # layer -> how
+    for key in wanted:
+        name = key.rpartition('.')[0]
         here = base.get(key)
+        what = key if key in adapter.shifts else name
         if here is None:
-            differing.append(f'{name} is not there')
+            differing.setdefault(name, f'{what} is not there')
             continue
-        shape = adapter.shifts[key].shape if key == name else _shape_of_weight(adapter, name, here)
+        shape = adapter.shifts[key].shape if key in adapter.shifts else _shape_of_weight(adapter, name, here)
         if here.shape != shape:
-            differing.append(f'{name} is {_shape(here)} here, the adapter is for {"x".join(map(str, shape))}')
+            differing.setdefault(name, f'{what} is {_text(here.shape)} here, the adapter is for {_text(shape)}')
     if not differing:
         return None
-    more = '; ...' if len(differing) > SHOWN else ''
-    return f'{len(differing)} of its {len(wanted)} layers differ: {"; ".join(differing[:SHOWN])}{more}'
+    colon = ':' if len(differing) <= SHOWN else ', e.g.'
+    count = len({key.rpartition('.')[0] for key in wanted})
+    return f'{len(differing)} of its {count} layers differ{colon} {"; ".join(list(differing.values())[:SHOWN])}'
 
 
 def _shape_of_weight(adapter: Adapter, name: str, weight: Tensor) -> tuple[int, ...]:
@@ -230,8 +234,9 @@ def _shape_of_weight(adapter: Adapter, name: str, weight: Tensor) -> tuple[int, 
     width = width_here if height == height_here and columns % width_here == 0 else height
     in_channels = columns // width
     groups = in_channels // in_of_group_here if in_of_group_here else 0
-    if groups * in_of_group_here == in_channels and groups * out_of_group == out_here:
-        return out_here, in_of_group_here, height, width
+    is_depthwise = in_of_group_here == out_of_group == 1
+    if is_depthwise or (groups * in_of_group_here, groups * out_of_group) == (in_channels, out_here):
+        return groups * out_of_group, in_of_group_here, height, width
     return out_of_group, in_channels, height, width
 
 
@@ -269,7 +274,11 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
     if CONFIG_KEY not in metadata:
         raise InputError(f'{path} holds no adapter: its metadata lacks "{CONFIG_KEY}".')
     try:
-        return Adapter(LoRAConfig.from_json(metadata[CONFIG_KEY]), tensors)
+        config = LoRAConfig.from_json(metadata[CONFIG_KEY])
+        # The file has them in the order of the alphabet, the configuration in that of the network.
+        order = {pattern: index for index, pattern in enumerate(config.target_modules)}
+        keys = sorted(tensors, key=lambda key: order.get(re.escape(key.rpartition('.')[0]), len(order)))
+        return Adapter(config, {key: tensors[key] for key in keys})
     except (InputError, ValueError, TypeError) as error:
         raise InputError(f'{path} cannot be used: {error}') from None
 
@@ -277,8 +286,8 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
 def load_adapter(model: nn.Module, adapter: Adapter | str | os.PathLike) -> None:
     """Put an adapter into a live network, in the place of whatever LoRA that has. The base stays as it is.
 
-    The new tensors are on the device and of the type of the base's, and the scale of the updates is 1. An optimizer that
-    holds the former tensors has to be made anew.
+    The new tensors are on the device and of the type of the base's, and the scale of the updates is 1. An optimizer
+    that holds the former tensors has to be made anew.
 
     Args:
         model: A network, with LoRA on any layers and of any rank, or without.
@@ -354,5 +363,5 @@ def write_whole(path: str | os.PathLike, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _shape(tensor: Tensor) -> str:
-    return 'x'.join(map(str, tensor.shape)) or 'a number'
+def _text(shape: Iterable[int]) -> str:
+    return 'x'.join(map(str, shape)) or 'a number'

@@ -1,22 +1,15 @@
-"""The adapter alone: LoRA tensors in a safetensors file, with their configuration as metadata."""
+"""LoRA in state dicts: which tensors it is, what configuration they tell, and merging without a network."""
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_sr.adapters.config import LoRAConfig
 from lora_sr.adapters.layers import LORA_TENSORS, SHIFT_PREFIX, low_rank_update
-from lora_sr.adapters.verbs import add_lora, lora_layers, remove_lora
+from lora_sr.adapters.verbs import lora_layers
 from lora_sr.errors import InputError
-
-CONFIG_KEY = 'lora_config'
 
 
 def is_lora_key(key: str) -> bool:
@@ -39,8 +32,8 @@ def describe_lora(model: nn.Module) -> LoRAConfig:
     layers = dict(lora_layers(model))
     if not layers:
         raise InputError(f'No layer of {type(model).__name__} carries LoRA.')
-    also_train = _kinds_of_shifts(lora_state_dict(model))
-    return _exact_config({name: (layer.rank, layer.lora_alpha.item()) for name, layer in layers.items()}, also_train)
+    ranks_and_alphas = {name: (layer.rank, layer.lora_alpha.item()) for name, layer in layers.items()}
+    return exact_config(ranks_and_alphas, lora_state_dict(model))
 
 
 def infer_lora_config(state: dict[str, Tensor]) -> LoRAConfig:
@@ -49,7 +42,7 @@ def infer_lora_config(state: dict[str, Tensor]) -> LoRAConfig:
     Raises:
         InputError: There are no LoRA tensors, or a layer lacks some of its tensors.
     """
-    return _exact_config(_lora_of_layers(state), _kinds_of_shifts(state))
+    return exact_config(_lora_of_layers(state), state)
 
 
 def _lora_of_layers(state: dict[str, Tensor]) -> dict[str, tuple[int, float]]:
@@ -101,8 +94,13 @@ def _kinds_of_shifts(state: dict[str, Tensor]) -> list[str]:
     return sorted(kinds)
 
 
-def _exact_config(layers: dict[str, tuple[int, float]], also_train: list[str]) -> LoRAConfig:
-    """A configuration for layers of given names, ranks and alphas; what most have is the rule, the rest exceptions."""
+def exact_config(layers: dict[str, tuple[int, float]], state: dict[str, Tensor]) -> LoRAConfig:
+    """A configuration that names each layer; what most of them have is the rule, the rest are exceptions.
+
+    Args:
+        layers: Name -> rank and alpha of every layer with LoRA.
+        state: A state dict with its tensors; which parameters carry shifts is read from its keys.
+    """
     layers = {re.escape(name): values for name, values in layers.items()}
     ranks, alphas = ([values[i] for values in layers.values()] for i in (0, 1))
     rank, alpha = max(ranks, key=ranks.count), max(alphas, key=alphas.count)
@@ -112,72 +110,5 @@ def _exact_config(layers: dict[str, tuple[int, float]], also_train: list[str]) -
         alpha=alpha,
         rank_pattern={name: r for name, (r, _) in layers.items() if r != rank},
         alpha_pattern={name: a for name, (_, a) in layers.items() if a != alpha},
-        also_train=also_train,
+        also_train=_kinds_of_shifts(state),
     )
-
-
-def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write the LoRA tensors of ``model`` and their configuration to ``path``, a ``.safetensors`` file.
-
-    Raises:
-        InputError: No layer carries LoRA, or ``path`` has another suffix.
-    """
-    if Path(path).suffix != '.safetensors':
-        raise InputError(f'An adapter is a .safetensors file, but the path is {path}.')
-    metadata = {CONFIG_KEY: describe_lora(model).to_json()}
-    tensors = {key: value.detach().cpu().contiguous() for key, value in lora_state_dict(model).items()}
-    Path(path).write_bytes(save(tensors, metadata=metadata))
-
-
-def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
-    """Load an adapter file into ``model``: into its LoRA layers, or, where it has none, after adding them.
-
-    Raises:
-        InputError: The file is missing or is no adapter, or it does not fit: the layers that differ are named. Then
-            ``model`` is unchanged.
-    """
-    config, tensors = read_adapter(path)
-    was_adapted = any(True for _ in lora_layers(model))
-    if not was_adapted:
-        add_lora(model, config)
-    own = lora_state_dict(model)
-    differing = sorted(
-        key
-        for key in own.keys() | tensors.keys()
-        if key not in own or key not in tensors or own[key].shape != tensors[key].shape
-    )
-    if differing:
-        if not was_adapted:
-            remove_lora(model)
-        listed = ', '.join(
-            f'{key} ({_shape(own, key)} here, {_shape(tensors, key)} in the file)' for key in differing[:3]
-        )
-        raise InputError(
-            f'The adapter {path} does not fit {type(model).__name__}: {len(differing)} tensors differ, e.g. {listed}.'
-        )
-    with torch.no_grad():
-        for key, value in tensors.items():
-            own[key].copy_(value)
-
-
-def read_adapter(path: str | os.PathLike) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """Configuration and tensors of an adapter file.
-
-    Raises:
-        InputError: The file is missing, cannot be read, or holds no adapter.
-    """
-    if not Path(path).is_file():
-        raise InputError(f'There is no adapter file {path}.')
-    try:
-        with safe_open(os.fspath(path), framework='pt') as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f'{path} cannot be read as a safetensors file: {error}.') from None
-    if CONFIG_KEY not in metadata or not all(map(is_lora_key, tensors)):
-        raise InputError(f'{path} holds no adapter: its metadata lacks "{CONFIG_KEY}", or it has other tensors too.')
-    return LoRAConfig.from_json(metadata[CONFIG_KEY]), tensors
-
-
-def _shape(tensors: dict[str, Tensor], key: str) -> str:
-    return 'x'.join(map(str, tensors[key].shape)) or 'scalar' if key in tensors else 'absent'

@@ -14,15 +14,11 @@ from lora_sr.adapters import (
     add_lora,
     count_parameters,
     describe_lora,
-    load_adapter,
     lora_layers,
-    lora_state_dict,
     mark_trainable,
     merge_lora,
     merge_state_dict,
-    read_adapter,
     remove_lora,
-    save_adapter,
     set_lora_scale,
 )
 from lora_sr.errors import InputError
@@ -240,38 +236,6 @@ def test_base_checkpoint_loads_strictly_and_half_an_adapter_does_not(network):
     network.load_state_dict(base)
     with pytest.raises(RuntimeError, match='head.lora_B'):
         network.load_state_dict({**base, 'head.lora_A': network.head.lora_A})
-
-
-def test_adapter_file_round_trip(network, tmp_path):
-    base = copy.deepcopy(network)
-    trained(add_lora(network, LoRAConfig(['.*'], rank=4, alpha=6, rank_pattern={'tail': 2})))
-    save_adapter(network, tmp_path / 'a.safetensors')
-    config, tensors = read_adapter(tmp_path / 'a.safetensors')
-    assert config == describe_lora(network) and tensors.keys() == lora_state_dict(network).keys()
-
-    load_adapter(base, tmp_path / 'a.safetensors')
-    x = torch.randn(1, 3, 12, 10)
-    assert torch.equal(base(x), network(x))
-    assert base.tail.rank == 2 and base.head.lora_alpha.item() == 6
-
-
-def test_adapter_of_another_shape_is_refused_and_changes_nothing(network, tmp_path):
-    other = trained(add_lora(copy.deepcopy(network), LoRAConfig(['head'], rank=2)))
-    save_adapter(other, tmp_path / 'a.safetensors')
-    trained(add_lora(network, LoRAConfig(['head'], rank=3)))
-    before = copy.deepcopy(network.state_dict())
-    with pytest.raises(InputError, match=r'head.lora_A \(9x9 here, 6x9 in the file\)'):
-        load_adapter(network, tmp_path / 'a.safetensors')
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-
-
-def test_adapter_that_does_not_fit_a_plain_network_leaves_it_plain(network, tmp_path):
-    other = add_lora(nn.Sequential(nn.Conv2d(3, 4, 3)), LoRAConfig(['0']))
-    save_adapter(other, tmp_path / 'a.safetensors')
-    plain = nn.Sequential(nn.Conv2d(3, 6, 3))
-    with pytest.raises(InputError, match='does not fit'):
-        load_adapter(plain, tmp_path / 'a.safetensors')
-    assert type(plain[0]) is nn.Conv2d
 
 
 def test_module_that_stands_twice_is_adapted_and_merged_twice():

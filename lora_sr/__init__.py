@@ -13,7 +13,13 @@ basicsr_compat.apply()
 basicsr_compat.OPTIMIZER_REGISTRY.register(optim.Adan)  # here, since `optim` knows nothing of BasicSR
 
 # BasicSR's habit: whatever registers something is found by the suffix of its file.
-for _pattern in ('archs/*_arch.py', 'losses/*_loss.py', 'data/*_dataset.py', 'models/*_model.py'):
+for _pattern in (
+    'archs/*_arch.py',
+    'losses/*_loss.py',
+    'data/*_dataset.py',
+    'metrics/*_metric.py',
+    'models/*_model.py',
+):
     for _file in sorted(Path(__file__).parent.glob(_pattern)):
         importlib.import_module(f'{__name__}.{_file.parent.name}.{_file.stem}')
 

@@ -51,6 +51,11 @@ def apply() -> None:
     mend_frozen_warnings()
     mend_missing_lora_warnings()
     mend_average()
+    mend_average_of_frozen()
+    mend_network_options()
+    mend_degradation_device()
+    mend_views()
+    mend_perceptual_criterion()
     mend_parse_options()
 
 
@@ -257,6 +262,38 @@ def _split_command_line(argv: list):
     parser.add_argument('--force_yml', nargs='+', default=None)
     known, rest = parser.parse_known_args(argv)
     return known.opt, known.force_yml, rest
+
+
+def mend_network_options() -> None:
+    """Models read arguments of the generator from `network_g`, which `AdaptSR` has in a section `base` of its own.
+
+    `SwinIRModel` looks for its `window_size` so.
+    """
+    from basicsr.models.base_model import BaseModel
+
+    original = BaseModel.__init__
+    if getattr(original, 'is_mend', False):
+        return
+
+    @_mend
+    @functools.wraps(original)
+    def __init__(self, opt):
+        for key, section in opt.items():
+            if key.startswith('network_') and isinstance(section, dict) and isinstance(section.get('base'), dict):
+                opt[key] = _NestedOptions(section)
+        original(self, opt)
+
+    BaseModel.__init__ = __init__
+
+
+class _NestedOptions(dict):
+    """The section of a network around another: what it lacks is looked up in the section of that one, `base`."""
+
+    def __missing__(self, key):
+        return self['base'][key]
+
+    def get(self, key, default=None):
+        return dict.get(self, key, self['base'].get(key, default))
 
 
 # --- distributed runs ---
@@ -581,6 +618,113 @@ def mend_average() -> None:
 
     setup_schedulers.is_mend = True
     BaseModel.setup_schedulers = setup_schedulers
+
+
+def mend_average_of_frozen() -> None:
+    """`model_ema` rounds in every step, also what is frozen: the average's base drifts away from the network's."""
+    from basicsr.models.base_model import BaseModel
+
+    if not _is_defective(BaseModel.model_ema, 'mul_', without='requires_grad'):
+        return
+
+    @_mend
+    def model_ema(self, decay=0.999):
+        own = dict(self.get_bare_model(self.net_g).named_parameters())
+        for name, average in self.net_g_ema.named_parameters():
+            if own[name].requires_grad:
+                average.data.mul_(decay).add_(own[name].data, alpha=1 - decay)
+            else:
+                average.data.copy_(own[name].data)
+
+    BaseModel.model_ema = model_ema
+
+
+# --- degrading on the fly, perceptual loss ---
+
+
+def mend_degradation_device() -> None:
+    """`RealESRNetModel` and `RealESRGANModel` put what degrades images, and their pool of pairs, on a GPU: `.cuda()`.
+
+    Without one that is a crash, and with `num_gpu: 0` another device than the images'.
+    """
+    from basicsr.models.realesrgan_model import RealESRGANModel
+    from basicsr.models.realesrnet_model import RealESRNetModel
+    from basicsr.utils import DiffJPEG, USMSharp
+
+    for model in (RealESRNetModel, RealESRGANModel):
+        if _is_defective(model.__init__, 'cuda'):
+            model.__init__ = _set_up_degradations(model, DiffJPEG, USMSharp)
+        if _is_defective(model._dequeue_and_enqueue, 'cuda'):
+            model._dequeue_and_enqueue = _pool_on_device(model._dequeue_and_enqueue)
+
+
+def _set_up_degradations(model: type, jpeg: type, sharpener: type):
+    @_mend
+    def __init__(self, opt):
+        super(model, self).__init__(opt)
+        self.jpeger = jpeg(differentiable=False).to(self.device)
+        self.usm_sharpener = sharpener().to(self.device)
+        self.queue_size = opt.get('queue_size', 180)
+
+    return __init__
+
+
+def _pool_on_device(original):
+    @_mend
+    @functools.wraps(original)
+    def _dequeue_and_enqueue(self):
+        # The original makes the pool, and complains of a size that is no multiple of the batch, where there is none.
+        if not hasattr(self, 'queue_lr') and self.queue_size % len(self.lq) == 0:
+            self.queue_lr = self.lq.new_zeros(self.queue_size, *self.lq.shape[1:])
+            self.queue_gt = self.gt.new_zeros(self.queue_size, *self.gt.shape[1:])
+            self.queue_ptr = 0
+        original(self)
+
+    return _dequeue_and_enqueue
+
+
+def mend_views() -> None:
+    """Views are taken of images with their channels last, which a CPU gives and then refuses to view.
+
+    `DiffJPEG` gives such images to `filter2D`, and SwinIR to `VGGStyleDiscriminator`.
+    """
+    from basicsr.archs.discriminator_arch import VGGStyleDiscriminator
+    from basicsr.utils import img_process_util
+
+    def of_contiguous(original):
+        @_mend
+        @functools.wraps(original)
+        def mended(*args, **kwargs):
+            return original(*(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args), **kwargs)
+
+        return mended
+
+    if _is_defective(img_process_util.filter2D, 'view', without='contiguous'):
+        _replace_everywhere(img_process_util.filter2D, of_contiguous(img_process_util.filter2D))
+    if _is_defective(VGGStyleDiscriminator.forward, 'view', without='contiguous'):
+        VGGStyleDiscriminator.forward = of_contiguous(VGGStyleDiscriminator.forward)
+
+
+def mend_perceptual_criterion() -> None:
+    """`PerceptualLoss` with `criterion: l2` asks torch for an `L2loss`, which it never had."""
+    from basicsr.losses.basic_loss import PerceptualLoss
+
+    original = PerceptualLoss.__init__
+    if not _is_defective(original, 'L2loss'):
+        return
+
+    @_mend
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        given = inspect.signature(original).bind(self, *args, **kwargs)
+        squared = given.arguments.get('criterion') == 'l2'
+        if squared:
+            given.arguments['criterion'] = 'l1'
+        original(*given.args, **given.kwargs)
+        if squared:
+            self.criterion_type, self.criterion = 'l2', torch.nn.MSELoss()
+
+    PerceptualLoss.__init__ = __init__
 
 
 # --- tools of this file ---

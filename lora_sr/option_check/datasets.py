@@ -8,6 +8,7 @@ from basicsr.utils.registry import DATASET_REGISTRY
 
 from lora_sr.data.lr_image_dataset import lr_roots
 from lora_sr.dataset_check import check_lr_images, check_pairs
+from lora_sr.option_check import degradations
 from lora_sr.option_check.check import KNOWN, Check
 
 
@@ -40,19 +41,27 @@ def _check_dataset(check: Check, where: str, dataset, training: bool) -> None:
     if unpaired and not check.ours:
         check.add(f'{where}: an LRImageDataset has no ground truth; it needs a teacher, model_type: DistillationModel')
         return
-    required = 'name type'
+    misfit = degradations.misfit(check, dataset, training)
+    if misfit:
+        check.add(f'{where}: {misfit}')
+        return
+    degraded = dataset.get('type') == degradations.DATASET
+    known, required = KNOWN['dataset'], 'name type'
     if training:
         required += ' batch_size_per_gpu num_worker_per_gpu'
     if paired:
         required += ' dataroot_gt dataroot_lq io_backend' + (' gt_size use_hflip use_rot' if training else '')
     elif unpaired:
         required += ' dataroot_lq io_backend lq_size use_hflip use_rot'
-    complete = check.section(where, dataset, KNOWN['dataset'], required)
+    elif degraded:
+        required += ' dataroot_gt io_backend use_hflip use_rot ' + degradations.dataset_keys(dataset)
+        known += ' ' + degradations.dataset_keys(dataset)
+    complete = check.section(where, dataset, known, required)
     if 'type' in dataset:
         check.registered(f'{where}.type', dataset['type'], DATASET_REGISTRY, 'data set')
     before = len(check.problems)
     _check_loading(check, where, dataset, training)
-    if not paired and not unpaired:
+    if not (paired or unpaired or degraded):
         for key in [key for key in dataset if key.startswith('dataroot') and isinstance(dataset[key], str)]:
             if not os.path.exists(os.path.expanduser(dataset[key])):
                 check.add(f'{where}.{key}: {dataset[key]} does not exist')
@@ -75,12 +84,17 @@ def _check_dataset(check: Check, where: str, dataset, training: bool) -> None:
             if count is not None:
                 _check_amount(check, where, dataset, count)
         return
+    if degraded and complete and len(check.problems) == before:
+        count = degradations.check_gt_dataset(check, where, dataset)
+        degradations.check_queue(check, _batch(check, dataset))
+        if count is not None:
+            _check_amount(check, where, dataset, count)
     scale = check.opt.get('scale')
     if scale is None:
         if not any("'scale'?" in problem or problem == 'scale is missing' for problem in check.problems):
             check.add('scale is missing')
         return
-    if not complete or len(check.problems) > before or not isinstance(scale, int) or scale < 1:
+    if degraded or not complete or len(check.problems) > before or not isinstance(scale, int) or scale < 1:
         return
     if training and dataset['gt_size'] % scale:
         check.add(f'{where}.gt_size is {dataset["gt_size"]}, which has to be a multiple of scale ({scale})')
@@ -108,12 +122,7 @@ def _check_loading(check: Check, where: str, dataset: dict, training: bool) -> N
 
 def _check_amount(check: Check, where: str, dataset: dict, count: int) -> None:
     """BasicSR counts an epoch's last, incomplete batch but drops it: on little data a run would end early."""
-    world = check.processes
-    batch = int(dataset['batch_size_per_gpu'])
-    gpus = check.opt.get('num_gpu')
-    if world == 1 and gpus != 0:
-        there = torch.cuda.device_count()
-        batch *= max(1, min(gpus, there) if isinstance(gpus, int) else there)
+    world, batch = check.processes, _batch(check, dataset)
     ratio = dataset.get('dataset_enlarge_ratio', 1)
     drawn = math.ceil(count * ratio / world)
     total = check.subsection('train').get('total_iter')
@@ -127,6 +136,15 @@ def _check_amount(check: Check, where: str, dataset: dict, count: int) -> None:
             f'{where} gives only {drawn // batch} whole batches of {batch} an epoch, so that BasicSR would stop '
             f'after {iterations} of {total} iterations; set dataset_enlarge_ratio: {enough}'
         )
+
+
+def _batch(check: Check, dataset: dict) -> int:
+    """How many images a process draws at once."""
+    batch, gpus = int(dataset['batch_size_per_gpu']), check.opt.get('num_gpu')
+    if check.processes == 1 and gpus != 0:
+        there = torch.cuda.device_count()
+        batch *= max(1, min(gpus, there) if isinstance(gpus, int) else there)
+    return batch
 
 
 def _plain(value) -> str:

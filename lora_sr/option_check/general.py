@@ -5,14 +5,22 @@ import os
 import torch
 from basicsr.utils.registry import METRIC_REGISTRY, MODEL_REGISTRY
 
+from lora_sr.errors import InputError
+from lora_sr.metrics.iqa_metric import is_iqa_metric, prepare_metric
 from lora_sr.option_check.check import KNOWN, Check
+from lora_sr.option_check.degradations import check_degradations, top_keys
+from lora_sr.option_check.training import GAN_MODELS
 
 
 def check_top(check: Check) -> None:
     """Check the keys of the top level, and those of them that are no sections."""
     opt = check.opt
     required = 'name model_type num_gpu datasets network_g path' + (' train logger' if check.is_train else ' val')
-    check.section('', opt, KNOWN[''], required)
+    if check.is_train and opt.get('model_type') in GAN_MODELS:
+        required += ' network_d'
+    degradations, optional = top_keys(check)
+    check.section('', opt, f'{KNOWN[""]} {degradations} {optional}', f'{required} {degradations}')
+    check_degradations(check)
     if 'name' in opt and (not isinstance(opt['name'], str) or not opt['name'] or os.sep in opt['name']):
         check.add(f'name has to be the name of a folder, not {opt["name"]!r}')
     if 'model_type' in opt:
@@ -64,4 +72,19 @@ def check_val(check: Check) -> None:
             continue
         metric = check.registered(f'{where}.type', section.get('type'), METRIC_REGISTRY, 'metric')
         if metric is not None:
-            check.arguments(where, metric, section, ours=('better',), supplied=('img', 'img2'))
+            complete = check.arguments(where, metric, section, ours=('better',), supplied=('img', 'img2'))
+            _check_better(check, where, section, metric)
+            if complete and is_iqa_metric(metric):
+                try:
+                    prepare_metric(metric)
+                except InputError as error:
+                    check.add(f'{where}: {error}')
+
+
+def _check_better(check: Check, where: str, section: dict, metric) -> None:
+    """BasicSR takes anything but `higher` for `lower`, and `higher` where nothing is said."""
+    better = section.get('better', 'higher')
+    if better not in ('higher', 'lower'):
+        check.add(f'{where}.better has to be higher or lower, not {better!r}')
+    elif is_iqa_metric(metric) and better != 'lower':
+        check.add(f'{where}.better has to be lower, since less is better in {section["type"]}')

@@ -7,9 +7,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from basicsr.archs.swinir_arch import SwinIR
 from PIL import Image
 from tiny_run import TINY_OPTIONS, write_pairs
 
+from lora_sr.archs.lkdn_arch import LKDN
 from lora_sr.option_check import check_options
 from lora_sr.option_file import OptionLoader, load_options
 
@@ -479,6 +481,28 @@ def test_network_with_lora(options, tmp_path, path, value, sentence):
     problems = check(options, tmp_path)
     assert len(problems) == (sentence is not None), problems
     assert all(problem.startswith(sentence) for problem in problems)
+
+
+SMALL_SWINIR = {'embed_dim': 8, 'depths': [2], 'num_heads': [2], 'window_size': 4, 'mlp_ratio': 2, 'upscale': 2}
+
+
+@pytest.mark.parametrize('wrapped', [False, True])
+@pytest.mark.parametrize(
+    ('network', 'sentence'),
+    [
+        (LKDN(num_feat=4, num_atten=4, num_block=1, upscale=2), 'is a checkpoint of LKDN, not of SwinIR'),
+        (SwinIR(img_size=8, **SMALL_SWINIR), 'is of a SwinIR with img_size 8, not 16'),
+        (SwinIR(img_size=16, **SMALL_SWINIR), None),
+    ],
+)
+def test_base_checkpoint_of_another_network(options, tmp_path, wrapped, network, sentence):
+    torch.save({'params': network.state_dict()}, tmp_path / 'base.pth')
+    base = {'type': 'SwinIR', 'img_size': 16, **SMALL_SWINIR}
+    lora = {'type': 'AdaptSR', 'base': base, 'lora': {'groups': ['all'], 'rank': 2}}
+    change(options, 'network_g', lora if wrapped else base)
+    change(options, 'path.pretrain_network_g', str(tmp_path / 'base.pth'))
+    expected = [f'path.pretrain_network_g: {tmp_path}/base.pth {sentence}'] if sentence else []
+    assert check(options, tmp_path) == expected
 
 
 LKDN_OF_4 = {'type': 'LKDN', 'num_feat': 4, 'num_atten': 4, 'num_block': 1}

@@ -15,14 +15,13 @@ from lora_sr.archs.stock_networks import STOCK_NETWORKS
 from lora_sr.checkpoint_file import load_weights, read_checkpoint, without_module_prefix
 from lora_sr.errors import InputError
 
-# How a family recognises its state dict, and the network that it builds for it; the first match counts.
-FAMILIES = (
-    (is_dsclora, build_dsclora),
-    (is_span, build_span),
-    (is_lkdn, build_lkdn),
-    *((network.recognise, network.build) for network in STOCK_NETWORKS),
-)
-KNOWN = ('SPAN', 'DSCLoRA', 'LKDN', *(network.arch.__name__ for network in STOCK_NETWORKS))
+# Family -> how it recognises its state dict, and the network that it builds for it; the first match counts.
+FAMILIES = {
+    'DSCLoRA': (is_dsclora, build_dsclora),
+    'SPAN': (is_span, build_span),
+    'LKDN': (is_lkdn, build_lkdn),
+    **{network.arch.__name__: (network.recognise, network.build) for network in STOCK_NETWORKS},
+}
 
 PARAM_KEYS = ('params_ema', 'params')
 
@@ -49,9 +48,9 @@ def read_state_dict(path: str | os.PathLike, param_key: str | None = None) -> di
     return without_module_prefix(state)
 
 
-def is_known(state: dict[str, Tensor]) -> bool:
-    """Whether a state dict belongs to a network that :func:`load_network` builds."""
-    return any(recognise(state) for recognise, _ in FAMILIES)
+def family_of(state: dict[str, Tensor]) -> str | None:
+    """The name of the network that :func:`load_network` builds for a state dict, or ``None`` where it knows none."""
+    return next((name for name, (recognise, _) in FAMILIES.items() if recognise(state)), None)
 
 
 def load_network(path: str | os.PathLike, param_key: str | None = None) -> nn.Module:
@@ -85,14 +84,14 @@ def load_network(path: str | os.PathLike, param_key: str | None = None) -> nn.Mo
         InputError: The file cannot be read, or belongs to no known network, or does not fit it.
     """
     state = read_state_dict(path, param_key)
-    build = next((build for recognise, build in FAMILIES if recognise(state)), None)
-    if build is None:
+    family = family_of(state)
+    if family is None:
         raise InputError(
-            f'{path} belongs to no network known here ({", ".join(KNOWN)}): its first keys are '
+            f'{path} belongs to no network known here ({", ".join(FAMILIES)}): its first keys are '
             f'{", ".join(list(state)[:3])}.'
         )
     try:
-        network = build(state)
+        network = FAMILIES[family][1](state)
         if any(map(is_lora_key, state)) and not any(True for _ in lora_layers(network)):
             add_lora(network, infer_lora_config(state))
     except InputError as error:

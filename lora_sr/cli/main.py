@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from lora_sr.cli import benchmark, compare, curves, merge, pipelines, prepare
+from lora_sr.cli import adapter, allocate, benchmark, compare, curves, degrade, inspect, merge, pipelines, prepare
 from lora_sr.errors import InputError
 
 
@@ -11,7 +11,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of `lora-sr`; each sub-command sets `run`, a function of the parsed arguments."""
     parser = argparse.ArgumentParser(prog='lora-sr', description='LoRA and distillation for SR, on BasicSR.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for module in (prepare, pipelines, merge, compare, curves, benchmark):
+    for module in (prepare, degrade, inspect, allocate, pipelines, merge, adapter, compare, curves, benchmark):
         module.add_parser(commands)
     return parser
 

@@ -27,7 +27,7 @@ from lora_sr.adapters.adapter_file import SUFFIX, check_output
 from lora_sr.archs import is_training_form, load_network, read_state_dict
 from lora_sr.archs.adaptsr_arch import AdaptSR
 from lora_sr.archs.any_size import take_any_size
-from lora_sr.archs.loading import is_known
+from lora_sr.archs.loading import family_of
 from lora_sr.checkpoint_file import load_weights
 from lora_sr.deploy.merge import SUFFIXES, writing
 from lora_sr.errors import InputError
@@ -232,7 +232,7 @@ def _network(base: str | os.PathLike, state: dict[str, Tensor], pairs: Pairs | N
     """The base network with its weights; ``None`` where it is not known and not needed."""
     if pairs and pairs.options is not None:
         return _build(pairs.options, state, base)
-    if is_known(state):
+    if family_of(state) is not None:
         return load_network(base)
     if pairs:
         raise InputError(

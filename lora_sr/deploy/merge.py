@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_sr.adapters import count_parameters, is_lora_key, lora_layers, merge_lora, merge_state_dict
 from lora_sr.archs import fold, load_network, read_state_dict
 from lora_sr.archs.any_size import accepted_input
-from lora_sr.archs.loading import is_known
+from lora_sr.archs.loading import family_of
 from lora_sr.archs.reparam import TOLERANCE, Foldable, relative_difference
 from lora_sr.errors import InputError
 
@@ -86,7 +86,7 @@ def merge_checkpoint(
         raise InputError(f'The folder {output.parent} of the output does not exist.')
 
     state = read_state_dict(checkpoint, param_key)
-    if any(map(is_lora_key, state)) and not is_known(state):
+    if any(map(is_lora_key, state)) and family_of(state) is None:
         return _merge_unknown(checkpoint, state, output)
     trained = load_network(checkpoint, param_key)
     layers = sum(1 for _ in lora_layers(trained))

@@ -5,9 +5,11 @@ import os
 import re
 import tempfile
 
+from basicsr.archs.swinir_arch import SwinIR
 from torch import Tensor
 
 from lora_sr.archs import fold, read_state_dict
+from lora_sr.archs.loading import FAMILIES, family_of
 from lora_sr.checkpoint_file import load_weights, read_checkpoint, without_module_prefix
 from lora_sr.errors import InputError
 from lora_sr.option_check.check import KNOWN, Check
@@ -62,20 +64,45 @@ def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
         try:
             load_weights(net, content, file, param_key, path.get(f'strict_load_{letter}', True))
         except InputError as error:
-            raise InputError(_other_scale(check, network, content, file, param_key) or error) from error
+            weights = _weights(content, param_key)
+            reason = weights and (_other_network(net, weights, file) or _other_scale(check, network, weights, file))
+            raise InputError(reason or error) from error
         if is_teacher:
             fold(net)
     except InputError as error:
         check.add(f'path.{key}: {error}')
 
 
-def _other_scale(check: Check, network: str, content: dict, file: str, param_key) -> str:
-    """The sentence for weights that do not fit only because they are for another scale; empty if that is not so."""
-    net, scale = check.networks[network], check.opt.get('scale')
+def _weights(content: dict, param_key) -> dict:
+    """The weights in a checkpoint's content, empty where there are none."""
     weights = content if param_key is None else content.get(param_key, content.get('params'))
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        return ''
-    weights, own = without_module_prefix(weights), net.state_dict()
+        return {}
+    return without_module_prefix(weights)
+
+
+def _other_network(net, weights: dict, file: str) -> str:
+    """The sentence for weights of another network, or of a SwinIR for another image size; empty for any others."""
+    family, own = family_of(weights), type(net).__name__
+    if family is not None and own in FAMILIES and family != own and family_of(net.state_dict()) != family:
+        return f'{file} is a checkpoint of {family}, not of {own}'
+    if family == own == SwinIR.__name__:
+        try:
+            size = FAMILIES[family][1](weights).patch_embed.img_size
+        except (KeyError, InputError):  # an incomplete file
+            return ''
+        if size != net.patch_embed.img_size:
+            return f'{file} is of a SwinIR with img_size {_size(size)}, not {_size(net.patch_embed.img_size)}'
+    return ''
+
+
+def _size(sides) -> str:
+    return str(sides[0]) if len(set(sides)) == 1 else str(list(sides))
+
+
+def _other_scale(check: Check, network: str, weights: dict, file: str) -> str:
+    """The sentence for weights that do not fit only because they are for another scale; empty if that is not so."""
+    net, scale, own = check.networks[network], check.opt.get('scale'), check.networks[network].state_dict()
     others = {key: value for key, value in own.items() if key in weights and weights[key].shape != value.shape}
     if not isinstance(scale, int) or any(
         weights[key].ndim != value.ndim or weights[key].shape[1:] != value.shape[1:] for key, value in others.items()

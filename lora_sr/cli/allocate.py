@@ -1,0 +1,33 @@
+"""`lora-sr allocate`: ranks for the layers of an AdaptSR network, within a budget of parameters."""
+
+
+def add_parser(commands):
+    """Add the sub-command to `lora-sr`."""
+    parser = commands.add_parser(
+        'allocate',
+        help='choose the rank of each layer within a budget of parameters',
+        description='Measure the gradients of a few batches, through the data set, the model and the losses of an '
+        'option file with network_g: {type: AdaptSR}, and give rank to the layers where it gains most per parameter. '
+        'Writes a new option file with the ranks as rank_pattern; nothing is trained.',
+    )
+    parser.add_argument('-opt', required=True, metavar='FILE', help='the option file of the run (YAML)')
+    parser.add_argument(
+        '--budget', required=True, help="trainable parameters, as a share of the base network's (5%%) or a number"
+    )
+    parser.add_argument('-o', '--output', required=True, metavar='NEW_FILE', help='the option file to write')
+    parser.add_argument('--batches', type=int, default=16, metavar='N', help='batches to measure on (default: 16)')
+    parser.add_argument('--max-rank', type=int, default=32, metavar='R', help='largest rank of a layer (default: 32)')
+    parser.add_argument('--chart', metavar='PICTURE', help='draw the ranks over depth (.png, .svg, .pdf; matplotlib)')
+    parser.add_argument('--overwrite', action='store_true', help='replace the new option file where it exists')
+    parser.set_defaults(run=run)
+
+
+def run(args):
+    """Allocate, and print the ranks."""
+    from lora_sr.evaluation.rank_allocation import allocate, format_ranks
+
+    allocation = allocate(args.opt, args.budget, args.output, args.batches, args.max_rank, args.chart, args.overwrite)
+    print(format_ranks(allocation))
+    print(f'wrote {args.output}')
+    if args.chart:
+        print(f'wrote {args.chart}')

@@ -11,6 +11,7 @@ from basicsr.archs.swinir_arch import SwinIR
 from PIL import Image
 from tiny_run import TINY_OPTIONS, write_pairs
 
+from lora_sr.archs.adaptsr_arch import AdaptSR
 from lora_sr.archs.lkdn_arch import LKDN
 from lora_sr.option_check import check_options
 from lora_sr.option_file import OptionLoader, load_options
@@ -505,6 +506,17 @@ def test_base_checkpoint_of_another_network(options, tmp_path, wrapped, network,
     assert check(options, tmp_path) == expected
 
 
+def test_alpha_of_the_checkpoint_is_told(options, tmp_path):
+    change(options, 'network_g', adapted())
+    arguments = {key: value for key, value in adapted().items() if key != 'type'}
+    for alpha, expected in ((2, []), (16, ['has alpha 16 in B1.c1_d, but network_g 2; give its alpha'])):
+        network = AdaptSR(arguments['base'], {**arguments['lora'], 'alpha': alpha})
+        torch.save({'params': network.state_dict()}, tmp_path / f'{alpha}.pth')
+        change(options, 'path.pretrain_network_g', str(tmp_path / f'{alpha}.pth'))
+        found = check(options, tmp_path)
+        assert found == [f'path.pretrain_network_g: {tmp_path}/{alpha}.pth {sentence}' for sentence in expected]
+
+
 LKDN_OF_4 = {'type': 'LKDN', 'num_feat': 4, 'num_atten': 4, 'num_block': 1}
 SPAN_OF_4 = {'type': 'SPAN', 'feature_channels': 4}
 
@@ -542,8 +554,6 @@ def test_checkpoint_of_another_scale(options, tmp_path, network, deploy, layers)
 
 
 def test_checkpoint_of_another_scale_that_differs_elsewhere_too(options, tmp_path):
-    from lora_sr.archs.lkdn_arch import LKDN
-
     torch.save({'params': LKDN(num_feat=4, num_atten=4, num_block=2).state_dict()}, tmp_path / 'x4.pth')
     change(options, 'network_g', {**LKDN_OF_4, 'upscale': 2})
     change(options, 'path.pretrain_network_g', str(tmp_path / 'x4.pth'))

@@ -7,7 +7,7 @@ import re
 from torch import Tensor, nn
 
 from lora_sr.adapters.config import LoRAConfig
-from lora_sr.adapters.layers import LORA_TENSORS, SHIFT_PREFIX, low_rank_update
+from lora_sr.adapters.layers import LORA_TENSORS, SHIFT_PREFIX, kind_of_shift, low_rank_update
 from lora_sr.adapters.verbs import lora_layers
 from lora_sr.errors import InputError
 
@@ -85,12 +85,8 @@ def _kinds_of_shifts(state: dict[str, Tensor]) -> list[str]:
     kinds = set()
     for key in state:
         name, _, last = key.rpartition('.')
-        if last == f'{SHIFT_PREFIX}bias' and f'{name}.lora_A' in state:
-            kinds.add('bias')
-        elif last in (f'{SHIFT_PREFIX}weight', f'{SHIFT_PREFIX}bias'):
-            kinds.add('norm')
-        elif last.startswith(SHIFT_PREFIX):
-            kinds.add('position')
+        if last.startswith(SHIFT_PREFIX):
+            kinds.add(kind_of_shift(last[len(SHIFT_PREFIX) :], has_lora=f'{name}.lora_A' in state))
     return sorted(kinds)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from lora_sr.errors import InputError
 
 LORA_TENSORS = ('lora_A', 'lora_B', 'lora_alpha')
 SHIFT_PREFIX = 'lora_shift_'
+POSITION = re.compile('rel(ative)?_pos|absolute_pos')  # parameters that are tables of positions
 
 
 def low_rank_update(lora_A: Tensor, lora_B: Tensor, factor: Tensor | float, shape: torch.Size) -> Tensor:
@@ -198,8 +200,20 @@ class ShiftedModule(AdaptedModule):
     For what is too small for a low rank: biases, the scale and offset of a normalisation, tables of relative positions.
     """
 
+    shifted_parameters: tuple[str, ...]
+
+    def __reduce_ex__(self, protocol):  # its class stands in no module, where pickle would look for it
+        return _empty_shifted, (self.base_class, self.shifted_parameters), self.__dict__
+
     def _shifted_parameter(self, name: str, base: Tensor) -> Tensor:
         return base + getattr(self, SHIFT_PREFIX + name) * self.lora_scale if self.lora_scale else base
+
+
+def kind_of_shift(parameter: str, has_lora: bool) -> str:
+    """Which word of ``also_train`` the shift of a parameter belongs to: ``bias``, ``position`` or ``norm``."""
+    if has_lora:
+        return 'bias'
+    return 'position' if POSITION.search(parameter) else 'norm'
 
 
 def add_shift(module: nn.Module, names: tuple[str, ...]) -> None:
@@ -214,8 +228,13 @@ def add_shift(module: nn.Module, names: tuple[str, ...]) -> None:
     module.__class__ = _shifted_class(type(module), names)
 
 
+def _empty_shifted(base: type, names: tuple[str, ...]) -> nn.Module:
+    shifted = _shifted_class(base, names)
+    return shifted.__new__(shifted)
+
+
 @functools.lru_cache(maxsize=None)
 def _shifted_class(base: type, names: tuple[str, ...]) -> type:
     readers = {name: _updated(name, '_shifted_parameter') for name in names}
-    members = {'base_class': base, '__module__': base.__module__, **readers}
+    members = {'base_class': base, 'shifted_parameters': names, '__module__': base.__module__, **readers}
     return type(base.__name__, (ShiftedModule, base), members)

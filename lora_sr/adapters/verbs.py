@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_sr.adapters.config import LoRAConfig
 from lora_sr.adapters.groups import is_adaptable, layer_groups
-from lora_sr.adapters.layers import LORA_LAYERS, AdaptedModule, LoRALayer, add_shift
+from lora_sr.adapters.layers import LORA_LAYERS, POSITION, AdaptedModule, LoRALayer, add_shift
 from lora_sr.errors import InputError
 
 Network = TypeVar('Network', bound=nn.Module)
@@ -35,6 +35,8 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedModule]]:
 def add_lora(model: Network, config: LoRAConfig) -> Network:
     """Give LoRA to the layers that ``config`` names, in place. The output of the network stays bit-equal.
 
+    ``weight`` of such a layer is then computed at each reading: whoever writes into it writes into a copy.
+
     Args:
         model: Any network with ``nn.Conv2d`` or ``nn.Linear`` layers.
         config: Which layers, with which rank and alpha.
@@ -45,7 +47,7 @@ def add_lora(model: Network, config: LoRAConfig) -> Network:
     Raises:
         InputError: A pattern matches no module (near names are listed), or none that can carry LoRA (their types are
             named), a group or what trains besides is not there, a rank or alpha is given for a layer that is not
-            adapted, or a layer carries LoRA already. ``model`` is unchanged then.
+            adapted, layers share a weight, or a layer carries LoRA already. ``model`` is unchanged then.
     """
     modules = dict(model.named_modules())
     modules.pop('')
@@ -71,6 +73,10 @@ def add_lora(model: Network, config: LoRAConfig) -> Network:
             is_zero = key == 'rank_pattern' and config.rank_pattern[pattern] == 0
             if not is_zero and not any(re.fullmatch(pattern, name) for name in targets):
                 raise InputError(f'{key} "{pattern}" matches none of the adapted layers, which are {_some(targets)}.')
+    weights = [modules[name].weight for name in targets]
+    shared = [name for name, weight in zip(targets, weights) if sum(weight is other for other in weights) > 1]
+    if shared:
+        raise InputError(f'{_some(shared)} share one weight, which two updates would part: exclude all but one.')
     shifts = _shifts(model, targets, config.also_train)
     replacements = {}
     for name in targets:
@@ -97,7 +103,7 @@ def _shifts(model: nn.Module, targets: list[str], also_train: list[str]) -> dict
         elif 'norm' in type(module).__name__.lower():
             kind, names = 'norm', own
         else:
-            kind, names = 'position', tuple(key for key in own if re.search('rel(ative)?_pos|absolute_pos', key))
+            kind, names = 'position', tuple(key for key in own if POSITION.search(key))
         if names and kind in found:
             found[kind][module] = names
     for kind, shifts in found.items():
@@ -125,7 +131,8 @@ def mark_trainable(model: nn.Module) -> None:
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._NormBase) or hasattr(module, 'weight_u')
+    # `spectral_norm` puts its vectors into the layer, or into a parametrisation of it.
+    return isinstance(module, nn.modules.batchnorm._NormBase) or hasattr(module, 'weight_u') or hasattr(module, '_u')
 
 
 def _compute_as_in_eval(module: nn.Module, inputs: tuple) -> None:
@@ -137,6 +144,7 @@ def _let_statistics_move(model: nn.Module) -> None:
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _compute_as_in_eval:
                 del module._forward_pre_hooks[key]
+                module.training = model.training
 
 
 def _is_update(name: str) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
-from lora_sr.adapters import LoRAConfig, add_lora, mark_trainable
+from lora_sr.adapters import LoRAConfig, add_lora, layer_groups, mark_trainable
 from lora_sr.archs.any_size import take_any_size
 from lora_sr.errors import InputError
 
@@ -16,7 +19,7 @@ def AdaptSR(base: dict, lora: dict) -> nn.Module:
 
     It is of the base's class, and its state dict is the base's with the updates beside. So a checkpoint of the base
     loads strictly, as does an adapted one, and merging gives the base back. A network that wants sizes in multiples (of
-    its windows) takes images of any size.
+    its windows) takes images of any size. Layers that the base freezes itself stay as they are.
 
     Source: AdaptSR (arXiv:2503.07748), section 3.
 
@@ -37,7 +40,10 @@ def AdaptSR(base: dict, lora: dict) -> nn.Module:
     arguments = dict(base)
     # Not BasicSR's `build_network`: it logs, and a logger that exists before a run gets no file in it.
     network = ARCH_REGISTRY.get(arguments.pop('type'))(**arguments)
-    add_lora(network, LoRAConfig.from_dict(lora))
+    config = LoRAConfig.from_dict(lora)
+    # What a network freezes itself it also writes itself, as a folded copy of branches: past any update.
+    own = [re.escape(name) for name in layer_groups(network) if not network.get_submodule(name).weight.requires_grad]
+    add_lora(network, replace(config, exclude_modules=[*config.exclude_modules, *own]))
     mark_trainable(network)
     return take_any_size(network)
 

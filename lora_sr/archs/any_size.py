@@ -22,20 +22,20 @@ class AcceptedInput(NamedTuple):
     multiple: int
 
 
-def size_multiple(network: nn.Module, scale: int | None = None) -> int:
+def size_multiple(network: nn.Module) -> int:
     """The smallest number of which height and width have to be multiples for ``network`` to take an image.
 
     Args:
-        network: See :func:`accepted_input`, and so ``scale``.
+        network: See :func:`accepted_input`.
 
     Returns:
         That number: 1 for a network that takes any size, and where none up to 64 is found.
     """
-    found = accepted_input(network, scale)
+    found = accepted_input(network)
     return 1 if found is None else found.multiple
 
 
-def accepted_input(network: nn.Module, scale: int | None = None) -> AcceptedInput | None:
+def accepted_input(network: nn.Module) -> AcceptedInput | None:
     """Which images a network takes, found by trying, without knowing it.
 
     A copy of it runs in eval mode on the ``meta`` device, where shapes are worked out and nothing is computed. A
@@ -44,7 +44,6 @@ def accepted_input(network: nn.Module, scale: int | None = None) -> AcceptedInpu
     Args:
         network: Any network, (N, C, H, W) -> (N, C', f * H, f * W) with the same whole number f for both. Neither it
             nor the state of the random generator is changed. What :func:`take_any_size` did is left out of account.
-        scale: The factor f, where it is known.
 
     Returns:
         Channels and multiple; ``None`` where no multiple up to 64 is found for 3 channels, for 1, or for those that the
@@ -52,11 +51,11 @@ def accepted_input(network: nn.Module, scale: int | None = None) -> AcceptedInpu
     """
     copy = deepcopy(network).eval()
     _remove_hooks(copy)
-    found, ran = _try_sizes(copy.to('meta'), scale, 'meta')
+    found, ran = _try_sizes(copy.to('meta'), 'meta')
     if not ran:
         copy = deepcopy(network).cpu().eval()
         _remove_hooks(copy)
-        found, _ = _try_sizes(copy, scale, 'cpu')
+        found, _ = _try_sizes(copy, 'cpu')
     return found
 
 
@@ -120,7 +119,7 @@ def _remove_hooks(network: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _try_sizes(network: nn.Module, scale: int | None, device: str) -> tuple[AcceptedInput | None, bool]:
+def _try_sizes(network: nn.Module, device: str) -> tuple[AcceptedInput | None, bool]:
     """What :func:`accepted_input` finds on one device, and whether the network has run there with any image."""
     first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
     channel_numbers = dict.fromkeys([3, 1] if first is None else [3, 1, first.in_channels])
@@ -139,7 +138,6 @@ def _try_sizes(network: nn.Module, scale: int | None, device: str) -> tuple[Acce
                 ran = True
                 if isinstance(output, Tensor) and output.ndim == 4:
                     factor = output.shape[2] // height
-                    fits = factor > 0 and output.shape[2:] == (height * factor, width * factor)
-                    if fits and scale in (None, factor):
+                    if factor > 0 and output.shape[2:] == (height * factor, width * factor):
                         return AcceptedInput(channels, multiple), ran
     return None, ran

@@ -23,6 +23,7 @@ FAMILIES = {
     **{network.arch.__name__: (network.recognise, network.build) for network in STOCK_NETWORKS},
 }
 
+OURS = ('DSCLoRA', 'SPAN', 'LKDN')
 PARAM_KEYS = ('params_ema', 'params')
 
 
@@ -84,6 +85,8 @@ def load_network(path: str | os.PathLike, param_key: str | None = None) -> nn.Mo
         InputError: The file cannot be read, or belongs to no known network, or does not fit it.
     """
     state = read_state_dict(path, param_key)
+    if all(map(is_lora_key, state)):
+        raise InputError(f'{path} is an adapter, not a network: put it onto its base with `lora-sr adapter merge`.')
     family = family_of(state)
     if family is None:
         raise InputError(

@@ -27,7 +27,7 @@ from lora_sr.adapters.adapter_file import SUFFIX, check_output
 from lora_sr.archs import is_training_form, load_network, read_state_dict
 from lora_sr.archs.adaptsr_arch import AdaptSR
 from lora_sr.archs.any_size import take_any_size
-from lora_sr.archs.loading import family_of
+from lora_sr.archs.loading import OURS, family_of
 from lora_sr.checkpoint_file import load_weights
 from lora_sr.deploy.merge import SUFFIXES, writing
 from lora_sr.errors import InputError
@@ -233,7 +233,11 @@ def _network(base: str | os.PathLike, state: dict[str, Tensor], pairs: Pairs | N
     if pairs and pairs.options is not None:
         return _build(pairs.options, state, base)
     if family_of(state) is not None:
-        return load_network(base)
+        try:
+            return load_network(base)
+        except InputError:  # a network of one's own may look like a stock one
+            if pairs or family_of(state) in OURS:
+                raise
     if pairs:
         raise InputError(
             f'{base} belongs to no network known here, so --fit cannot run it: give an option file whose network_g is '

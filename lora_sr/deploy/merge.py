@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_sr.adapters import count_parameters, is_lora_key, lora_layers, merge_lora, merge_state_dict
 from lora_sr.archs import fold, load_network, read_state_dict
 from lora_sr.archs.any_size import accepted_input
-from lora_sr.archs.loading import family_of
+from lora_sr.archs.loading import OURS, family_of
 from lora_sr.archs.reparam import TOLERANCE, Foldable, relative_difference
 from lora_sr.errors import InputError
 
@@ -88,7 +88,12 @@ def merge_checkpoint(
     state = read_state_dict(checkpoint, param_key)
     if any(map(is_lora_key, state)) and family_of(state) is None:
         return _merge_unknown(checkpoint, state, output)
-    trained = load_network(checkpoint, param_key)
+    try:
+        trained = load_network(checkpoint, param_key)
+    except InputError:  # a network of one's own may look like a stock one; those of this package may have branches
+        if not any(map(is_lora_key, state)) or family_of(state) in OURS:
+            raise
+        return _merge_unknown(checkpoint, state, output)
     layers = sum(1 for _ in lora_layers(trained))
     folded = sum(1 for module in trained.modules() if isinstance(module, Foldable) and module.is_training_form)
     if not layers and not folded:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_sr.adapters import LoRALayer, count_parameters, layer_groups, lora_layers
 from lora_sr.adapters.allocation import base_weight, full_rank, largest_useful_rank
-from lora_sr.adapters.layers import SHIFT_PREFIX
+from lora_sr.adapters.layers import SHIFT_PREFIX, kind_of_shift
 from lora_sr.archs import load_network
 from lora_sr.errors import InputError
 from lora_sr.option_check.check import Check
@@ -105,8 +105,7 @@ def inspect_network(network: nn.Module) -> Inspection:
                 )
             )
         for key in shifted:
-            norm_or_table = 'norm' if key in ('weight', 'bias') else 'position'
-            kind = 'bias' if isinstance(module, LoRALayer) else norm_or_table
+            kind = kind_of_shift(key, isinstance(module, LoRALayer))
             count = own[key].numel()
             rows.append(Row(f'{name}.{key}', kind, tuple(own[key].shape), None, count, count))
     counts = count_parameters(network)

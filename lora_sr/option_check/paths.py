@@ -61,11 +61,12 @@ def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
             content = read_checkpoint(file)
         if net is None:
             return
+        _check_alphas(check, f'path.{key}', network, _weights(content, param_key), file)
         try:
             load_weights(net, content, file, param_key, path.get(f'strict_load_{letter}', True))
         except InputError as error:
             weights = _weights(content, param_key)
-            reason = weights and (_other_network(net, weights, file) or _other_scale(check, network, weights, file))
+            reason = weights and (_other_scale(check, network, weights, file) or _other_network(net, weights, file))
             raise InputError(reason or error) from error
         if is_teacher:
             fold(net)
@@ -79,6 +80,18 @@ def _weights(content: dict, param_key) -> dict:
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         return {}
     return without_module_prefix(weights)
+
+
+def _check_alphas(check: Check, where: str, network: str, weights: dict, file: str) -> None:
+    """A checkpoint's alphas go before those of the option file, whose author should know."""
+    own = {key: value for key, value in check.networks[network].state_dict().items() if key.endswith('.lora_alpha')}
+    for key in own:
+        if key in weights and weights[key] != own[key]:
+            layer = key.rpartition('.')[0]
+            check.add(
+                f'{where}: {file} has alpha {weights[key]:g} in {layer}, but {network} {own[key]:g}; give its alpha'
+            )
+            return
 
 
 def _other_network(net, weights: dict, file: str) -> str:

@@ -1,6 +1,7 @@
 """LoRA: against the authors' layer, against float64, and against what a user would do wrong."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from lora_sr.adapters import (
     add_lora,
     count_parameters,
     describe_lora,
+    load_adapter,
     lora_layers,
     mark_trainable,
     merge_lora,
     merge_state_dict,
     remove_lora,
+    save_adapter,
     set_lora_scale,
 )
 from lora_sr.errors import InputError
@@ -303,3 +306,67 @@ def test_verbs_refuse_a_network_without_lora(network):
     add_lora(network, ALL)
     with pytest.raises(InputError, match='carries LoRA already'):
         add_lora(network, ALL)
+
+
+def test_layers_that_share_a_weight_are_refused(network):
+    network.body[0] = nn.Conv2d(3, 8, 3)
+    network.body[0].weight = network.head.weight
+    with pytest.raises(InputError, match='head, body.0 share one weight'):
+        add_lora(network, ALL)
+    add_lora(network, LoRAConfig(['.*'], exclude_modules=['body.0']))
+
+
+def test_shifted_layers_go_through_pickle(network):
+    add_lora(network, LoRAConfig(['head'], also_train=['bias', 'norm']))
+    with torch.no_grad():
+        network.head.lora_shift_bias.normal_()
+        network.body[3].lora_shift_weight.normal_()
+    again = pickle.loads(pickle.dumps(network.head)), pickle.loads(pickle.dumps(network.body[3]))
+    assert type(again[0]) is type(network.head) and type(again[1]) is type(network.body[3])
+    assert torch.equal(again[0].bias, network.head.bias) and torch.equal(again[1].weight, network.body[3].weight)
+
+
+class Scaled(nn.Module):
+    """A normalisation whose parameters have names of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), ChannelNorm()
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class ChannelNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.ones(4, 1, 1)), nn.Parameter(torch.zeros(4, 1, 1))
+
+    def forward(self, x):
+        return x / x.std() * self.gamma + self.beta
+
+
+@torch.no_grad()
+def test_a_norm_of_any_names_goes_through_its_adapter(tmp_path):
+    network = add_lora(Scaled(), LoRAConfig(['conv'], rank=1, also_train=['norm']))
+    network.norm.lora_shift_gamma.normal_()
+    assert describe_lora(network).also_train == ['norm']
+    save_adapter(network, tmp_path / 'a.safetensors')
+    other = Scaled()
+    other.load_state_dict({key: value for key, value in network.state_dict().items() if '.lora_' not in key})
+    load_adapter(other, tmp_path / 'a.safetensors')
+    x = torch.rand(1, 3, 5, 5)
+    assert torch.equal(other(x), network(x))
+
+
+@pytest.mark.parametrize('normalise', [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_statistics_stay_frozen_until_the_updates_are_gone(normalise):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), normalise(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)).train()
+    mark_trainable(add_lora(network, LoRAConfig(['0'], rank=1)))
+    before = {name: value.clone() for name, value in network.named_buffers()}
+    network(torch.rand(2, 3, 5, 5))
+    assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
+    merge_lora(network)
+    assert all(module.training for module in network.modules())
+    network(torch.rand(2, 3, 5, 5))
+    assert not torch.equal(network[2].running_mean, before['2.running_mean'])

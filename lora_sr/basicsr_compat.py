@@ -347,7 +347,12 @@ def mend_distributed_start() -> None:
 
 
 def mend_model_to_device() -> None:
-    """`BaseModel.model_to_device` gives DistributedDataParallel a CUDA device even where the network is on the CPU."""
+    """`BaseModel.model_to_device` gives DistributedDataParallel a CUDA device even where the network is on the CPU.
+
+    It also lets it send buffers round at each forward pass, in which the other processes take no part where the first
+    one validates: a network with buffers, such as LoRA's alphas or SwinIR's masks, then waits for them or fails. They
+    are constants here; where they are statistics, each process keeps its own.
+    """
     from basicsr.models.base_model import BaseModel
 
     original = BaseModel.model_to_device
@@ -359,8 +364,12 @@ def mend_model_to_device() -> None:
     def model_to_device(self, net):
         if self.opt['dist'] and self.device.type == 'cpu':
             find_unused = self.opt.get('find_unused_parameters', False)
-            return torch.nn.parallel.DistributedDataParallel(net.to('cpu'), find_unused_parameters=find_unused)
-        return original(self, net)
+            net = torch.nn.parallel.DistributedDataParallel(net.to('cpu'), find_unused_parameters=find_unused)
+        else:
+            net = original(self, net)
+        if isinstance(net, torch.nn.parallel.DistributedDataParallel):
+            net.broadcast_buffers = False
+        return net
 
     BaseModel.model_to_device = model_to_device
 

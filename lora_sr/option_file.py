@@ -82,6 +82,8 @@ def load_options(path) -> OrderedDict:
 def apply_overrides(options: dict, entries) -> None:
     """Set each `a:b=value` of `entries` in `options`, in place; the value is YAML, and `none` stands for null.
 
+    A data set that is set to null is left out.
+
     Raises:
         InputError: an entry without `=`, a path that is not in the options (the keys that exist there are listed),
             or a value that is not valid YAML. Nothing is changed then.
@@ -101,7 +103,10 @@ def apply_overrides(options: dict, entries) -> None:
         value = None if text.lower() == 'none' else _parse(text, f'--force_yml {entry}')
         changes.append((place, keys[-1], value))
     for place, key, value in changes:
-        place[key] = value
+        if value is None and place is options.get('datasets'):
+            del place[key]  # `datasets:val_2=~` leaves a data set out
+        else:
+            place[key] = value
 
 
 def _what_exists(place, parents: list, key: str) -> str:

@@ -40,9 +40,13 @@ TARGETS = ['body.0.conv1', 'body.0.conv2', 'body.1.conv1', 'body.1.conv2', 'upco
 
 
 @pytest.fixture
-def options(pairs, tmp_path, monkeypatch):
+def options(pairs, tmp_path, tmp_path_factory, monkeypatch):
     """An option file with an AdaptSR network, in the folder to run in."""
+    torch.manual_seed(0)
+    base = tmp_path_factory.mktemp('base') / 'base.pth'
+    torch.save({'params': build_network(dict(BASE)).state_dict()}, base)
     text = TINY_OPTIONS.format(root=pairs, suffix='', backend='disk')
+    text = text.replace('pretrain_network_g: ~', f'pretrain_network_g: {base}')
     text = re.sub(r'network_g:\n(  .*\n)+', NETWORK, text)
     file = tmp_path / 'tiny.yml'
     file.write_text(text)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from basicsr.archs.srresnet_arch import MSRResNet
 from tiny_run import TINY_OPTIONS, logged, run_python, write_pairs
 
 from lora_sr.checkpoint_file import read_checkpoint
@@ -53,6 +54,23 @@ def test_two_processes_on_the_cpu(tiny_options, tmp_path):
     wrong = run_python(*launcher, *command, '--force_yml', 'scale=3', 'name=wrong', cwd=tmp_path, status=1)
     assert wrong.stderr.count('error: network_g.upscale is 2, but scale is 3; they have to be equal\n') == 1
     assert not (tmp_path / 'experiments/wrong').exists()
+
+
+def test_two_processes_adapt_a_network(tiny_options, tmp_path):
+    base = MSRResNet(num_feat=4, num_block=1, upscale=2)
+    torch.save({'params': base.state_dict()}, tmp_path / 'base.pth')
+    text = tiny_options.read_text()
+    start, end = text.index('network_g:'), text.index('path:')
+    section = '{type: MSRResNet, num_feat: 4, num_block: 1, upscale: 2}'
+    lora = '{groups: [all], rank: 2, also_train: [bias]}'
+    text = f'{text[:start]}network_g: {{type: AdaptSR, base: {section}, lora: {lora}}}\n{text[end:]}'
+    tiny_options.write_text(text.replace('pretrain_network_g: ~', f'pretrain_network_g: {tmp_path}/base.pth'))
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2]
+    run_python(*launcher, '-m', 'lora_sr.train', '--launcher', 'pytorch', '-opt', tiny_options, cwd=tmp_path)
+    adapted = read_checkpoint(tmp_path / 'experiments/tiny/models/net_g_6.pth')['params']
+    assert all(torch.equal(adapted[key], value) for key, value in base.state_dict().items())
+    updates = [value for key, value in adapted.items() if key.endswith('lora_B') or '.lora_shift_' in key]
+    assert updates and all(value.any() for value in updates)
 
 
 MISTAKES = [

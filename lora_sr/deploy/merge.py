@@ -86,6 +86,8 @@ def merge_checkpoint(
         raise InputError(f'The folder {output.parent} of the output does not exist.')
 
     state = read_state_dict(checkpoint, param_key)
+    if all(map(is_lora_key, state)):
+        raise InputError(f'{checkpoint} is an adapter: `lora-sr adapter merge` puts it onto its base.')
     if any(map(is_lora_key, state)) and family_of(state) is None:
         return _merge_unknown(checkpoint, state, output)
     try:

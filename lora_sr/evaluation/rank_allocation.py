@@ -97,38 +97,54 @@ def allocate(
     if not isinstance(network, dict) or network.get('type') != 'AdaptSR':
         kind = network.get('type') if isinstance(network, dict) else network
         raise InputError(f'network_g of {option_file} is {kind}: ranks are allocated to a network of type AdaptSR.')
-    problems = check_options(options, is_train=True)
+    problems = check_options(_without_validation(options), is_train=True)
     if problems:
         raise InputError('\n'.join(problems))
     model, data = _build(option_file)
     net = model.get_bare_model(model.net_g)
     counts = count_parameters(net)
     base = counts.total - counts.lora
-    allowed = parse_budget(budget, base)
+    ranked = sum(value.numel() for name, value in net.named_parameters() if name.endswith(('.lora_A', '.lora_B')))
+    allowed = parse_budget(budget, base) - (counts.lora - ranked)  # shifts train whatever the ranks
 
-    config = replace(LoRAConfig.from_dict(network['lora']), rank_pattern={})
+    config = LoRAConfig.from_dict(network['lora'])
+    left_out = {layer: 0 for layer, rank in config.rank_pattern.items() if rank == 0}
+    config = replace(config, rank_pattern=left_out)
     groups = {name: group for name, group in layer_groups(net).items() if config.is_target(name, group)}
     layers = {name: net.get_submodule(name) for name in groups}
     gradients = measure_gradients(model, layers, islice(data, batches))
     importance = {name: layer_importance(layers[name], gradients[name]) for name in layers}
     ranks = allocate_ranks(importance, allowed, max_rank)
     used = sum(rank * importance[name].cost for name, rank in ranks.items())
-    pattern = {re.escape(name): rank for name, rank in ranks.items()}
+    pattern = {**left_out, **{re.escape(name): rank for name, rank in ranks.items()}}
     AdaptSR(network['base'], {**network['lora'], 'rank_pattern': pattern})  # e.g. alpha_pattern may not fit any more
     allocation = Allocation(ranks, groups, allowed, used, base)
     partial = output.with_name(f'.{output.name}.partial')
+    drawn = None if chart is None else Path(chart).with_name(f'.partial.{Path(chart).name}')
     try:
         write_ranks(option_file, pattern, f'lora-sr allocate --budget {budget}: {used:,} parameters', partial)
         if chart is not None:
             figure = plot_ranks(allocation)
             try:
-                figure.savefig(chart)
+                figure.savefig(drawn)
             except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix that it does not know
                 raise InputError(f'The picture {chart} cannot be written: {error}.') from None
         os.replace(partial, output)
+        if drawn is not None:
+            os.replace(drawn, chart)
     finally:
         partial.unlink(missing_ok=True)
+        if drawn is not None:
+            drawn.unlink(missing_ok=True)
     return allocation
+
+
+def _without_validation(options: dict) -> dict:
+    """The options without what only validation reads."""
+    datasets = options.get('datasets')
+    if isinstance(datasets, dict):
+        datasets = {name: section for name, section in datasets.items() if not str(name).startswith('val')}
+    return {**options, 'datasets': datasets, 'val': None}
 
 
 def parse_budget(budget: str, base: int) -> int:
@@ -197,7 +213,8 @@ def _build(option_file: str | os.PathLike):
             opt, _ = parse_options(os.getcwd(), is_train=True)
     finally:
         sys.argv = argv
-    opt['train']['ema_decay'] = 0
+    if not opt['train'].get('ldl_opt'):  # which compares with the average
+        opt['train']['ema_decay'] = 0
     with _quiet_logger():
         dataset_opt = opt['datasets']['train']
         dataset = build_dataset(dataset_opt)

@@ -8,6 +8,7 @@ import tempfile
 from basicsr.archs.swinir_arch import SwinIR
 from torch import Tensor
 
+from lora_sr.adapters import is_lora_key
 from lora_sr.archs import fold, read_state_dict
 from lora_sr.archs.loading import FAMILIES, family_of
 from lora_sr.checkpoint_file import load_weights, read_checkpoint, without_module_prefix
@@ -34,6 +35,10 @@ def check_path(check: Check) -> None:
                 check.add(f'path.{key} is given, but there is no {network}')
             else:
                 _check_checkpoint(check, path, key, network)
+    if check.is_train and path.get('pretrain_network_g') is None and not _resumes(check):
+        section = check.opt.get('network_g')
+        if isinstance(section, dict) and section.get('type') == 'AdaptSR':
+            check.add('path.pretrain_network_g, the weights of the network that AdaptSR adapts, is missing')
     if check.is_train and resume is not None:
         try:
             read_checkpoint(os.path.expanduser(str(resume)))
@@ -59,6 +64,8 @@ def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
             content, param_key = read_state_dict(file, param_key), None
         else:
             content = read_checkpoint(file)
+            if all(map(is_lora_key, content)):
+                raise InputError(f'{file} is an adapter; `lora-sr adapter apply` puts it onto its base')
         if net is None:
             return
         _check_alphas(check, f'path.{key}', network, _weights(content, param_key), file)
@@ -66,7 +73,11 @@ def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
             load_weights(net, content, file, param_key, path.get(f'strict_load_{letter}', True))
         except InputError as error:
             weights = _weights(content, param_key)
-            reason = weights and (_other_scale(check, network, weights, file) or _other_network(net, weights, file))
+            reason = weights and (
+                _other_image_size(net, weights, file)
+                or _other_scale(check, network, weights, file)
+                or _other_network(net, weights, file)
+            )
             raise InputError(reason or error) from error
         if is_teacher:
             fold(net)
@@ -95,18 +106,22 @@ def _check_alphas(check: Check, where: str, network: str, weights: dict, file: s
 
 
 def _other_network(net, weights: dict, file: str) -> str:
-    """The sentence for weights of another network, or of a SwinIR for another image size; empty for any others."""
+    """The sentence for weights of another network; empty if that is not so."""
     family, own = family_of(weights), type(net).__name__
-    if family is not None and own in FAMILIES and family != own and family_of(net.state_dict()) != family:
-        return f'{file} is a checkpoint of {family}, not of {own}'
-    if family == own == SwinIR.__name__:
-        try:
-            size = FAMILIES[family][1](weights).patch_embed.img_size
-        except (KeyError, InputError):  # an incomplete file
-            return ''
-        if size != net.patch_embed.img_size:
-            return f'{file} is of a SwinIR with img_size {_size(size)}, not {_size(net.patch_embed.img_size)}'
-    return ''
+    is_other = family is not None and own in FAMILIES and family != own and family_of(net.state_dict()) != family
+    return f'{file} is a checkpoint of {family}, not of {own}' if is_other else ''
+
+
+def _other_image_size(net, weights: dict, file: str) -> str:
+    """The sentence for a SwinIR whose masks are for another size of image; empty if that is not so."""
+    if not isinstance(net, SwinIR) or family_of(weights) != SwinIR.__name__:
+        return ''
+    try:
+        size = FAMILIES[SwinIR.__name__][1](weights).patch_embed.img_size
+    except (KeyError, InputError):  # an incomplete file
+        return ''
+    own = net.patch_embed.img_size
+    return f'{file} is of a SwinIR with img_size {_size(size)}, not {_size(own)}' if size != own else ''
 
 
 def _size(sides) -> str:

@@ -160,7 +160,7 @@ def test_gan_resumes(data, tmp_path):
 def build(model: str, **changes):
     """A model of BasicSR with a tiny generator under LoRA, on the CPU, and its batch of 4x pairs."""
     opt = yaml.load(tiny_gan_options(model, 'data'), Loader=OptionLoader)
-    opt.update(is_train=True, dist=False)
+    opt.update(is_train=True, dist=False, path={'pretrain_network_g': None})
     for key, value in changes.items():
         opt['train'][key] = value
     torch.manual_seed(0)

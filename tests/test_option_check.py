@@ -478,6 +478,9 @@ def adapted() -> dict:
 )
 def test_network_with_lora(options, tmp_path, path, value, sentence):
     change(options, 'network_g', adapted())
+    base = LKDN(num_feat=4, num_atten=4, num_block=1, upscale=2)
+    torch.save({'params': base.state_dict()}, tmp_path / 'base.pth')
+    change(options, 'path.pretrain_network_g', str(tmp_path / 'base.pth'))
     change(options, f'network_g.{path}', value)
     problems = check(options, tmp_path)
     assert len(problems) == (sentence is not None), problems
@@ -504,6 +507,17 @@ def test_base_checkpoint_of_another_network(options, tmp_path, wrapped, network,
     change(options, 'path.pretrain_network_g', str(tmp_path / 'base.pth'))
     expected = [f'path.pretrain_network_g: {tmp_path}/base.pth {sentence}'] if sentence else []
     assert check(options, tmp_path) == expected
+
+
+def test_base_of_an_adapted_network_is_needed(options, tmp_path):
+    change(options, 'network_g', adapted())
+    missing = ['path.pretrain_network_g, the weights of the network that AdaptSR adapts, is missing']
+    assert check(options, tmp_path) == missing
+    for states in ('training_states/3.state', 'models/net_g_3.pth'):
+        file = tmp_path / 'experiments' / options['name'] / states
+        file.parent.mkdir(parents=True)
+        torch.save({}, file)
+    assert check({**options, 'auto_resume': True}, tmp_path) == []
 
 
 def test_alpha_of_the_checkpoint_is_told(options, tmp_path):

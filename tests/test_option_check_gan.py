@@ -220,7 +220,8 @@ def test_flags_are_true_or_false(options, tmp_path):
 def test_scale_that_does_not_divide_the_patches(options, data, tmp_path):
     opt = options('RealESRNetModel')
     change(opt, 'scale', 3)
-    change(opt, 'network_g.base.upscale', 3)
+    change(opt, 'network_g', {'type': 'MSRResNet', 'num_feat': 4, 'num_block': 1, 'upscale': 3})
+    change(opt, 'path.pretrain_network_g', None)
     change(opt, 'datasets.val')
     sentence = 'scale is 3, but a RealESRGANDataset gives patches of 400 pixels, which has to be a multiple of it'
     assert check_options(opt, True, tmp_path) == [sentence]

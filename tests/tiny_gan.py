@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import torch
+from basicsr.archs.srresnet_arch import MSRResNet
 from tiny_run import write_pairs
 
 DEGRADATIONS = """\
@@ -49,7 +51,7 @@ network_g:
   base: {{type: MSRResNet, num_feat: 4, num_block: 1, upscale: 4}}
   lora: {{groups: [all], rank: 2}}
 network_d: {{type: UNetDiscriminatorSN, num_in_ch: 3, num_feat: 4}}
-path: {{pretrain_network_g: ~}}
+path: {{pretrain_network_g: {data}/base.pth}}
 train:
   ema_decay: 0.9
   optim_g: {{type: AdamW, lr: 1e-2, weight_decay: 0.1}}
@@ -78,8 +80,13 @@ DEGRADED = """{{name: train, type: RealESRGANDataset, dataroot_gt: {data}/gt, me
 
 
 def write_data(root: Path) -> None:
-    """Write eight 4x pairs, GT of 128x128 pixels, as `write_pairs` does, and `root/names.txt`, the list of GT names."""
+    """Write what a run reads to `root`.
+
+    These are eight 4x pairs, GT of 128x128 pixels, as `write_pairs` writes them, `names.txt`, the list of GT names, and
+    `base.pth`, the generator's base.
+    """
     write_pairs(root, gt_size=128, scale=4)
+    torch.save({'params': MSRResNet(num_feat=4, num_block=1, upscale=4).state_dict()}, root / 'base.pth')
     (root / 'names.txt').write_text(''.join(f'{index:03}.png ({index})\n' for index in range(8)))
 
 

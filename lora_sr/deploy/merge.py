@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_sr.adapters import count_parameters, is_lora_key, lora_layers, merge_lora, merge_state_dict
+from lora_sr.adapters.adapter_file import check_output
 from lora_sr.archs import fold, load_network, read_state_dict
 from lora_sr.archs.any_size import accepted_input
 from lora_sr.archs.loading import OURS, family_of
@@ -78,13 +79,7 @@ def merge_checkpoint(
             then.
     """
     output = Path(output)
-    if output.suffix not in SUFFIXES:
-        raise InputError(f'The output {output} must end in {" or ".join(SUFFIXES)}.')
-    if output.exists() and not overwrite:
-        raise InputError(f'The output {output} exists: choose another name, or allow it with --overwrite.')
-    if not output.parent.is_dir():
-        raise InputError(f'The folder {output.parent} of the output does not exist.')
-
+    check_output(output, SUFFIXES, overwrite)
     state = read_state_dict(checkpoint, param_key)
     if all(map(is_lora_key, state)):
         raise InputError(f'{checkpoint} is an adapter: `lora-sr adapter merge` puts it onto its base.')
@@ -153,7 +148,7 @@ def _merge_unknown(checkpoint: str | os.PathLike, state: dict[str, Tensor], outp
 @contextlib.contextmanager
 def writing(state: dict[str, Tensor], output: Path):
     """Write a state dict, let the caller prove the file that is given to it, and only then give it its name."""
-    partial = output.with_name(f'.{output.stem}.partial{output.suffix}')
+    partial = output.with_name(f'.{output.stem}.{os.getpid()}.partial{output.suffix}')
     try:
         with _errors_of_writing(output):
             _write(state, partial)

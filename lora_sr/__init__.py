@@ -24,6 +24,7 @@ for _pattern in (
         importlib.import_module(f'{__name__}.{_file.parent.name}.{_file.stem}')
 
 from lora_sr.archs import load_network  # noqa: E402  (BasicSR has to be mended before)
+from lora_sr.deploy.runtime import optimize  # noqa: E402
 
-__all__ = ['load_network']
+__all__ = ['load_network', 'optimize']
 __version__ = '0.1.0'

@@ -13,7 +13,7 @@ from basicsr.archs.swinir_arch import SwinIR
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lora_sr.adapters import count_parameters, is_lora_key, lora_layers, merge_lora, merge_state_dict
+from lora_sr.adapters import adapted_modules, count_parameters, is_lora_key, lora_layers, merge_lora, merge_state_dict
 from lora_sr.adapters.adapter_file import check_output
 from lora_sr.archs import fold, load_network, read_state_dict
 from lora_sr.archs.any_size import accepted_input
@@ -52,6 +52,18 @@ class MergeReport:
             f'{self.trained_parameters:,} -> {self.plain_parameters:,}\n'
             f'largest difference    {difference or "not measured, as an unknown network cannot be run"}'
         )
+
+
+def deploy_form(network: nn.Module) -> nn.Module:
+    """A copy of ``network`` with its LoRA merged and its branches folded, in eval mode and frozen.
+
+    Raises:
+        InputError: As :func:`lora_sr.archs.fold` does.
+    """
+    network = deepcopy(network)
+    if any(True for _ in adapted_modules(network)):
+        merge_lora(network)
+    return fold(network).eval().requires_grad_(False)
 
 
 def merge_checkpoint(
@@ -95,11 +107,8 @@ def merge_checkpoint(
     folded = sum(1 for module in trained.modules() if isinstance(module, Foldable) and module.is_training_form)
     if not layers and not folded:
         raise InputError(f'{checkpoint} is a deploy-form checkpoint already: nothing to merge or fold.')
-    plain = deepcopy(trained)
-    if layers:
-        merge_lora(plain)
     try:
-        fold(plain)
+        plain = deploy_form(trained)
     except InputError as error:
         raise InputError(f'{checkpoint} cannot be folded: {error}') from None
 

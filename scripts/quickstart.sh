@@ -32,6 +32,6 @@ step "Test the merged network on the photographs that were held out"
 python -m lora_sr.test -opt "$options/test_SPAN.yml"
 
 step "Compare"
-lora-sr compare --gt photos/test --scale 2 --picture comparison.png \
+lora-sr compare --set photographs=photos/test --picture comparison.png \
   SPAN=experiments/SPAN/models/net_g_latest.pth "DSCLoRA merged=DSCLoRA_merged.pth"
 echo "all of it is in $PWD"

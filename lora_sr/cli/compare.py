@@ -1,4 +1,8 @@
-"""`lora-sr compare`: networks beside bicubic interpolation, on a folder of images."""
+"""`lora-sr compare`: networks beside each other and beside bicubic interpolation, in one table."""
+
+from __future__ import annotations
+
+import os
 
 from lora_sr.cli.arguments import by_name, named
 
@@ -7,22 +11,77 @@ def add_parser(commands):
     """Add the sub-command to `lora-sr`."""
     parser = commands.add_parser(
         'compare',
-        help='table and picture of networks beside bicubic',
-        description='Measure networks and bicubic interpolation on a folder of images: PSNR and SSIM on the Y '
-        'channel, parameters, multiply-adds for an output of 1280x720, and a picture of details side by side.',
+        help='one table of networks on sets of images: quality, counts, runtime, score',
+        description='Measure networks, in deploy form, and bicubic interpolation on sets of images: PSNR and SSIM on '
+        'the Y channel, parameters, multiply-adds, activations and convolutions; runtime, peak memory and the score of '
+        'the NTIRE challenge on request. Without a set, the costs alone.',
     )
-    parser.add_argument('checkpoints', nargs='+', type=named('CHECKPOINT'), metavar='NAME=CHECKPOINT')
-    parser.add_argument('--gt', required=True, metavar='FOLDER', help='original images')
-    parser.add_argument('--lr', metavar='FOLDER', help='LR images of the same names (default: made by bicubic)')
-    parser.add_argument('--scale', type=int, required=True, help='scale factor')
+    parser.add_argument(
+        'networks',
+        nargs='+',
+        type=named('FILE'),
+        metavar='NAME=FILE',
+        help="checkpoint, or option file of BasicSR (.yml) with any registered network and its path's weights",
+    )
+    parser.add_argument(
+        '--set',
+        dest='sets',
+        action='append',
+        default=[],
+        type=named('GT_FOLDER[,LR_FOLDER]'),
+        metavar='NAME=GT[,LR]',
+        help='original images and LR images of the same names (default: made by bicubic); for each set once',
+    )
+    parser.add_argument('--rgb', action='store_true', help='PSNR and SSIM on RGB too')
+    parser.add_argument('--runtime', action='store_true', help='measure runtime and peak memory, which takes a while')
+    parser.add_argument('--baseline', metavar='NAME', help='NTIRE score relative to this network; measures the runtime')
+    parser.add_argument(
+        '--size',
+        nargs=2,
+        type=int,
+        metavar=('HEIGHT', 'WIDTH'),
+        help='input for runtime and memory (default: 256 256)',
+    )
+    parser.add_argument(
+        '-o',
+        '--output',
+        dest='outputs',
+        action='append',
+        metavar='FILE',
+        help='write the table as well (.md, .csv or .json); may be given several times',
+    )
+    parser.add_argument('--plot', metavar='FILE', help='draw PSNR over multiply-adds (.png, .svg, .pdf; matplotlib)')
     parser.add_argument('--picture', metavar='PNG', help='write details of all versions side by side')
+    parser.add_argument('--overwrite', action='store_true', help='replace files that exist')
     parser.set_defaults(run=run)
 
 
 def run(args):
     """Compare, and print the table."""
-    from lora_sr.evaluation.comparison import compare, format_table
+    from lora_sr.evaluation.comparison import compare
+    from lora_sr.evaluation.tables import format_table
 
-    print(format_table(compare(args.gt, args.scale, by_name(args.checkpoints), args.lr, args.picture)))
-    if args.picture:
-        print(f'wrote {args.picture}')
+    comparison = compare(
+        by_name(args.networks),
+        {name: _folders(value) for name, value in by_name(args.sets).items()},
+        rgb=args.rgb,
+        runtime=args.runtime,
+        baseline=args.baseline,
+        size=args.size,
+        outputs=args.outputs,
+        plot=args.plot,
+        picture=args.picture,
+        overwrite=args.overwrite,
+    )
+    print(format_table(comparison))
+    for file in (*(args.outputs or ()), args.plot, args.picture):
+        if file:
+            print(f'wrote {file}')
+
+
+def _folders(value: str) -> tuple[str, str | None]:
+    """The folder of originals, and that of LR images where there is a comma that is not part of a name."""
+    if os.path.isdir(value):
+        return value, None
+    gt, _, lr = value.partition(',')
+    return gt, lr or None

@@ -1,50 +1,40 @@
-"""What a network costs: multiply-adds, as the field's tables count them."""
+"""What a network costs: multiply-adds, activations and convolutions, as the field's tables count them.
+
+Two conventions are in use, and they differ in what norms, averages and interpolations cost, so both are here:
+:func:`count_multi_adds` is that of the papers' tables, for an output of 1280x720, and :func:`count_flops` that of the
+NTIRE challenge, for an input of 256x256. For a network of convolutions alone, such as SPAN, they are equal.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from copy import deepcopy
 
 import torch
 from basicsr.archs.ecbsr_arch import ECB
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-OUTPUT_HEIGHT, OUTPUT_WIDTH = 720, 1280  # the output of which the tables give the multiply-adds
+from lora_sr.adapters import adapted_modules, merge_lora
+
+OUTPUT_HEIGHT, OUTPUT_WIDTH = 720, 1280  # the output of which the papers' tables give the multiply-adds
+CHALLENGE_SIDE = 256  # pixels of the input of which the challenge's tables give the FLOPs
 
 
-@torch.no_grad()
 def count_multi_adds(network: nn.Module, height: int, width: int) -> int:
     """Multiply-adds of one forward pass; nothing is computed for it.
 
-    The convention is that of the tool ``thop``, with which the LKDN paper counts: every multiplication by a weight of
-    ``Conv2d``, ``ConvTranspose2d`` and ``Linear`` is one, their biases are free, and ``LayerNorm`` is 2 for each of its
-    values, 4 with its own weight and bias. Activations and products of features, as in attention, are not counted.
-    A layer with LoRA counts as the merged one.
+    The convention is that of the tool ``thop``, with which the LKDN paper counts: every multiplication by a weight of a
+    convolution or a linear layer is one, biases are free, and a layer norm is 2 for each of its values, 4 with its own
+    weight and bias. Unlike ``thop``, and like the papers on transformers, it has the products of features in attention.
+    Activations are not counted. A layer with LoRA counts as the merged one.
 
     Args:
-        network: Any network whose layers are modules, in training or in deploy form. It is not changed.
+        network: Any network, in training or in deploy form. It is not changed.
         height: Height of the input (1, 3, height, width), in pixels.
         width: Its width.
     """
-    total = 0
-
-    def count(layer: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        nonlocal total
-        if isinstance(layer, nn.LayerNorm):
-            total += output.numel() * (4 if layer.elementwise_affine else 2)
-        elif isinstance(layer, ECB):  # runs as the one convolution that its branches add up to
-            total += output.numel() * layer.conv3x3.weight[0].numel()
-        else:
-            # weight[0] is what one output value is summed from or, transposed, what one input value is spread over.
-            values = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
-            total += values.numel() * layer.weight[0].numel()
-
-    network = deepcopy(network).to('meta').eval()
-    for layer in network.modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.LayerNorm, ECB)):
-            layer.register_forward_hook(count)
-    with torch.device('meta'):  # also for what a forward pass makes without naming a device
-        network(torch.empty(1, 3, height, width))
-    return total
+    return _count_operations(network, height, width)['multi_adds']
 
 
 def count_multi_adds_720p(network: nn.Module, scale: int) -> int:
@@ -55,3 +45,125 @@ def count_multi_adds_720p(network: nn.Module, scale: int) -> int:
         scale: Its scale factor.
     """
     return count_multi_adds(network, OUTPUT_HEIGHT // scale, OUTPUT_WIDTH // scale)
+
+
+def count_flops(network: nn.Module, height: int = CHALLENGE_SIDE, width: int = CHALLENGE_SIDE) -> int:
+    """FLOPs of one forward pass as the NTIRE efficient SR challenge gives them, which are multiply-adds.
+
+    Since 2024 the challenge counts with ``FlopCountAnalysis`` of the library fvcore. Beside multiplications by weights,
+    these are the products of features in attention; 5 for each value of a layer or group norm (4 without weights), and
+    2 (or 1) of a batch norm that runs; 4 for each value that is interpolated bilinearly, 1 for the nearest neighbour;
+    and 1 for each value that is averaged over height and width. What is done element by element is free.
+
+    Args:
+        network: As for :func:`count_multi_adds`.
+        height: Height of the input (1, 3, height, width), in pixels; 256 in the challenge's tables.
+        width: Its width.
+    """
+    return _count_operations(network, height, width)['flops']
+
+
+def count_activations(network: nn.Module, height: int = CHALLENGE_SIDE, width: int = CHALLENGE_SIDE) -> int:
+    """Activations of one forward pass: values that its convolutions give, as the NTIRE challenge counts them.
+
+    The count is from I. Radosavovic et al., "Designing Network Design Spaces" (CVPR 2020). Linear layers have none.
+
+    Args:
+        network: As for :func:`count_flops`.
+        height: Height of the input (1, 3, height, width), in pixels; 256 in the challenge's tables.
+        width: Its width.
+    """
+    return _count_operations(network, height, width)['activations']
+
+
+def count_convolutions(network: nn.Module) -> int:
+    """Convolutions that one forward pass runs, as the NTIRE challenge counts them: one that runs twice counts twice.
+
+    Args:
+        network: As for :func:`count_flops`.
+    """
+    return _count_operations(network, CHALLENGE_SIDE, CHALLENGE_SIDE)['convolutions']
+
+
+def run_for_shapes(network: nn.Module, height: int, width: int) -> Tensor:
+    """Run a copy of a network on the ``meta`` device, where shapes are worked out and nothing is computed.
+
+    A network that cannot run there, e.g. since it looks at values, runs on the CPU.
+
+    Args:
+        network: Any network that takes (1, 3, height, width). It is not changed.
+        height: Height of the input, in pixels.
+        width: Its width.
+
+    Returns:
+        The output, whose values mean nothing.
+    """
+    return _run_counted(network, height, width)[0]
+
+
+def _count_operations(network: nn.Module, height: int, width: int) -> Counter:
+    return _run_counted(network, height, width)[1]
+
+
+@torch.no_grad()
+def _run_counted(network: nn.Module, height: int, width: int) -> tuple[Tensor, Counter]:
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return _run_copy(network, height, width, 'meta')
+        except Exception:  # whatever a network makes of tensors without values
+            return _run_copy(network, height, width, 'cpu')
+
+
+def _run_copy(network: nn.Module, height: int, width: int, device: str) -> tuple[Tensor, Counter]:
+    """Output and counts of a copy in which LoRA is merged, and what runs as one convolution is one."""
+    copy = deepcopy(network).to(device).eval()
+    if any(True for _ in adapted_modules(copy)):
+        merge_lora(copy)
+    for module in list(copy.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, ECB):
+                setattr(module, name, nn.Sequential(child.conv3x3, getattr(child, 'act', nn.Identity())))
+    # The device is also for what a forward pass makes without naming one.
+    with torch.device(device), _OperationCounter() as counter:
+        return copy(torch.zeros(1, 3, height, width)), counter.counts
+
+
+class _OperationCounter(TorchDispatchMode):
+    """Counts what runs within it into ``counts``: ``multi_adds``, ``flops``, ``activations``, ``convolutions``."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name == 'convolution':
+            values, weight, is_transposed = args[0], args[1], args[6]
+            steps = (values if is_transposed else output)[0, 0].numel()
+            self._add(len(values) * weight.numel() * steps)
+            self.counts['activations'] += output.numel()
+            self.counts['convolutions'] += 1
+        elif name in ('mm', 'bmm', 'addmm', 'baddbmm'):
+            first = args[1 if 'add' in name else 0]
+            self._add(output.numel() * first.shape[-1])
+        elif name in ('native_layer_norm', 'native_group_norm'):
+            has_weight = args[2 if name == 'native_layer_norm' else 1] is not None
+            self._add(args[0].numel() * (4 if has_weight else 2), args[0].numel() * (5 if has_weight else 4))
+        elif 'batch_norm' in name:
+            self._add(0, args[0].numel() * (1 if args[1] is None else 2))
+        elif name in ('upsample_nearest2d', 'upsample_bilinear2d'):
+            self._add(0, output.numel() * (4 if name == 'upsample_bilinear2d' else 1))
+        elif name == '_adaptive_avg_pool2d' or (name == 'mean' and self._is_of_pixels(*args)):
+            self._add(0, args[0].numel())
+        return output
+
+    def _add(self, multi_adds: int, flops: int | None = None) -> None:
+        """By the two conventions, which agree where ``flops`` is left out."""
+        self.counts['multi_adds'] += multi_adds
+        self.counts['flops'] += multi_adds if flops is None else flops
+
+    @staticmethod
+    def _is_of_pixels(values: Tensor, dimensions: list[int] | None = None, *_) -> bool:
+        """Whether an average is over height and width, as pooling to one pixel is."""
+        return values.ndim == 4 and dimensions is not None and {d % 4 for d in dimensions} == {2, 3}

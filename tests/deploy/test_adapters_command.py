@@ -214,8 +214,8 @@ def test_fit_finds_the_weights_that_made_the_images(files, capsys):
         half = [f'{path}=0.5' for path in adapters]
         assert run('merge', folder / 'base.pth', *half, '-o', folder / 'half.pth') == 0
         checkpoints = {name: folder / f'{name}.pth' for name in ('half', 'fitted')}
-        rows = compare(folder / 'gt', 2, checkpoints, folder / 'lr')
-        assert [row.psnr for row in rows[1:]] == pytest.approx([before, after], abs=1e-3)
+        rows = compare(checkpoints, {'pairs': (folder / 'gt', folder / 'lr')}).rows
+        assert [row.quality['pairs'].psnr for row in rows[1:]] == pytest.approx([before, after], abs=1e-3)
 
 
 def test_fit_is_never_worse_than_its_start(files, capsys):

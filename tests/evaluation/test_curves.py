@@ -127,7 +127,7 @@ def test_the_picture_is_written(trained, tmp_path, capsys):
     assert cv2.imread(str(picture)) is not None and capsys.readouterr().out == f'wrote {picture}\n'
 
 
-@pytest.mark.parametrize('command', [['curves', '-o', 'a.png'], ['compare', '--gt', 'images', '--scale', '2']])
+@pytest.mark.parametrize('command', [['curves', '-o', 'a.png'], ['compare', '--set', 'A=images']])
 def test_a_name_is_given_once(command, capsys):
     assert main([*command, 'a=X', 'b=Y', 'a=Z']) == 2
     assert capsys.readouterr().err == 'lora-sr: error: The name "a" is given 2 times: give each its own.\n'

@@ -1,0 +1,107 @@
+"""A network as a checkpoint that chaiNNer loads, proved by spandrel, which is what chaiNNer loads with."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_sr.adapters.adapter_file import check_output
+from lora_sr.archs import fold, load_network
+from lora_sr.archs.span_arch import SPAN
+from lora_sr.deploy.exports.deployed import FLOAT32_TOLERANCE, Deployed, ExportReport, deployed_network
+from lora_sr.deploy.merge import SUFFIXES, writing
+from lora_sr.errors import InputError
+
+GAIN = 2  # factor of the inner channels of every Conv3XC, as spandrel builds them
+
+
+def export_chainner(
+    checkpoint: str | os.PathLike, output: str | os.PathLike, param_key: str | None = None, overwrite: bool = False
+) -> ExportReport:
+    """Write the deployed network of a checkpoint such that chaiNNer and spandrel recognise it.
+
+    They know SPAN in its training form alone. So each 3x3 convolution is written back as branches that fold to it
+    exactly: its kernel between two 1x1s that are identities, and a skip of zeros. Of the other networks they know
+    SwinIR, RRDBNet with 32 growth channels, and SRVGGNetCompact with PReLU, which are written as they are, merged.
+
+    The written file is loaded by spandrel and run on images of three sizes. Where spandrel is not installed, a SPAN is
+    checked by our own loader instead, which folds the branches.
+
+    Args:
+        checkpoint: Any checkpoint that :func:`lora_sr.archs.load_network` takes; LoRA is merged and branches folded.
+        output: The file to write, ``.pth`` (state dict under ``params``) or ``.safetensors``.
+        param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``.
+        overwrite: Replace ``output`` where it exists.
+
+    Raises:
+        InputError: The checkpoint cannot be used, or spandrel does not know its network, or is needed and not
+            installed; ``output`` exists, has another suffix or cannot be written; or the file's images differ from the
+            network's by more than 1e-4 of the range of values, or in their scale. No file is left behind then.
+    """
+    output = Path(output)
+    check_output(output, SUFFIXES, overwrite)
+    deployed = deployed_network(checkpoint, param_key)
+    is_span = isinstance(deployed.network, SPAN)
+    has_spandrel = importlib.util.find_spec('spandrel') is not None
+    if not is_span and not has_spandrel:
+        raise InputError(
+            f'{checkpoint} belongs to {deployed.family}, and whether chaiNNer loads that is for spandrel to say: '
+            'pip install spandrel.'
+        )
+    state = deployed.network.state_dict()
+    with writing(as_branches(state) if is_span else state, output) as partial:
+        network = _load_by_spandrel(partial, checkpoint, deployed) if has_spandrel else fold(load_network(partial))
+        difference = deployed.difference(network)
+        if not difference.largest <= FLOAT32_TOLERANCE:
+            raise InputError(
+                f"{checkpoint} cannot be exported for chaiNNer: its images differ from the network's by {difference}."
+            )
+    form = 'SPAN in training form, of exact branches' if is_span else 'checkpoint, merged'
+    return ExportReport(deployed, form, difference, 'spandrel' if has_spandrel else 'lora_sr')
+
+
+@torch.no_grad()
+def as_branches(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a SPAN in deploy form as one of its training form, with the deploy form beside.
+
+    Every sum that folds the branches has one term that is not zero, so in any precision they fold to the same kernel.
+    """
+    branches = {}
+    for key, value in state.items():
+        name, _, tensor = key.rpartition('.eval_conv.')
+        if tensor == 'weight':
+            outputs, inputs = value.shape[:2]
+            kernel = value.new_zeros(GAIN * outputs, GAIN * inputs, *value.shape[2:])
+            kernel[:outputs, :inputs] = value
+            first = torch.eye(GAIN * inputs, inputs).to(value)[:, :, None, None]
+            last = torch.eye(outputs, GAIN * outputs).to(value)[:, :, None, None]
+            branches[f'{name}.sk.weight'] = value.new_zeros(outputs, inputs, 1, 1)
+            branches[f'{name}.sk.bias'] = value.new_zeros(outputs)
+            for i, weight in enumerate((first, kernel, last)):
+                branches[f'{name}.conv.{i}.weight'] = weight
+                branches[f'{name}.conv.{i}.bias'] = value.new_zeros(len(weight))
+            branches[f'{name}.conv.2.bias'] = state[f'{name}.eval_conv.bias']
+        branches[key] = value
+    return branches
+
+
+def _load_by_spandrel(partial: Path, checkpoint: str | os.PathLike, deployed: Deployed) -> nn.Module:
+    import spandrel
+
+    try:
+        descriptor = spandrel.ModelLoader(device='cpu').load_from_file(partial)
+    except Exception as error:  # whatever it makes of a checkpoint that looks like one of its networks
+        raise InputError(
+            f'{checkpoint} cannot be exported for chaiNNer: spandrel {spandrel.__version__}, which loads for it, knows '
+            f'no {deployed.family} of these sizes; chaiNNer also runs what `lora-sr export onnx` writes.'
+        ) from error
+    if descriptor.scale != deployed.scale:
+        raise InputError(
+            f'{checkpoint} cannot be exported for chaiNNer: it is of scale {deployed.scale}, and spandrel '
+            f'{spandrel.__version__} takes it for one of scale {descriptor.scale}.'
+        )
+    return descriptor.model.eval()

@@ -1,0 +1,58 @@
+"""A network as a TorchScript file, which runs without Python and without this package."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+
+import torch
+
+from lora_sr.adapters.adapter_file import check_output, write_whole
+from lora_sr.deploy.exports.deployed import FLOAT32_TOLERANCE, TRACED_SIZE, ExportReport, deployed_network, tracing
+from lora_sr.errors import InputError
+
+METADATA = 'metadata.json'
+
+
+def export_torchscript(
+    checkpoint: str | os.PathLike, output: str | os.PathLike, param_key: str | None = None, overwrite: bool = False
+) -> ExportReport:
+    """Write the deployed network of a checkpoint as TorchScript, for ``torch.jit.load``, libtorch and ncnn's pnnx.
+
+    (N, C, H, W) -> (N, C, scale * H, scale * W) in float32, all sizes open. After loading it can be moved to another
+    device and to half precision, but for SwinIR and ECBSR, which make tensors of their own, on the CPU in float32.
+    ``metadata.json`` in the file has family, scale, channels, range of values and size multiple. The file is loaded
+    again and run on images of three sizes before it is written.
+
+    Args:
+        checkpoint: Any checkpoint that :func:`lora_sr.archs.load_network` takes; LoRA is merged and branches folded.
+        output: The file to write, ``.pt``.
+        param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``.
+        overwrite: Replace ``output`` where it exists.
+
+    Raises:
+        InputError: The checkpoint cannot be used, or its network cannot be traced; ``output`` exists, has another
+            suffix or cannot be written; or the file's images differ from the network's by more than 1e-4 of the range
+            of values. No file is left behind then.
+    """
+    check_output(output, ('.pt',), overwrite)
+    deployed = deployed_network(checkpoint, param_key)
+    buffer = io.BytesIO()
+    try:
+        with tracing():
+            traced = torch.jit.trace(deployed.network, deployed.image(*TRACED_SIZE), check_trace=False)
+            torch.jit.save(traced, buffer, _extra_files={METADATA: json.dumps(deployed.metadata())})
+            buffer.seek(0)
+            loaded = torch.jit.load(buffer)
+        difference = deployed.difference(loaded)
+    except Exception as error:  # whatever the tracer, or what it traced, makes of a network
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(f'{checkpoint} cannot be exported as TorchScript: {deployed.family}: {reason}') from error
+    if not difference.largest <= FLOAT32_TOLERANCE:
+        raise InputError(
+            f"{checkpoint} cannot be exported as TorchScript: the file's images differ from the network's by "
+            f'{difference}.'
+        )
+    write_whole(output, buffer.getvalue())
+    return ExportReport(deployed, 'TorchScript, float32', difference, 'the file, loaded again,')

@@ -1,22 +1,23 @@
-"""`lora-sr inspect`: the layers of a network, what adapts them, and what that costs."""
+"""`lora-sr inspect`: what a checkpoint is, the layers of a network, what adapts them, and what that costs."""
 
 
 def add_parser(commands):
     """Add the sub-command to `lora-sr`."""
     parser = commands.add_parser(
         'inspect',
-        help='table of the layers of a network and of their LoRA',
-        description='Show the layers of a network, the group and the rank of each, and what share of the parameters '
-        'trains. Of an option file this is network_g as the run would build it, and neither data nor weights are '
+        help='what a checkpoint is, and the layers of a network with their LoRA',
+        description='Of a checkpoint: its network, form, scale, LoRA and iteration, and the commands that can be next. '
+        'Of its network: the layers, the group and the rank of each, and what share of the parameters trains. Of an '
+        'option file these are the layers of network_g as the run would build it, and neither data nor weights are '
         'needed. Equal layers of repeated blocks share a line, which has their sums.',
     )
-    parser.add_argument('file', metavar='FILE', help='option file (.yml) or checkpoint (.pth, .safetensors)')
+    parser.add_argument('file', metavar='FILE', help='option file (.yml), checkpoint (.pth, .safetensors) or .state')
     parser.add_argument('--all', action='store_true', help='a line for every layer')
     parser.set_defaults(run=run)
 
 
 def run(args):
-    """Print the table."""
-    from lora_sr.evaluation.inspection import format_inspection, inspect_network, read_network
+    """Print the summary and the table."""
+    from lora_sr.evaluation.checkpoint_summary import inspect_file
 
-    print(format_inspection(inspect_network(read_network(args.file)), fold=not args.all))
+    print(inspect_file(args.file, fold=not args.all))

@@ -1,0 +1,353 @@
+"""What a team hands in to a NTIRE efficient SR challenge: one file of code, the weights, and what goes with them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_sr.adapters import adapted_modules, count_parameters, is_lora_key, merge_lora
+from lora_sr.archs import fold, load_network, read_state_dict
+from lora_sr.archs.loading import OURS, family_of
+from lora_sr.archs.reparam import relative_difference
+from lora_sr.deploy.submitted_networks import class_name_for, describe, name_of, submitted_state, write_source
+from lora_sr.errors import InputError
+from lora_sr.evaluation.complexity import CHALLENGE_SIDE, count_activations, count_convolutions, count_flops
+
+CHALLENGE_SCALE = 4
+TOLERANCE = 1e-6  # of the largest output, where outputs are not equal to the bit
+LARGEST_TEAM = 999
+NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._+-]{0,39}')
+# Batch, channels, height and width of the images on which the file is run.
+VERIFIED_SHAPES = ((1, 3, 17, 23), (1, 3, 41, 29), (2, 3, 31, 37))
+
+# Run in a process of its own, from the folder that holds models/ and model_zoo/, as the organisers' program does.
+_VERIFICATION = """
+import os, sys
+import torch
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('lora_sr', 'basicsr'):
+            raise ImportError(f'it imports {name}')
+
+sys.meta_path.insert(0, Refuse())
+sys.path.insert(0, os.getcwd())
+torch.set_num_threads(THREADS)
+
+def select_model(model_id):
+    if model_id is None:
+        pass
+BRANCH
+    return model
+
+model = select_model(TEAM).eval()
+loaded = [name for name in sys.modules if name.split('.')[0] in ('lora_sr', 'basicsr')]
+assert not loaded, f'it has loaded {loaded[0]}'
+with torch.no_grad():
+    torch.save([model(image) for image in torch.load(IMAGES)], OUTPUTS)
+"""
+
+_FACTSHEET = """\
+# Team {number}: {name}
+
+{description}, in deploy form: merged and folded.
+
+| | |
+| --- | --- |
+| Scale | x{scale}{scale_note} |
+| Parameters | {parameters:,} ({parameters_m:.3f} M) |
+| FLOPs, as multiply-adds, input 256x256 | {flops:.2f} G |
+| Activations, input 256x256 | {activations:.2f} M |
+| Convolutions | {convolutions} |
+| Input and output | RGB in [0, 1] (`data_range` 1.0), any size |
+
+Counted as the challenge does: by fvcore's `FlopCountAnalysis`, and by the organisers' `get_model_activation`.
+
+| file | |
+| --- | --- |
+| `{code}` | the network, `{class_name}()`; imports torch alone |
+| `{weights}` | {size:,} bytes, SHA-256 `{sha256}` |
+| `{branch}` | the branch for `select_model` in `test_demo.py` |
+
+Verified with torch {torch}, in a process that could import neither lora_sr nor basicsr: `{code}` loads these weights
+strictly, and its images are those of the network that it was made from {equality}, on random inputs of {shapes}.
+
+## For the team to fill in
+
+- Members, affiliations, contact:
+- Idea of the method, and what is new in it:
+- Training data:
+- Training: stages, losses, optimizer, learning rates, iterations, patch and batch sizes, hardware, time:
+- PSNR on DIV2K_LSDIR_valid and DIV2K_LSDIR_test:
+- Runtime and memory, and the GPU on which they were measured:
+- Command to download this code:
+"""
+
+
+@dataclass(frozen=True)
+class SubmissionReport:
+    """What :func:`write_submission` wrote, and what it measured.
+
+    Args:
+        description: The network and its size in words.
+        scale: Its scale factor.
+        parameters: Its number of parameters.
+        flops: Multiply-adds for an input of 256x256, as the challenge counts them.
+        activations: Values that its convolutions give for an input of 256x256.
+        convolutions: How many of them run.
+        sha256: Of the file of weights.
+        difference: Of the file's outputs from ours, relative to the largest; 0 where they are equal to the bit.
+        branch: What to paste into the organisers' ``select_model``.
+        files: What was written, relative to the folder.
+    """
+
+    description: str
+    scale: int
+    parameters: int
+    flops: int
+    activations: int
+    convolutions: int
+    sha256: str
+    difference: float
+    branch: str
+    files: tuple[str, ...]
+
+    @property
+    def equality(self) -> str:
+        """How equal the images of the written file are to ours, in words."""
+        return f'within {self.difference:.1e} of the largest value' if self.difference else 'to the bit'
+
+    def __str__(self) -> str:
+        note = '' if self.scale == CHALLENGE_SCALE else f' (the challenge is x{CHALLENGE_SCALE})'
+        return (
+            f'network               {self.description}, x{self.scale}{note}\n'
+            f'parameters            {self.parameters:,} ({self.parameters / 1e6:.3f} M)\n'
+            f'multiply-adds         {self.flops / 1e9:.2f} G ({CHALLENGE_SIDE}x{CHALLENGE_SIDE} input)\n'
+            f'activations           {self.activations / 1e6:.2f} M\n'
+            f'convolutions          {self.convolutions}\n'
+            f'SHA-256 of weights    {self.sha256}\n'
+            f'images of the file    those of the checkpoint {self.equality} (in a process without lora_sr)'
+        )
+
+
+def write_submission(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    team: int,
+    name: str,
+    param_key: str | None = None,
+    overwrite: bool = False,
+) -> SubmissionReport:
+    """Write what a team hands in to the NTIRE efficient SR challenge, and prove it before it appears.
+
+    Into the folder go ``models/teamNN_NAME.py``, which imports torch alone; ``model_zoo/teamNN_NAME.pth``, its weights,
+    a plain state dict; ``teamNN_NAME_select_model.txt``, the branch to paste into the organisers' ``test_demo.py``; and
+    ``teamNN_NAME_factsheet.md``. The branch is run in a process that can import neither this package nor BasicSR, and
+    its network's images of odd sizes are compared with those of the checkpoint.
+
+    Args:
+        checkpoint: SPAN, DSCLoRA, LKDN or LKDN-S. What carries LoRA or branches is merged and folded first.
+        output: A folder. One that is there, such as a clone of the organisers' repository, gets the files beside its
+            own; one that is not appears whole or not at all.
+        team: Number of the team, 1 to 999.
+        name: Of the entry, up to 40 letters, digits, and ``.``, ``_``, ``+``, ``-``. In names of files and of the class
+            what Python does not allow becomes ``_``.
+        param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``, else the top.
+        overwrite: Replace files of these names that are there.
+
+    Raises:
+        InputError: ``team`` or ``name`` is not as above; the checkpoint cannot be used or is of another family; a file
+            of these names exists, or cannot be written; or the written network's images differ from the checkpoint's by
+            more than 1e-6 of the largest. The folder is as it was then.
+    """
+    output = Path(output)
+    _check_team_and_name(team, name)
+    state = read_state_dict(checkpoint, param_key)
+    family = family_of(state)
+    if family not in OURS and not all(map(is_lora_key, state)):
+        what = 'of no network known here' if family is None else f'of {family}'
+        raise InputError(f'{checkpoint} is {what}: a submission is made of SPAN, DSCLoRA, LKDN and LKDN-S.')
+    network = load_network(checkpoint, param_key)
+    if any(True for _ in adapted_modules(network)):
+        merge_lora(network)
+    try:
+        network = fold(network)
+    except InputError as error:
+        raise InputError(f'{checkpoint} cannot be folded: {error}') from None
+
+    class_name = class_name_for(network, name)
+    stem = f'team{team:02}_{re.sub(r"[^A-Za-z0-9_]", "_", name)}'
+    code, weights = f'models/{stem}.py', f'model_zoo/{stem}.pth'
+    branch_file, factsheet = f'{stem}_select_model.txt', f'{stem}_factsheet.md'
+    files = (code, weights, branch_file, factsheet)
+    _check_folder(output, files, overwrite)
+    branch = _branch(team, name, stem, class_name)
+    with _staging(output) as staging:
+        for folder in ('models', 'model_zoo'):
+            (staging / folder).mkdir()
+        (staging / code).write_text(write_source(network, f'Team {team:02}, {name}', class_name), encoding='utf-8')
+        _save(submitted_state(network), staging / weights)
+        (staging / branch_file).write_text(branch, encoding='utf-8')
+        report = SubmissionReport(
+            description=describe(network),
+            scale=network.upscale,
+            parameters=count_parameters(network).total,
+            flops=count_flops(network),
+            activations=count_activations(network),
+            convolutions=count_convolutions(network),
+            sha256=hashlib.sha256((staging / weights).read_bytes()).hexdigest(),
+            difference=_verify(network, staging, branch, team, checkpoint),
+            branch=branch,
+            files=files,
+        )
+        text = _FACTSHEET.format(
+            number=f'{team:02}',
+            name=name,
+            description=f'{report.description}{_source_of(network)}',
+            scale=report.scale,
+            scale_note='' if report.scale == CHALLENGE_SCALE else f': the challenge is x{CHALLENGE_SCALE}',
+            parameters=report.parameters,
+            parameters_m=report.parameters / 1e6,
+            flops=report.flops / 1e9,
+            activations=report.activations / 1e6,
+            convolutions=report.convolutions,
+            code=code,
+            class_name=class_name,
+            weights=weights,
+            size=(staging / weights).stat().st_size,
+            sha256=report.sha256,
+            branch=branch_file,
+            equality=report.equality,
+            shapes=', '.join('x'.join(map(str, shape)) for shape in VERIFIED_SHAPES),
+            torch=torch.__version__,
+        )
+        (staging / factsheet).write_text(text, encoding='utf-8')
+        _put_in_place(staging, output, files, overwrite)
+    return report
+
+
+def _check_team_and_name(team: int, name: str) -> None:
+    if not 1 <= team <= LARGEST_TEAM:
+        raise InputError(f'The team number {team} should be between 1 and {LARGEST_TEAM} (0 is the baseline).')
+    if not NAME.fullmatch(name):
+        raise InputError(
+            f'The name {name!r} should be up to 40 letters, digits, ".", "_", "+" and "-", beginning with a letter or '
+            'a digit.'
+        )
+
+
+def _source_of(network: nn.Module) -> str:
+    return ' (arXiv:2311.12770)' if name_of(network) == 'SPAN' else ' (LKDN, CVPR Workshops 2023)'
+
+
+def _branch(team: int, name: str, stem: str, class_name: str) -> str:
+    return (
+        f'    elif model_id == {team}:\n'
+        f'        from models.{stem} import {class_name}\n'
+        f'        name, data_range = f"{{model_id:02}}_{name}", 1.0\n'
+        f"        model_path = os.path.join('model_zoo', '{stem}.pth')\n"
+        f'        model = {class_name}()\n'
+        '        model.load_state_dict(torch.load(model_path), strict=True)\n'
+    )
+
+
+def _check_folder(output: Path, files: tuple[str, ...], overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise InputError(f'The output {output} is a file, and should be a folder.')
+    if not output.exists() and not output.parent.is_dir():
+        raise InputError(f'The folder {output.parent} of the output does not exist.')
+    for file in files:
+        if (output / file).exists() and not overwrite:
+            raise InputError(
+                f'The output {output / file} exists: choose another folder, name or team, or allow it with --overwrite.'
+            )
+
+
+@contextlib.contextmanager
+def _staging(output: Path):
+    """A folder on the disk of ``output`` that is gone afterwards, whatever happens."""
+    try:
+        with tempfile.TemporaryDirectory(
+            prefix='.submission.', suffix='.partial', dir=output if output.is_dir() else output.parent
+        ) as hidden:
+            staging = Path(hidden, 'submission')
+            staging.mkdir()  # with the usual permissions; those of a temporary folder are for its owner alone
+            yield staging
+    except OSError as error:
+        raise InputError(f'The output {output} cannot be written: {error.strerror}.') from error
+
+
+def _save(state: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # what torch's own writer raises on a full disk
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+
+
+@torch.no_grad()
+def _verify(network: nn.Module, folder: Path, branch: str, team: int, checkpoint: str | os.PathLike) -> float:
+    """Run what was written by itself, and return how far its images are from the network's; see ``difference``."""
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(shape, generator=generator) for shape in VERIFIED_SHAPES]
+    with tempfile.TemporaryDirectory() as exchange:
+        inputs, outputs = (os.path.join(exchange, name) for name in ('images.pt', 'outputs.pt'))
+        torch.save(images, inputs)
+        values = {
+            'THREADS': str(torch.get_num_threads()),
+            'BRANCH': branch,
+            'TEAM': str(team),
+            'IMAGES': repr(inputs),
+            'OUTPUTS': repr(outputs),
+        }
+        program = re.sub('|'.join(values), lambda match: values[match[0]], _VERIFICATION)
+        # Isolated: neither the user's packages nor the environment's paths; and no cached bytecode beside the file.
+        process = subprocess.run(
+            [sys.executable, '-I', '-B', '-c', program], cwd=folder, capture_output=True, text=True, errors='replace'
+        )
+        if process.returncode:
+            reason = (process.stderr.strip().splitlines() or [f'status {process.returncode}'])[-1].strip()
+            raise InputError(f'The submission was not written, as its file does not run by itself: {reason}')
+        written = torch.load(outputs, weights_only=True)
+    differences = [relative_difference(network(image), output) for image, output in zip(images, written)]
+    for difference in differences:
+        if not difference <= TOLERANCE:
+            raise InputError(
+                f'The submission was not written, as its images differ by {difference:.1e} of the largest output from '
+                f'those of {checkpoint}, more than {TOLERANCE:.0e}: its weights are too large for float32, or NaN.'
+            )
+    return max(differences)
+
+
+def _put_in_place(staging: Path, output: Path, files: tuple[str, ...], overwrite: bool) -> None:
+    """Move the staged files to the output: a new folder in one step, into one that is there all of them or none."""
+    if not output.exists():
+        os.rename(staging, output)
+        return
+    _check_folder(output, files, overwrite)
+    undo = []
+    try:
+        for file in files:
+            target, former = output / file, staging / f'{file}.former'
+            if not target.parent.exists():
+                target.parent.mkdir()
+                undo.append((target.parent.rmdir,))
+            if target.exists():
+                os.rename(target, former)
+                undo.append((os.rename, former, target))
+            os.rename(staging / file, target)
+            undo.append((target.unlink,))
+    except BaseException:
+        for step, *arguments in reversed(undo):
+            step(*arguments)
+        raise

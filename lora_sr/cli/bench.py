@@ -1,12 +1,34 @@
-"""`lora-sr benchmark`: our speed and memory beside the alternative's, as ratios from one run."""
+"""`lora-sr bench`: our speed and memory beside the alternative's, as ratios from one run."""
 
 from pathlib import Path
 
 
 def add_parser(commands):
     """Add the sub-command to `lora-sr`."""
-    parser = commands.add_parser('benchmark', help='measure speed and memory beside the alternatives')
-    subjects = parser.add_subparsers(dest='subject', metavar='SUBJECT', required=True)
+    parser = commands.add_parser(
+        'bench',
+        help='measure speed and memory beside the alternatives',
+        description='Measure speed and memory beside the alternatives. Without a SUBJECT it is `runtime`.',
+    )
+    parser.set_defaults(run=run_runtime, checkpoints=[], size=None)
+    subjects = parser.add_subparsers(dest='subject', metavar='SUBJECT')
+
+    runtime = subjects.add_parser('runtime', help="deployed networks beside the papers' code")
+    runtime.add_argument('checkpoints', nargs='*', metavar='CHECKPOINT', help='SPAN or LKDN (default: random weights)')
+    runtime.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        action='append',
+        metavar=('HEIGHT', 'WIDTH'),
+        help='of the LR image (default: 256 256); may be repeated',
+    )
+    runtime.set_defaults(run=run_runtime)
+
+    upscale = subjects.add_parser('upscale', help='`lora-sr upscale` beside its three steps in turn')
+    upscale.add_argument('inputs', nargs='+', metavar='INPUT', help='image, folder, or quoted pattern')
+    upscale.add_argument('-m', '--model', required=True, metavar='CHECKPOINT')
+    upscale.set_defaults(run=run_upscale)
 
     affinity = subjects.add_parser('affinity', help='spatial affinity loss: blockwise against naive')
     affinity.add_argument('--size', type=int, default=64, help='height and width of the features (default 64)')
@@ -22,6 +44,20 @@ def add_parser(commands):
 
     adan = subjects.add_parser('adan', help='a step of Adan against adan_pytorch')
     adan.set_defaults(run=run_adan)
+
+
+def run_runtime(args):
+    """Measure the deployed networks."""
+    from lora_sr.evaluation import runtime_benchmark
+
+    runtime_benchmark.run(args.checkpoints, [tuple(size) for size in args.size or [(256, 256)]])
+
+
+def run_upscale(args):
+    """Measure `lora-sr upscale`."""
+    from lora_sr.evaluation import upscale_benchmark
+
+    upscale_benchmark.run(args.inputs, args.model)
 
 
 def run_affinity(args):

@@ -3,15 +3,32 @@
 import argparse
 import sys
 
-from lora_sr.cli import adapter, allocate, benchmark, compare, curves, degrade, inspect, merge, pipelines, prepare
+from lora_sr.cli import (
+    adapter,
+    allocate,
+    bench,
+    compare,
+    curves,
+    degrade,
+    export,
+    inspect,
+    merge,
+    pipelines,
+    prepare,
+    submission,
+    upscale,
+)
 from lora_sr.errors import InputError
+
+PREPARING, TRAINING = (prepare, degrade), (inspect, allocate, pipelines)
+DEPLOYING, MEASURING = (merge, adapter, upscale, export, submission), (compare, curves, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `lora-sr`; each sub-command sets `run`, a function of the parsed arguments."""
     parser = argparse.ArgumentParser(prog='lora-sr', description='LoRA and distillation for SR, on BasicSR.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for module in (prepare, degrade, inspect, allocate, pipelines, merge, adapter, compare, curves, benchmark):
+    for module in (*PREPARING, *TRAINING, *DEPLOYING, *MEASURING):
         module.add_parser(commands)
     return parser
 

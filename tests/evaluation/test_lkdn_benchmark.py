@@ -1,4 +1,4 @@
-"""`lora-sr benchmark lkdn`: it compares like with like, and says so."""
+"""`lora-sr bench lkdn`: it compares like with like, and says so."""
 
 import re
 

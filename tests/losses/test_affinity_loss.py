@@ -103,7 +103,7 @@ def test_memory_stays_within_100_mb_beyond_the_inputs():
 
 def test_benchmark_prints_the_ratios():
     result = subprocess.run(
-        [sys.executable, '-m', 'lora_sr.cli.main', 'benchmark', 'affinity', '--size', '16'],
+        [sys.executable, '-m', 'lora_sr.cli.main', 'bench', 'affinity', '--size', '16'],
         capture_output=True,
         text=True,
         check=True,

@@ -1,0 +1,290 @@
+"""Images from files and to files: pixels of 8 and 16 bits as they are stored, with what describes their colours."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from lora_sr.data.lmdb_store import PNG_SIGNATURE
+from lora_sr.errors import InputError
+
+# Format -> the suffixes of its files; the first is what a new file gets.
+FORMATS = {'png': ('.png',), 'jpeg': ('.jpg', '.jpeg'), 'webp': ('.webp',), 'tiff': ('.tif', '.tiff')}
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+NAMES = {'png': 'PNG', 'jpeg': 'JPEG', 'webp': 'WebP', 'tiff': 'TIFF'}
+READABLE = ('PNG', 'JPEG', 'WEBP', 'TIFF')
+LOSSLESS = 100  # the quality at which WebP is lossless
+# Level 1 of zlib: on photographs higher ones take 2 to 7 times as long for files 9 to 16% smaller.
+ZLIB_LEVEL = 1
+
+GREY_MODES, ALPHA_MODES = ('1', 'L', 'LA', 'La'), ('LA', 'La', 'PA', 'RGBA', 'RGBa')
+MODES_OF_8_BITS = (*GREY_MODES, *ALPHA_MODES, 'P', 'RGB', 'RGBX', 'YCbCr')
+
+# EXIF and TIFF tags, by their names in the standards.
+IMAGE_WIDTH, IMAGE_LENGTH, BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
+STRIP_OFFSETS, ORIENTATION, SAMPLES_PER_PIXEL, ROWS_PER_STRIP, STRIP_BYTE_COUNTS = 273, 274, 277, 278, 279
+PLANAR_CONFIGURATION, PREDICTOR, EXTRA_SAMPLES = 284, 317, 338
+ICC_PROFILE, EXIF_IFD, GPS_IFD, INTEROPERABILITY_IFD = 34675, 34665, 34853, 40965
+PIXEL_X_DIMENSION, PIXEL_Y_DIMENSION = 40962, 40963
+# What a TIFF says of a picture, and not of how its pixels are stored: description, make, model, orientation,
+# resolution (X, Y and unit), software, date and time, artist, copyright.
+DESCRIPTIVE_TAGS = (270, 271, 272, ORIENTATION, 282, 283, 296, 305, 306, 315, 33432, EXIF_IFD, GPS_IFD)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What an image file holds.
+
+    Args:
+        pixels: uint8 or uint16 of shape (height, width, channels), over the whole range of the type: grey, grey and
+            alpha, RGB, or RGB and alpha (1 to 4 channels). They stand upright: the orientation was applied.
+        icc_profile: The colour profile.
+        exif: EXIF, tag -> value, with the tags of the inner directories as dictionaries under 34665 and 34853. An
+            orientation in it is 1. There is no thumbnail.
+    """
+
+    pixels: np.ndarray
+    icc_profile: bytes | None = None
+    exif: dict = field(default_factory=dict)
+
+
+def format_of(path: str | os.PathLike) -> str | None:
+    """The format that a file's suffix stands for, a key of ``FORMATS``; ``None`` for others."""
+    suffix = Path(path).suffix.lower()
+    return next((name for name, suffixes in FORMATS.items() if suffix in suffixes), None)
+
+
+def read_picture(path: str | os.PathLike) -> Picture:
+    """Read a PNG, JPEG, WebP or TIFF file; its bytes tell which, not its name.
+
+    Palettes become RGB, images of 1, 2 and 4 bits grey of 8 bits, and a transparent colour an alpha channel.
+
+    Raises:
+        InputError: The file cannot be read, is none of these, is damaged or cut short; it holds an animation or several
+            pages; or its pixels are of another kind: CMYK, Lab, floating point, 32 bits.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f'{path} cannot be read: {error.strerror}.') from None
+    try:
+        with Image.open(io.BytesIO(data), formats=READABLE) as image:
+            return _decode(image, data, path)
+    except InputError:
+        raise
+    except UnidentifiedImageError:
+        raise InputError(f'{path} is not a PNG, JPEG, WebP or TIFF image, or its beginning is damaged.') from None
+    except Exception as error:  # decoders raise what they like: OSError, SyntaxError, ValueError, struct.error, ...
+        raise InputError(f'{path} is damaged: {str(error).rstrip(".") or type(error).__name__}.') from None
+
+
+def encode_picture(picture: Picture, file_format: str, quality: int) -> bytes:
+    """The bytes of an image file.
+
+    Args:
+        picture: What it shall hold. Sizes in its EXIF are set to those of the pixels.
+        file_format: A key of ``FORMATS``. WebP knows no grey, and gets three equal channels.
+        quality: 1 to 100, of JPEG, whose colours have full resolution (4:4:4), and of WebP, which is lossless at 100.
+
+    Raises:
+        InputError: The format cannot hold 16 bits, an alpha channel, or so many pixels.
+    """
+    pixels = picture.pixels
+    if file_format in ('jpeg', 'webp') and pixels.dtype == np.uint16:
+        raise InputError(f'{NAMES[file_format]} cannot hold 16 bits: PNG and TIFF can.')
+    if file_format == 'jpeg' and pixels.shape[2] in (2, 4):
+        raise InputError('JPEG cannot hold an alpha channel: PNG, WebP and TIFF can.')
+    exif = _with_size(picture.exif, *pixels.shape[:2])
+    if file_format == 'png':
+        return _encode_png(pixels, picture.icc_profile, exif)
+    if file_format == 'tiff':
+        return _encode_tiff(pixels, picture.icc_profile, exif)
+    options = {'quality': quality}
+    if file_format == 'jpeg':
+        options['subsampling'] = 0
+    elif quality == LOSSLESS:
+        options = {'lossless': True}
+    if picture.icc_profile:
+        options['icc_profile'] = picture.icc_profile
+    if exif:
+        options['exif'] = _exif_block(exif)
+    file = io.BytesIO()
+    try:
+        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, file_format, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f'{NAMES[file_format]} cannot hold it: {str(error).rstrip(".")}.') from None
+    return file.getvalue()
+
+
+def _decode(image: Image.Image, data: bytes, path: str | os.PathLike) -> Picture:
+    frames = getattr(image, 'n_frames', 1)
+    if frames > 1 and image.format != 'MPO':  # a JPEG with previews, or both eyes' views
+        raise InputError(f'{path} holds {frames} pictures, where one is right: take them apart first.')
+    tags = image.tag_v2 if image.format == 'TIFF' else {}
+    icc_profile = image.info.get('icc_profile')
+    orientation, exif = _read_exif(image)
+    if image.format == 'PNG':
+        Image.open(io.BytesIO(data)).verify()  # all checksums, of which decoders look at some
+    if image.format == 'PNG' and data[24] == 16:
+        pixels = _turn(_decode_16_bits(data, path), orientation)
+        if image.mode.startswith('I') and 'transparency' in image.info:
+            # In OpenCV a grey that stands for transparent is grey.
+            alpha = np.where(pixels == image.info['transparency'], 0, 65535).astype(np.uint16)
+            pixels = np.concatenate([pixels, alpha], 2)
+        elif data[25] == 4:  # grey and alpha, which OpenCV gives as BGR and alpha
+            pixels = pixels[:, :, [0, 3]]
+    elif 16 in tags.get(BITS_PER_SAMPLE, ()):
+        if tags.get(PLANAR_CONFIGURATION) == 2:
+            raise InputError(f'{path} has 16 bits with each colour apart, where interleaved ones are right.')
+        image.load()  # strict where OpenCV is not
+        pixels = _decode_16_bits(data, path)  # turned by OpenCV already
+        if tags.get(PHOTOMETRIC) == 0:  # white is zero
+            pixels = 65535 - pixels
+    elif image.mode in MODES_OF_8_BITS:
+        image.load()
+        is_grey = image.mode in GREY_MODES
+        has_alpha = image.mode in ALPHA_MODES or 'transparency' in image.info
+        image = ImageOps.exif_transpose(image)
+        pixels = np.asarray(image.convert(('L' if is_grey else 'RGB') + ('A' if has_alpha else '')))
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+    else:
+        raise InputError(
+            f'{path} has pixels of the kind {image.mode}, where grey or RGB of 8 or 16 bits is right: convert it first.'
+        )
+    return Picture(np.ascontiguousarray(pixels), icc_profile, exif)
+
+
+def _decode_16_bits(data: bytes, path: str | os.PathLike) -> np.ndarray:
+    """uint16 (H, W, C), RGB; Pillow has 8 bits for each of three colours alone."""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype != np.uint16:
+        raise InputError(f'{path} is damaged, or has pixels of another kind than whole numbers of 16 bits.')
+    if pixels.ndim == 2:
+        return pixels[:, :, None]
+    return pixels[:, :, [2, 1, 0, 3][: pixels.shape[2]]]
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Apply an EXIF orientation to (H, W, C)."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _read_exif(image: Image.Image) -> tuple[int, dict]:
+    """The orientation, and the tags as :class:`Picture` has them; none where they cannot be read or written again."""
+    try:
+        exif = image.getexif()
+        orientation = exif.get(ORIENTATION, 1)
+        tags = {tag: value for tag, value in exif.items() if tag not in (EXIF_IFD, GPS_IFD)}
+        for directory in (EXIF_IFD, GPS_IFD):
+            inner = dict(exif.get_ifd(directory))
+            inner.pop(INTEROPERABILITY_IFD, None)  # a place in the file that was read
+            if inner:
+                tags[directory] = inner
+        if image.format == 'TIFF':
+            tags = {tag: value for tag, value in tags.items() if tag in DESCRIPTIVE_TAGS}
+        if ORIENTATION in tags:
+            tags[ORIENTATION] = 1
+        _exif_block(tags)
+    except Exception:  # EXIF is often damaged, in ways that concern nothing but EXIF
+        return 1, {}
+    return orientation, tags
+
+
+def _with_size(exif: dict, height: int, width: int) -> dict:
+    """The tags with sizes, where they have any, of these pixels."""
+    exif = dict(exif)
+    if EXIF_IFD in exif:
+        exif[EXIF_IFD] = dict(exif[EXIF_IFD])
+    for tags, of_width, of_height in (
+        (exif, IMAGE_WIDTH, IMAGE_LENGTH),
+        (exif.get(EXIF_IFD, {}), PIXEL_X_DIMENSION, PIXEL_Y_DIMENSION),
+    ):
+        tags.update({tag: value for tag, value in ((of_width, width), (of_height, height)) if tag in tags})
+    return exif
+
+
+def _exif_block(tags: dict) -> bytes:
+    exif = Image.Exif()
+    for tag, value in tags.items():
+        exif[tag] = value
+    return exif.tobytes()
+
+
+def _encode_png(pixels: np.ndarray, icc_profile: bytes | None, exif: dict) -> bytes:
+    """A PNG (W3C recommendation, 2003; eXIf of 2017) with the filter "up" in each row.
+
+    OpenCV writes no metadata and no grey with alpha, Pillow no colours of 16 bits and four times as slowly.
+    """
+    height, width, channels = pixels.shape
+    chunks = [
+        (b'IHDR', struct.pack('>IIBBBBB', width, height, 8 * pixels.itemsize, (0, 4, 2, 6)[channels - 1], 0, 0, 0))
+    ]
+    if icc_profile:
+        chunks.append((b'iCCP', b'ICC profile\0\0' + zlib.compress(icc_profile)))
+    if exif:
+        chunks.append((b'eXIf', _exif_block(exif)[len(b'Exif\0\0') :]))
+    big_endian = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder('>'))
+    rows = big_endian.view(np.uint8).reshape(height, -1)
+    filtered = np.empty((height, rows.shape[1] + 1), np.uint8)
+    filtered[:, 0] = 2
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    chunks += [(b'IDAT', zlib.compress(filtered, ZLIB_LEVEL)), (b'IEND', b'')]
+    if max(len(content) for _, content in chunks) >= 1 << 31:
+        raise InputError('PNG cannot hold it in one piece: it has 2 GiB or more.')
+    parts = [PNG_SIGNATURE]
+    for name, content in chunks:
+        checksum = zlib.crc32(content, zlib.crc32(name))
+        parts += [struct.pack('>I', len(content)), name, content, struct.pack('>I', checksum)]
+    return b''.join(parts)
+
+
+def _encode_tiff(pixels: np.ndarray, icc_profile: bytes | None, exif: dict) -> bytes:
+    """A TIFF 6.0 of one strip, deflated after horizontal differencing (predictor 2).
+
+    Pillow writes no colours of 16 bits, OpenCV no metadata, and tifffile no EXIF.
+    """
+    height, width, channels = pixels.shape
+    differences = pixels.copy()
+    np.subtract(pixels[:, 1:], pixels[:, :-1], out=differences[:, 1:])
+    strip = zlib.compress(np.ascontiguousarray(differences, differences.dtype.newbyteorder('<')), ZLIB_LEVEL)
+    directory = ImageFileDirectory_v2()
+    for tag, value in exif.items():
+        directory[tag] = value
+    directory[IMAGE_WIDTH], directory[IMAGE_LENGTH] = width, height
+    directory[BITS_PER_SAMPLE] = (8 * pixels.itemsize,) * channels
+    directory[COMPRESSION] = 8
+    directory[PHOTOMETRIC] = 2 if channels > 2 else 1
+    directory[STRIP_OFFSETS] = 0  # counted from where the directory ends
+    directory[SAMPLES_PER_PIXEL] = channels
+    directory[ROWS_PER_STRIP] = height
+    directory[STRIP_BYTE_COUNTS] = len(strip)
+    directory[PLANAR_CONFIGURATION] = 1
+    directory[PREDICTOR] = 2
+    if channels in (2, 4):
+        directory[EXTRA_SAMPLES] = 2  # alpha, by which the colours are not multiplied
+    if icc_profile:
+        directory.tagtype[ICC_PROFILE] = 7  # of no defined type
+        directory[ICC_PROFILE] = icc_profile
+    file = io.BytesIO()
+    try:
+        directory.save(file)
+    except struct.error:
+        raise InputError('TIFF cannot hold it: it has 4 GiB or more.') from None
+    file.write(strip)
+    return file.getvalue()

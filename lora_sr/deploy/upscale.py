@@ -1,0 +1,572 @@
+"""`lora-sr upscale`: images through a network, from files to files and from arrays to arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import tempfile
+import time
+import warnings
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Callable, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from basicsr.archs.ridnet_arch import RIDNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from lora_sr.adapters import describe_misfit, load_adapter, lora_layers, mix_adapters, read_adapter
+from lora_sr.adapters.adapter_file import write_whole
+from lora_sr.archs import is_training_form, load_network
+from lora_sr.archs.any_size import accepted_input
+from lora_sr.deploy.image_files import FORMATS, SUFFIXES, Picture, encode_picture, format_of, read_picture
+from lora_sr.deploy.runtime import optimize
+from lora_sr.deploy.tiling import bytes_per_pixel, cut_axis, find_overlap, largest_tile, smallest_tile
+from lora_sr.errors import InputError
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+DEFAULT_QUALITY = 95
+LUMA = (0.299, 0.587, 0.114)  # of R, G and B in grey (BT.601)
+BLIND_OVERLAP = 32  # LR pixels, for networks that look at the whole image
+BURST_SECONDS = 1.0  # of the network between two bursts of writing
+WAITING_BYTES = 1 << 30  # of results that wait for being written; one may always wait
+
+
+class Upscaler:
+    """A network ready to run on images of any size, whole where memory allows and in tiles where not.
+
+    It runs on the GPU where there is one.
+
+    Args:
+        network: Any network for RGB or for grey images, (N, C, H, W) -> (N, C, scale * H, scale * W), e.g. from
+            :func:`lora_sr.load_network`; LoRA in it is merged, and branches are folded. It takes and gives values in
+            [0, 1]; RIDNet's, of 0 to 255, are converted. It is not changed.
+        tile: Side of the tiles in LR pixels, overlap included. By default the image is run whole if that needs no more
+            than half of the free memory by a cautious estimate, else in the largest tiles that need no more.
+        dtype: What the network computes in. Its results are float32 in any case.
+
+    Raises:
+        InputError: The network takes other images, or images of one size; or the tile is too small for it.
+    """
+
+    def __init__(self, network: nn.Module, tile: int | None = None, dtype: torch.dtype = torch.float32):
+        self.name = type(network).__name__
+        network = _UnitRange(network) if isinstance(network, RIDNet) else network
+        accepted = accepted_input(network)
+        if accepted is None or accepted.channels not in (1, 3):
+            raise InputError(f'{self.name} does not take RGB or grey images of any size, as upscaling needs it.')
+        self.channels, self.multiple = accepted
+        self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        self.network = deepcopy(network).eval().requires_grad_(False).to(self.device)
+        side = -(-32 // self.multiple) * self.multiple
+        image = torch.zeros(1, self.channels, side, side, device=self.device)
+        with torch.inference_mode():
+            shape = self.network(image).shape
+        self.scale = shape[2] // side
+        if shape[1] != self.channels:
+            raise InputError(f'{self.name} makes {shape[1]} channels of {self.channels}, where equally many are right.')
+        # What is written is made of it as well: float32 of all channels, and what is rounded from it.
+        batch = 3 if self.channels == 1 else 1
+        self._bytes_per_pixel = batch * (bytes_per_pixel(self.network, image) + 8 * self.channels * self.scale**2)
+        self._overlap: int | None = None
+        self.looks_everywhere = False
+        self.tile = tile
+        if tile is not None:
+            self._check_tile(tile)
+        self.runtime = optimize(self.network, dtype)
+
+    @property
+    def overlap(self) -> int:
+        """LR pixels on each inner side of a tile that are not kept, measured when they are first needed."""
+        if self._overlap is None:
+            found = find_overlap(self.network, self.channels, self.multiple)
+            self.looks_everywhere = found is None
+            self._overlap = BLIND_OVERLAP if found is None else found
+        return self._overlap
+
+    @torch.inference_mode()
+    def __call__(self, image: np.ndarray, on_tile: Callable[[int, int], None] | None = None) -> np.ndarray:
+        """Upscale an image.
+
+        Grey goes into a network for RGB as three equal channels, and what comes out becomes grey by BT.601's weights.
+        Each channel of RGB goes through a network for grey by itself. Alpha is enlarged by bicubic interpolation: what
+        is opaque stays so to the last level, which no network promises.
+
+        Args:
+            image: uint8 or uint16, of shape (H, W) or (H, W, C): grey, grey and alpha, RGB, or RGB and alpha.
+            on_tile: Called after each tile with its number, from 1, and the number of tiles.
+
+        Returns:
+            The same type and channels, of shape (scale * H, scale * W) or (scale * H, scale * W, C).
+
+        Raises:
+            InputError: The image is of another type or shape; or values are not finite, as where float16 overflows.
+        """
+        if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3) or not image.size:
+            raise InputError(
+                f'The image has type {image.dtype} and shape {image.shape}: uint8 or uint16 and (height, width) or '
+                '(height, width, channels) are right.'
+            )
+        planes = image if image.ndim == 3 else image[:, :, None]
+        height, width, channels = planes.shape
+        if channels > 4:
+            raise InputError(f'The image has {channels} channels, where 1 to 4 are right.')
+        colours = 3 if channels > 2 else 1
+        output = np.empty((self.scale * height, self.scale * width, channels), image.dtype)
+        rows, columns = (cut_axis(length, *self._tiling(height, width)) for length in (height, width))
+        tiles = [(row, column) for row in rows for column in columns]
+        for number, (row, column) in enumerate(tiles, 1):
+            piece = self._tensor(planes[row.start : row.stop, column.start : column.stop, :colours])
+            result = self._run(piece)
+            kept = result[
+                :,
+                self.scale * (row.first - row.start) : self.scale * (row.last - row.start),
+                self.scale * (column.first - column.start) : self.scale * (column.last - column.start),
+            ]
+            output[
+                self.scale * row.first : self.scale * row.last,
+                self.scale * column.first : self.scale * column.last,
+                :colours,
+            ] = _rounded(kept, image.dtype)
+            if on_tile is not None:
+                on_tile(number, len(tiles))
+        if channels > colours:
+            alpha = self._tensor(planes[:, :, colours:])[None]
+            alpha = F.interpolate(alpha, scale_factor=self.scale, mode='bicubic', align_corners=False)
+            output[:, :, colours:] = _rounded(alpha[0], image.dtype)
+        return output.reshape(output.shape[: image.ndim])
+
+    def _tensor(self, planes: np.ndarray) -> Tensor:
+        """(H, W, C) of whole numbers -> float32 (C, H, W) in [0, 1] on the device."""
+        peak = np.iinfo(planes.dtype).max
+        # Before 2.3 torch does not know uint16.
+        tensor = torch.tensor(np.ascontiguousarray(planes, np.uint8 if peak == 255 else np.int32))
+        if self.device.type == 'cuda':
+            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.permute(2, 0, 1).float() / peak
+
+    def _run(self, colours: Tensor) -> Tensor:
+        """(1 or 3, H, W) in [0, 1] -> (the same, scale * H, scale * W)."""
+        if self.channels == 1:
+            result = self.runtime(colours[:, None].contiguous())[:, 0]
+        else:
+            result = self.runtime(colours.expand(3, -1, -1)[None].contiguous())[0]
+            if len(colours) == 1:
+                result = torch.tensordot(torch.tensor(LUMA, device=result.device), result, 1)[None]
+        if not torch.isfinite(result.sum()):
+            raise InputError(
+                f'{self.name} gives values that are not finite: float16 overflows where bfloat16 and float32 do not.'
+            )
+        return result
+
+    def _tiling(self, height: int, width: int) -> tuple[int, int, int]:
+        """Tile, overlap and multiple for an image, as :func:`lora_sr.deploy.tiling.cut_axis` takes them."""
+        tile = self.tile
+        if tile is None:
+            tile = largest_tile(self._bytes_per_pixel, self.device)
+            if height * width <= tile**2:
+                return max(height, width) + self.multiple, 0, self.multiple
+            # Below this the overlaps would be most of the work.
+            tile = max(tile, 2 * smallest_tile(self.overlap, self.multiple))
+        return tile, self.overlap, self.multiple
+
+    def _check_tile(self, tile: int) -> None:
+        smallest = smallest_tile(self.overlap, self.multiple)
+        if tile < smallest:
+            raise InputError(
+                f'A tile of {tile} is too small for {self.name}, which needs an overlap of {self.overlap} on each '
+                f'side: the smallest that works is {smallest}.'
+            )
+
+
+def upscale_image(
+    network: nn.Module, image: np.ndarray, tile: int | None = None, dtype: torch.dtype = torch.float32
+) -> np.ndarray:
+    """Upscale one array; for several of them make an :class:`Upscaler` once, and call that.
+
+    Args and returned value are those of :class:`Upscaler` and its call.
+    """
+    return Upscaler(network, tile, dtype)(image)
+
+
+@dataclass(frozen=True)
+class UpscaleReport:
+    """What :func:`upscale` did.
+
+    Args:
+        images: How many were written.
+        seconds: From reading the first to having written the last, loading the network not counted.
+        failures: Input -> why it was not upscaled, in one sentence that names it.
+        notes: What the user should know besides.
+    """
+
+    images: int
+    seconds: float
+    failures: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rate = self.images / self.seconds if self.seconds else 0.0
+        failed = f', {len(self.failures)} failed' if self.failures else ''
+        return (
+            f'{self.images} image{"" if self.images == 1 else "s"} in {self.seconds:.1f} s, {rate:.2f} images/s{failed}'
+        )
+
+
+class Job(NamedTuple):
+    """An image to read, and where its result goes."""
+
+    source: Path
+    target: Path
+
+
+def upscale(
+    inputs: Sequence[str | os.PathLike],
+    model: str | os.PathLike,
+    output: str | os.PathLike,
+    adapters: Sequence[tuple[str | os.PathLike, float]] = (),
+    tile: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    file_format: str | None = None,
+    quality: int = DEFAULT_QUALITY,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> UpscaleReport:
+    """Upscale image files. Reading and writing are done in threads beside the network, see :func:`run_jobs`.
+
+    Pixels of 8 and 16 bits, grey, alpha, ICC profile and EXIF are kept. An EXIF orientation is applied to the pixels
+    and reset, so that every viewer shows the same; a thumbnail in EXIF is left out.
+
+    Args:
+        inputs: Image files, folders and glob patterns. Folders are searched with their sub-folders, which the output
+            gets as well; hidden files are left out, and so is the output.
+        model: Checkpoint, see :func:`lora_sr.load_network`.
+        output: A folder, made if it is missing; or a file, for one image.
+        adapters: Adapter files of that base, each with its weight, see :func:`lora_sr.adapters.mix_adapters`.
+        tile: See :class:`Upscaler`.
+        dtype: See :class:`Upscaler`.
+        file_format: A key of ``FORMATS``: what is written; by default each image's own.
+        quality: See :func:`lora_sr.deploy.image_files.encode_picture`.
+        overwrite: Replace outputs that exist; inputs are never replaced.
+        progress: Show a progress bar, if stderr is a terminal.
+
+    Returns:
+        What was done. An image that cannot be read, upscaled or held by its format is among the ``failures`` and does
+        not stop the rest.
+
+    Raises:
+        InputError: An input is missing or holds no images; two would have one output, or an output exists or is an
+            input; a checkpoint or an adapter cannot be used; the tile is too small; or the output cannot be written,
+            which stops the run. No file is left half-written.
+    """
+    if not 1 <= quality <= 100:
+        raise InputError(f'The quality is {quality}, where a whole number from 1 to 100 is right.')
+    output = Path(output)
+    jobs, failures = plan(inputs, output, file_format, overwrite)
+    folder = output.parent if jobs and jobs[0].target == output else output
+    with _writable(folder), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', module='PIL')  # of files that are reported, or read none the less
+        upscaler = Upscaler(load_with_adapters(model, adapters), tile, dtype)
+        start = time.perf_counter()
+        with tqdm(total=len(jobs), unit='image', disable=None if progress else True) as bar:
+            failures.update(run_jobs(jobs, upscaler, quality, bar))
+        seconds = time.perf_counter() - start
+    notes = []
+    if upscaler.looks_everywhere:
+        notes.append(
+            f'{upscaler.name} looks at the whole image, so that tiles differ from it and from each other: where memory '
+            'allows, a larger --tile, or none, is better.'
+        )
+    unread = [job for job in jobs if str(job.source) in failures]
+    return UpscaleReport(len(jobs) - len(unread), seconds, failures, notes)
+
+
+def load_with_adapters(model: str | os.PathLike, adapters: Sequence[tuple[str | os.PathLike, float]] = ()) -> nn.Module:
+    """The network of a checkpoint with adapters mixed onto it, as `lora-sr adapter merge` does.
+
+    Args:
+        model: Checkpoint, see :func:`lora_sr.load_network`; with adapters that of a base, without LoRA.
+        adapters: Adapter files, each with its weight.
+
+    Raises:
+        InputError: A file cannot be read or is of another kind, or an adapter does not fit the base.
+    """
+    network = load_network(model)
+    if not adapters:
+        return network
+    if any(True for _ in lora_layers(network)):
+        raise InputError(f'{model} carries LoRA already, where adapters need a base: merge it with `lora-sr merge`.')
+    loaded = [(read_adapter(path), weight) for path, weight in adapters]
+    for (path, _), (adapter, _) in zip(adapters, loaded):
+        misfit = describe_misfit(adapter, network.state_dict())
+        if misfit:
+            hint = ' (the base has branches, which `lora-sr merge` folds)' if is_training_form(network) else ''
+            raise InputError(f'The adapter {path} does not fit the base {model}: {misfit}{hint}.')
+    load_adapter(network, mix_adapters(loaded))
+    return network
+
+
+def plan(
+    inputs: Sequence[str | os.PathLike], output: Path, file_format: str | None = None, overwrite: bool = False
+) -> tuple[list[Job], dict[str, str]]:
+    """Which image goes where, and which inputs are no images by their names. Nothing is read or written.
+
+    Raises:
+        InputError: As :func:`upscale` does, as far as names can tell.
+    """
+    found = [image for argument in inputs for image in _find_images(argument, output)]
+    if not found:
+        raise InputError('No input is given, where images, folders or patterns are right.')
+    is_file = format_of(output) is not None and not output.is_dir()
+    if is_file and (len(found) > 1 or Path(inputs[0]).is_dir()):
+        raise InputError(f'The output {output} is a file, where a folder is right for folders and for several images.')
+    if is_file and file_format not in (None, format_of(output)):
+        raise InputError(f'The output {output} is no {file_format} file: it should end in {FORMATS[file_format][0]}.')
+    if not is_file and output.exists() and not output.is_dir():
+        raise InputError(f'The output {output} is a file, where a folder is right, or another name.')
+    jobs: dict[Path, Job] = {}
+    failures = {}
+    for source, name in found:
+        if format_of(source) is None:
+            failures[str(source)] = f'{source} is no image by its name, which should end in {", ".join(SUFFIXES)}.'
+            continue
+        if file_format is not None and format_of(source) != file_format:
+            name = name.with_suffix(FORMATS[file_format][0])
+        target = output if is_file else output / name
+        other = jobs.setdefault(target, Job(source, target)).source
+        if os.path.realpath(other) != os.path.realpath(source):
+            raise InputError(f'{other} and {source} would have the same output, {target}: give them apart.')
+    _check_targets(list(jobs.values()), overwrite)
+    return list(jobs.values()), failures
+
+
+def _find_images(argument: str | os.PathLike, output: Path) -> list[tuple[Path, Path]]:
+    """The images that an argument stands for, each with its name in the output folder."""
+    path = Path(argument)
+    if path.is_dir():
+        found = _search(path, output)
+    elif os.path.lexists(path):
+        return [(path, Path(path.name))]
+    elif glob.has_magic(os.fspath(argument)):
+        matches = map(Path, sorted(glob.glob(os.fspath(argument), recursive=True)))
+        found = [(match, Path(match.name)) for match in matches if match.is_file() and format_of(match)]
+    else:
+        raise InputError(f'There is no file or folder {argument}.')
+    if not found:
+        raise InputError(f'{argument} has no images, i.e. files that end in {", ".join(SUFFIXES)}.')
+    return found
+
+
+def _search(root: Path, output: Path) -> list[tuple[Path, Path]]:
+    def refuse(error: OSError):
+        raise InputError(f'{error.filename} cannot be read: {error.strerror}.') from None
+
+    found, own = [], os.path.realpath(output)
+    for folder, inner, files in os.walk(root, onerror=refuse):
+        # An output inside of the input is not upscaled again by the next run.
+        inner[:] = sorted(name for name in inner if name[0] != '.' and os.path.realpath(Path(folder, name)) != own)
+        paths = [Path(folder, name) for name in sorted(files) if name[0] != '.']
+        found += [(path, path.relative_to(root)) for path in paths if format_of(path)]
+    return found
+
+
+def _check_targets(jobs: list[Job], overwrite: bool) -> None:
+    """Refuse to write over an input, in whatever way it is reached, and over others unless asked to."""
+    existing = [job for job in jobs if os.path.lexists(job.target)]
+    sources = {_identity(job.source): job.source for job in jobs}
+    for job in existing:
+        source = sources.get(_identity(job.target))
+        if source is not None:
+            raise InputError(f'The output {job.target} is the input {source}: choose another output.')
+        if job.target.is_dir():
+            raise InputError(f'The output {job.target} is a folder, where a file of that name would be written.')
+    if existing and not overwrite:
+        others = f' and {len(existing) - 1} more exist' if len(existing) > 1 else ' exists'
+        raise InputError(
+            f'The output {existing[0].target}{others}: choose another output, or allow it with --overwrite.'
+        )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from others, under all its names; ``None`` for a link that leads nowhere."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def _writable(folder: Path):
+    """Make a folder for the output and try to write there; leave no empty folder behind."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise InputError(f'The output folder {folder} cannot be written: {error.strerror}.') from None
+        yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # what is not empty stays
+                path.rmdir()
+
+
+def run_jobs(
+    jobs: Sequence[Job], upscaler: Upscaler, quality: int = DEFAULT_QUALITY, bar: tqdm | None = None
+) -> dict[str, str]:
+    """Upscale all, reading and writing in threads; a bar shows how far it is.
+
+    Where the network leaves cores free, as on a GPU, reading and writing go on beside it. Where it takes all cores, all
+    of its threads would wait for one that is held up by writing: there results are written in bursts, with all cores,
+    for which the network pauses.
+
+    Returns:
+        Input -> why it was not upscaled.
+
+    Raises:
+        InputError: An output cannot be written.
+    """
+    bar = tqdm(disable=True) if bar is None else bar
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    takes_all_cores = upscaler.device.type == 'cpu' and torch.get_num_threads() >= threads
+    failures = {}
+    readers = ThreadPoolExecutor(threads, 'read')
+    writer = _Writer(threads, quality, BURST_SECONDS if takes_all_cores else None, failures, bar)
+    reading: deque[tuple[Job, Future]] = deque()
+    remaining = iter(jobs)
+    try:
+        while True:
+            for job in islice(remaining, threads + 1 - len(reading)):
+                reading.append((job, readers.submit(read_picture, job.source)))
+            if not reading:
+                break
+            job, future = reading.popleft()
+            try:
+                picture = future.result()
+                pixels = upscaler(picture.pixels, _teller(bar, job))
+            except InputError as error:
+                reason = str(error)
+                failures[str(job.source)] = reason if str(job.source) in reason else f'{job.source}: {reason}'
+            except RuntimeError as error:  # torch's, of memory and else
+                first_line = str(error).partition('\n')[0].rstrip('.')
+                failures[str(job.source)] = (
+                    f'{job.source} cannot be upscaled: {first_line}. If memory is short, a smaller --tile helps.'
+                )
+            else:
+                writer.add(job, Picture(pixels, picture.icc_profile, picture.exif))
+                continue
+            bar.update()
+        writer.finish()
+    finally:
+        readers.shutdown(cancel_futures=True)
+        writer.pool.shutdown(cancel_futures=True)
+    return failures
+
+
+class _Writer:
+    """Writes results in threads, and lets few of them wait.
+
+    Args:
+        threads: How many are written at once.
+        quality: See :func:`upscale`.
+        pause: Write in bursts so many seconds apart, and wait for each; ``None``: write at once, and do not wait.
+        failures: Gets what is not written, with the reason.
+        bar: Is told of each that is done.
+    """
+
+    def __init__(self, threads: int, quality: int, pause: float | None, failures: dict[str, str], bar: tqdm):
+        self.pool = ThreadPoolExecutor(threads, 'write')
+        self.threads, self.quality, self.pause, self.failures, self.bar = threads, quality, pause, failures, bar
+        self.held: list[tuple[Job, Picture]] = []
+        self.writing: deque[tuple[Job, Future, int]] = deque()
+        self.last_burst = time.perf_counter()
+
+    def add(self, job: Job, picture: Picture) -> None:
+        """Take a result, which is written soon."""
+        self.held.append((job, picture))
+        if self.pause is None:
+            self._submit()
+            self._wait(self.threads + 1, WAITING_BYTES)
+        elif (
+            time.perf_counter() - self.last_burst >= self.pause
+            or sum(picture.pixels.nbytes for _, picture in self.held) > WAITING_BYTES
+        ):
+            self.finish()
+
+    def finish(self) -> None:
+        """Write all, and wait for it."""
+        self._submit()
+        self._wait(0, 0)
+        self.last_burst = time.perf_counter()
+
+    def _submit(self) -> None:
+        for job, picture in self.held:
+            future = self.pool.submit(_write, job, picture, self.quality)
+            self.writing.append((job, future, picture.pixels.nbytes))
+        self.held.clear()
+
+    def _wait(self, most_images: int, most_bytes: int) -> None:
+        """Wait for the oldest until no more are being written than that; of bytes one image may have more."""
+        while self.writing and (
+            self.writing[0][1].done()
+            or len(self.writing) > most_images
+            or sum(size for _, _, size in islice(self.writing, 1, None)) > most_bytes
+        ):
+            job, future, _ = self.writing.popleft()
+            failure = future.result()
+            if failure:
+                self.failures[str(job.source)] = failure
+            self.bar.update()
+
+
+def _teller(bar: tqdm, job: Job) -> Callable[[int, int], None]:
+    """Shows at the bar how far an image is that takes several tiles."""
+
+    def tell(tile: int, tiles: int) -> None:
+        if tiles > 1:
+            bar.set_postfix_str(f'{job.source.name}: tile {tile} of {tiles}')
+
+    return tell
+
+
+def _write(job: Job, picture: Picture, quality: int) -> str | None:
+    """Encode and write one result; returns why its format cannot hold it."""
+    try:
+        data = encode_picture(picture, format_of(job.target), quality)
+    except InputError as error:
+        return f'{job.source} was not written: {error}'
+    try:
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'The output folder {job.target.parent} cannot be made: {error.strerror}.') from None
+    write_whole(job.target, data)
+    return None
+
+
+class _UnitRange(nn.Module):
+    """A network for values of 0 to 255 as one for values of 0 to 1."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x * 255) / 255
+
+
+def _rounded(image: Tensor, dtype: np.dtype) -> np.ndarray:
+    """(C, H, W) in [0, 1] -> whole numbers (H, W, C)."""
+    peak = np.iinfo(dtype).max
+    whole = (image.clamp(0, 1) * peak).round().to(torch.uint8 if peak == 255 else torch.int32)
+    return whole.permute(1, 2, 0).cpu().numpy().astype(dtype, copy=False)

@@ -1,0 +1,588 @@
+"""`lora-sr upscale`: arrays and files, what is kept, what is refused, and what a failure leaves behind."""
+
+import argparse
+import os
+import resource
+import shutil
+import threading
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import torch
+from basicsr.archs.ridnet_arch import RIDNet
+from basicsr.archs.rrdbnet_arch import RRDBNet
+from basicsr.archs.swinir_arch import SwinIR
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+from torch import nn
+
+from lora_sr import load_network
+from lora_sr.adapters import LoRAConfig, add_lora, lora_layers, save_adapter
+from lora_sr.archs import take_any_size
+from lora_sr.archs.dsclora_arch import DSCLoRA
+from lora_sr.archs.span_arch import SPAN
+from lora_sr.cli import upscale as command
+from lora_sr.deploy import upscale as module
+from lora_sr.deploy.adapters import merge_adapters
+from lora_sr.deploy.upscale import Upscaler, upscale, upscale_image
+from lora_sr.errors import InputError
+
+
+class Enlarge(nn.Module):
+    """Repeats each pixel, so that everybody knows what is right."""
+
+    def __init__(self, scale=2, channels=3):
+        super().__init__()
+        self.scale = scale
+        self.conv = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
+        nn.init.ones_(self.conv.weight)
+
+    def forward(self, x):
+        return self.conv(x).repeat_interleave(self.scale, 2).repeat_interleave(self.scale, 3)
+
+
+def repeated(image, scale=2):
+    return image.repeat(scale, 0).repeat(scale, 1)
+
+
+def pixels(*shape, dtype=np.uint8):
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, endpoint=True).astype(dtype)
+
+
+@pytest.fixture
+def enlarging(monkeypatch):
+    """Any checkpoint is that network."""
+    monkeypatch.setattr(module, 'load_network', lambda path: Enlarge())
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('checkpoint') / 'SPAN.pth'
+    torch.save({'params': SPAN(feature_channels=6, upscale=2, deploy=True).state_dict()}, path)
+    return path
+
+
+def run(*arguments) -> int:
+    """The command by itself; its exit status as `lora-sr` gives it."""
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    args = parser.parse_args(['upscale', *map(str, arguments)])
+    try:
+        args.run(args)
+    except InputError:
+        return 2
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def files_in(folder) -> list:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
+
+
+# Arrays
+
+
+@pytest.mark.parametrize('tile', [None, 11])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+@pytest.mark.parametrize('network_channels', [1, 3])
+@pytest.mark.parametrize('shape', [(13, 18), (13, 18, 1), (13, 18, 3)])
+def test_every_level_of_every_channel_arrives(shape, network_channels, dtype, tile):
+    image = pixels(*shape, dtype=dtype)
+    result = upscale_image(Enlarge(3, network_channels), image, tile)
+    assert result.dtype == dtype and np.array_equal(result, repeated(image, 3))
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+@pytest.mark.parametrize('channels', [2, 4])
+def test_alpha_is_bicubic_and_opaque_stays_opaque(channels, dtype):
+    image = pixels(12, 15, channels, dtype=dtype)
+    peak = np.iinfo(dtype).max
+    image[:6, :, -1] = peak
+    result = upscale_image(Enlarge(2), image)
+    assert np.array_equal(result[..., :-1], repeated(image[..., :-1]))
+    assert (result[:8, :, -1] == peak).all()
+    bicubic = cv2.resize(image[..., -1].astype(np.float64), None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
+    assert np.abs(result[..., -1] - bicubic.clip(0, peak)).max() < 0.51
+
+
+def test_grey_of_a_network_for_rgb_is_luma():
+    class Tint(Enlarge):
+        def forward(self, x):
+            return super().forward(x) * torch.tensor([1.0, 0.5, 0.25]).view(3, 1, 1)
+
+    image = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    colours = np.stack([image, image * 0.5, image * 0.25], 2).astype(np.float32) / 255
+    expected = cv2.cvtColor(colours, cv2.COLOR_RGB2GRAY) * 255
+    assert np.abs(upscale_image(Tint(1), image) - expected).max() < 0.51
+
+
+def test_value_range_of_ridnet():
+    torch.manual_seed(0)
+    network = RIDNet(3, 16, 3, num_block=1).eval()
+    image = pixels(20, 24, 3)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(image).permute(2, 0, 1)[None].float())[0].permute(1, 2, 0).numpy()
+    assert np.abs(upscale_image(network, image) - expected.clip(0, 255)).max() < 0.51
+    assert expected.std() > 20
+
+
+def test_network_is_merged_and_folded_and_not_changed():
+    torch.manual_seed(0)
+    network = DSCLoRA(feature_channels=6, upscale=2, rank=2).eval()
+    for _, layer in lora_layers(network):
+        nn.init.normal_(layer.lora_B, std=0.05)
+    image = pixels(14, 15, 3)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)[0].permute(1, 2, 0).numpy() * 255
+    assert np.abs(upscale_image(network, image) - expected.clip(0, 255)).max() < 0.51
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(parameter.requires_grad == ('lora' in name) for name, parameter in network.named_parameters())
+
+
+def test_dtype_is_that_of_the_runtime(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, 'optimize', lambda network, dtype: asked.append(dtype) or network)
+    Upscaler(Enlarge(), dtype=torch.bfloat16)
+    assert asked == [torch.bfloat16]
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 9), (9, 2)])
+@pytest.mark.parametrize(
+    'build',
+    [
+        lambda: SPAN(feature_channels=6, upscale=2),
+        lambda: RRDBNet(3, 3, 2, num_feat=6, num_block=1, num_grow_ch=4),
+        lambda: SwinIR(
+            upscale=2, img_size=8, window_size=4, depths=[2], embed_dim=8, num_heads=[2], upsampler='pixelshuffle'
+        ),
+    ],
+)
+def test_tiny_images(build, size):
+    assert upscale_image(take_any_size(build().eval()), pixels(*size, 3)).shape == (2 * size[0], 2 * size[1], 3)
+
+
+@pytest.mark.parametrize(
+    'image', [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8)]
+)
+def test_other_arrays_are_refused(image):
+    with pytest.raises(InputError, match='The image has .* right'):
+        upscale_image(Enlarge(), image)
+
+
+def test_networks_that_cannot_be_used():
+    with pytest.raises(InputError, match='Enlarge does not take RGB or grey images'):
+        Upscaler(Enlarge(2, 5))
+    absolute = SwinIR(img_size=8, window_size=4, depths=[2], embed_dim=8, num_heads=[2], ape=True, upsampler='')
+    with pytest.raises(InputError, match='SwinIR does not take RGB or grey images of any size'):
+        Upscaler(absolute)
+
+
+def test_values_that_are_not_finite():
+    network = Enlarge()
+    upscaler = Upscaler(network)
+    upscaler.runtime = lambda x: network(x) / 0
+    with pytest.raises(InputError, match='Enlarge gives values that are not finite'):
+        upscaler(pixels(4, 4, 3))
+
+
+# Files
+
+
+def test_set14_has_its_published_psnr(shared, tmp_path):
+    lr, gt = (shared / 'data/benchmark/Set14' / name for name in ('LRbicx4', 'GTmod4'))
+    model = shared / 'weights/DSCLoRA/DSCF_ch26_x4.pth'
+    values = {}
+    for name, tile in (('whole', None), ('tiled', 72)):
+        report = upscale([lr], model, tmp_path / name, tile=tile)
+        assert (report.images, report.failures) == (14, {})
+        psnr = []
+        for path in sorted(gt.iterdir()):
+            upscaled = np.asarray(Image.open(tmp_path / name / path.name).convert('RGB'), np.float64)
+            original = np.asarray(Image.open(path).convert('RGB'), np.float64)
+            # Y of YCbCr, BT.601 in MATLAB's range
+            y = [16 + image @ [65.481, 128.553, 24.966] / 255 for image in (original, upscaled)]
+            psnr.append(peak_signal_noise_ratio(*(image[4:-4, 4:-4] for image in y), data_range=255))
+        values[name] = np.mean(psnr)
+    assert round(values['whole'], 4) == round(values['tiled'], 4) == 28.3458
+    for path in (tmp_path / 'whole').iterdir():
+        whole, tiled = (cv2.imread(str(tmp_path / name / path.name)).astype(int) for name in ('whole', 'tiled'))
+        assert np.abs(whole - tiled).max() <= 1
+
+
+def write_mixed(folder, count) -> dict:
+    """Images of all kinds; name -> pixels."""
+    expected = {}
+    for index in range(count):
+        kind = index % 10
+        image = cv2.GaussianBlur(pixels(7 + index % 5, 9, 4), (0, 0), 2)
+        deep = image.astype(np.uint16) * 257 + index
+        sub = folder / ('deep' if kind == 9 else '.')
+        sub.mkdir(parents=True, exist_ok=True)
+        name, mode, result = {
+            0: ('.png', 'RGB', image[..., :3]),
+            1: ('.jpg', 'RGB', image[..., :3]),
+            2: ('.webp', 'RGBA', image),
+            3: ('.tif', 'RGB', image[..., :3]),
+            4: ('.png', 'L', image[..., 0]),
+            5: ('.png', 'LA', image[..., :2]),
+            6: ('.png', None, deep[..., :3]),
+            7: ('.tiff', None, deep[..., 0]),
+            8: ('.JPEG', 'L', image[..., 0]),
+            9: ('.png', 'RGBA', image),
+        }[kind]
+        path = sub / f'{index:03}{name}'
+        if kind == 6:
+            cv2.imwrite(str(path), result[..., ::-1])
+        elif kind == 7:
+            tifffile.imwrite(path, result)
+        else:
+            options = {'lossless': True} if name == '.webp' else {}
+            Image.fromarray(result, mode).save(path, **options)
+        if name.lower().startswith('.jp'):
+            result = np.asarray(Image.open(path))
+        expected[str(path.relative_to(folder))] = result
+    return expected
+
+
+BROKEN = {
+    'a_text.png': b'no pixels here',
+    'b_empty.jpg': b'',
+    'c_cut.png': None,
+    'd_cut.jpg': None,
+    'deep/e_cut.tif': None,
+}
+
+
+def write_broken(folder):
+    image = pixels(30, 30, 3)
+    for name, content in BROKEN.items():
+        path = folder / name
+        if content is None:
+            Image.fromarray(image).save(path)
+            content = path.read_bytes()[:-200]
+        path.write_bytes(content)
+
+
+def read_plain(path) -> np.ndarray:
+    if path.suffix == '.tiff':
+        return tifffile.imread(path)
+    image = Image.open(path)
+    if image.mode == 'LA':
+        return np.asarray(image)
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    return image if image.ndim == 2 else image[..., [2, 1, 0, 3][: image.shape[2]]]
+
+
+def test_three_hundred_images_with_five_broken_ones(enlarging, tmp_path, capsys):
+    expected = write_mixed(tmp_path / 'in', 295)
+    write_broken(tmp_path / 'in')
+    (tmp_path / 'in' / 'notes.txt').write_text('left out, as is what is hidden')
+    (tmp_path / 'in' / '.hidden.png').write_bytes(b'x')
+    assert run(tmp_path / 'in', '-m', 'any.pth', '-o', tmp_path / 'out') == 1
+    out, err = capsys.readouterr()
+    assert out.startswith('295 images in ') and out.endswith(' images/s, 5 failed\n')
+    lines = [line for line in err.splitlines() if line.startswith('lora-sr: error: ')]
+    assert len(lines) == len(BROKEN)
+    for name in BROKEN:
+        assert sum(str(tmp_path / 'in' / name) in line for line in lines) == 1
+    assert files_in(tmp_path / 'out') == sorted(expected)
+    for name, image in expected.items():
+        result = read_plain(tmp_path / 'out' / name)
+        assert result.dtype == image.dtype and result.shape[2:] == image.shape[2:], name
+        levels = 6 if name.lower().endswith(('jpg', 'jpeg')) else 8 if name.endswith('webp') else 0
+        colours = slice(None) if image.ndim == 2 else slice(0, 3 if image.shape[2] > 2 else 1)
+        difference = np.abs(result[..., colours].astype(int) - repeated(image)[..., colours])
+        assert difference.max() <= levels, name
+
+
+def test_metadata_of_files(enlarging, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, 'Camera'
+    icc = b'not a real profile, and kept all the same'
+    image = pixels(6, 10, 3)
+    Image.fromarray(image).save(tmp_path / 'turned.png', exif=exif, icc_profile=icc)
+    for target in ('turned.png', 'turned.tif'):
+        upscale([tmp_path / 'turned.png'], 'any.pth', tmp_path / 'out' / target)
+        result = Image.open(tmp_path / 'out' / target)
+        assert np.array_equal(np.asarray(result), repeated(np.rot90(image, -1)))
+        assert result.getexif().get(0x0112, 1) == 1 and result.getexif()[0x010F] == 'Camera'
+        assert result.info['icc_profile'] == icc
+
+
+def test_names(enlarging, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('in/b.png', 'in/A.PNG', 'in/sub/c.jpeg', 'in/sub/d.webp', 'other/e.tif'):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(4, 4, 3)).save(path)
+    upscale(['in'], 'any.pth', 'same')
+    assert files_in(tmp_path / 'same') == ['A.PNG', 'b.png', 'sub/c.jpeg', 'sub/d.webp']
+    upscale(['in/sub', 'other/e.tif'], 'any.pth', 'png', file_format='png')
+    assert files_in(tmp_path / 'png') == ['c.png', 'd.png', 'e.png']
+    upscale(['in/**/*e*'], 'any.pth', 'glob')
+    assert files_in(tmp_path / 'glob') == ['c.jpeg', 'd.webp']
+    upscale(['in/b.png'], 'any.pth', 'one/file.jpg')
+    assert Image.open(tmp_path / 'one/file.jpg').format == 'JPEG'
+    upscale(['in/b.png', 'in', './in/b.png'], 'any.pth', 'twice')
+    assert files_in(tmp_path / 'twice') == ['A.PNG', 'b.png', 'sub/c.jpeg', 'sub/d.webp']
+    upscale(['in'], 'any.pth', 'in/larger')
+    upscale(['in'], 'any.pth', 'in/larger', overwrite=True)  # does not go into its own output
+    assert files_in(tmp_path / 'in/larger') == ['A.PNG', 'b.png', 'sub/c.jpeg', 'sub/d.webp']
+
+
+def test_quality(enlarging, tmp_path):
+    Image.fromarray(pixels(40, 40, 3)).save(tmp_path / 'image.png')
+    sizes = {}
+    for target in ('image.jpg', 'image.webp'):
+        for quality in (60, 95, 100):
+            upscale([tmp_path / 'image.png'], 'any.pth', tmp_path / target, quality=quality, overwrite=True)
+            sizes[quality] = (tmp_path / target).stat().st_size
+        assert sizes[60] < sizes[95]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / 'image.webp')), repeated(pixels(40, 40, 3)))
+
+
+def test_what_a_format_cannot_hold_does_not_stop_the_rest(enlarging, tmp_path):
+    Image.fromarray(pixels(4, 4, 4)).save(tmp_path / 'alpha.png')
+    Image.fromarray(pixels(4, 4, 3)).save(tmp_path / 'plain.png')
+    report = upscale([tmp_path / 'alpha.png', tmp_path / 'plain.png'], 'any.pth', tmp_path / 'out', file_format='jpeg')
+    assert report.images == 1 and files_in(tmp_path / 'out') == ['plain.jpg']
+    (reason,) = report.failures.values()
+    assert 'alpha.png was not written: JPEG cannot hold an alpha channel' in reason
+
+
+def test_adapters_as_adapter_merge_mixes_them(checkpoint, tmp_path):
+    Image.fromarray(pixels(16, 16, 3)).save(tmp_path / 'image.png')
+    adapters = []
+    for number, weight in ((1, 0.7), (2, -0.4)):
+        network = load_network(checkpoint)
+        add_lora(network, LoRAConfig([r'block_\d\..*'], rank=number))
+        torch.manual_seed(number)
+        for _, layer in lora_layers(network):
+            nn.init.normal_(layer.lora_B, std=0.1)
+        save_adapter(network, tmp_path / f'{number}.safetensors')
+        adapters.append((tmp_path / f'{number}.safetensors', weight))
+    merge_adapters(checkpoint, adapters, tmp_path / 'merged.pth')
+    upscale([tmp_path / 'image.png'], tmp_path / 'merged.pth', tmp_path / 'merged.png')
+    named = [f'--adapter={path}:{weight}' for path, weight in adapters]
+    assert run(tmp_path / 'image.png', '-m', checkpoint, '-o', tmp_path / 'mixed.png', *named) == 0
+    upscale([tmp_path / 'image.png'], checkpoint, tmp_path / 'plain.png')
+    merged, mixed, plain = (
+        np.asarray(Image.open(tmp_path / f'{name}.png')).astype(int) for name in ('merged', 'mixed', 'plain')
+    )
+    assert np.abs(merged - mixed).max() <= 1 and np.abs(merged - plain).max() > 10
+
+    training = tmp_path / 'training.pth'
+    torch.save({'params': SPAN(feature_channels=6, upscale=2).state_dict()}, training)
+    adapted = tmp_path / 'adapted.pth'
+    torch.save({'params': DSCLoRA(feature_channels=6, upscale=2, rank=2).state_dict()}, adapted)
+    for model, words in (
+        (training, 'not fit the base .*the base has branches'),
+        (adapted, 'carries LoRA already'),
+    ):
+        with pytest.raises(InputError, match=words):
+            upscale([tmp_path / 'image.png'], model, tmp_path / 'refused.png', adapters)
+
+
+def test_weights_of_adapters():
+    assert command.weighted('a.safetensors') == ('a.safetensors', 1.0)
+    assert command.weighted('C:/a.safetensors:-0.5') == ('C:/a.safetensors', -0.5)
+    for wrong in ('a.safetensors:', 'a.safetensors:x', ':1', 'a.safetensors:nan'):
+        with pytest.raises(argparse.ArgumentTypeError, match='should be FILE or FILE:WEIGHT'):
+            command.weighted(wrong)
+
+
+# What is refused, and what is left behind
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('in/a.png', 'in/b.png', 'in/sub/a.png'):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(5, 5, 3)).save(path)
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'file').write_text('text')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    'inputs, output, options, words',
+    [
+        (['missing.png'], 'out', {}, 'There is no file or folder missing.png'),
+        (['*.jpg'], 'out', {}, r'\*.jpg has no images'),
+        (['empty'], 'out', {}, 'empty has no images'),
+        (['in'], 'in', {}, 'The output in/a.png is the input in/a.png'),
+        (['in'], 'in', {'overwrite': True}, 'The output in/a.png is the input in/a.png'),
+        (['in/a.png', 'in/sub/a.png'], 'out', {}, 'in/a.png and in/sub/a.png would have the same output, out/a.png'),
+        (['in'], 'out.png', {}, 'The output out.png is a file, where a folder is right'),
+        (['in/a.png', 'in/b.png'], 'out.png', {}, 'The output out.png is a file, where a folder is right'),
+        (['in/a.png'], 'file', {}, 'The output file is a file, where a folder is right'),
+        (['in/a.png'], 'file/deeper', {}, 'The output folder file/deeper cannot be written: Not a directory'),
+        (['in/a.png'], 'out.png', {'file_format': 'jpeg'}, 'The output out.png is no jpeg file'),
+        (['in/a.png'], 'in/sub', {}, 'The output in/sub/a.png exists'),
+        (['in/a.png'], 'out', {'quality': 0}, 'The quality is 0'),
+        (['in/a.png'], 'out', {'tile': 3}, 'A tile of 3 is too small for SPAN'),
+        (['in/a.png'], 'out', {'model': 'file'}, 'file'),
+        (['in/a.png'], 'out', {'model': 'missing.pth'}, 'missing.pth'),
+    ],
+)
+def test_wrong_calls_leave_nothing_behind(images, checkpoint, inputs, output, options, words):
+    before = sorted(images.rglob('*'))
+    content = {path: path.read_bytes() for path in before if path.is_file()}
+    with pytest.raises(InputError, match=words) as caught:
+        upscale(inputs, **{'model': checkpoint, 'output': output, **options})
+    assert '\n' not in str(caught.value)
+    assert sorted(images.rglob('*')) == before
+    assert all(path.read_bytes() == value for path, value in content.items())
+
+
+def test_an_unknown_family_is_named(images):
+    torch.save({'params': {'strange.weight': torch.zeros(3)}}, images / 'strange.pth')
+    with pytest.raises(InputError, match='strange.pth belongs to no network known here'):
+        upscale(['in'], 'strange.pth', 'out')
+    assert not (images / 'out').exists()
+    assert run('in', '-m', 'strange.pth', '-o', 'out') == 2
+
+
+@pytest.mark.parametrize('link', [os.symlink, os.link])
+def test_the_input_is_never_replaced_through_links(images, enlarging, link):
+    (images / 'out').mkdir()
+    link(images / 'in/a.png', images / 'out/b.png')  # the output of another input
+    before = (images / 'in/a.png').read_bytes()
+    with pytest.raises(InputError, match='The output out/b.png is the input in/a.png'):
+        upscale(['in/a.png', 'in/b.png'], 'any.pth', 'out', overwrite=True)
+    os.symlink(images / 'in', images / 'linked')
+    with pytest.raises(InputError, match='is the input'):
+        upscale(['in'], 'any.pth', 'linked', overwrite=True)
+    assert (images / 'in/a.png').read_bytes() == before
+
+
+def test_existing_outputs_need_overwrite(images, enlarging):
+    upscale(['in'], 'any.pth', 'out')
+    with pytest.raises(InputError, match='The output out/a.png and 2 more exist: .* --overwrite'):
+        upscale(['in'], 'any.pth', 'out')
+    (images / 'out/a.png').write_text('old')
+    upscale(['in'], 'any.pth', 'out', overwrite=True)
+    assert Image.open(images / 'out/a.png').size == (10, 10)
+
+
+def test_a_text_file_among_images(images, enlarging, capsys):
+    assert run('file', 'in/a.png', '-m', 'any.pth', '-o', 'out') == 1
+    out, err = capsys.readouterr()
+    assert 'lora-sr: error: file is no image by its name, which should end in .png, .jpg' in err
+    assert out.startswith('1 image in') and files_in(images / 'out') == ['a.png']
+
+
+def test_full_disk_leaves_no_partial_file(images, enlarging):
+    """A limit on the size of files is as good as a full disk."""
+    Image.fromarray(pixels(300, 300, 3)).save(images / 'in/c.png')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match='The output out/c.png cannot be written: File too large'):
+            upscale(['in/a.png', 'in/c.png'], 'any.pth', 'out')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files_in(images / 'out') == ['a.png']
+
+
+def test_no_permission_is_told_before_the_network_is_loaded(images, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr(module.tempfile, 'TemporaryFile', refuse)
+    monkeypatch.setattr(module, 'load_network', None)
+    with pytest.raises(InputError, match='The output folder out cannot be written: Permission denied'):
+        upscale(['in'], 'any.pth', 'out')
+    assert not (images / 'out').exists()
+
+
+def test_interrupting_leaves_whole_files(images, monkeypatch, capsys):
+    class Interrupted(Enlarge):
+        def forward(self, x):
+            if x.shape[-1] == 77:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    monkeypatch.setattr(module, 'load_network', lambda path: Interrupted())
+    Image.fromarray(pixels(5, 77, 3)).save(images / 'in/b.png')
+    assert run('in', '-m', 'any.pth', '-o', 'out') == 130
+    assert 'interrupted' in capsys.readouterr().err
+    assert set(files_in(images / 'out')) <= {'a.png'}
+    for name in files_in(images / 'out'):
+        Image.open(images / 'out' / name).load()
+
+
+def test_few_images_wait(images, enlarging, monkeypatch):
+    """However slow the writing is beside the network, no more than a few results are in memory."""
+    gate, made, by_then = threading.Event(), [], []
+    write = module._write
+
+    def slow(*args):
+        gate.wait(20)
+        return write(*args)
+
+    class Counting(Upscaler):
+        def __call__(self, *args):
+            made.append(1)
+            return super().__call__(*args)
+
+    monkeypatch.setattr(module, '_write', slow)
+    monkeypatch.setattr(module, 'Upscaler', Counting)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 0)
+    for number in range(100):
+        shutil.copy(images / 'in/a.png', images / f'in/{number:02}.png')
+    threading.Timer(0.5, lambda: (by_then.append(len(made)), gate.set())).start()
+    assert upscale(['in'], 'any.pth', 'out').images == 103
+    assert by_then == [min(103, len(os.sched_getaffinity(0)) + 2)]
+
+
+def test_bursts_of_writing(images, enlarging, monkeypatch):
+    """Where the network takes all cores, it pauses for writing, before too many results wait."""
+    events = []
+    write = module._write
+
+    class Noting(Upscaler):
+        def __call__(self, *args):
+            events.append('run')
+            result = super().__call__(*args)
+            events.append('ran')
+            return result
+
+    def noting(*args):
+        events.append('write')
+        return write(*args)
+
+    monkeypatch.setattr(module, '_write', noting)
+    monkeypatch.setattr(module, 'Upscaler', Noting)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1 << 20)
+    for number in range(7):
+        shutil.copy(images / 'in/a.png', images / f'in/{number}.png')  # ten in all, of 300 bytes when upscaled
+    made = ['run', 'ran']
+    for seconds, waiting, expected in (
+        (1e9, 1 << 30, 10 * made + 10 * ['write']),
+        (0, 1 << 30, 10 * [*made, 'write']),
+        (1e9, 1000, 2 * (4 * made + 4 * ['write']) + 2 * made + 2 * ['write']),
+    ):
+        monkeypatch.setattr(module, 'BURST_SECONDS', seconds)
+        monkeypatch.setattr(module, 'WAITING_BYTES', waiting)
+        events.clear()
+        upscale(['in'], 'any.pth', 'out', overwrite=True)
+        assert events == expected
+    assert len(files_in(images / 'out')) == 10
+
+
+def test_report_of_networks_that_look_at_the_whole_image(images, monkeypatch, capsys):
+    class Mean(Enlarge):
+        def forward(self, x):
+            return super().forward(x) + 0.1 * x.mean((2, 3), keepdim=True)
+
+    monkeypatch.setattr(module, 'load_network', lambda path: Mean())
+    assert run('in', '-m', 'any.pth', '-o', 'out', '--tile', 200) == 0
+    assert 'note: Mean looks at the whole image' in capsys.readouterr().err

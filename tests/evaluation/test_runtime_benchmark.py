@@ -20,14 +20,14 @@ def networks():
 def test_forms_give_the_same_image(network):
     image = soft_image(1, 3, 20, 28)
     forms, preparing = make_forms(network, image)
-    measured = measure(forms, image, repeats=1)
+    measured = measure(network, forms, image, repeats=1)
     for name, row in measured.items():
         assert row.seconds > 0
         if 'float32' in name or 'channels-last' in name:
             assert row.psnr > 110 and row.equal > 0.99
         elif 'bfloat16' in name:
             assert row.psnr > 30
-    assert measured[PUBLISHED].equal == 1 and len(preparing) >= 2
+    assert measured[PUBLISHED].psnr > 110 and len(preparing) >= 2
 
 
 def test_refolding_computes_what_the_branches_do():

@@ -196,6 +196,27 @@ static inline Vector within(Vector value, int x, int width) {
     return select(lane < width - x, value, Vector{});
 }
 
+// The pixel shuffle: channels are a colour, a row and a column of the scale * scale pixels that one becomes. RUN channels
+// at a time are neighbours in the image.
+template <int RUN>
+static void store_shuffled(const Operation &op, const Size &size, const Vector *sums, int first, int count, int y, int x) {
+    const int scale = op.scale, lanes = size.width - x < LANES ? size.width - x : LANES;
+    for (int i = 0; i < count; i += RUN) {
+        const int channel = first + i, phase = channel % (scale * scale);
+        float *to = op.image + channel / (scale * scale) * op.image_plane +
+                    ((int64_t)y * scale + phase / scale) * op.image_row + (int64_t)x * scale + phase % scale;
+        float values[RUN][LANES];
+        for (int j = 0; j < RUN; j++) store(values[j], sums[i + j]);
+        if (RUN > 1 && lanes == LANES) {
+            for (int lane = 0; lane < LANES; lane++)
+                for (int j = 0; j < RUN; j++) to[lane * RUN + j] = values[j][lane];
+        } else {
+            for (int lane = 0; lane < lanes; lane++)
+                for (int j = 0; j < RUN; j++) to[lane * scale + j] = values[j][lane];
+        }
+    }
+}
+
 // Everything behind the sums of `count` channels from `first` on: activation, combination, and the store.
 template <bool COARSE>
 static inline void finish_as(const Operation &op, const Size &size, Vector *sums, int first, int count, int y, int x) {
@@ -219,15 +240,11 @@ static inline void finish_as(const Operation &op, const Size &size, Vector *sums
         }
     }
     if (op.image) {
-        const int scale = op.scale, lanes = size.width - x < LANES ? size.width - x : LANES;
-        for (int i = 0; i < count; i++) {
-            const int channel = first + i, place = channel % (scale * scale);
-            float *to = op.image + channel / (scale * scale) * op.image_plane +
-                        ((int64_t)y * scale + place / scale) * op.image_row + (int64_t)x * scale + place % scale;
-            float values[LANES];
-            store(values, sums[i]);
-            for (int lane = 0; lane < lanes; lane++) to[lane * scale] = values[lane];
-        }
+        const int scale = op.scale;
+        if (scale == 4 && first % 4 == 0) return store_shuffled<4>(op, size, sums, first, count, y, x);
+        if (scale == 3 && first % 3 == 0) return store_shuffled<3>(op, size, sums, first, count, y, x);
+        if (scale == 2 && first % 2 == 0) return store_shuffled<2>(op, size, sums, first, count, y, x);
+        for (int i = 0; i < count; i++) store_shuffled<1>(op, size, sums + i, first + i, 1, y, x);
         return;
     }
     for (int i = 0; i < count; i++) sums[i] = within(sums[i], x, size.width);

@@ -21,7 +21,7 @@ def test_both_optimizers_do_the_same_work():
 def test_prints_times_and_their_ratio(monkeypatch, capsys):
     measure_times = adan_benchmark.measure_times
     monkeypatch.setattr(adan_benchmark, 'measure_times', lambda optimizers, _: measure_times(optimizers, repeats=2))
-    assert main(['benchmark', 'adan']) == 0
+    assert main(['bench', 'adan']) == 0
     out = capsys.readouterr().out
     assert re.search(r'^Adan, a step on the \d+ tensors of LKDN x4', out)
     ours, theirs = (float(re.search(rf'^{name} +(\S+) ms$', out, re.M)[1]) for name in ('ours', 'adan_pytorch'))

@@ -2,8 +2,12 @@
 //
 // Features ("maps") are stored as rows of planes, (height, planes, width): the lanes of a vector are neighbouring pixels,
 // so that no channel is wasted on padding whatever the width of the network, and a row of all planes is contiguous. A
-// plane is one channel in float32, or two channels side by side in bfloat16, one 32-bit word a pixel either way. Maps
-// have a border of zeros, which nothing writes to: convolutions need no special case at the edges of the image.
+// plane is one channel in float32, or two channels side by side in bfloat16, one 32-bit word a pixel either way. Left
+// and right of each row are zeros, which nothing writes to: convolutions need no special case at the edges of the image.
+//
+// The operations of a group run as a pipeline over strips of rows: each follows the one whose results it reads at the
+// distance that its reach asks for, so that these are still in a cache, and a map keeps no more rows than that (its
+// rows go round). Threads take the strips of all operations of one step; between steps they meet.
 //
 // 3x3 convolutions are Winograd's F(4, 3) along the height (Lavin and Gray, arXiv:1509.09308): half of the
 // multiplications, and nothing to shuffle between lanes. Accumulators are always float32.
@@ -27,8 +31,10 @@
 enum { LANES = 16, MOST_OUTPUTS = 28 };
 #elif defined(__AVX__)
 enum { LANES = 8, MOST_OUTPUTS = 12 };
-#else
+#elif defined(__aarch64__)
 enum { LANES = 4, MOST_OUTPUTS = 24 };
+#else
+enum { LANES = 4, MOST_OUTPUTS = 12 };
 #endif
 
 typedef float Vector __attribute__((vector_size(LANES * 4)));
@@ -39,7 +45,7 @@ enum Kind { LOAD_IMAGE, POINTWISE, CONV3X3, DEPTHWISE, CHANNEL_NORM };
 enum Activation { NO_ACTIVATION, SILU, GELU };
 enum Combination { NOTHING, ADD, MULTIPLY, GATE };
 enum { AT_ONCE = 4 };  // vectors whose sums a depthwise convolution has in registers
-enum { STRIP = 16 };   // vectors of a row that are in the making at once, so that they stay in the caches
+enum { STRIP = 16 };   // vectors of a row that are in the making at once, so that they stay in a cache
 enum { MOST_PLANES = 1024, MOST_INPUTS = 16 };  // of an operation
 
 // A map: its first word inside the border, the distance of its rows, and how many rows it keeps.

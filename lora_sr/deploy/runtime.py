@@ -64,6 +64,7 @@ class DeployedNetwork(nn.Module):
         self.dtype = dtype
         self.network = network
         self._prepare()
+        self.register_load_state_dict_post_hook(_prepare_again)
 
     def _prepare(self) -> None:
         self._program = self._graphs = None
@@ -98,33 +99,37 @@ class DeployedNetwork(nn.Module):
         return (self.network if self._graphs is None else self._graphs)(image).float()
 
 
+def _prepare_again(module: DeployedNetwork, keys) -> None:
+    """Other weights need another program: the kernels have copies of them."""
+    module._prepare()
+
+
 class _GraphPerSize:
     """Runs a network on a GPU, and records the passes that come again as CUDA graphs."""
 
     def __init__(self, network: nn.Module):
         self.network = network
-        self.graphs: OrderedDict[torch.Size, tuple] = OrderedDict()
-        self.seen: set[torch.Size] = set()
+        self.graphs: OrderedDict[torch.Size, tuple | None] = OrderedDict()  # None: of one pass so far
 
     def __call__(self, image: Tensor) -> Tensor:
         size = image.shape
         # What cuDNN finds to be the fastest for a size is used again in all of its passes.
         allow_tf32 = torch.backends.cudnn.allow_tf32
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=allow_tf32):
-            if size not in self.seen:
-                self.seen.add(size)
-                return self.network(image)
             if size not in self.graphs:
-                self._record(image)
+                if len(self.graphs) == MOST_GRAPHS:
+                    self.graphs.popitem(last=False)
+                self.graphs[size] = None
+                return self.network(image)
+            if self.graphs[size] is None:
+                self.graphs[size] = self._record(image)
         self.graphs.move_to_end(size)
         graph, source, result = self.graphs[size]
         source.copy_(image)
         graph.replay()
         return result.clone()
 
-    def _record(self, image: Tensor) -> None:
-        if len(self.graphs) == MOST_GRAPHS:
-            self.graphs.popitem(last=False)
+    def _record(self, image: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         source = image.clone(memory_format=torch.preserve_format)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -134,4 +139,4 @@ class _GraphPerSize:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = self.network(source)
-        self.graphs[image.shape] = graph, source, result
+        return graph, source, result

@@ -132,6 +132,24 @@ def test_copies_run(through):
     assert torch.equal(copied(image), expected)
 
 
+def test_other_weights_can_be_loaded():
+    first, second = (randomised(SPAN(feature_channels=6, upscale=2, deploy=True), seed) for seed in (1, 2))
+    optimized, other = lora_sr.optimize(first), lora_sr.optimize(second)
+    image = soft_image(1, 3, 12, 12)
+    assert not torch.equal(optimized(image), other(image))
+    optimized.load_state_dict(other.state_dict())
+    assert torch.equal(optimized(image), other(image))
+
+
+def test_nan_stays_nan(needs_kernels):
+    network = small_networks()['SPAN in training form']
+    image = soft_image(1, 3, 70, 70)
+    image[0, 1, 35, 35] = torch.nan
+    with torch.no_grad():
+        expected = network(image).isnan()
+    assert expected.any() and (lora_sr.optimize(network)(image).isnan() | ~expected).all()
+
+
 @pytest.mark.parametrize('dtype, reason', [(torch.float64, 'not in torch.float64'), (torch.float16, 'is bfloat16')])
 def test_refuses_a_dtype(dtype, reason):
     with pytest.raises(InputError, match=reason):

@@ -95,7 +95,9 @@ def run(checkpoints: Sequence[str | os.PathLike] = (), sizes: Sequence[tuple[int
                 print(f'{form:44}{row.seconds * 1e3:>9.2f} ms{ratio:>8.2f}{beside}')
             operations = 2 * count_flops(network, height, width)
             for dtype, rate in rates.items():
-                moved = dtype.itemsize * sum(parameter.numel() for parameter in network.parameters())
+                moved = torch.empty(0, dtype=dtype).element_size() * sum(
+                    parameter.numel() for parameter in network.parameters()
+                )
                 moved += 4 * image.numel() * (1 + network.upscale**2)
                 print(
                     f'floor in {_name(dtype):35}{max(moved / bandwidth, operations / rate) * 1e3:>9.2f} ms: bytes '
@@ -178,7 +180,7 @@ def measure_bandwidth(device: torch.device) -> float:
     """Bytes a second that are read and written by a copy."""
     source = torch.zeros(COPIED, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / min(_seconds(target.copy_, source) for _ in range(5))
+    return 2 * source.numel() * source.element_size() / min(_seconds(target.copy_, source) for _ in range(5))
 
 
 def measure_rate(device: torch.device, dtype: torch.dtype) -> float:

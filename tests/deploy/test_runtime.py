@@ -21,6 +21,7 @@ from lora_sr.deploy.check_images import soft_image
 from lora_sr.deploy.native import library as library_module
 from lora_sr.deploy.native import networks as networks_module
 from lora_sr.errors import InputError
+from lora_sr.evaluation.lkdn_benchmark import with_official_structure
 
 OFFICIAL = ['DSCLoRA/DSCF_ch26_x4', 'SPAN/span_ch28_x4', 'SPAN/spantiny_ch26_x4', 'LKDN/LKDN_x4', 'LKDN/LKDN-S_x4']
 
@@ -79,9 +80,9 @@ def test_images_of_the_network(name):
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize('name, engine', [('SPAN in training form', 'kernels'), ('DSCLoRA', 'kernels')])
-def test_ours_run_on_the_kernels(needs_kernels, name, engine):
-    assert lora_sr.optimize(small_networks()[name]).engine == engine
+@pytest.mark.parametrize('name', ['SPAN in training form', 'DSCLoRA', 'LKDN', 'LKDN, odd halves, branches'])
+def test_ours_run_on_the_kernels(needs_kernels, name):
+    assert lora_sr.optimize(small_networks()[name]).engine == 'kernels'
 
 
 def test_the_rest_runs_by_torch():
@@ -89,21 +90,39 @@ def test_the_rest_runs_by_torch():
         assert lora_sr.optimize(small_networks()[name]).engine == 'torch'
 
 
-def test_a_derived_network_is_not_taken_for_its_base():
+def test_a_changed_network_is_not_taken_for_the_original():
     class Brighter(SPAN):
         def forward(self, x):
             return super().forward(x) + 1
 
-    network = randomised(Brighter(feature_channels=4, upscale=2, deploy=True))
+    class Doubling(torch.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def changed(name):
+        network = randomised(SPAN(feature_channels=4, upscale=2, deploy=True))
+        if name == 'hook':
+            network.block_2.register_forward_hook(lambda module, inputs, output: (output[0] * 2, output[1]))
+        elif name == 'module':
+            network.block_1.c1_r.eval_conv = Doubling(4, 4, 3, padding=1)
+        elif name == 'forward':
+            network.conv_cat.forward = lambda x: x[:, :4]
+        return network
+
     image = soft_image(1, 3, 9, 9)
-    with torch.no_grad():
-        assert torch.allclose(lora_sr.optimize(network)(image), network(image), atol=1e-5)
+    networks = [randomised(Brighter(feature_channels=4, upscale=2, deploy=True))]
+    networks += [changed(name) for name in ('hook', 'module', 'forward')]
+    for network in [*networks, with_official_structure(small_networks()['LKDN'])]:
+        optimized = lora_sr.optimize(network)
+        assert optimized.engine == 'torch'
+        with torch.no_grad():
+            assert torch.allclose(optimized(image), network(image), atol=1e-5)
 
 
 def test_without_a_compiler(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv('CXX', '/no/such/compiler')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(networks_module, 'load_library', library_module.load_library.__wrapped__)
+    monkeypatch.setattr(networks_module, 'load_library', library_module._load_library.__wrapped__)
     network = small_networks()['LKDN']
     with caplog.at_level(logging.WARNING):
         optimized = lora_sr.optimize(network)
@@ -115,11 +134,30 @@ def test_without_a_compiler(monkeypatch, tmp_path, caplog):
 
 def test_kernels_are_compiled_once(needs_kernels, monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    assert library_module.load_library.__wrapped__() is not None
+    assert library_module._load_library.__wrapped__() is not None
     (compiled,) = (tmp_path / 'lora_sr').iterdir()
     before = compiled.stat().st_mtime_ns
-    assert library_module.load_library.__wrapped__() is not None
+    assert library_module._load_library.__wrapped__() is not None
     assert [path.stat().st_mtime_ns for path in (tmp_path / 'lora_sr').iterdir()] == [before]
+
+
+def test_a_damaged_cache_is_made_anew(needs_kernels, monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    library_module._load_library.__wrapped__()
+    (compiled,) = (tmp_path / 'lora_sr').iterdir()
+    compiled.unlink()  # the loaded file itself must not be written to
+    compiled.write_bytes(b'')
+    assert library_module._load_library.__wrapped__().most_outputs() > 0
+
+
+def test_no_home_and_a_compiler_with_arguments(needs_kernels, monkeypatch):
+    def no_home():
+        raise RuntimeError('Could not determine home directory.')
+
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    monkeypatch.setattr(library_module.Path, 'home', no_home)
+    monkeypatch.setenv('CXX', 'c++ -g0')
+    assert library_module._load_library.__wrapped__() is not None
 
 
 @pytest.mark.parametrize('through', [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
@@ -139,6 +177,15 @@ def test_other_weights_can_be_loaded():
     assert not torch.equal(optimized(image), other(image))
     optimized.load_state_dict(other.state_dict())
     assert torch.equal(optimized(image), other(image))
+
+
+def test_dtype_and_mode_stay():
+    optimized = lora_sr.optimize(small_networks()['EDSR'])
+    image = soft_image(1, 3, 12, 12)
+    expected = optimized(image)
+    output = optimized.half().train()(image)  # the weights have been in float16 then
+    assert output.dtype == torch.float32 and torch.allclose(output, expected, atol=1e-2)
+    assert not any(module.training for module in optimized.modules())
 
 
 def test_nan_stays_nan(needs_kernels):

@@ -105,7 +105,7 @@ static inline Vector maximum(Vector x, Vector y) {
 #endif
 }
 
-// COARSE ones are for what is rounded to bfloat16 afterwards: right to 13 bits.
+// COARSE ones are for what is rounded to bfloat16 afterwards: right to 13 bits instead of 23.
 template <bool COARSE>
 static inline Vector reciprocal(Vector x) {
 #if defined(__AVX512F__)
@@ -257,9 +257,8 @@ static inline void finish_as(const Operation &op, const Size &size, Vector *sums
     float *row = row_of(op.output, size, y) + x;
 #if HAS_BFLOAT16
     if (op.output.is_bfloat16) {
-        if (count % 2) sums[count] = Vector{};
         for (int i = 0; i < count; i += 2)
-            store_halves(row + (first + i) / 2 * size.pitch, sums[i], sums[i + 1]);
+            store_halves(row + (first + i) / 2 * size.pitch, sums[i], i + 1 < count ? sums[i + 1] : Vector{});
         return;
     }
 #endif
@@ -339,7 +338,7 @@ static void pointwise(const Operation &op, const Size &size, const float **plane
         planes[i] = row_of(op.input[i / each], size, y) + i % each * size.pitch;
     }
     const Sum sum = sum_function<MOST_OUTPUTS>(op.outputs, op.input[0].is_bfloat16);
-    Vector sums[2][MOST_OUTPUTS + 1], *const to[2] = {sums[0], sums[1]};
+    Vector sums[2][MOST_OUTPUTS], *const to[2] = {sums[0], sums[1]};
     for (int x = 0; x < size.width; x += 2 * LANES) {
         const int vectors = size.width - x > LANES ? 2 : 1;
         for (int i = 0; i < count; i++) {
@@ -430,7 +429,7 @@ static void conv3x3(const Operation &op, const Size &size, const float **planes,
                 }
             }
             for (int i = 0; i < vectors; i++) {
-                Vector rows[ROWS][MOST_OUTPUTS + 1];
+                Vector rows[ROWS][MOST_OUTPUTS];
                 for (int output = 0; output < op.outputs; output++) {
                     Vector m[POINTS], result[ROWS];
                     for (int point = 0; point < POINTS; point++)
@@ -513,7 +512,6 @@ static void channel_norm(const Operation &op, const Size &size, Vector *values, 
 
 extern "C" {
 
-int lanes() { return LANES; }
 int most_outputs() { return MOST_OUTPUTS; }
 int has_bfloat16() { return HAS_BFLOAT16; }
 int64_t operation_bytes() { return sizeof(Operation); }

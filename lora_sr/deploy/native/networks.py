@@ -5,32 +5,40 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lora_sr.archs.lkdn_arch import LKDB, LKDN, BSConvU
-from lora_sr.archs.span_arch import SPAN
+from lora_sr.archs.dsclora_arch import DSCLoRA
+from lora_sr.archs.lkdn_arch import LKDB, LKDN, BSConvU, LargeKernelAttention
+from lora_sr.archs.span_arch import SPAB, SPAN, Conv3XC
 from lora_sr.deploy.native.library import load_library
 from lora_sr.deploy.native.program import Map, Program
+
+# What the kernels compute. A module of another class, such as one derived from these, may compute something else.
+KNOWN = (SPAN, DSCLoRA, SPAB, Conv3XC, LKDN, LKDB, LargeKernelAttention, BSConvU)
+KNOWN += (nn.Sequential, nn.Conv2d, nn.LayerNorm, nn.PixelShuffle)
 
 
 def compile_network(network: nn.Module, dtype: torch.dtype) -> Program | None:
     """The program that computes what ``network`` does, or ``None`` where the kernels cannot: then torch has to.
 
     Args:
-        network: In deploy form: SPAN (DSCLoRA once it is merged is one) or LKDN, but not with ``BSConvU_idt``, nor of
-            unusual size: with more than 16 blocks, or more than 1024 channels in all that are fused.
-        dtype: ``torch.float32``, or ``torch.bfloat16``, which not every CPU has.
+        network: In deploy form: SPAN (DSCLoRA once it is merged is one) or LKDN, but not with ``BSConvU_idt``, with
+            hooks or modules of other classes, nor of unusual size: with more than 16 blocks, or more than 1024 channels
+            in all that are fused.
+        dtype: ``torch.float32``, or ``torch.bfloat16``; on a CPU that does not have that, the program is of float32.
     """
-    # A class derived from one of these may compute something else.
-    lower = next((verb for base, verb in LOWER.items() if type(network).forward is base.forward), None)
-    if lower is None or dtype not in (torch.float32, torch.bfloat16):
-        return None
-    if isinstance(network, LKDN) and type(network.B1.c1_r) is not BSConvU:
+    lower = next((verb for base, verb in LOWER.items() if isinstance(network, base)), None)
+    if lower is None or dtype not in (torch.float32, torch.bfloat16) or not all(map(_is_known, network.modules())):
         return None
     library = load_library()
-    if library is None or (dtype == torch.bfloat16 and not library.has_bfloat16()):
+    if library is None:
         return None
-    program = Program(library, dtype)
+    program = Program(library, dtype if library.has_bfloat16() else torch.float32)
     lower(program, network)
     return program if program.fits else None
+
+
+def _is_known(module: nn.Module) -> bool:
+    is_plain = 'forward' not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
+    return type(module) in KNOWN and is_plain
 
 
 def _lower_span(program: Program, network: SPAN) -> None:
@@ -77,7 +85,7 @@ def _lower_lkdn(program: Program, network: LKDN) -> None:
     # The image is there num_in times: its weights add up. What is done to the image itself, and what makes the image at
     # the end, stays in float32: bfloat16 has 8 bits, as the image does.
     weight = first.pw.weight.unflatten(1, (network.num_in, -1)).sum(1)
-    image = program.load_image(torch.ones(weight.shape[1]), torch.zeros(weight.shape[1]))
+    image = program.load_image(weight.new_ones(weight.shape[1]), weight.new_zeros(weight.shape[1]))
     spread = program.conv([image], weight, None, dtype=torch.float32)
     shallow = program.depthwise(spread, first.dw.weight, first.dw.bias)
     features = [shallow]

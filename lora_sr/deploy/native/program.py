@@ -17,11 +17,9 @@ from lora_sr.errors import InputError
 LOAD_IMAGE, POINTWISE, CONV3X3, DEPTHWISE, CHANNEL_NORM = range(5)
 ACTIVATIONS = {None: 0, 'silu': 1, 'gelu': 2}
 COMBINATIONS = {None: 0, 'add': 1, 'multiply': 2, 'gate': 3}
-MOST_INPUTS, MOST_PLANES = 16, 1024
+MOST_INPUTS, MOST_PLANES, ROWS = 16, 1024, 4
 
 BORDER = 16  # words of zeros beside each row of a plane: a 5x5 of dilation 3 reaches 6
-STRIP = 4  # rows, of which a step takes several where there are many threads
-
 TASKS_PER_THREAD = 8  # in a step at least, so that no thread waits long for the others
 
 # Winograd's transform of a kernel of 3 for 4 results, with the points 0, +-NEAR, +-FAR and infinity of kernels.cpp
@@ -104,8 +102,9 @@ class _Step:
 class Program:
     """The operations of a network, in their order; the verbs add one each, and :meth:`__call__` runs them.
 
-    Nothing depends on the size of the image but the memory: of the last size it is kept. Not more than one thread
-    runs a program at a time; the others wait.
+    Nothing depends on the size of the image but the memory: that of the largest size is kept. Not more than one thread
+    runs a program at a time; the others wait. As with torch's own, its threads do not survive a fork: a forked process
+    has to run it with one.
 
     Args:
         library: The kernels, see :func:`lora_sr.deploy.native.library.load_library`.
@@ -116,7 +115,8 @@ class Program:
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype = torch.float32):
         self.library = library
         library.scratch.restype = library.operation_bytes.restype = ctypes.c_int64
-        if library.operation_bytes() != ctypes.sizeof(_Operation):
+        of_library = library.operation_bytes(), library.most_inputs(), library.most_planes()
+        if of_library != (ctypes.sizeof(_Operation), MOST_INPUTS, MOST_PLANES):
             raise RuntimeError('kernels.cpp and program.py disagree about an operation')
         address, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         library.run.argtypes = [address, integer, address, integer, integer, address, number]
@@ -127,7 +127,7 @@ class Program:
         self.scale = 1
         self._lock = threading.Lock()
         self._size: tuple[int, int, int] | None = None  # height, width, threads
-        self._memory = torch.empty(0)
+        self._memory = _words(0)
 
     @property
     def fits(self) -> bool:
@@ -224,15 +224,16 @@ class Program:
             InputError: The image is on another device, or has other channels.
         """
         expected = self.steps[0].output.channels
-        if image.device.type != 'cpu' or image.ndim != 4 or image.shape[1] != expected:
+        is_image = image.is_floating_point() and image.ndim == 4 and image.shape[1] == expected
+        if image.device.type != 'cpu' or not is_image:
             raise InputError(
-                f'The network takes images (N, {expected}, H, W) on the CPU, where it was optimised, not '
-                f'{tuple(image.shape)} on {image.device}.'
+                f'The network takes images (N, {expected}, H, W) of floating point on the CPU, where it was optimised, '
+                f'not {tuple(image.shape)} of {image.dtype} on {image.device}.'
             )
-        image = image.float().contiguous()
+        image = image.float().resolve_neg().contiguous()
         number, _, height, width = image.shape
         channels = self.steps[-1].output.channels // self.scale**2
-        result = torch.empty(number, channels, height * self.scale, width * self.scale)
+        result = _words(number, channels, height * self.scale, width * self.scale)
         threads = torch.get_num_threads()
         with self._lock:
             if self._size != (height, width, threads):
@@ -270,7 +271,7 @@ class Program:
             kind, taps = POINTWISE, weight[:, :, None, :, 0]  # (out, in, points, taps)
         else:
             kind = CONV3X3
-            transform = torch.tensor(WINOGRAD, dtype=torch.float64)
+            transform = torch.tensor(WINOGRAD, dtype=torch.float64, device='cpu')
             taps = torch.einsum('pk,oikx->oipx', transform, weight.double())
         return self._add(
             kind,
@@ -286,17 +287,22 @@ class Program:
         )
 
     def _plan(self, height: int, width: int, threads: int) -> None:
-        """Memory for the maps of a size, and the operations with its addresses."""
+        """Memory for the maps of a size, and the operations with its addresses.
+
+        A step takes as many strips of ROWS rows as give all threads enough to do.
+        """
+        self._size = None  # whatever stops this leaves no mixture of two sizes
         pitch = BORDER + -(-width // BORDER) * BORDER
         pitch += BORDER * (pitch // BORDER % 2 == 0)  # an odd number of cache lines: planes do not share cache sets
         strips = max(1, -(-TASKS_PER_THREAD * threads // max(map(len, self.groups))))
-        rows, lags = self._pipeline(height, STRIP * strips)
+        rows, lags = self._pipeline(height, ROWS * strips)
         place, total = self._place(rows)
         # Behind everything a row of zeros; kernels read whole vectors, also at its end.
         most = max(step.output.planes for step in self.steps)
         words = BORDER + (total + most) * pitch + 5 * BORDER
         if self._memory.numel() < words:
-            self._memory = torch.empty(words)
+            self._memory = _words(0)  # not both at once
+            self._memory = _words(words)
         self._memory[:words].zero_()
         start = self._memory.data_ptr() + 4 * BORDER
 
@@ -322,7 +328,7 @@ class Program:
         last.image_plane, last.image_row = height * width * scale**2, width * scale
         self._dimensions = _Size(height, width, pitch, start + 4 * total * pitch)
         self._strips = strips
-        self._scratch = torch.empty(threads, -(-self.library.scratch(most) // BORDER) * BORDER)
+        self._scratch = _words(threads, -(-self.library.scratch(most) // BORDER) * BORDER)
         self._size = height, width, threads
 
     def _pipeline(self, height: int, rows_of_step: int) -> tuple[dict[Map, int], list[int]]:
@@ -373,6 +379,11 @@ class Program:
                 position += passing.planes * rows[passing]
             total = max(total, position)
         return place, total
+
+
+def _words(*shape: int) -> Tensor:
+    """Memory that the kernels read or write, whatever the defaults of torch are."""
+    return torch.empty(shape, dtype=torch.float32, device='cpu')
 
 
 def pack(weight: Tensor, channels: list[int], in_pairs: bool, blocks: int, outputs: int) -> Tensor:

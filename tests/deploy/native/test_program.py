@@ -1,6 +1,7 @@
 """The compiled kernels against torch in float64, operation by operation."""
 
 import platform
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -27,14 +28,14 @@ def library(request, tmp_path_factory):
     machine = {'AVX2': '-march=haswell', 'SSE2': '-march=x86-64'}.get(request.param)
     if machine and platform.machine() not in ('x86_64', 'AMD64'):
         pytest.skip('this machine is not of the x86 family')
-    if request.param == 'AVX2' and torch.backends.cpu.get_cpu_capability() not in ('AVX2', 'AVX512'):
+    if request.param == 'AVX2' and 'AVX2' not in torch.__config__.show() and 'AVX512' not in torch.__config__.show():
         pytest.skip('this machine has no AVX2')
     with pytest.MonkeyPatch.context() as patch:
         if machine:
             patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
             flags = tuple(machine if flag == '-march=native' else flag for flag in library_module.FLAGS)
             patch.setattr(library_module, 'FLAGS', flags)
-        library = load_library.__wrapped__()
+        library = library_module._load_library.__wrapped__()
     if library is None:
         pytest.skip('there is no C++ compiler')
     return library
@@ -205,6 +206,52 @@ def test_bfloat16(bfloat16_library):
     assert 0 < ours < 4 * torchs  # Winograd's transforms are rounded as well
 
 
+def test_from_float32_to_bfloat16_with_odd_channels(bfloat16_library):
+    x, weight, bias = tensors((1, 3, 9, 70), (3, 1, 3, 3), (3,))
+    program = Program(bfloat16_library, torch.bfloat16)
+    identity_to_image(program, program.depthwise(load(program, 3), weight, bias), 3)
+    close(program(x), F.conv2d(x.double(), weight.double(), bias.double(), padding=1, groups=3), 1e-2)
+
+
+def test_defaults_of_torch_do_not_matter(library):
+    (x,) = tensors((1, 3, 8, 8))
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device('meta'):
+            program = Program(library)
+            identity = torch.eye(3, device='cpu')[:, :, None, None]
+            image = program.load_image(torch.ones(3, device='cpu'), torch.zeros(3, device='cpu'))
+            program.conv_to_image([image], identity, torch.zeros(3, device='cpu'), 1)
+            close(program(x), x.double())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_plan_that_fails_leaves_no_mixture(library, monkeypatch):
+    weight, small, large = tensors((4, 4, 3, 3), (1, 4, 9, 9), (1, 4, 60, 200))
+    program = Program(library)
+    identity_to_image(program, program.conv([load(program, 4)], weight, None), 4)
+    expected = program(small)
+
+    def fails(height, rows_of_step):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(program, '_pipeline', fails)
+        program(large)
+    assert torch.equal(program(small), expected)
+
+
+def test_threads_of_python_wait_for_each_other(library):
+    weight, small, large = tensors((4, 4, 3, 3), (1, 4, 9, 9), (1, 4, 40, 50))
+    program = Program(library)
+    identity_to_image(program, program.conv([load(program, 4)], weight, None), 4)
+    images = [small, large] * 10
+    expected = [program(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(*pair) for pair in zip(pool.map(program, images), expected))
+
+
 def test_rounding_keeps_sums():
     (weight,) = tensors((50, 20, 1, 3))
     weight = weight.double()
@@ -223,5 +270,5 @@ def test_rounding_keeps_sums():
 def test_refuses_other_images(library, image):
     program = Program(library)
     identity_to_image(program, load(program, 3), 3)
-    with pytest.raises(InputError, match=r'takes images \(N, 3, H, W\) on the CPU'):
+    with pytest.raises(InputError, match=r'takes images \(N, 3, H, W\) of floating point on the CPU'):
         program(image)

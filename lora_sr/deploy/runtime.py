@@ -49,8 +49,10 @@ def optimize(network: nn.Module, dtype: torch.dtype = torch.float32) -> Deployed
         part in a backward pass. NaN in an image spreads a few rows further than in ``network``.
 
     Raises:
-        InputError: Another dtype, float16 on a CPU, or as :func:`lora_sr.archs.fold` does.
+        InputError: No network, another dtype, float16 on a CPU, or as :func:`lora_sr.archs.fold` does.
     """
+    if not isinstance(network, nn.Module):
+        raise InputError(f'optimize takes a network, not {network!r}: lora_sr.load_network makes one of a checkpoint.')
     if dtype not in DTYPES:
         raise InputError(f'A network runs in {", ".join(map(str, DTYPES))}, not in {dtype}.')
     device = _device(network)
@@ -76,6 +78,7 @@ class DeployedNetwork(nn.Module):
         self.dtype = dtype
         self.network = network
         self._prepare()
+        self.eval()
         self.register_load_state_dict_post_hook(_prepare_again)
 
     def _prepare(self) -> None:

@@ -100,7 +100,7 @@ def run(checkpoints: Sequence[str | os.PathLike] = (), sizes: Sequence[tuple[int
                 )
                 moved += 4 * image.numel() * (1 + network.upscale**2)
                 print(
-                    f'floor in {_name(dtype):35}{max(moved / bandwidth, operations / rate) * 1e3:>9.2f} ms: bytes '
+                    f'{f"floor of plain convolutions, {_name(dtype)}":44}{max(moved / bandwidth, operations / rate) * 1e3:>9.2f} ms: bytes '
                     f'{moved / bandwidth * 1e3:.3f} ms, operations {operations / rate * 1e3:.2f} ms'
                 )
             for form, times in preparing.items():

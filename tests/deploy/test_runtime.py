@@ -179,10 +179,16 @@ def test_other_weights_can_be_loaded():
     assert torch.equal(optimized(image), other(image))
 
 
+def test_refuses_what_is_no_network():
+    with pytest.raises(InputError, match="not 'DSCF.pth'"):
+        lora_sr.optimize('DSCF.pth')
+
+
 def test_dtype_and_mode_stay():
     optimized = lora_sr.optimize(small_networks()['EDSR'])
     image = soft_image(1, 3, 12, 12)
     expected = optimized(image)
+    assert not optimized.training
     output = optimized.half().train()(image)  # the weights have been in float16 then
     assert output.dtype == torch.float32 and torch.allclose(output, expected, atol=1e-2)
     assert not any(module.training for module in optimized.modules())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, Mapping
@@ -336,7 +338,7 @@ def _without_values(model: nn.Module) -> nn.Module:
 
 
 def check_output(path: str | os.PathLike, suffixes: tuple[str, ...], overwrite: bool) -> None:
-    """Raise InputError where a file cannot be written: another suffix, no such folder, or not to be overwritten."""
+    """Raise InputError where a file cannot be written: another suffix, not to be overwritten, no folder to write in."""
     path = Path(path)
     if path.suffix not in suffixes:
         raise InputError(f'The output {path} must end in {" or ".join(suffixes)}.')
@@ -344,6 +346,11 @@ def check_output(path: str | os.PathLike, suffixes: tuple[str, ...], overwrite: 
         raise InputError(f'The output {path} exists: choose another name, or allow it with --overwrite.')
     if not path.parent.is_dir():
         raise InputError(f'The folder {path.parent} of the output does not exist.')
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f'The output {path} cannot be written: {error.strerror}.') from None
 
 
 def write_whole(path: str | os.PathLike, data: bytes) -> None:
@@ -360,7 +367,8 @@ def write_whole(path: str | os.PathLike, data: bytes) -> None:
     except OSError as error:
         raise InputError(f'The output {path} cannot be written: {error.strerror}.') from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only disk even what is not there cannot be removed
+            partial.unlink()
 
 
 def _text(shape: Iterable[int]) -> str:

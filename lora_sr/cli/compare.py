@@ -61,7 +61,7 @@ def run(args):
     from lora_sr.evaluation.comparison import compare
     from lora_sr.evaluation.tables import format_table
 
-    comparison = compare(
+    compare(
         by_name(args.networks),
         {name: _folders(value) for name, value in by_name(args.sets).items()},
         rgb=args.rgb,
@@ -72,8 +72,8 @@ def run(args):
         plot=args.plot,
         picture=args.picture,
         overwrite=args.overwrite,
+        on_table=lambda comparison: print(format_table(comparison), flush=True),
     )
-    print(format_table(comparison))
     for file in (*(args.outputs or ()), args.plot, args.picture):
         if file:
             print(f'wrote {file}')

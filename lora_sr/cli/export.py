@@ -10,10 +10,10 @@ def add_parser(commands):
         'size. The file is run on images of three sizes beside the network before it gets its name.',
     )
     formats = parser.add_subparsers(dest='format', metavar='FORMAT', required=True)
-    for name, run, summary, suffixes in (
-        ('onnx', run_onnx, 'ONNX, for onnxruntime, DirectML, TensorRT, …', '.onnx'),
-        ('torchscript', run_torchscript, 'TorchScript, for libtorch and ncnn', '.pt'),
-        ('chainner', run_chainner, 'a checkpoint that chaiNNer and spandrel load', '.pth or .safetensors'),
+    for name, summary, suffixes in (
+        ('onnx', 'ONNX, for onnxruntime, DirectML, TensorRT, …', '.onnx'),
+        ('torchscript', 'TorchScript, for libtorch and ncnn', '.pt'),
+        ('chainner', 'a checkpoint that chaiNNer and spandrel load', '.pth or .safetensors'),
     ):
         command = formats.add_parser(name, help=summary, description=f'Write a network as {summary}.')
         command.add_argument('checkpoint', help='checkpoint, trained or merged (.pth or .safetensors)')
@@ -30,25 +30,11 @@ def add_parser(commands):
         command.set_defaults(run=run)
 
 
-def run_onnx(args):
-    """Export to ONNX, and print what was measured."""
-    from lora_sr.deploy.exports import export_onnx
+def run(args):
+    """Export, and print what was measured."""
+    from lora_sr.deploy import exports
 
-    print(export_onnx(args.checkpoint, args.output, args.dtype, args.param_key, args.overwrite))
-    print(f'wrote {args.output}')
-
-
-def run_torchscript(args):
-    """Export to TorchScript, and print what was measured."""
-    from lora_sr.deploy.exports import export_torchscript
-
-    print(export_torchscript(args.checkpoint, args.output, args.param_key, args.overwrite))
-    print(f'wrote {args.output}')
-
-
-def run_chainner(args):
-    """Export for chaiNNer, and print what was measured."""
-    from lora_sr.deploy.exports import export_chainner
-
-    print(export_chainner(args.checkpoint, args.output, args.param_key, args.overwrite))
+    export = getattr(exports, f'export_{args.format}')
+    options = {'dtype': args.dtype} if args.format == 'onnx' else {}
+    print(export(args.checkpoint, args.output, param_key=args.param_key, overwrite=args.overwrite, **options))
     print(f'wrote {args.output}')

@@ -22,6 +22,7 @@ FORMATS = {'png': ('.png',), 'jpeg': ('.jpg', '.jpeg'), 'webp': ('.webp',), 'tif
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 NAMES = {'png': 'PNG', 'jpeg': 'JPEG', 'webp': 'WebP', 'tiff': 'TIFF'}
 READABLE = ('PNG', 'JPEG', 'WEBP', 'TIFF')
+LARGEST_SIDE = {'jpeg': 65500, 'webp': 16383}  # pixels, of libjpeg and of WebP's 14 bits
 LOSSLESS = 100  # the quality at which WebP is lossless
 # Level 1 of zlib: on photographs higher ones take 2 to 7 times as long for files 9 to 16% smaller.
 ZLIB_LEVEL = 1
@@ -70,21 +71,51 @@ def read_picture(path: str | os.PathLike) -> Picture:
 
     Raises:
         InputError: The file cannot be read, is none of these, is damaged or cut short; it holds an animation or several
-            pages; or its pixels are of another kind: CMYK, Lab, floating point, 32 bits.
+            pages; its pixels are of another kind: CMYK, Lab, floating point, 32 bits; or it needs more memory than
+            there is, or has more pixels than Pillow reads: twice ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f'{path} cannot be read: {error.strerror}.') from None
-    try:
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise InputError(f'{path} cannot be read: {error.strerror}.') from None
         with Image.open(io.BytesIO(data), formats=READABLE) as image:
             return _decode(image, data, path)
     except InputError:
         raise
+    except Image.DecompressionBombError:
+        raise InputError(f'{path} has more than {2 * Image.MAX_IMAGE_PIXELS} pixels, the most that are read.') from None
     except UnidentifiedImageError:
         raise InputError(f'{path} is not a PNG, JPEG, WebP or TIFF image, or its beginning is damaged.') from None
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, ValueError, struct.error, ...
+        if isinstance(error, MemoryError) or getattr(error, 'code', None) == cv2.Error.StsNoMem:
+            raise InputError(f'{path} needs more memory than there is.') from None
         raise InputError(f'{path} is damaged: {str(error).rstrip(".") or type(error).__name__}.') from None
+
+
+def check_format(file_format: str, dtype: np.dtype, height: int, width: int, channels: int) -> None:
+    """See that a format holds such pixels, before there are any.
+
+    Args:
+        file_format: A key of ``FORMATS``.
+        dtype: uint8 or uint16.
+        height: Pixels.
+        width: Pixels.
+        channels: 1 to 4, see :class:`Picture`.
+
+    Raises:
+        InputError: It cannot hold 16 bits, an alpha channel, or sides of that length.
+    """
+    if file_format in ('jpeg', 'webp') and dtype == np.uint16:
+        raise InputError(f'{NAMES[file_format]} cannot hold 16 bits: PNG and TIFF can.')
+    if file_format == 'jpeg' and channels in (2, 4):
+        raise InputError('JPEG cannot hold an alpha channel: PNG, WebP and TIFF can.')
+    longest = LARGEST_SIDE.get(file_format)
+    if longest is not None and max(height, width) > longest:
+        raise InputError(
+            f'{NAMES[file_format]} cannot hold {width} x {height} pixels, as it ends at {longest} a side: PNG can '
+            '(--format png).'
+        )
 
 
 def encode_picture(picture: Picture, file_format: str, quality: int) -> bytes:
@@ -92,29 +123,34 @@ def encode_picture(picture: Picture, file_format: str, quality: int) -> bytes:
 
     Args:
         picture: What it shall hold. Sizes in its EXIF are set to those of the pixels.
-        file_format: A key of ``FORMATS``. WebP knows no grey, and gets three equal channels.
+        file_format: A key of ``FORMATS``. WebP knows no grey, and gets three equal channels; so does a TIFF of 16 bits
+            with alpha, as few programs read grey there. A grey ICC profile is left out of these.
         quality: 1 to 100, of JPEG, whose colours have full resolution (4:4:4), and of WebP, which is lossless at 100.
 
     Raises:
         InputError: The format cannot hold 16 bits, an alpha channel, or so many pixels.
     """
-    pixels = picture.pixels
-    if file_format in ('jpeg', 'webp') and pixels.dtype == np.uint16:
-        raise InputError(f'{NAMES[file_format]} cannot hold 16 bits: PNG and TIFF can.')
-    if file_format == 'jpeg' and pixels.shape[2] in (2, 4):
-        raise InputError('JPEG cannot hold an alpha channel: PNG, WebP and TIFF can.')
+    pixels, icc_profile = picture.pixels, picture.icc_profile
+    channels = pixels.shape[2]
+    check_format(file_format, pixels.dtype, *pixels.shape)
+    if (file_format == 'webp' and channels < 3) or (
+        file_format == 'tiff' and channels == 2 and pixels.dtype == np.uint16
+    ):
+        pixels = pixels[:, :, [0, 0, 0, 1][: channels + 2]]
+        if icc_profile and icc_profile[16:20] == b'GRAY':  # the colour space of the data (ICC.1, section 7.2)
+            icc_profile = None
     exif = _with_size(picture.exif, *pixels.shape[:2])
     if file_format == 'png':
-        return _encode_png(pixels, picture.icc_profile, exif)
+        return _encode_png(pixels, icc_profile, exif)
     if file_format == 'tiff':
-        return _encode_tiff(pixels, picture.icc_profile, exif)
+        return _encode_tiff(pixels, icc_profile, exif)
     options = {'quality': quality}
     if file_format == 'jpeg':
         options['subsampling'] = 0
     elif quality == LOSSLESS:
         options = {'lossless': True}
-    if picture.icc_profile:
-        options['icc_profile'] = picture.icc_profile
+    if icc_profile:
+        options['icc_profile'] = icc_profile
     if exif:
         options['exif'] = _exif_block(exif)
     file = io.BytesIO()

@@ -165,7 +165,8 @@ def writing(state: dict[str, Tensor], output: Path):
         with _errors_of_writing(output):
             os.replace(partial, output)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only disk even what is not there cannot be removed
+            partial.unlink()
 
 
 @contextlib.contextmanager

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_sr.adapters import adapted_modules, count_parameters, is_lora_key, merge_lora
-from lora_sr.archs import fold, load_network, read_state_dict
+from lora_sr.adapters import count_parameters, is_lora_key
+from lora_sr.archs import load_network, read_state_dict
 from lora_sr.archs.loading import OURS, family_of
 from lora_sr.archs.reparam import relative_difference
+from lora_sr.deploy.merge import deploy_form
 from lora_sr.deploy.submitted_networks import class_name_for, describe, name_of, submitted_state, write_source
 from lora_sr.errors import InputError
 from lora_sr.evaluation.complexity import CHALLENGE_SIDE, count_activations, count_convolutions, count_flops
@@ -179,10 +180,8 @@ def write_submission(
         what = 'of no network known here' if family is None else f'of {family}'
         raise InputError(f'{checkpoint} is {what}: a submission is made of SPAN, DSCLoRA, LKDN and LKDN-S.')
     network = load_network(checkpoint, param_key)
-    if any(True for _ in adapted_modules(network)):
-        merge_lora(network)
     try:
-        network = fold(network)
+        network = deploy_form(network)
     except InputError as error:
         raise InputError(f'{checkpoint} cannot be folded: {error}') from None
 

@@ -17,6 +17,7 @@ PROBE_LENGTHS, PROBE_WIDTH = (64, 128, 256), 32  # LR pixels
 FEATURES_AT_ONCE = 4
 MEMORY_SHARE = 0.5  # of what is free
 UNKNOWN_MEMORY = 4 << 30  # bytes taken to be free where the system does not tell
+CGROUP = Path('/sys/fs/cgroup')  # what limits a container (Linux, version 2)
 
 
 class Span(NamedTuple):
@@ -160,14 +161,13 @@ def free_memory(device: torch.device) -> int:
     try:
         lines = Path('/proc/meminfo').read_text().splitlines()
         free += [int(line.split()[1]) << 10 for line in lines if line.startswith('MemAvailable')]
-        free.append(_number('/sys/fs/cgroup/memory.max') - _number('/sys/fs/cgroup/memory.current'))
+        limit, used = (int((CGROUP / name).read_text()) for name in ('memory.max', 'memory.current'))
+        # Files that were read count as used, and give way when memory is needed.
+        lines = (CGROUP / 'memory.stat').read_text().splitlines()
+        free.append(limit - used + sum(int(line.split()[1]) for line in lines if line.startswith('inactive_file ')))
     except (OSError, ValueError):  # another system, another version of it, or a container without limit
         pass
     return min(free, default=UNKNOWN_MEMORY)
-
-
-def _number(path: str) -> int:
-    return int(Path(path).read_text())
 
 
 def largest_tile(network_bytes_per_pixel: int, device: torch.device) -> int:

@@ -27,7 +27,7 @@ from lora_sr.adapters import describe_misfit, load_adapter, lora_layers, mix_ada
 from lora_sr.adapters.adapter_file import write_whole
 from lora_sr.archs import is_training_form, load_network
 from lora_sr.archs.any_size import accepted_input
-from lora_sr.deploy.image_files import FORMATS, SUFFIXES, Picture, encode_picture, format_of, read_picture
+from lora_sr.deploy.image_files import FORMATS, SUFFIXES, Picture, check_format, encode_picture, format_of, read_picture
 from lora_sr.deploy.runtime import optimize
 from lora_sr.deploy.tiling import bytes_per_pixel, cut_axis, find_overlap, largest_tile, smallest_tile
 from lora_sr.errors import InputError
@@ -54,7 +54,8 @@ class Upscaler:
         dtype: What the network computes in. Its results are float32 in any case.
 
     Raises:
-        InputError: The network takes other images, or images of one size; or the tile is too small for it.
+        InputError: The network takes other images, or images of one size; what it gives is not finite; or the tile is
+            too small for it.
     """
 
     def __init__(self, network: nn.Module, tile: int | None = None, dtype: torch.dtype = torch.float32):
@@ -67,9 +68,13 @@ class Upscaler:
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         self.network = deepcopy(network).eval().requires_grad_(False).to(self.device)
         side = -(-32 // self.multiple) * self.multiple
-        image = torch.zeros(1, self.channels, side, side, device=self.device)
+        # Not of zeros, which weights that are too large leave zeros.
+        image = torch.rand(1, self.channels, side, side, generator=torch.Generator().manual_seed(0)).to(self.device)
         with torch.inference_mode():
-            shape = self.network(image).shape
+            trial = self.network(image)
+        if not torch.isfinite(trial).all():
+            raise InputError(self._not_finite(torch.float32))
+        shape = trial.shape
         self.scale = shape[2] // side
         if shape[1] != self.channels:
             raise InputError(f'{self.name} makes {shape[1]} channels of {self.channels}, where equally many are right.')
@@ -81,6 +86,7 @@ class Upscaler:
         self.tile = tile
         if tile is not None:
             self._check_tile(tile)
+        self.dtype = dtype
         self.runtime = optimize(self.network, dtype)
 
     @property
@@ -162,10 +168,14 @@ class Upscaler:
             if len(colours) == 1:
                 result = torch.tensordot(torch.tensor(LUMA, device=result.device), result, 1)[None]
         if not torch.isfinite(result.sum()):
-            raise InputError(
-                f'{self.name} gives values that are not finite: float16 overflows where bfloat16 and float32 do not.'
-            )
+            raise InputError(self._not_finite(self.dtype))
         return result
+
+    def _not_finite(self, dtype: torch.dtype) -> str:
+        reason = 'it has weights that are NaN or too large'
+        if dtype == torch.float16:
+            reason = 'float16 overflows where bfloat16 and float32 do not'
+        return f'{self.name} gives values that are not finite: {reason}.'
 
     def _tiling(self, height: int, width: int) -> tuple[int, int, int]:
         """Tile, overlap and multiple for an image, as :func:`lora_sr.deploy.tiling.cut_axis` takes them."""
@@ -183,7 +193,7 @@ class Upscaler:
         if tile < smallest:
             raise InputError(
                 f'A tile of {tile} is too small for {self.name}, which needs an overlap of {self.overlap} on each '
-                f'side: the smallest that works is {smallest}.'
+                f'side: the smallest that works is {smallest}, and {2 * smallest} or more is many times as fast.'
             )
 
 
@@ -263,12 +273,14 @@ def upscale(
         not stop the rest.
 
     Raises:
-        InputError: An input is missing or holds no images; two would have one output, or an output exists or is an
-            input; a checkpoint or an adapter cannot be used; the tile is too small; or the output cannot be written,
-            which stops the run. No file is left half-written.
+        InputError: An input is missing or holds no images; two would have one output, or an output exists, is an input
+            or is of no format that is written; a checkpoint or an adapter cannot be used; the tile is too small; or the
+            output cannot be written, which stops the run. No file is left half-written.
     """
     if not 1 <= quality <= 100:
         raise InputError(f'The quality is {quality}, where a whole number from 1 to 100 is right.')
+    if not os.fspath(output):
+        raise InputError('The output is empty, where a folder, or a file for one image, is right.')
     output = Path(output)
     jobs, failures = plan(inputs, output, file_format, overwrite)
     folder = output.parent if jobs and jobs[0].target == output else output
@@ -332,6 +344,11 @@ def plan(
         raise InputError(f'The output {output} is no {file_format} file: it should end in {FORMATS[file_format][0]}.')
     if not is_file and output.exists() and not output.is_dir():
         raise InputError(f'The output {output} is a file, where a folder is right, or another name.')
+    if not is_file and output.suffix and not output.exists() and len(inputs) == 1 and Path(inputs[0]).is_file():
+        raise InputError(
+            f'The output {output} ends in {output.suffix}, where {", ".join(SUFFIXES)} are right for a file: a folder '
+            'with a dot in its name has to exist.'
+        )
     jobs: dict[Path, Job] = {}
     failures = {}
     for source, name in found:
@@ -350,9 +367,13 @@ def plan(
 
 def _find_images(argument: str | os.PathLike, output: Path) -> list[tuple[Path, Path]]:
     """The images that an argument stands for, each with its name in the output folder."""
+    if not os.fspath(argument):
+        raise InputError('An input is empty, where an image, a folder or a pattern is right.')
     path = Path(argument)
     if path.is_dir():
         found = _search(path, output)
+    elif path.exists() and not path.is_file():  # a pipe, which would be waited for, or a device
+        raise InputError(f'{argument} is neither a file nor a folder, as images are given.')
     elif os.path.lexists(path):
         return [(path, Path(path.name))]
     elif glob.has_magic(os.fspath(argument)):
@@ -373,8 +394,9 @@ def _search(root: Path, output: Path) -> list[tuple[Path, Path]]:
     for folder, inner, files in os.walk(root, onerror=refuse):
         # An output inside of the input is not upscaled again by the next run.
         inner[:] = sorted(name for name in inner if name[0] != '.' and os.path.realpath(Path(folder, name)) != own)
-        paths = [Path(folder, name) for name in sorted(files) if name[0] != '.']
-        found += [(path, path.relative_to(root)) for path in paths if format_of(path)]
+        paths = [Path(folder, name) for name in sorted(files) if name[0] != '.' and format_of(name)]
+        # Links that lead nowhere are named when they cannot be read; pipes would be waited for.
+        found += [(path, path.relative_to(root)) for path in paths if path.is_file() or not path.exists()]
     return found
 
 
@@ -454,10 +476,17 @@ def run_jobs(
             job, future = reading.popleft()
             try:
                 picture = future.result()
+                height, width, channels = picture.pixels.shape
+                size = upscaler.scale * height, upscaler.scale * width
+                check_format(format_of(job.target), picture.pixels.dtype, *size, channels)
                 pixels = upscaler(picture.pixels, _teller(bar, job))
             except InputError as error:
                 reason = str(error)
-                failures[str(job.source)] = reason if str(job.source) in reason else f'{job.source}: {reason}'
+                failures[str(job.source)] = (
+                    reason if str(job.source) in reason else f'{job.source} was not upscaled: {reason}'
+                )
+            except MemoryError:
+                failures[str(job.source)] = f'{job.source} was not upscaled: it needs more memory than there is.'
             except RuntimeError as error:  # torch's, of memory and else
                 first_line = str(error).partition('\n')[0].rstrip('.')
                 failures[str(job.source)] = (
@@ -546,6 +575,8 @@ def _write(job: Job, picture: Picture, quality: int) -> str | None:
         data = encode_picture(picture, format_of(job.target), quality)
     except InputError as error:
         return f'{job.source} was not written: {error}'
+    except MemoryError:
+        return f'{job.source} was not written: it needs more memory than there is.'
     try:
         job.target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

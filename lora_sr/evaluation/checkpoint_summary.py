@@ -12,22 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from basicsr.archs.ridnet_arch import RIDNet
 from torch import Tensor, nn
 
 from lora_sr.adapters import Adapter, adapted_modules, count_parameters, extract_adapter, is_lora_key, read_adapter
 from lora_sr.archs import is_training_form, load_network, read_state_dict
-from lora_sr.archs.any_size import accepted_input
+from lora_sr.archs.any_size import AcceptedInput, accepted_input
 from lora_sr.archs.dsclora_arch import DSCLoRA
 from lora_sr.archs.lkdn_arch import LKDN
 from lora_sr.archs.loading import FAMILIES, OURS, PARAM_KEYS, family_of
 from lora_sr.archs.reparam import Foldable
 from lora_sr.archs.span_arch import SPAN
 from lora_sr.checkpoint_file import read_checkpoint, without_module_prefix
+from lora_sr.deploy.exports.chainner import is_for_chainner
 from lora_sr.deploy.submitted_networks import name_of
 from lora_sr.errors import InputError
 from lora_sr.evaluation.inspection import format_inspection, inspect_network, read_network
 
-FOR_CHAINNER = ('SPAN', 'DSCLoRA', 'SwinIR', 'RRDBNet', 'SRVGGNetCompact')  # what spandrel knows in BasicSR's form
 # Discriminators of BasicSR -> keys by which they are told.
 DISCRIMINATORS = {
     'UNetDiscriminatorSN': {'conv0.weight', 'conv1.weight_orig', 'conv8.weight_orig', 'conv9.weight'},
@@ -139,7 +140,8 @@ def _summarise_network(
 ) -> CheckpointSummary:
     is_adapted, has_branches = any(True for _ in adapted_modules(network)), is_training_form(network)
     family = _family(network, is_adapted)
-    inputs, outputs, scale = _images(network)
+    accepted = accepted_input(network)
+    inputs, outputs, scale = _images(network, accepted)
     counts = count_parameters(network)
     parameters = f'{counts.total:,}'
     if is_adapted:
@@ -161,16 +163,17 @@ def _summarise_network(
         if is_adapted:
             commands.append(_extract(path, param_key))
         return CheckpointSummary(rows, commands, network)
-    if param_key is None or param_key in PARAM_KEYS:  # else the two would not find it
-        commands += [
-            _command('lora-sr upscale', 'INPUT', '-m', path, '-o', 'OUTPUT'),
-            _command('lora-sr compare', f'{path.stem.replace("=", "_")}={path}'),
-        ]
+    takes_any_size = accepted is not None
+    if takes_any_size and (param_key is None or param_key in PARAM_KEYS):  # else the two would not find it
+        if inputs == outputs and inputs in (1, 3):
+            commands.append(_command('lora-sr upscale', 'INPUT', '-m', path, '-o', 'OUTPUT'))
+        if inputs == outputs == 3 and not isinstance(network, RIDNet):  # its values are those of 0 to 255
+            commands.append(_command('lora-sr compare', f'{path.stem.replace("=", "_")}={path}'))
     if type(network).__name__ in OURS:
         target = ('--team', 'N', '--name', 'NAME', '-o', 'FOLDER')
         commands.append(_command('lora-sr submission', '-m', path, *target, param_key=param_key))
-    exports = {'onnx': f'{path.stem}.onnx'}
-    if type(network).__name__ in FOR_CHAINNER:
+    exports = {'onnx': f'{path.stem}.onnx'} if takes_any_size else {}
+    if takes_any_size and is_for_chainner(network):
         exports['chainner'] = f'{path.stem}_chainner.pth'
     commands += [
         _command(f'lora-sr export {kind}', path, '-o', file, param_key=param_key) for kind, file in exports.items()
@@ -275,9 +278,8 @@ def _form(network: nn.Module, is_adapted: bool, has_branches: bool) -> str:
 
 
 @torch.no_grad()
-def _images(network: nn.Module) -> tuple[int, int, int]:
+def _images(network: nn.Module, accepted: AcceptedInput | None) -> tuple[int, int, int]:
     """Channels of the input and of the output, and scale."""
-    accepted = accepted_input(network)
     if accepted is None:  # SwinIR with an absolute position embedding: for images of one size
         channels, (height, width) = network.conv_first.in_channels, network.patches_resolution
     else:

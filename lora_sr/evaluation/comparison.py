@@ -13,18 +13,19 @@ from typing import Callable
 import cv2
 import numpy as np
 import torch
+from basicsr.archs.ridnet_arch import RIDNet
 from basicsr.utils import img2tensor, tensor2img
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from lora_sr.adapters import adapted_modules, count_parameters, merge_lora
+from lora_sr.adapters import count_parameters
 from lora_sr.adapters.adapter_file import check_output, write_whole
-from lora_sr.archs import fold
 from lora_sr.archs.any_size import accepted_input, take_any_size
 from lora_sr.checkpoint_file import load_weights, read_checkpoint
 from lora_sr.data.bicubic import bicubic_downscale, bicubic_upscale
-from lora_sr.data.sources import Source, find_sources, read_image
+from lora_sr.data.sources import IMAGE_SUFFIXES, Source, find_sources, read_image
+from lora_sr.deploy.merge import deploy_form
 from lora_sr.deploy.runtime import optimize
 from lora_sr.errors import InputError
 from lora_sr.evaluation.comparison_plot import PLOT_SUFFIXES, check_matplotlib, draw_comparison
@@ -75,6 +76,7 @@ def compare(
     plot: str | os.PathLike | None = None,
     picture: str | os.PathLike | None = None,
     overwrite: bool = False,
+    on_table: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
     """Measure networks, and bicubic interpolation beside them, on sets of images.
 
@@ -96,13 +98,15 @@ def compare(
         plot: A picture to write: PSNR over multiply-adds. Needs matplotlib.
         picture: A PNG file to write: for every image a detail, in all versions beside the original.
         overwrite: Replace files that exist.
+        on_table: Called with what is returned before any file is written, so that no failure to write loses it.
 
     Returns:
         A row for bicubic, where there are sets, and one for each network, in their order.
 
     Raises:
         InputError: A folder, an image or a network that cannot be used, networks of different scales or not of the
-            scale of a set, or a file that cannot be written. All that can be told beforehand is told before any run.
+            scale of a set, a network that gives values that are not finite, or a file that cannot be written. All that
+            can be told beforehand is told before any run.
     """
     sets = sets or {}
     runtime = runtime or baseline is not None
@@ -111,6 +115,7 @@ def compare(
     for path, suffixes in files:
         if path is not None:
             check_output(path, suffixes, overwrite)
+    _check_distinct([path for path, _ in files if path is not None])
     contestants = {name: _read_contestant(name, file) for name, file in networks.items()}
     if plot is not None and not any(one.has_weights for one in contestants.values()):
         raise InputError(f'There is nothing to draw in {plot}: no network has weights.')
@@ -136,6 +141,8 @@ def compare(
     rows = [Row(BICUBIC, None, quality[BICUBIC])] if sets else []
     rows += [Row(name, costs[name], quality[name]) for name in networks]
     comparison = Comparison(rows, scale, baseline, conditions)
+    if on_table is not None:
+        on_table(comparison)
     for path in outputs or ():
         write_table(comparison, path)
     if plot is not None:
@@ -155,12 +162,18 @@ def super_resolve(network: nn.Module, image: np.ndarray) -> np.ndarray:
 
     Returns:
         uint8 of shape (scale * H, scale * W, 3), BGR.
+
+    Raises:
+        InputError: It gives values that are not finite.
     """
     device = next((parameter.device for parameter in network.parameters()), torch.device('cpu'))
     lr = img2tensor(image / np.float32(255), bgr2rgb=True, float32=True)[None].to(device)
     # TF32 would cost the last digits of PSNR.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return tensor2img(network.eval()(lr.contiguous(memory_format=torch.channels_last)))
+        output = network.eval()(lr.contiguous(memory_format=torch.channels_last))
+    if not output.isfinite().all():  # 8 bits would hide it
+        raise InputError('The network gives values that are not finite: it has weights that are NaN or too large.')
+    return tensor2img(output)
 
 
 def _check_request(networks, sets, rgb, runtime, baseline, size, plot, picture) -> None:
@@ -180,6 +193,15 @@ def _check_request(networks, sets, rgb, runtime, baseline, size, plot, picture) 
         check_matplotlib()
 
 
+def _check_distinct(paths: list[str | os.PathLike]) -> None:
+    seen = set()
+    for path in paths:
+        real = os.path.realpath(path)
+        if real in seen:
+            raise InputError(f'The output {path} is given twice: give each output its own file.')
+        seen.add(real)
+
+
 def _read_contestant(name: str, file: str | os.PathLike) -> _Contestant:
     """A network of a checkpoint or an option file, in deploy form, that takes RGB images of any size."""
     has_weights = True
@@ -187,11 +209,13 @@ def _read_contestant(name: str, file: str | os.PathLike) -> _Contestant:
         network = read_network(file)
         if Path(file).suffix in OPTION_SUFFIXES:
             has_weights = _load_weights_of_options(network, load_options(file))
-        if any(True for _ in adapted_modules(network)):
-            merge_lora(network)
-        network = fold(network).eval().requires_grad_(False)
+        network = deploy_form(network)
     except InputError as error:
         raise InputError(f'"{name}": {error}') from None
+    if isinstance(network, RIDNet):
+        raise InputError(
+            f'"{name}" is a RIDNet, for values from 0 to 255: compare measures networks for values in [0, 1].'
+        )
     accepted = accepted_input(network)
     if accepted is None or accepted.channels != 3:
         raise InputError(f'"{name}" does not take RGB images of any size: compare measures networks that do.')
@@ -224,6 +248,15 @@ def _common_scale(contestants: dict[str, _Contestant]) -> int:
 
 def _sources_of_set(name: str, gt: str | os.PathLike, lr: str | os.PathLike | None, scale: int) -> list[Source]:
     """The images of a set, whose sizes fit the scale."""
+    known: dict[str, Path] = {}
+    for path in sorted(
+        path for path in Path(gt).glob('[!.]*') if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    ):
+        other = known.setdefault(path.stem, path)
+        if other != path:
+            raise InputError(
+                f'{other} and {path.name} of the set "{name}" have one name: rename or remove one of them.'
+            )
     sources = find_sources([gt], [scale], None if lr is None else [lr])
     for source in sources:
         height, width = (length // scale for length in _size_of(source.hr))
@@ -272,8 +305,12 @@ def _measure_set(
         return _Versions(original, {BICUBIC: bicubic_upscale(small, scale)}), small
 
     def run(pool: ThreadPoolExecutor) -> Iterator[_Versions]:
-        for versions, small in _ahead(pool, read, sources, READ_AHEAD):
-            versions.versions.update((key, super_resolve(network, small)) for key, network in networks.items())
+        for source, (versions, small) in zip(sources, _ahead(pool, read, sources, READ_AHEAD)):
+            for key, network in networks.items():
+                try:
+                    versions.versions[key] = super_resolve(network, small)
+                except InputError as error:
+                    raise InputError(f'"{key}" cannot be measured on {source.hr}: {error}') from None
             yield versions
 
     def judge(versions: _Versions) -> tuple[dict[str, Fidelity], np.ndarray | None]:

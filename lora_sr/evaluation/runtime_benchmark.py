@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_sr.adapters import count_parameters
 from lora_sr.archs import load_network
 from lora_sr.archs.lkdn_arch import LKDN, LKDN_S
 from lora_sr.archs.span_arch import SPAN, Conv3XC
@@ -95,13 +96,12 @@ def run(checkpoints: Sequence[str | os.PathLike] = (), sizes: Sequence[tuple[int
                 print(f'{form:44}{row.seconds * 1e3:>9.2f} ms{ratio:>8.2f}{beside}')
             operations = 2 * count_flops(network, height, width)
             for dtype, rate in rates.items():
-                moved = torch.empty(0, dtype=dtype).element_size() * sum(
-                    parameter.numel() for parameter in network.parameters()
-                )
-                moved += 4 * image.numel() * (1 + network.upscale**2)
+                width_of_values = torch.empty(0, dtype=dtype).element_size()
+                moved = width_of_values * count_parameters(network).total + 4 * image.numel() * (1 + network.upscale**2)
+                bytes_ms, operations_ms = moved / bandwidth * 1e3, operations / rate * 1e3
                 print(
-                    f'{f"floor of plain convolutions, {_name(dtype)}":44}{max(moved / bandwidth, operations / rate) * 1e3:>9.2f} ms: bytes '
-                    f'{moved / bandwidth * 1e3:.3f} ms, operations {operations / rate * 1e3:.2f} ms'
+                    f'{"floor of plain convolutions, " + _name(dtype):44}{max(bytes_ms, operations_ms):>9.2f} ms: '
+                    f'bytes {bytes_ms:.2f} ms, operations {operations_ms:.2f} ms'
                 )
             for form, times in preparing.items():
                 print(f'{form}: {times}')

@@ -1,8 +1,11 @@
 """Adapters by themselves: taken out, mixed, written, read and put in, against sums of updates in float64."""
 
 import copy
+import errno
 import itertools
 import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +33,7 @@ from lora_sr.adapters import (
     save_adapter,
     set_lora_scale,
 )
+from lora_sr.adapters.adapter_file import check_output, write_whole
 from lora_sr.errors import InputError
 
 
@@ -246,6 +250,23 @@ def test_file_holds_tensors_and_configuration_and_nothing_is_overwritten(base, t
     for wrong, message in ((tmp_path / 'a.pth', 'must end in .safetensors'), (tmp_path / 'b' / path.name, 'folder')):
         with pytest.raises(InputError, match=message):
             save_adapter(other, wrong)
+
+
+def read_only(*arguments, **keywords):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_a_read_only_folder_is_one_sentence(tmp_path, monkeypatch):
+    path = tmp_path / 'a.safetensors'
+    sentence = 'a.safetensors cannot be written: Read-only'
+    with monkeypatch.context() as patched, pytest.raises(InputError, match=sentence):
+        patched.setattr(Path, 'write_bytes', read_only)
+        patched.setattr(Path, 'unlink', read_only)
+        write_whole(path, b'data')
+    monkeypatch.setattr(tempfile, 'TemporaryFile', read_only)
+    with pytest.raises(InputError, match=sentence):
+        check_output(path, ('.safetensors',), False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_adapter_replaces_the_one_that_is_there(base, adapters):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from basicsr.archs.edsr_arch import EDSR
 from basicsr.archs.rrdbnet_arch import RRDBNet
+from basicsr.archs.srvgg_arch import SRVGGNetCompact
 from basicsr.archs.swinir_arch import SwinIR
 from exported import TRAINED, save_trained, skip_without_half, soft_images
 
@@ -103,9 +104,15 @@ def test_stock_networks_that_spandrel_knows(spandrel, tmp_path, build, architect
 
 
 @pytest.mark.parametrize(
-    'build, family', [(TRAINED['LKDN'], 'LKDN'), (lambda: EDSR(3, 3, num_feat=8, num_block=1), 'EDSR')]
+    'build, family',
+    [
+        (TRAINED['LKDN'], 'LKDN'),
+        (lambda: EDSR(3, 3, num_feat=8, num_block=1), 'EDSR'),
+        (lambda: RRDBNet(3, 3, 2, num_feat=8, num_block=1, num_grow_ch=16), 'RRDBNet'),
+        (lambda: SRVGGNetCompact(num_feat=8, num_conv=2, act_type='relu'), 'SRVGGNetCompact'),
+    ],
 )
-def test_networks_that_chainner_does_not_know_are_refused(spandrel, tmp_path, build, family):
+def test_networks_that_chainner_does_not_know_are_refused(tmp_path, build, family):
     save_trained(build, tmp_path / 'net.pth')
     with pytest.raises(InputError, match=f'knows no {family} of these sizes; chaiNNer also runs'):
         export_chainner(tmp_path / 'net.pth', tmp_path / 'chainner.pth')
@@ -124,9 +131,9 @@ def test_without_spandrel_our_own_loader_checks(without_spandrel, tmp_path, monk
     save_trained(TRAINED['SPAN'], tmp_path / 'net.pth')
     report = export_chainner(tmp_path / 'net.pth', tmp_path / 'chainner.pth')
     assert report.checked_by == 'lora_sr' and report.difference.largest == 0
-    save_trained(TRAINED['LKDN'], tmp_path / 'lkdn.pth')
+    save_trained(lambda: RRDBNet(3, 3, 2, num_feat=8, num_block=1), tmp_path / 'rrdb.pth')
     with pytest.raises(InputError, match='pip install spandrel'):
-        export_chainner(tmp_path / 'lkdn.pth', tmp_path / 'no.pth')
+        export_chainner(tmp_path / 'rrdb.pth', tmp_path / 'no.pth')
     right = chainner.as_branches
     monkeypatch.setattr(
         chainner,
@@ -135,7 +142,7 @@ def test_without_spandrel_our_own_loader_checks(without_spandrel, tmp_path, monk
     )
     with pytest.raises(InputError, match="its images differ from the network's by"):
         export_chainner(tmp_path / 'net.pth', tmp_path / 'no.pth')
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['chainner.pth', 'lkdn.pth', 'net.pth']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['chainner.pth', 'net.pth', 'rrdb.pth']
 
 
 def test_mistakes_are_one_sentence_and_leave_files_alone(tmp_path, capsys):

@@ -11,6 +11,7 @@ from basicsr.archs import swinir_arch
 from basicsr.archs.swinir_arch import SwinIR
 from exported import TRAINED, psnr, save_trained, skip_without_half, soft_images
 
+from lora_sr.archs.span_arch import SPAN
 from lora_sr.cli.main import main
 from lora_sr.deploy.exports import deployed, export_torchscript
 from lora_sr.errors import InputError
@@ -82,3 +83,24 @@ def test_mistakes_are_one_sentence_and_leave_files_alone(tmp_path, capsys, monke
     with pytest.raises(InputError, match="the file's images differ from the network's by"):
         export_torchscript(tmp_path / 'swinir.pth', tmp_path / 'net.pt')
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_a_checkpoint_is_blamed_for_what_is_wrong_with_it(tmp_path, capsys):
+    network = SPAN(feature_channels=6, deploy=True)
+    torch.nn.init.constant_(network.conv_cat.bias, torch.nan)
+    torch.save(network.state_dict(), tmp_path / 'nan.pth')
+    branched = SPAN(feature_channels=6)
+    torch.nn.init.constant_(branched.conv_1.sk.bias, torch.nan)
+    torch.save(branched.state_dict(), tmp_path / 'branches.pth')
+
+    def error(checkpoint):
+        assert main(['export', 'torchscript', str(tmp_path / checkpoint), '-o', str(tmp_path / 'net.pt')]) == 2
+        return capsys.readouterr().err
+
+    assert 'nan.pth gives values that are not finite: it has weights that are NaN' in error('nan.pth')
+    assert 'branches.pth cannot be folded: The folded conv_1' in error('branches.pth')
+    missing = tmp_path / 'absent.pth'
+    assert (
+        error(missing.name) == f'lora-sr: error: the checkpoint {missing} cannot be read: No such file or directory\n'
+    )
+    assert not (tmp_path / 'net.pt').exists()

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 from lora_sr.deploy.image_files import Picture, encode_picture, read_picture
 from lora_sr.errors import InputError
 
+GREY_ICC = bytes(16) + b'GRAY' + bytes(108)  # a header (ICC.1, section 7.2) without tags
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 MAKE, ORIENTATION, EXIF_IFD, GPS_IFD = 0x010F, 0x0112, 0x8769, 0x8825
 EXPOSURE, WIDTH, HEIGHT, LATITUDE = 0x829A, 0xA002, 0xA003, 2
@@ -68,9 +69,11 @@ def test_what_is_written_is_read_by_others(file_format, dtype, channels):
     if file_format == 'tiff':
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page = file.pages[0]
+            has_colours = channels > 2 or (channels == 2 and dtype == np.uint16)
+            expected = image[:, :, [0, 0, 0, 1]] if channels == 2 and has_colours else image
             # tifffile undoes the predictor of 16 bits itself, and that of interleaved channels as well
-            assert np.array_equal(page.asarray().reshape(image.shape), image)
-            assert page.photometric == (tifffile.PHOTOMETRIC.RGB if channels > 2 else tifffile.PHOTOMETRIC.MINISBLACK)
+            assert np.array_equal(page.asarray().reshape(expected.shape), expected)
+            assert page.photometric == (tifffile.PHOTOMETRIC.RGB if has_colours else tifffile.PHOTOMETRIC.MINISBLACK)
             assert page.tags['InterColorProfile'].value == ICC
             assert page.tags['Make'].value == 'Camera'
             inner = page.tags['ExifTag'].value
@@ -95,11 +98,11 @@ def test_what_is_written_is_read_by_others(file_format, dtype, channels):
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
 @pytest.mark.parametrize('file_format', ['png', 'tiff'])
 def test_what_is_written_is_read_again(tmp_path, file_format, dtype, channels):
-    if (file_format, dtype, channels) == ('tiff', np.uint16, 2):
-        pytest.skip('neither Pillow nor OpenCV read it')
     image = pixels(dtype, channels)
     (tmp_path / 'image').write_bytes(encode_picture(Picture(image, ICC), file_format, 95))
     picture = read_picture(tmp_path / 'image')
+    if (file_format, dtype, channels) == ('tiff', np.uint16, 2):  # as grey and alpha neither Pillow nor OpenCV read it
+        image = image[:, :, [0, 0, 0, 1]]
     assert picture.pixels.dtype == dtype and np.array_equal(picture.pixels, image)
     assert picture.icc_profile == ICC and picture.exif == {}
 
@@ -128,6 +131,24 @@ def test_webp_and_jpeg(tmp_path):
         assert np.array_equal(read_picture(tmp_path / 'image').pixels, read)
     sizes = [len(encode_picture(Picture(smooth), 'jpeg', quality)) for quality in (50, 80, 95)]
     assert sizes == sorted(set(sizes))
+
+
+def test_a_grey_profile_goes_where_grey_goes(tmp_path):
+    for file_format, dtype, channels, profile, kept in (
+        ('webp', np.uint8, 1, GREY_ICC, None),
+        ('webp', np.uint8, 2, GREY_ICC, None),
+        ('webp', np.uint8, 1, ICC, ICC),
+        ('tiff', np.uint16, 2, GREY_ICC, None),
+        ('tiff', np.uint8, 2, GREY_ICC, GREY_ICC),
+        ('jpeg', np.uint8, 1, GREY_ICC, GREY_ICC),
+        ('png', np.uint16, 2, GREY_ICC, GREY_ICC),
+    ):
+        image = pixels(dtype, channels) | 1  # nothing is transparent: there WebP changes colours
+        (tmp_path / 'image').write_bytes(encode_picture(Picture(image, profile), file_format, 100))
+        picture = read_picture(tmp_path / 'image')
+        assert picture.icc_profile == kept, (file_format, channels)
+        if file_format == 'webp':
+            assert np.array_equal(picture.pixels, image[:, :, [0, 0, 0, 1][: channels + 2]])
 
 
 def palette(has_alpha=False):
@@ -307,10 +328,41 @@ def test_images_of_other_kinds(tmp_path):
         (pixels(np.uint16), 'jpeg', 'JPEG cannot hold 16 bits'),
         (pixels(np.uint16), 'webp', 'WebP cannot hold 16 bits'),
         (pixels(channels=4), 'jpeg', 'JPEG cannot hold an alpha channel'),
-        (np.zeros((1, 16384, 3), np.uint8), 'webp', 'WebP cannot hold it'),
-        (np.zeros((1, 65536, 3), np.uint8), 'jpeg', 'JPEG cannot hold it'),
+        (np.zeros((1, 16384, 3), np.uint8), 'webp', 'WebP cannot hold 16384 x 1 pixels, .* 16383 a side.*--format png'),
+        (np.zeros((65501, 1, 3), np.uint8), 'jpeg', 'JPEG cannot hold 1 x 65501 pixels, .* 65500 a side.*--format png'),
     ],
 )
 def test_what_a_format_cannot_hold(image, file_format, words):
     with pytest.raises(InputError, match=words):
         encode_picture(Picture(image), file_format, 95)
+
+
+@pytest.mark.parametrize('file_format, side', [('jpeg', 65500), ('webp', 16383)])
+def test_the_longest_side_that_a_format_holds(file_format, side):
+    data = encode_picture(Picture(np.zeros((1, side, 3), np.uint8)), file_format, 95)
+    assert Image.open(io.BytesIO(data)).size == (side, 1)
+
+
+def test_more_pixels_than_pillow_reads(tmp_path, monkeypatch):
+    (tmp_path / 'large.png').write_bytes(encode_picture(Picture(pixels()), 'png', 95))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 13 * 17 // 2 - 1)
+    with pytest.raises(InputError, match='large.png has more than 218 pixels, the most that are read'):
+        read_picture(tmp_path / 'large.png')
+
+
+@pytest.mark.parametrize('raised', [MemoryError, lambda: cv2_error_of_memory()])
+def test_short_memory_is_no_damage(tmp_path, monkeypatch, raised):
+    def fail(*args):
+        raise raised()
+
+    (tmp_path / 'image.png').write_bytes(encode_picture(Picture(pixels(np.uint16)), 'png', 95))
+    monkeypatch.setattr(cv2, 'imdecode', fail)
+    with pytest.raises(InputError, match='image.png needs more memory than there is') as caught:
+        read_picture(tmp_path / 'image.png')
+    assert 'damaged' not in str(caught.value)
+
+
+def cv2_error_of_memory() -> cv2.error:
+    error = cv2.error('Insufficient memory')
+    error.code = -4  # CV_StsNoMem
+    return error

@@ -1,6 +1,9 @@
 """`lora-sr merge`: the plain checkpoint gives the trained network's images, and nothing is overwritten."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,6 +307,16 @@ def test_a_failure_to_write_is_one_sentence(adapted, tmp_path, monkeypatch, caps
     assert main(['merge', str(tmp_path / 'net_g_10.pth'), '-o', str(tmp_path / 'm.pth')]) == 2
     assert capsys.readouterr().err == f'lora-sr: error: The output {tmp_path / "m.pth"} cannot be written: {reason}.\n'
     assert set(tmp_path.iterdir()) == files
+
+
+def test_a_disk_that_becomes_read_only_is_one_sentence(adapted, tmp_path, monkeypatch, capsys):
+    def fail(*arguments, **keywords):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(merge, '_write', fail)
+    monkeypatch.setattr(Path, 'unlink', fail)
+    assert main(['merge', str(tmp_path / 'net_g_10.pth'), '-o', str(tmp_path / 'm.pth')]) == 2
+    assert 'm.pth cannot be written: Read-only file system.' in capsys.readouterr().err
 
 
 def test_another_failure_is_not_taken_for_one_to_write(adapted, tmp_path, monkeypatch):

@@ -186,8 +186,21 @@ def test_values_that_are_not_finite():
     network = Enlarge()
     upscaler = Upscaler(network)
     upscaler.runtime = lambda x: network(x) / 0
-    with pytest.raises(InputError, match='Enlarge gives values that are not finite'):
+    with pytest.raises(InputError, match='Enlarge gives values that are not finite: it has weights that are NaN'):
         upscaler(pixels(4, 4, 3))
+    upscaler.dtype = torch.float16
+    with pytest.raises(InputError, match='Enlarge gives values that are not finite: float16 overflows'):
+        upscaler(pixels(4, 4, 3))
+
+
+@pytest.mark.parametrize('weight', [float('nan'), 3e38])
+@pytest.mark.parametrize('tile', [None, 40])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_weights_that_cannot_be_right_are_told_at_once(weight, tile, dtype):
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1), nn.PixelShuffle(2))
+    nn.init.constant_(network[0].weight, weight)
+    with pytest.raises(InputError, match='not finite: it has weights that are NaN or too large'):
+        Upscaler(network, tile, dtype)
 
 
 # Files
@@ -352,7 +365,33 @@ def test_what_a_format_cannot_hold_does_not_stop_the_rest(enlarging, tmp_path):
     report = upscale([tmp_path / 'alpha.png', tmp_path / 'plain.png'], 'any.pth', tmp_path / 'out', file_format='jpeg')
     assert report.images == 1 and files_in(tmp_path / 'out') == ['plain.jpg']
     (reason,) = report.failures.values()
-    assert 'alpha.png was not written: JPEG cannot hold an alpha channel' in reason
+    assert 'alpha.png was not upscaled: JPEG cannot hold an alpha channel' in reason
+
+
+def test_sides_that_a_format_cannot_hold_are_told_before_the_network_runs(enlarging, tmp_path, monkeypatch):
+    Image.fromarray(pixels(1, 8192, 3)).save(tmp_path / 'wide.png')
+    monkeypatch.setattr(Upscaler, '__call__', None)
+    report = upscale([tmp_path / 'wide.png'], 'any.pth', tmp_path / 'out', file_format='webp')
+    (reason,) = report.failures.values()
+    assert 'wide.png was not upscaled: WebP cannot hold 16384 x 2 pixels' in reason and '--format png' in reason
+
+
+@pytest.mark.parametrize('step', ['read_picture', '_rounded', 'encode_picture'])
+def test_short_memory_does_not_stop_the_rest(enlarging, tmp_path, monkeypatch, step):
+    for name in ('a.png', 'b.png'):
+        Image.fromarray(pixels(4, 4, 3)).save(tmp_path / name)
+    original, calls = getattr(module, step), []
+
+    def fail_once(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+        return original(*args)
+
+    monkeypatch.setattr(module, step, fail_once)
+    report = upscale([tmp_path / 'a.png', tmp_path / 'b.png'], 'any.pth', tmp_path / 'out')
+    (reason,) = report.failures.values()
+    assert report.images == 1 and reason.endswith('it needs more memory than there is.')
 
 
 def test_adapters_as_adapter_merge_mixes_them(checkpoint, tmp_path):
@@ -408,6 +447,7 @@ def images(tmp_path, monkeypatch):
         Image.fromarray(pixels(5, 5, 3)).save(path)
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'file').write_text('text')
+    os.mkfifo(tmp_path / 'pipe.png')
     return tmp_path
 
 
@@ -426,6 +466,10 @@ def images(tmp_path, monkeypatch):
         (['in/a.png'], 'file/deeper', {}, 'The output folder file/deeper cannot be written: Not a directory'),
         (['in/a.png'], 'out.png', {'file_format': 'jpeg'}, 'The output out.png is no jpeg file'),
         (['in/a.png'], 'in/sub', {}, 'The output in/sub/a.png exists'),
+        ([''], 'out', {}, 'An input is empty'),
+        (['in/a.png'], '', {}, 'The output is empty'),
+        (['in/a.png'], 'out.bmp', {}, 'The output out.bmp ends in .bmp, where .png, .jpg, .* are right for a file'),
+        (['pipe.png'], 'out', {}, 'pipe.png is neither a file nor a folder'),
         (['in/a.png'], 'out', {'quality': 0}, 'The quality is 0'),
         (['in/a.png'], 'out', {'tile': 3}, 'A tile of 3 is too small for SPAN'),
         (['in/a.png'], 'out', {'model': 'file'}, 'file'),
@@ -461,6 +505,19 @@ def test_the_input_is_never_replaced_through_links(images, enlarging, link):
     with pytest.raises(InputError, match='is the input'):
         upscale(['in'], 'any.pth', 'linked', overwrite=True)
     assert (images / 'in/a.png').read_bytes() == before
+
+
+def test_pipes_in_a_folder_are_not_waited_for(images, enlarging):
+    os.mkfifo(images / 'in/pipe.png')
+    os.symlink(images / 'nowhere', images / 'in/link.png')
+    report = upscale(['in'], 'any.pth', 'out')
+    assert report.images == 3 and list(report.failures) == ['in/link.png']
+
+
+def test_folders_with_a_dot(images, enlarging):
+    upscale(['in'], 'any.pth', 'out.x2')
+    assert files_in(images / 'out.x2') == ['a.png', 'b.png', 'sub/a.png']
+    upscale(['in/a.png'], 'any.pth', 'out.x2', overwrite=True)
 
 
 def test_existing_outputs_need_overwrite(images, enlarging):

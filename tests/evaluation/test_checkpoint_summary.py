@@ -136,10 +136,10 @@ def test_networks(tmp_path, make, expected):
     if added or 'branches' in rows['form']:
         assert verbs == ['merge', 'adapter extract'][: 2 if added else 1]
     else:
-        ours, known = isinstance(network, (SPAN, LKDN)), not isinstance(network, (LKDN, RCAN, RIDNet))
+        ours, known = isinstance(network, (SPAN, LKDN)), not isinstance(network, (LKDN, RCAN, RIDNet, RRDBNet))
         assert verbs == [
             'upscale',
-            'compare',
+            *([] if isinstance(network, RIDNet) else ['compare']),
             *(['submission'] if ours else []),
             'export onnx',
             *(['export chainner'] if known else []),
@@ -147,6 +147,21 @@ def test_networks(tmp_path, make, expected):
     for arguments in commands:
         parsed = vars(build_parser().parse_args([word.replace('N', '7') for word in arguments]))
         assert str(file) in str(parsed)  # the file's name, with its blank, is one argument
+
+
+@pytest.mark.parametrize(
+    ('make', 'expected'),
+    [
+        (lambda: SwinIR(upscale=2, ape=True, **SWINIR), []),
+        (lambda: SRVGGNetCompact(1, 1, 8, 1, 2), ['upscale', 'export onnx', 'export chainner']),
+        (lambda: SRVGGNetCompact(3, 3, 8, 1, 2, 'relu'), ['upscale', 'compare', 'export onnx']),
+        (lambda: RRDBNet(3, 3, 2, 8, 1, num_grow_ch=32), ['upscale', 'compare', 'export onnx', 'export chainner']),
+    ],
+    ids=['one_size', 'grey', 'relu', 'growth'],
+)
+def test_commands_are_those_that_take_the_network(tmp_path, make, expected):
+    commands = list(map(words, summarise_checkpoint(save(make(), tmp_path / 'net.pth')).commands))
+    assert [' '.join(command[: 1 + (command[0] == 'export')]) for command in commands] == expected
 
 
 def test_merge_and_extract_as_they_are_named(tmp_path, monkeypatch, capsys):

@@ -1,10 +1,13 @@
 """`lora-sr compare`, against published numbers, BasicSR's own metrics and networks built without us."""
 
 import csv
+import errno
 import io
 import json
 import math
+import os
 import re
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -14,6 +17,7 @@ import torch
 import yaml
 from basicsr.archs.edsr_arch import EDSR
 from basicsr.archs.rcan_arch import RCAN
+from basicsr.archs.ridnet_arch import RIDNet
 from basicsr.archs.rrdbnet_arch import RRDBNet
 from basicsr.archs.srresnet_arch import MSRResNet
 from basicsr.archs.srvgg_arch import SRVGGNetCompact
@@ -265,6 +269,9 @@ def files_for_mistakes(folder, span):
     write_images(folder / 'lr', [(10, 12)])
     (folder / 'there.csv').write_text('kept')
     torch.save(SPAN(feature_channels=6, upscale=3).state_dict(), folder / 'x3.pth')
+    torch.save(RIDNet(3, 16, 3, num_block=1).state_dict(), folder / 'ridnet.pth')
+    write_images(folder / 'twice', [(40, 48)])
+    (folder / 'twice' / '0.tif').write_bytes((folder / 'twice' / '0.png').read_bytes())
     torch.save(SRVGGNetCompact(1, 1, 8, 1, 2, 'relu').state_dict(), folder / 'grey.pth')
     write_options(folder / 'lost.yml', 'EDSR', folder / 'lost.pth')
     write_options(folder / 'misfit.yml', 'EDSR', span, param_key_g=None)
@@ -283,6 +290,10 @@ def files_for_mistakes(folder, span):
         (['--set=A={no}'], 'no is not a folder'),
         (['--set=A={gt}', '--set=A={lr}'], 'The name "A" is given 2 times'),
         (['b={grey.pth}'], '"b" does not take RGB images of any size'),
+        (['b={ridnet.pth}'], '"b" is a RIDNet, for values from 0 to 255'),
+        (['--set=A={twice}'], '0.png and 0.tif of the set "A" have one name'),
+        (['-o', '{a.md}', '-o', '{gt/../a.md}'], 'a.md is given twice: give each output its own file.'),
+        (['--set=A={gt}', '--plot', '{a.png}', '--picture', '{a.png}'], 'a.png is given twice'),
         (['b={lost.yml}'], 'lost.pth cannot be read'),
         (['b={misfit.yml}'], 'span.pth does not fit EDSR'),
         (['b={text.yml}'], '"b": network_g.type'),
@@ -327,6 +338,35 @@ def test_overwrite_and_damage(span, tmp_path):
     with pytest.raises(InputError, match='1.png is damaged'):
         compare({'a': span}, {'A': (gt, None)}, outputs=[tmp_path / 'new.md'])
     assert not (tmp_path / 'new.md').exists()
+
+
+def test_values_that_are_not_finite_are_not_rated(tmp_path, span, capsys):
+    gt = write_images(tmp_path / 'gt', [(40, 48)])
+    state = torch.load(span, weights_only=True)
+    state['conv_cat.bias'][0] = torch.nan
+    torch.save(state, tmp_path / 'nan.pth')
+    assert main(['compare', f'good={span}', f'bad={tmp_path / "nan.pth"}', f'--set=A={gt}']) == 2
+    found = capsys.readouterr()
+    assert f'"bad" cannot be measured on {gt / "0.png"}: The network gives values that are not finite' in found.err
+    assert not found.out
+
+
+def test_a_file_that_cannot_be_written_loses_nothing(tmp_path, span, monkeypatch, capsys):
+    def fail(*arguments, **keywords):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    gt, output = write_images(tmp_path / 'gt', [(40, 48)]), tmp_path / 'table.md'
+    command = ['compare', f'a={span}', f'--set=A={gt}', '-o', str(output)]
+    sentence = f'lora-sr: error: The output {output} cannot be written: Read-only file system.\n'
+    with monkeypatch.context() as patched:
+        patched.setattr(os, 'replace', fail)
+        assert main(command) == 2
+    found = capsys.readouterr()
+    assert 'A (Y)' in found.out and 'wrote' not in found.out and found.err.endswith(sentence)
+    monkeypatch.setattr(tempfile, 'TemporaryFile', fail)
+    monkeypatch.setattr(module, 'read_network', lambda *_: pytest.fail('a network was read'))
+    assert main(command) == 2 and capsys.readouterr().err == sentence
+    assert not output.exists()
 
 
 def test_an_argument_needs_a_name(capsys):

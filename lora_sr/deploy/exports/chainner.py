@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 
 import torch
+from basicsr.archs.rrdbnet_arch import RRDBNet
+from basicsr.archs.srvgg_arch import SRVGGNetCompact
+from basicsr.archs.swinir_arch import SwinIR
 from torch import Tensor, nn
 
 from lora_sr.adapters.adapter_file import check_output
@@ -16,6 +19,7 @@ from lora_sr.deploy.exports.deployed import FLOAT32_TOLERANCE, Deployed, ExportR
 from lora_sr.deploy.merge import SUFFIXES, writing
 from lora_sr.errors import InputError
 
+GROWTH = 32  # channels that each convolution of a dense block of RRDBNet adds, as spandrel builds them
 GAIN = 2  # factor of the inner channels of every Conv3XC, as spandrel builds them
 
 
@@ -46,6 +50,8 @@ def export_chainner(
     check_output(output, SUFFIXES, overwrite)
     deployed = deployed_network(checkpoint, param_key)
     is_span = isinstance(deployed.network, SPAN)
+    if not is_for_chainner(deployed.network):
+        raise _unknown(checkpoint, deployed)
     has_spandrel = importlib.util.find_spec('spandrel') is not None
     if not is_span and not has_spandrel:
         raise InputError(
@@ -62,6 +68,15 @@ def export_chainner(
             )
     form = 'SPAN in training form, of exact branches' if is_span else 'checkpoint, merged'
     return ExportReport(deployed, form, difference, 'spandrel' if has_spandrel else 'lora_sr')
+
+
+def is_for_chainner(network: nn.Module) -> bool:
+    """Whether chaiNNer knows the deployed form of a network, but for unusual sizes, which spandrel tells."""
+    if isinstance(network, RRDBNet):
+        return network.body[0].rdb1.conv1.out_channels == GROWTH
+    if isinstance(network, SRVGGNetCompact):
+        return network.act_type == 'prelu'
+    return isinstance(network, (SPAN, SwinIR))
 
 
 @torch.no_grad()
@@ -95,13 +110,17 @@ def _load_by_spandrel(partial: Path, checkpoint: str | os.PathLike, deployed: De
     try:
         descriptor = spandrel.ModelLoader(device='cpu').load_from_file(partial)
     except Exception as error:  # whatever it makes of a checkpoint that looks like one of its networks
-        raise InputError(
-            f'{checkpoint} cannot be exported for chaiNNer: spandrel {spandrel.__version__}, which loads for it, knows '
-            f'no {deployed.family} of these sizes; chaiNNer also runs what `lora-sr export onnx` writes.'
-        ) from error
+        raise _unknown(checkpoint, deployed) from error
     if descriptor.scale != deployed.scale:
         raise InputError(
             f'{checkpoint} cannot be exported for chaiNNer: it is of scale {deployed.scale}, and spandrel '
             f'{spandrel.__version__} takes it for one of scale {descriptor.scale}.'
         )
     return descriptor.model.eval()
+
+
+def _unknown(checkpoint: str | os.PathLike, deployed: Deployed) -> InputError:
+    return InputError(
+        f'{checkpoint} cannot be exported for chaiNNer: spandrel, which loads for it, knows no {deployed.family} of '
+        'these sizes; chaiNNer also runs what `lora-sr export onnx` writes.'
+    )

@@ -128,10 +128,12 @@ def deployed_network(checkpoint: str | os.PathLike, param_key: str | None = None
         param_key: Where the state dict is in it; by default ``params_ema``, else ``params``, else the top.
 
     Raises:
-        InputError: The checkpoint cannot be read or folded, or its network takes images of one size alone.
+        InputError: The checkpoint cannot be read or folded, or its network takes images of one size alone, or gives
+            values that are not finite.
     """
+    network = load_network(checkpoint, param_key)
     try:
-        network = deploy_form(load_network(checkpoint, param_key))
+        network = deploy_form(network)
     except InputError as error:
         raise InputError(f'{checkpoint} cannot be folded: {error}') from None
     take_any_size(network, 1)  # padding is Python, which no file can hold
@@ -145,7 +147,13 @@ def deployed_network(checkpoint: str | os.PathLike, param_key: str | None = None
     with torch.no_grad():
         scale = network(torch.zeros(1, accepted.channels, side, side)).shape[-1] // side
     deployed = Deployed(network, *accepted, scale, 255 if isinstance(network, RIDNet) else 1)
-    fit_half_range(network, deployed.checked_images())
+    images = deployed.checked_images()
+    with torch.no_grad():
+        if not network(images[0]).isfinite().all():
+            raise InputError(
+                f'{checkpoint} gives values that are not finite: it has weights that are NaN or too large.'
+            )
+    fit_half_range(network, images)
     return deployed
 
 

@@ -116,14 +116,16 @@ static inline Vector reciprocal(Vector x) {
 #endif
 }
 
-// 2^x, for x from -126 to 126 and the value at the nearer end beyond. On [-0.5, 0.5] it is the polynomial that minimises
-// the largest relative error: 7.5e-8, of the coarse one 7.5e-5.
+// 2^x, for x from -126 to 126. Beyond, the coarse one with AVX512 goes on to 0 and infinity, and the others stay at the
+// value of the nearer end. On [-0.5, 0.5] it is the polynomial that minimises the largest relative error: 7.5e-8, of the
+// coarse one 7.5e-5.
 template <bool COARSE>
 static inline Vector power_of_two(Vector x) {
-    x = minimum(maximum(x, broadcast(-126.0f)), broadcast(126.0f));
 #if defined(__AVX512F__)
+    if (!COARSE) x = minimum(maximum(x, broadcast(-126.0f)), broadcast(126.0f));
     const Vector whole = (Vector)_mm512_roundscale_ps((__m512)x, 8);
 #else
+    x = minimum(maximum(x, broadcast(-126.0f)), broadcast(126.0f));
     const Vector rounding = broadcast(12582912.0f);  // 1.5 * 2^23: adding it leaves whole numbers
     const Vector whole = (x + rounding) - rounding;
 #endif
@@ -194,12 +196,11 @@ static inline Vector load_channel(const float *row, int channel, bool is_bfloat1
     return load(row + channel * pitch);
 }
 
-// Lanes beyond the width become zeros, as the border has to stay.
-static inline Vector within(Vector value, int x, int width) {
-    if (x + LANES <= width) return value;
+// The first `count` lanes; the others become zeros.
+static inline Vector first_lanes(Vector value, int count) {
     Integers lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
-    return select(lane < width - x, value, Vector{});
+    return select(lane < count, value, Vector{});
 }
 
 // The pixel shuffle: channels are a colour, a row and a column of the scale * scale pixels that one becomes. RUN channels
@@ -253,7 +254,8 @@ static inline void finish_as(const Operation &op, const Size &size, Vector *sums
         for (int i = 0; i < count; i++) store_shuffled<1>(op, size, sums + i, first + i, 1, y, x);
         return;
     }
-    for (int i = 0; i < count; i++) sums[i] = within(sums[i], x, size.width);
+    if (x + LANES > size.width)  // what is right of the image has to stay zero
+        for (int i = 0; i < count; i++) sums[i] = first_lanes(sums[i], size.width - x);
     float *row = row_of(op.output, size, y) + x;
 #if HAS_BFLOAT16
     if (op.output.is_bfloat16) {

@@ -33,7 +33,7 @@ def read_checkpoint(path) -> dict:
         raise InputError(f'the checkpoint {path} cannot be read: {error.strerror or error}') from error
     except Exception as error:  # torch raises half a dozen types for a file that is none of its own
         if Path(path).suffix in ('.yml', '.yaml'):
-            raise InputError(f'{path} is an option file, where a checkpoint (.pth, .safetensors) is right') from error
+            raise InputError(f'{path} is an option file, where a checkpoint is right') from error
         raise InputError(f'the checkpoint {path} is damaged, or holds more than tensors and plain values') from error
     if not isinstance(content, dict):
         raise InputError(f'the checkpoint {path} holds a {type(content).__name__}, not a dictionary of tensors')

@@ -83,7 +83,7 @@ MISTAKES = [
     ('train:total_iter=many', "train.total_iter has to be a whole number of at least 1, not 'many'"),
     ('datasets:train:dataroot_gt=nowhere', 'datasets.train.dataroot_gt: nowhere does not exist'),
     ('path:pretrain_network_g=no.pth', 'path.pretrain_network_g: the checkpoint no.pth cannot be read: No such file'),
-    ('path:resume_state=tiny.yml', 'path.resume_state: the checkpoint tiny.yml is damaged, or holds more than tensors'),
+    ('path:resume_state=tiny.yml', 'path.resume_state: tiny.yml is an option file, where a checkpoint is right'),
     ('train:totl_iter=5', "--force_yml train:totl_iter=5: 'train' has no key 'totl_iter'; the keys there are optim_g,"),
     ('train:total_iter', "--force_yml train:total_iter: there is no '='"),
     ('name=[1', '--force_yml name=[1: did not find expected'),

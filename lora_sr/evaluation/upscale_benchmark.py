@@ -14,7 +14,8 @@ import torch
 from lora_sr.adapters.adapter_file import write_whole
 from lora_sr.archs import load_network
 from lora_sr.deploy.image_files import Picture, encode_picture, format_of, read_picture
-from lora_sr.deploy.upscale import DEFAULT_QUALITY, Job, Upscaler, plan, run_jobs
+from lora_sr.deploy.upscale import DEFAULT_QUALITY, Job, plan, run_jobs
+from lora_sr.deploy.upscaler import Upscaler
 from lora_sr.errors import InputError
 
 REPEATS = 3

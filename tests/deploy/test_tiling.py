@@ -19,7 +19,7 @@ from lora_sr.archs.lkdn_arch import LKDN
 from lora_sr.archs.span_arch import SPAN
 from lora_sr.deploy import tiling
 from lora_sr.deploy.tiling import bytes_per_pixel, cut_axis, find_overlap, free_memory, largest_tile, smallest_tile
-from lora_sr.deploy.upscale import Upscaler
+from lora_sr.deploy.upscaler import Upscaler
 from lora_sr.errors import InputError
 
 

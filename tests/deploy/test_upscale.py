@@ -25,8 +25,10 @@ from lora_sr.archs.dsclora_arch import DSCLoRA
 from lora_sr.archs.span_arch import SPAN
 from lora_sr.cli import upscale as command
 from lora_sr.deploy import upscale as module
+from lora_sr.deploy import upscaler as upscaler_module
 from lora_sr.deploy.adapters import merge_adapters
-from lora_sr.deploy.upscale import Upscaler, upscale, upscale_image
+from lora_sr.deploy.upscale import upscale
+from lora_sr.deploy.upscaler import Upscaler, upscale_image
 from lora_sr.errors import InputError
 
 
@@ -146,7 +148,7 @@ def test_network_is_merged_and_folded_and_not_changed():
 
 def test_dtype_is_that_of_the_runtime(monkeypatch):
     asked = []
-    monkeypatch.setattr(module, 'optimize', lambda network, dtype: asked.append(dtype) or network)
+    monkeypatch.setattr(upscaler_module, 'optimize', lambda network, dtype: asked.append(dtype) or network)
     Upscaler(Enlarge(), dtype=torch.bfloat16)
     assert asked == [torch.bfloat16]
 
@@ -388,7 +390,7 @@ def test_short_memory_does_not_stop_the_rest(enlarging, tmp_path, monkeypatch, s
             raise MemoryError
         return original(*args)
 
-    monkeypatch.setattr(module, step, fail_once)
+    monkeypatch.setattr(upscaler_module if step == '_rounded' else module, step, fail_once)
     report = upscale([tmp_path / 'a.png', tmp_path / 'b.png'], 'any.pth', tmp_path / 'out')
     (reason,) = report.failures.values()
     assert report.images == 1 and reason.endswith('it needs more memory than there is.')

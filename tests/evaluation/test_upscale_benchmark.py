@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from lora_sr.archs.span_arch import SPAN
-from lora_sr.deploy.upscale import Upscaler, plan, run_jobs
+from lora_sr.deploy.upscale import plan, run_jobs
+from lora_sr.deploy.upscaler import Upscaler
 from lora_sr.errors import InputError
 from lora_sr.evaluation import upscale_benchmark
 

@@ -150,9 +150,9 @@ class Program:
         inputs: list[Map],
         weight: Tensor,
         bias: Tensor | None,
-        activation=None,
-        combination=None,
-        other=None,
+        activation: str | None = None,
+        combination: str | None = None,
+        other: Map | None = None,
         dtype: torch.dtype | None = None,
     ) -> Map:
         """A convolution, 1x1, or 3x3 with a border of zeros, over the channels of ``inputs`` one after the other.
@@ -183,9 +183,9 @@ class Program:
         weight: Tensor,
         bias: Tensor,
         dilation: int = 1,
-        activation=None,
-        combination=None,
-        other=None,
+        activation: str | None = None,
+        combination: str | None = None,
+        other: Map | None = None,
         dtype: torch.dtype | None = None,
     ) -> Map:
         """A convolution in each channel, of odd size, with a border of zeros; the others are those of :meth:`conv`.

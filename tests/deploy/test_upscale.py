@@ -382,7 +382,8 @@ def test_sides_that_a_format_cannot_hold_are_told_before_the_network_runs(enlarg
 def test_short_memory_does_not_stop_the_rest(enlarging, tmp_path, monkeypatch, step):
     for name in ('a.png', 'b.png'):
         Image.fromarray(pixels(4, 4, 3)).save(tmp_path / name)
-    original, calls = getattr(module, step), []
+    where = upscaler_module if step == '_rounded' else module
+    original, calls = getattr(where, step), []
 
     def fail_once(*args):
         calls.append(1)
@@ -390,7 +391,7 @@ def test_short_memory_does_not_stop_the_rest(enlarging, tmp_path, monkeypatch, s
             raise MemoryError
         return original(*args)
 
-    monkeypatch.setattr(upscaler_module if step == '_rounded' else module, step, fail_once)
+    monkeypatch.setattr(where, step, fail_once)
     report = upscale([tmp_path / 'a.png', tmp_path / 'b.png'], 'any.pth', tmp_path / 'out')
     (reason,) = report.failures.values()
     assert report.images == 1 and reason.endswith('it needs more memory than there is.')

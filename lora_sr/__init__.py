@@ -1,30 +1,35 @@
-"""Parameter-efficient fine-tuning and distillation for super-resolution, as a plug-in for BasicSR.
+"""Parameter-efficient fine-tuning, distillation and deployment of super-resolution networks, a plug-in for BasicSR.
 
-Importing this package mends what is defective in BasicSR, and registers every network, loss, data set, model and
-optimizer.
+Importing this package is the whole of the plug, and costs milliseconds: when BasicSR is imported, afterwards or
+already, its defects are patched, and every network, loss, dataset, metric, model and optimizer is registered there.
 """
 
+from __future__ import annotations
+
 import importlib
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lora_sr import basicsr_compat, optim
+from lora_sr.basicsr import hook
 
-basicsr_compat.apply()
-basicsr_compat.OPTIMIZER_REGISTRY.register(optim.Adan)  # here, since `optim` knows nothing of BasicSR
-
-# BasicSR's habit: whatever registers something is found by the suffix of its file.
-for _pattern in (
-    'archs/*_arch.py',
-    'losses/*_loss.py',
-    'data/*_dataset.py',
-    'metrics/*_metric.py',
-    'models/*_model.py',
-):
-    for _file in sorted(Path(__file__).parent.glob(_pattern)):
-        importlib.import_module(f'{__name__}.{_file.parent.name}.{_file.stem}')
-
-from lora_sr.archs import load_network  # noqa: E402  (BasicSR has to be mended before)
-from lora_sr.deploy.runtime import optimize  # noqa: E402
+if TYPE_CHECKING:
+    from lora_sr.checkpoints import load_network
+    from lora_sr.runtime import optimize
 
 __all__ = ['load_network', 'optimize']
-__version__ = '0.1.0'
+__version__ = '0.2.0'
+
+_LAZY = {'load_network': 'lora_sr.checkpoints', 'optimize': 'lora_sr.runtime'}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+hook.install()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_run import TINY_OPTIONS, write_pairs
 
-import lora_sr  # noqa: F401  (mends BasicSR, before a test file imports it)
+import lora_sr  # noqa: F401  (plugs into BasicSR, before a test file imports it)
 
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
 

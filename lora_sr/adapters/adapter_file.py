@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import math
 import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, Mapping
@@ -23,6 +21,7 @@ from lora_sr.adapters.config import LoRAConfig
 from lora_sr.adapters.layers import LORA_TENSORS, SHIFT_PREFIX
 from lora_sr.adapters.verbs import add_lora, remove_lora
 from lora_sr.errors import InputError
+from lora_sr.files import check_output, write_whole
 
 CONFIG_KEY = 'lora_config'
 SUFFIX = '.safetensors'
@@ -335,40 +334,6 @@ def _without_values(model: nn.Module) -> nn.Module:
         empty = torch.empty_like(value, device='meta')
         memo[id(value)] = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
-
-
-def check_output(path: str | os.PathLike, suffixes: tuple[str, ...], overwrite: bool) -> None:
-    """Raise InputError where a file cannot be written: another suffix, not to be overwritten, no folder to write in."""
-    path = Path(path)
-    if path.suffix not in suffixes:
-        raise InputError(f'The output {path} must end in {" or ".join(suffixes)}.')
-    if path.exists() and not overwrite:
-        raise InputError(f'The output {path} exists: choose another name, or allow it with --overwrite.')
-    if not path.parent.is_dir():
-        raise InputError(f'The folder {path.parent} of the output does not exist.')
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InputError(f'The output {path} cannot be written: {error.strerror}.') from None
-
-
-def write_whole(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file such that it is either complete or as it was before.
-
-    Raises:
-        InputError: It cannot be written.
-    """
-    path = Path(path)
-    partial = path.with_name(f'.{path.stem}.{os.getpid()}.partial{path.suffix}')
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f'The output {path} cannot be written: {error.strerror}.') from error
-    finally:
-        with contextlib.suppress(OSError):  # on a read-only disk even what is not there cannot be removed
-            partial.unlink()
 
 
 def _text(shape: Iterable[int]) -> str:

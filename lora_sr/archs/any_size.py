@@ -127,7 +127,7 @@ def _try_sizes(network: nn.Module, device: str) -> tuple[AcceptedInput | None, b
     # What a forward pass makes without naming a device, such as a mask, has to be there as well.
     with torch.random.fork_rng(devices=[]), torch.device(device):
         for multiple in range(1, LARGEST_MULTIPLE + 1):
-            # Neighbouring numbers have no factor in common, so height and width have none but those of `multiple`.
+            # Neighboring numbers have no factor in common, so height and width have none but those of `multiple`.
             times = -(-SMALLEST_SIDE // multiple)
             height, width = multiple * times, multiple * (times + 1)
             for channels in channel_numbers:

@@ -7,7 +7,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from lora_sr.adapters import LoRALayer
+from lora_sr.adapters import LoRALayer, adapted_modules, merge_lora
 from lora_sr.errors import InputError
 
 # The largest relative difference between outputs that are to be the same up to rounding in float32.
@@ -84,6 +84,18 @@ def fold(network: nn.Module) -> nn.Module:
             parent, _, child = name.rpartition('.')
             setattr(network.get_submodule(parent), child, replacements[module])
     return replacements.get(network, network)
+
+
+def deploy_form(network: nn.Module) -> nn.Module:
+    """A copy of ``network`` with its LoRA merged and its branches folded, in eval mode and frozen.
+
+    Raises:
+        InputError: As :func:`fold` does.
+    """
+    network = deepcopy(network)
+    if any(True for _ in adapted_modules(network)):
+        merge_lora(network)
+    return fold(network).eval().requires_grad_(False)
 
 
 def _difference(branched: Foldable, plain: nn.Module) -> float:

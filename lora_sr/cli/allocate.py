@@ -24,7 +24,7 @@ def add_parser(commands):
 
 def run(args):
     """Allocate, and print the ranks."""
-    from lora_sr.evaluation.rank_allocation import allocate, format_ranks
+    from lora_sr.basicsr.rank_allocation import allocate, format_ranks
 
     allocation = allocate(args.opt, args.budget, args.output, args.batches, args.max_rank, args.chart, args.overwrite)
     print(format_ranks(allocation))

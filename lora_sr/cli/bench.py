@@ -48,41 +48,41 @@ def add_parser(commands):
 
 def run_runtime(args):
     """Measure the deployed networks."""
-    from lora_sr.evaluation import runtime_benchmark
+    from lora_sr.benchmarks import runtime as runtime_benchmark
 
     runtime_benchmark.run(args.checkpoints, [tuple(size) for size in args.size or [(256, 256)]])
 
 
 def run_upscale(args):
     """Measure `lora-sr upscale`."""
-    from lora_sr.evaluation import upscale_benchmark
+    from lora_sr.benchmarks import upscale as upscale_benchmark
 
     upscale_benchmark.run(args.inputs, args.model)
 
 
 def run_affinity(args):
     """Measure the affinity loss."""
-    from lora_sr.evaluation import affinity_benchmark
+    from lora_sr.benchmarks import affinity as affinity_benchmark
 
     affinity_benchmark.run(args.size)
 
 
 def run_prepare(args):
     """Measure data preparation."""
-    from lora_sr.evaluation import prepare_benchmark
+    from lora_sr.benchmarks import prepare as prepare_benchmark
 
     prepare_benchmark.run(args.images, args.scale)
 
 
 def run_lkdn(args):
     """Measure LKDN."""
-    from lora_sr.evaluation import lkdn_benchmark
+    from lora_sr.benchmarks import lkdn as lkdn_benchmark
 
     lkdn_benchmark.run()
 
 
 def run_adan(args):
     """Measure Adan."""
-    from lora_sr.evaluation import adan_benchmark
+    from lora_sr.benchmarks import adan as adan_benchmark
 
     adan_benchmark.run()

@@ -58,8 +58,8 @@ def add_parser(commands):
 
 def run(args):
     """Compare, and print the table."""
-    from lora_sr.evaluation.comparison import compare
-    from lora_sr.evaluation.tables import format_table
+    from lora_sr.report.comparison import compare
+    from lora_sr.report.tables import format_table
 
     compare(
         by_name(args.networks),

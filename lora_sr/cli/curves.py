@@ -22,7 +22,7 @@ def add_parser(commands):
 
 def run(args):
     """Draw the curves."""
-    from lora_sr.evaluation.curves import draw_curves
+    from lora_sr.report.curves import draw_curves
 
     draw_curves(by_name(args.runs), args.output, args.dataset, args.metric)
     print(f'wrote {args.output}')

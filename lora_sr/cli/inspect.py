@@ -18,6 +18,6 @@ def add_parser(commands):
 
 def run(args):
     """Print the summary and the table."""
-    from lora_sr.evaluation.checkpoint_summary import inspect_file
+    from lora_sr.report.summary import inspect_file
 
     print(inspect_file(args.file, fold=not args.all))

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from basicsr.test import test_pipeline
 from basicsr.train import train_pipeline
 
+from lora_sr.basicsr.options import check_options
 from lora_sr.errors import InputError
-from lora_sr.option_check import check_options
 from lora_sr.option_file import apply_overrides, load_options
 
 

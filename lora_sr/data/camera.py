@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from lora_sr.data.bicubic import MAX_SCALE, resampling_weights
 from lora_sr.errors import InputError
+from lora_sr.images.bicubic import MAX_SCALE, resampling_weights
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Optional
 
 from tqdm import tqdm
 
-from lora_sr.data.bicubic import MAX_SCALE
 from lora_sr.data.camera import camera_degradation, camera_seed
 from lora_sr.data.lmdb_store import encode_png
 from lora_sr.data.sources import find_sources, read_image
 from lora_sr.errors import InputError
+from lora_sr.images.bicubic import MAX_SCALE
 
 
 def degrade_folder(

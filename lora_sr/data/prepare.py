@@ -27,10 +27,10 @@ from typing import Callable, Optional
 import lmdb
 from tqdm import tqdm
 
-from lora_sr.data.bicubic import MAX_SCALE, bicubic_downscale
 from lora_sr.data.lmdb_store import LmdbWriter, check_databases, encode_png, read_meta_info
 from lora_sr.data.sources import Source, find_sources, read_image
 from lora_sr.errors import InputError
+from lora_sr.images.bicubic import MAX_SCALE, bicubic_downscale
 
 try:
     import fcntl

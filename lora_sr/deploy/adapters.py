@@ -23,15 +23,17 @@ from lora_sr.adapters import (
     remove_lora,
     save_adapter,
 )
-from lora_sr.adapters.adapter_file import SUFFIX, check_output
-from lora_sr.archs import is_training_form, load_network, read_state_dict
-from lora_sr.archs.adaptsr_arch import AdaptSR
+from lora_sr.adapters.adapter_file import SUFFIX
+from lora_sr.archs import is_training_form
+from lora_sr.archs.adaptsr import AdaptSR
 from lora_sr.archs.any_size import take_any_size
-from lora_sr.archs.loading import OURS, family_of
-from lora_sr.checkpoint_file import load_weights
-from lora_sr.deploy.merge import SUFFIXES, writing
+from lora_sr.checkpoints import load_network, read_state_dict
+from lora_sr.checkpoints.content import load_weights
+from lora_sr.checkpoints.loading import OURS, family_of
+from lora_sr.checkpoints.writing import SUFFIXES, writing
+from lora_sr.deploy.mixing import FittedMix, fit_mix
 from lora_sr.errors import InputError
-from lora_sr.evaluation.mixing import FittedMix, fit_mix
+from lora_sr.files import check_output
 from lora_sr.option_file import load_options
 
 
@@ -44,7 +46,7 @@ class Pairs:
         lr: Folder of the LR images of the same names (or with ``x{scale}`` behind).
         scale: Scale factor.
         options: An option file whose ``network_g`` is the base's network, or AdaptSR on it: for a base that
-            :func:`lora_sr.archs.load_network` does not know.
+            :func:`lora_sr.load_network` does not know.
     """
 
     gt: str | os.PathLike
@@ -78,7 +80,7 @@ def extract_to_file(
     """Write the adapter of an adapted checkpoint, of any network, to a file of its own.
 
     Args:
-        checkpoint: A checkpoint of a base with LoRA, see :func:`lora_sr.archs.read_state_dict`.
+        checkpoint: A checkpoint of a base with LoRA, see :func:`lora_sr.checkpoints.read_state_dict`.
         output: The ``.safetensors`` file to write.
         param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``.
         overwrite: Replace ``output`` where it exists.
@@ -105,12 +107,12 @@ def apply_adapters(
     """Put adapters onto a base checkpoint, of any network: the checkpoint of the adapted network.
 
     Args:
-        base: A checkpoint of the base, see :func:`lora_sr.archs.read_state_dict`.
+        base: A checkpoint of the base, see :func:`lora_sr.checkpoints.read_state_dict`.
         adapters: Adapter files, each with its weight, see :func:`lora_sr.adapters.mix_adapters`. ``None`` is 1, or an
             equal share with ``pairs``.
         output: The file to write, ``.pth`` (state dict under ``params``) or ``.safetensors``.
         overwrite: Replace ``output`` where it exists.
-        pairs: Fit the weights to these images, see :func:`lora_sr.evaluation.mixing.fit_mix`, beginning with those
+        pairs: Fit the weights to these images, see :func:`lora_sr.deploy.mixing.fit_mix`, beginning with those
             that are given.
 
     Raises:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from basicsr.archs.swinir_arch import SwinIR
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from lora_sr.adapters import adapted_modules, count_parameters, is_lora_key, lora_layers, merge_lora, merge_state_dict
-from lora_sr.adapters.adapter_file import check_output
-from lora_sr.archs import fold, load_network, read_state_dict
+from lora_sr.adapters import count_parameters, is_lora_key, lora_layers, merge_state_dict
 from lora_sr.archs.any_size import accepted_input
-from lora_sr.archs.loading import OURS, family_of
-from lora_sr.archs.reparam import TOLERANCE, Foldable, relative_difference
+from lora_sr.archs.reparam import TOLERANCE, Foldable, deploy_form, relative_difference
+from lora_sr.checkpoints import load_network, read_state_dict
+from lora_sr.checkpoints.loading import OURS, family_of
+from lora_sr.checkpoints.writing import SUFFIXES, writing
 from lora_sr.errors import InputError
-
-SUFFIXES = ('.pth', '.safetensors')
+from lora_sr.files import check_output
 
 
 @dataclass(frozen=True)
@@ -54,18 +50,6 @@ class MergeReport:
         )
 
 
-def deploy_form(network: nn.Module) -> nn.Module:
-    """A copy of ``network`` with its LoRA merged and its branches folded, in eval mode and frozen.
-
-    Raises:
-        InputError: As :func:`lora_sr.archs.fold` does.
-    """
-    network = deepcopy(network)
-    if any(True for _ in adapted_modules(network)):
-        merge_lora(network)
-    return fold(network).eval().requires_grad_(False)
-
-
 def merge_checkpoint(
     checkpoint: str | os.PathLike, output: str | os.PathLike, param_key: str | None = None, overwrite: bool = False
 ) -> MergeReport:
@@ -79,7 +63,7 @@ def merge_checkpoint(
     the weight that it stands beside. No outputs are compared then, and no branches folded.
 
     Args:
-        checkpoint: A checkpoint with LoRA or with branches, see :func:`lora_sr.archs.load_network`; with LoRA, of any
+        checkpoint: A checkpoint with LoRA or with branches, see :func:`lora_sr.load_network`; with LoRA, of any
             network.
         output: The file to write, ``.pth`` (state dict under ``params``) or ``.safetensors``.
         param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``.
@@ -152,40 +136,6 @@ def _merge_unknown(checkpoint: str | os.PathLike, state: dict[str, Tensor], outp
         plain_parameters=sum(value.numel() for value in merged.values()),
         difference=None,
     )
-
-
-@contextlib.contextmanager
-def writing(state: dict[str, Tensor], output: Path):
-    """Write a state dict, let the caller prove the file that is given to it, and only then give it its name."""
-    partial = output.with_name(f'.{output.stem}.{os.getpid()}.partial{output.suffix}')
-    try:
-        with _errors_of_writing(output):
-            _write(state, partial)
-        yield partial
-        with _errors_of_writing(output):
-            os.replace(partial, output)
-    finally:
-        with contextlib.suppress(OSError):  # on a read-only disk even what is not there cannot be removed
-            partial.unlink()
-
-
-@contextlib.contextmanager
-def _errors_of_writing(output: Path):
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
-        reason = getattr(error, 'strerror', None) or 'the disk may be full'
-        raise InputError(f'The output {output} cannot be written: {reason}.') from error
-
-
-def _write(state: dict[str, Tensor], path: Path) -> None:
-    # Copies, since safetensors takes no tensors that share their memory.
-    state = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-    with open(path, 'wb') as file:
-        if path.suffix == '.safetensors':
-            file.write(save(state))
-        else:
-            torch.save({'params': state}, file)
 
 
 @torch.no_grad()

@@ -17,13 +17,12 @@ import torch
 from torch import nn
 
 from lora_sr.adapters import count_parameters, is_lora_key
-from lora_sr.archs import load_network, read_state_dict
-from lora_sr.archs.loading import OURS, family_of
-from lora_sr.archs.reparam import relative_difference
-from lora_sr.deploy.merge import deploy_form
+from lora_sr.archs.complexity import CHALLENGE_SIDE, count_activations, count_convolutions, count_flops
+from lora_sr.archs.reparam import deploy_form, relative_difference
+from lora_sr.checkpoints import load_network, read_state_dict
+from lora_sr.checkpoints.loading import OURS, family_of
 from lora_sr.deploy.submitted_networks import class_name_for, describe, name_of, submitted_state, write_source
 from lora_sr.errors import InputError
-from lora_sr.evaluation.complexity import CHALLENGE_SIDE, count_activations, count_convolutions, count_flops
 
 CHALLENGE_SCALE = 4
 TOLERANCE = 1e-6  # of the largest output, where outputs are not equal to the bit

@@ -12,8 +12,8 @@ from string import Template
 import torch
 from torch import Tensor, nn
 
-from lora_sr.archs.lkdn_arch import LKDN, LKDN_S, BSConvU_idt
-from lora_sr.archs.span_arch import SPAN
+from lora_sr.archs.lkdn import LKDN, LKDN_S, BSConvU_idt
+from lora_sr.archs.span import SPAN
 
 # What `select_model` of the organisers calls other things by.
 BRANCH_NAMES = {'args', 'data_range', 'device', 'model', 'model_id', 'model_path', 'name', 'os', 'tile', 'torch'}

@@ -20,11 +20,12 @@ from torch import nn
 from tqdm import tqdm
 
 from lora_sr.adapters import describe_misfit, load_adapter, lora_layers, mix_adapters, read_adapter
-from lora_sr.adapters.adapter_file import write_whole
-from lora_sr.archs import is_training_form, load_network
-from lora_sr.deploy.image_files import FORMATS, SUFFIXES, Picture, check_format, encode_picture, format_of, read_picture
-from lora_sr.deploy.upscaler import Upscaler
+from lora_sr.archs import is_training_form
+from lora_sr.checkpoints import load_network
 from lora_sr.errors import InputError
+from lora_sr.files import write_whole
+from lora_sr.images.formats import FORMATS, SUFFIXES, Picture, check_format, encode_picture, format_of, read_picture
+from lora_sr.runtime.upscaler import Upscaler
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 DEFAULT_QUALITY = 95
@@ -89,7 +90,7 @@ def upscale(
         tile: See :class:`Upscaler`.
         dtype: See :class:`Upscaler`.
         file_format: A key of ``FORMATS``: what is written; by default each image's own.
-        quality: See :func:`lora_sr.deploy.image_files.encode_picture`.
+        quality: See :func:`lora_sr.images.formats.encode_picture`.
         overwrite: Replace outputs that exist; inputs are never replaced.
         progress: Show a progress bar, if stderr is a terminal.
 

@@ -33,8 +33,8 @@ from lora_sr.adapters import (
     save_adapter,
     set_lora_scale,
 )
-from lora_sr.adapters.adapter_file import check_output, write_whole
 from lora_sr.errors import InputError
+from lora_sr.files import check_output, write_whole
 
 
 class Tiny(nn.Module):

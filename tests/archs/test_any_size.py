@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_sr.adapters import LoRAConfig, add_lora
-from lora_sr.archs import load_network, take_any_size
+from lora_sr.archs import take_any_size
 from lora_sr.archs.any_size import AcceptedInput, accepted_input, size_multiple
-from lora_sr.archs.lkdn_arch import LKDN
-from lora_sr.archs.span_arch import SPAN
+from lora_sr.archs.lkdn import LKDN
+from lora_sr.archs.span import SPAN
+from lora_sr.checkpoints import load_network
 
 
 def swinir(window_size=8, **arguments):

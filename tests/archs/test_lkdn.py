@@ -12,9 +12,10 @@ from torch import nn
 
 from lora_sr import load_network
 from lora_sr.adapters import LoRAConfig, add_lora, count_parameters, lora_layers, mark_trainable, merge_lora
-from lora_sr.archs import fold, is_training_form, read_state_dict
-from lora_sr.archs.lkdn_arch import CONVS, LKDN, UPSAMPLERS, BSConvU, BSConvU_idt
+from lora_sr.archs import fold, is_training_form
+from lora_sr.archs.lkdn import CONVS, LKDN, UPSAMPLERS, BSConvU, BSConvU_idt
 from lora_sr.archs.reparam import Foldable
+from lora_sr.checkpoints import read_state_dict
 from lora_sr.errors import InputError
 
 OFFICIAL = ['LKDN_x4', 'LKDN-S_x4', 'LKDN-S_del_rep_x4']

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from lora_sr.adapters import LoRAConfig, add_lora
 from lora_sr.archs import fold, is_training_form
-from lora_sr.archs.lkdn_arch import BSConvU, BSConvU_rep, RepUpsampler
+from lora_sr.archs.lkdn import BSConvU, BSConvU_rep, RepUpsampler
 from lora_sr.archs.reparam import Foldable
-from lora_sr.archs.span_arch import Conv3XC
+from lora_sr.archs.span import Conv3XC
 from lora_sr.errors import InputError
 
 CHANNELS, OUT, SCALE = 5, 2, 2

@@ -9,10 +9,11 @@ import torch
 
 from lora_sr import load_network
 from lora_sr.adapters import LoRAConfig, add_lora, count_parameters, lora_layers, merge_lora
-from lora_sr.archs import fold, is_training_form, read_state_dict
-from lora_sr.archs.dsclora_arch import DSCLoRA
-from lora_sr.archs.span_arch import SPAN
-from lora_sr.checkpoint_file import load_weights
+from lora_sr.archs import fold, is_training_form
+from lora_sr.archs.dsclora import DSCLoRA
+from lora_sr.archs.span import SPAN
+from lora_sr.checkpoints import read_state_dict
+from lora_sr.checkpoints.content import load_weights
 from lora_sr.errors import InputError
 
 OFFICIAL = ['weights/SPAN/spantiny_ch26_x4.pth', 'weights/SPAN/span_ch28_x4.pth', 'weights/DSCLoRA/DSCF_ch26_x4.pth']

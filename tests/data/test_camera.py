@@ -13,9 +13,9 @@ from scipy import ndimage
 
 from lora_sr.cli.main import main
 from lora_sr.data import camera, prepare_databases, read_meta_info
-from lora_sr.data.bicubic import bicubic_downscale, bicubic_upscale
 from lora_sr.data.camera import CameraRanges, camera_degradation, camera_seed
 from lora_sr.errors import InputError
+from lora_sr.images.bicubic import bicubic_downscale, bicubic_upscale
 
 SHARP = {'blur_sigma': (1e-3, 1e-3)}
 QUIET = {'shot_gain': (1e-12, 1e-12), 'read_sigma': (1e-9, 1e-9)}

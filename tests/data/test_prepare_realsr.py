@@ -9,9 +9,9 @@ import pytest
 
 from lora_sr.cli.main import main
 from lora_sr.data import prepare_databases, read_meta_info
-from lora_sr.data.bicubic import bicubic_downscale
 from lora_sr.data.sources import find_sources
 from lora_sr.errors import InputError
+from lora_sr.images.bicubic import bicubic_downscale
 
 
 def write_pair(hr_path, lr_path, scale, number, size=(48, 36)):

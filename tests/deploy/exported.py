@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_sr.adapters import LoRAConfig, add_lora, lora_layers
-from lora_sr.archs.dsclora_arch import DSCLoRA
-from lora_sr.archs.lkdn_arch import LKDN
-from lora_sr.archs.span_arch import SPAN
+from lora_sr.archs.dsclora import DSCLoRA
+from lora_sr.archs.lkdn import LKDN
+from lora_sr.archs.span import SPAN
 
 SIZES = ((1, 19, 23), (3, 16, 31), (1, 52, 37))
 TRAINED = {

@@ -22,11 +22,11 @@ from lora_sr.adapters import (
     read_adapter,
     save_adapter,
 )
-from lora_sr.archs import read_state_dict
-from lora_sr.archs.span_arch import SPAN
+from lora_sr.archs.span import SPAN
+from lora_sr.checkpoints import read_state_dict
 from lora_sr.cli.main import main
-from lora_sr.evaluation import mixing
-from lora_sr.evaluation.comparison import compare
+from lora_sr.deploy import mixing
+from lora_sr.report.comparison import compare
 
 
 @ARCH_REGISTRY.register()

@@ -10,8 +10,9 @@ from basicsr.archs.srvgg_arch import SRVGGNetCompact
 from basicsr.archs.swinir_arch import SwinIR
 from exported import TRAINED, save_trained, skip_without_half, soft_images
 
-from lora_sr.archs import fold, is_training_form, load_network
-from lora_sr.archs.span_arch import Conv3XC
+from lora_sr.archs import fold, is_training_form
+from lora_sr.archs.span import Conv3XC
+from lora_sr.checkpoints import load_network
 from lora_sr.cli.main import main
 from lora_sr.deploy.exports import chainner, export_chainner
 from lora_sr.errors import InputError

@@ -13,12 +13,13 @@ from basicsr.archs.swinir_arch import SwinIR
 from exported import TRAINED, psnr, save_trained, skip_without_half, soft_images
 
 import lora_sr
-from lora_sr.archs import fold, load_network
-from lora_sr.archs.lkdn_arch import LKDB
+from lora_sr.archs import fold
+from lora_sr.archs.lkdn import LKDB
+from lora_sr.checkpoints import load_network
 from lora_sr.cli.main import main
 from lora_sr.deploy.exports import deployed, export_onnx
-from lora_sr.deploy.half_range import fit_half_range
 from lora_sr.errors import InputError
+from lora_sr.runtime.half_range import fit_half_range
 
 onnx = pytest.importorskip('onnx', reason='the export to ONNX needs the extra "onnx"')
 onnxruntime = pytest.importorskip('onnxruntime', reason='the export to ONNX needs the extra "onnx"')

@@ -11,7 +11,7 @@ from basicsr.archs import swinir_arch
 from basicsr.archs.swinir_arch import SwinIR
 from exported import TRAINED, psnr, save_trained, skip_without_half, soft_images
 
-from lora_sr.archs.span_arch import SPAN
+from lora_sr.archs.span import SPAN
 from lora_sr.cli.main import main
 from lora_sr.deploy.exports import deployed, export_torchscript
 from lora_sr.errors import InputError

@@ -20,10 +20,11 @@ from torch import nn
 
 from lora_sr import load_network
 from lora_sr.adapters import LoRAConfig, add_lora, count_parameters, is_lora_key, lora_layers
-from lora_sr.archs import is_training_form, read_state_dict
-from lora_sr.archs.dsclora_arch import DSCLoRA
-from lora_sr.archs.lkdn_arch import LKDN, BSConvU, BSConvU_idt
-from lora_sr.archs.span_arch import SPAN
+from lora_sr.archs import is_training_form
+from lora_sr.archs.dsclora import DSCLoRA
+from lora_sr.archs.lkdn import LKDN, BSConvU, BSConvU_idt
+from lora_sr.archs.span import SPAN
+from lora_sr.checkpoints import read_state_dict
 from lora_sr.cli.main import main
 from lora_sr.deploy import merge
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from lora_sr import load_network
 from lora_sr.adapters import LoRAConfig, add_lora, lora_layers, save_adapter
-from lora_sr.archs.dsclora_arch import DSCLoRA
-from lora_sr.archs.lkdn_arch import LKDN, LKDN_S, BSConvU_idt
-from lora_sr.archs.span_arch import SPAN
+from lora_sr.archs.dsclora import DSCLoRA
+from lora_sr.archs.lkdn import LKDN, LKDN_S, BSConvU_idt
+from lora_sr.archs.span import SPAN
 from lora_sr.cli.main import main
 from lora_sr.deploy import submission
 from lora_sr.deploy.submission import write_submission

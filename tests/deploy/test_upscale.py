@@ -21,15 +21,15 @@ from torch import nn
 from lora_sr import load_network
 from lora_sr.adapters import LoRAConfig, add_lora, lora_layers, save_adapter
 from lora_sr.archs import take_any_size
-from lora_sr.archs.dsclora_arch import DSCLoRA
-from lora_sr.archs.span_arch import SPAN
+from lora_sr.archs.dsclora import DSCLoRA
+from lora_sr.archs.span import SPAN
 from lora_sr.cli import upscale as command
 from lora_sr.deploy import upscale as module
 from lora_sr.deploy import upscaler as upscaler_module
 from lora_sr.deploy.adapters import merge_adapters
 from lora_sr.deploy.upscale import upscale
-from lora_sr.deploy.upscaler import Upscaler, upscale_image
 from lora_sr.errors import InputError
+from lora_sr.runtime.upscaler import Upscaler, upscale_image
 
 
 class Enlarge(nn.Module):

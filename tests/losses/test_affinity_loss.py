@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from lora_sr.errors import InputError
-from lora_sr.losses import affinity_loss
-from lora_sr.losses.affinity_loss import SpatialAffinityLoss, spatial_affinity_distance
+from lora_sr.losses import affinity as affinity_loss
+from lora_sr.losses.affinity import SpatialAffinityLoss, spatial_affinity_distance
 
 
 def naive(student, teacher):
@@ -95,7 +95,7 @@ def test_features_that_do_not_fit():
 
 
 def test_memory_stays_within_100_mb_beyond_the_inputs():
-    from lora_sr.evaluation.affinity_benchmark import measure_peak_memory
+    from lora_sr.benchmarks.affinity import measure_peak_memory
 
     ours, whole = measure_peak_memory('blockwise'), measure_peak_memory('naive')
     assert ours <= 100e6 < whole

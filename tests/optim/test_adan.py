@@ -11,8 +11,8 @@ import yaml
 from tiny_run import TINY_OPTIONS, logged, run_python, write_pairs
 from torch import nn
 
-from lora_sr.basicsr_compat import find_optimizer
-from lora_sr.checkpoint_file import read_checkpoint
+from lora_sr.basicsr.patches.optimizers import find_optimizer
+from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.errors import InputError
 from lora_sr.optim import Adan
 

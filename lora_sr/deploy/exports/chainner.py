@@ -12,12 +12,13 @@ from basicsr.archs.srvgg_arch import SRVGGNetCompact
 from basicsr.archs.swinir_arch import SwinIR
 from torch import Tensor, nn
 
-from lora_sr.adapters.adapter_file import check_output
-from lora_sr.archs import fold, load_network
-from lora_sr.archs.span_arch import SPAN
+from lora_sr.archs import fold
+from lora_sr.archs.span import SPAN
+from lora_sr.checkpoints import load_network
+from lora_sr.checkpoints.writing import SUFFIXES, writing
 from lora_sr.deploy.exports.deployed import FLOAT32_TOLERANCE, Deployed, ExportReport, deployed_network
-from lora_sr.deploy.merge import SUFFIXES, writing
 from lora_sr.errors import InputError
+from lora_sr.files import check_output
 
 GROWTH = 32  # channels that each convolution of a dense block of RRDBNet adds, as spandrel builds them
 GAIN = 2  # factor of the inner channels of every Conv3XC, as spandrel builds them
@@ -36,7 +37,7 @@ def export_chainner(
     checked by our own loader instead, which folds the branches.
 
     Args:
-        checkpoint: Any checkpoint that :func:`lora_sr.archs.load_network` takes; LoRA is merged and branches folded.
+        checkpoint: Any checkpoint that :func:`lora_sr.load_network` takes; LoRA is merged and branches folded.
         output: The file to write, ``.pth`` (state dict under ``params``) or ``.safetensors``.
         param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``.
         overwrite: Replace ``output`` where it exists.

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 import lora_sr
 from lora_sr.adapters import count_parameters
-from lora_sr.archs import load_network, take_any_size
+from lora_sr.archs import take_any_size
 from lora_sr.archs.any_size import accepted_input
-from lora_sr.archs.span_arch import SPAN
-from lora_sr.deploy.check_images import soft_image
-from lora_sr.deploy.half_range import fit_half_range
-from lora_sr.deploy.merge import deploy_form
+from lora_sr.archs.reparam import deploy_form
+from lora_sr.archs.span import SPAN
+from lora_sr.checkpoints import load_network
 from lora_sr.errors import InputError
+from lora_sr.runtime.half_range import fit_half_range
+from lora_sr.runtime.synthetic import soft_image
 
 # Batch, height and width of the images that every file is tried on; odd ones where the network takes them.
 CHECKED_SIZES = ((1, 24, 32), (1, 33, 47), (2, 41, 25))
@@ -61,7 +62,7 @@ class Deployed:
         }
 
     def image(self, batch: int, height: int, width: int) -> Tensor:
-        """An image of soft structures, see :func:`lora_sr.deploy.check_images.soft_image`; sides rounded up to fit."""
+        """An image of soft structures, see :func:`lora_sr.runtime.synthetic.soft_image`; sides rounded up to fit."""
         size = [math.ceil(side / self.multiple) * self.multiple for side in (height, width)]
         return soft_image(batch, self.channels, *size) * self.value_range
 
@@ -124,7 +125,7 @@ def deployed_network(checkpoint: str | os.PathLike, param_key: str | None = None
     """The network of a checkpoint as it is deployed, LKDN with its values within float16.
 
     Args:
-        checkpoint: See :func:`lora_sr.archs.load_network`; with LoRA or branches, or plain.
+        checkpoint: See :func:`lora_sr.load_network`; with LoRA or branches, or plain.
         param_key: Where the state dict is in it; by default ``params_ema``, else ``params``, else the top.
 
     Raises:

@@ -10,7 +10,6 @@ import warnings
 import torch
 from torch import Tensor
 
-from lora_sr.adapters.adapter_file import check_output, write_whole
 from lora_sr.deploy.exports.deployed import (
     FLOAT32_TOLERANCE,
     TRACED_SIZE,
@@ -21,6 +20,7 @@ from lora_sr.deploy.exports.deployed import (
     tracing,
 )
 from lora_sr.errors import InputError
+from lora_sr.files import check_output, write_whole
 
 # The first with LayerNormalization as one node. onnxruntime has it since 1.12, TensorRT since 8.6.
 OPSET = 17
@@ -41,7 +41,7 @@ def export_onnx(
     is run by onnxruntime on images of three sizes before it is written.
 
     Args:
-        checkpoint: Any checkpoint that :func:`lora_sr.archs.load_network` takes; LoRA is merged and branches folded.
+        checkpoint: Any checkpoint that :func:`lora_sr.load_network` takes; LoRA is merged and branches folded.
         output: The file to write, ``.onnx``.
         dtype: ``float32``, or ``float16`` for weights and features; the images stay float32. A runtime may also
             lower a float32 file itself: LKDN's values fit float16 in both.

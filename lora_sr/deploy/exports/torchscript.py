@@ -8,9 +8,9 @@ import os
 
 import torch
 
-from lora_sr.adapters.adapter_file import check_output, write_whole
 from lora_sr.deploy.exports.deployed import FLOAT32_TOLERANCE, TRACED_SIZE, ExportReport, deployed_network, tracing
 from lora_sr.errors import InputError
+from lora_sr.files import check_output, write_whole
 
 METADATA = 'metadata.json'
 
@@ -26,7 +26,7 @@ def export_torchscript(
     again and run on images of three sizes before it is written.
 
     Args:
-        checkpoint: Any checkpoint that :func:`lora_sr.archs.load_network` takes; LoRA is merged and branches folded.
+        checkpoint: Any checkpoint that :func:`lora_sr.load_network` takes; LoRA is merged and branches folded.
         output: The file to write, ``.pt``.
         param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``.
         overwrite: Replace ``output`` where it exists.

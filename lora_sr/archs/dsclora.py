@@ -1,0 +1,81 @@
+"""DSCLoRA: SPAN adapted by ConvLoRA (arXiv:2504.11271), winner of the NTIRE 2025 efficient SR challenge."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+from lora_sr.adapters import LoRAConfig, add_lora, infer_lora_config, mark_trainable
+from lora_sr.archs.span import SPAN, build_span, is_span
+
+# The 20 convolutions in which the authors' merged entry differs from the SPAN it started from.
+DSCLORA_TARGETS = (r'block_[1-6]\.c[123]_r\.eval_conv', r'conv_2\.eval_conv', r'upsampler\.0')
+
+
+class DSCLoRA(SPAN):
+    """SPAN in deploy form with ConvLoRA in every SPAB (which makes it an SConvLB), in ``conv_2`` and in the upsampler.
+
+    Only the LoRA tensors train. A checkpoint of SPAN, in either form, loads strictly; merging gives SPAN back.
+
+    Args:
+        num_in_ch: Channels of the input; 3.
+        num_out_ch: Channels of the output; 3.
+        feature_channels: Width C of the SPAN that is adapted.
+        upscale: Scale factor.
+        rank: Rank of ConvLoRA.
+        alpha: Numerator of the update's scale alpha / rank. An adapted checkpoint brings its own.
+        rank_pattern: Regular expression of layer names -> rank, for layers that differ, e.g. ``upsampler.0: 16``.
+        alpha_pattern: Likewise for alpha.
+
+    Raises:
+        InputError: As SPAN and LoRAConfig do.
+    """
+
+    def __init__(
+        self,
+        num_in_ch: int = 3,
+        num_out_ch: int = 3,
+        feature_channels: int = 48,
+        upscale: int = 4,
+        rank: int = 8,
+        alpha: float = 16,
+        rank_pattern: dict | None = None,
+        alpha_pattern: dict | None = None,
+    ):
+        super().__init__(num_in_ch, num_out_ch, feature_channels, upscale, deploy=True)
+        add_lora(
+            self,
+            LoRAConfig(
+                list(DSCLORA_TARGETS),
+                rank=rank,
+                alpha=alpha,
+                rank_pattern=rank_pattern or {},
+                alpha_pattern=alpha_pattern or {},
+            ),
+        )
+        mark_trainable(self)
+
+
+def is_dsclora(state: dict[str, Tensor]) -> bool:
+    """Whether ``state`` is a state dict of DSCLoRA: SPAN in deploy form with LoRA on just its layers."""
+    layers = [key[: -len('.lora_A')] for key in state if key.endswith('.lora_A')]
+    targets = [layer for layer in layers if any(re.fullmatch(target, layer) for target in DSCLORA_TARGETS)]
+    return is_span(state) and len(layers) == len(targets) == 3 * SPAN.num_blocks + 2
+
+
+def build_dsclora(state: dict[str, Tensor]) -> DSCLoRA:
+    """The DSCLoRA that a state dict belongs to, not loaded yet, with the file's ranks and alphas.
+
+    Raises:
+        InputError: The LoRA tensors are incomplete.
+    """
+    base, lora = build_span(state), infer_lora_config(state)
+    return DSCLoRA(
+        feature_channels=base.feature_channels,
+        upscale=base.upscale,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+    )

@@ -1,0 +1,197 @@
+"""SPAN: Swift Parameter-free Attention Network (arXiv:2311.12770), in training and in deploy form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_sr.adapters import is_lora_key
+from lora_sr.archs.reparam import Foldable
+from lora_sr.errors import InputError
+
+BRANCH_TENSORS = [f'{name}.{tensor}' for name in ('sk', 'conv.0', 'conv.1', 'conv.2') for tensor in ('weight', 'bias')]
+
+
+class Conv3XC(Foldable):
+    """A 3x3 convolution, trained as 1x1 -> 3x3 -> 1x1 with wider inner channels plus a 1x1 skip.
+
+    The input is padded before the first 1x1, so at the border the 3x3 sees that layer's bias rather than zeros, and
+    the four convolutions fold into one exactly. In deploy form there is only that one, ``eval_conv``.
+
+    Args:
+        in_channels: Input channels.
+        out_channels: Output channels.
+        gain: Factor of the inner channels.
+        deploy: Build the deploy form.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, gain: int = 2, deploy: bool = False):
+        super().__init__()
+        self.in_channels = in_channels
+        if deploy:
+            self.eval_conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        else:
+            self.sk = nn.Conv2d(in_channels, out_channels, 1)
+            self.conv = nn.Sequential(
+                nn.Conv2d(in_channels, in_channels * gain, 1),
+                nn.Conv2d(in_channels * gain, out_channels * gain, 3),
+                nn.Conv2d(out_channels * gain, out_channels, 1),
+            )
+
+    @property
+    def is_training_form(self) -> bool:
+        """Whether the branches are still apart."""
+        return hasattr(self, 'sk')
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
+        if self.is_training_form:
+            return self.conv(F.pad(x, (1, 1, 1, 1))) + self.sk(x)
+        return self.eval_conv(x)
+
+    def folded(self) -> Conv3XC:
+        """The deploy form; summed in float64, rounded once."""
+        weight, bias = _fold_branches(self.state_dict())
+        plain = Conv3XC(weight.shape[1], weight.shape[0], deploy=True).to(weight)
+        plain.eval_conv.weight.copy_(weight)
+        plain.eval_conv.bias.copy_(bias)
+        return plain
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        branches = {
+            key[len(prefix) :]: value
+            for key, value in state_dict.items()
+            if key.startswith((f'{prefix}sk.', f'{prefix}conv.'))
+        }
+        if branches:
+            # The authors' training checkpoints also hold an eval_conv, folded at some earlier step: the branches count.
+            for name in ('weight', 'bias'):
+                state_dict.pop(f'{prefix}eval_conv.{name}', None)
+            if not self.is_training_form and any(map(is_lora_key, branches)):
+                error_msgs.append(
+                    f'{prefix}conv and {prefix}sk carry LoRA, which has to be merged before the branches are folded.'
+                )
+            elif not self.is_training_form and len(branches) == len(BRANCH_TENSORS):
+                weight, bias = _fold_branches(branches)
+                for name in branches:
+                    del state_dict[prefix + name]
+                state_dict[f'{prefix}eval_conv.weight'] = weight
+                state_dict[f'{prefix}eval_conv.bias'] = bias
+        elif self.is_training_form and f'{prefix}eval_conv.weight' in state_dict:
+            error_msgs.append(
+                f'{prefix}eval_conv is in deploy form and cannot be unfolded: build the network with '
+                'deploy=True, or load a training-form checkpoint.'
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _fold_branches(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Weight (out, in, 3, 3) and bias (out,) of the one convolution that equals the branches of a Conv3XC."""
+    first, middle, last, skip = (state[f'{name}.weight'].double() for name in ('conv.0', 'conv.1', 'conv.2', 'sk'))
+    first, last, skip = (weight.flatten(1) for weight in (first, last, skip))
+    b_first, b_middle, b_last, b_skip = (
+        state[f'{name}.bias'].double() for name in ('conv.0', 'conv.1', 'conv.2', 'sk')
+    )
+    weight = torch.einsum('op,pmhw,mi->oihw', last, middle, first)
+    weight[:, :, 1, 1] += skip
+    bias = last @ (middle.sum((2, 3)) @ b_first + b_middle) + b_last + b_skip
+    dtype = state['sk.weight'].dtype
+    return weight.to(dtype), bias.to(dtype)
+
+
+class SPAB(nn.Module):
+    """Swift parameter-free attention block: three convolutions whose result o gates itself.
+
+    The output is (o + x) * (sigmoid(o) - 0.5): an odd-symmetric gate without parameters.
+    """
+
+    def __init__(self, channels: int, deploy: bool = False):
+        super().__init__()
+        self.c1_r = Conv3XC(channels, channels, deploy=deploy)
+        self.c2_r = Conv3XC(channels, channels, deploy=deploy)
+        self.c3_r = Conv3XC(channels, channels, deploy=deploy)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, C, H, W) -> the block's output and its first convolution after SiLU, both (N, C, H, W)."""
+        first = F.silu(self.c1_r(x))
+        o = self.c3_r(F.silu(self.c2_r(first)))
+        return (o + x) * (torch.sigmoid(o) - 0.5), first
+
+
+class SPAN(nn.Module):
+    """SPAN for RGB images.
+
+    Args:
+        num_in_ch: Channels of the input; 3, as the mean of R, G and B is subtracted.
+        num_out_ch: Channels of the output; 3.
+        feature_channels: Width C: 48 in the paper, 26 and 28 in the NTIRE challenges.
+        upscale: Scale factor.
+        deploy: Build the deploy form, one 3x3 convolution for each Conv3XC.
+
+    Raises:
+        InputError: Other than 3 channels, a width or a scale below 1.
+    """
+
+    # The mean colour of DIV2K (R, G, B in [0, 1]), and the range of 8-bit images, in which the features live.
+    rgb_mean = (0.4488, 0.4371, 0.4040)
+    img_range = 255.0
+    num_blocks = 6
+
+    def __init__(
+        self,
+        num_in_ch: int = 3,
+        num_out_ch: int = 3,
+        feature_channels: int = 48,
+        upscale: int = 4,
+        deploy: bool = False,
+    ):
+        super().__init__()
+        if num_in_ch != 3 or num_out_ch != 3:
+            raise InputError(
+                f'SPAN is for RGB images: num_in_ch and num_out_ch must be 3, not {num_in_ch} and {num_out_ch}.'
+            )
+        for key, value in (('feature_channels', feature_channels), ('upscale', upscale)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f'"{key}" of SPAN is {value!r}: it must be an integer of at least 1.')
+        self.feature_channels, self.upscale = feature_channels, upscale
+        self.register_buffer('mean', torch.tensor(self.rgb_mean).view(1, 3, 1, 1), persistent=False)
+        self.conv_1 = Conv3XC(num_in_ch, feature_channels, deploy=deploy)
+        for i in range(self.num_blocks):
+            setattr(self, f'block_{i + 1}', SPAB(feature_channels, deploy=deploy))
+        self.conv_cat = nn.Conv2d(feature_channels * 4, feature_channels, 1)
+        self.conv_2 = Conv3XC(feature_channels, feature_channels, deploy=deploy)
+        self.upsampler = nn.Sequential(
+            nn.Conv2d(feature_channels, num_out_ch * upscale**2, 3, padding=1), nn.PixelShuffle(upscale)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W), RGB in [0, 1] -> (N, 3, upscale * H, upscale * W)."""
+        shallow = self.conv_1((x - self.mean) * self.img_range)
+        features, _ = self.block_1(shallow)
+        after_first_block = features
+        for i in range(2, self.num_blocks + 1):
+            features, first_of_block = getattr(self, f'block_{i}')(features)
+        fused = self.conv_cat(torch.cat([shallow, self.conv_2(features), after_first_block, first_of_block], 1))
+        return self.upsampler(fused)
+
+
+def is_span(state: dict[str, Tensor]) -> bool:
+    """Whether ``state`` is a state dict of SPAN, in training or in deploy form, with or without LoRA."""
+    has_first = 'conv_1.eval_conv.weight' in state or 'conv_1.sk.weight' in state
+    return has_first and {'conv_cat.weight', 'upsampler.0.weight'} <= state.keys()
+
+
+def build_span(state: dict[str, Tensor]) -> SPAN:
+    """The SPAN that a state dict belongs to, not loaded yet: width, scale and form are read from names and shapes."""
+    return SPAN(
+        feature_channels=state['conv_cat.weight'].shape[0],
+        upscale=math.isqrt(state['upsampler.0.weight'].shape[0] // 3),
+        deploy='conv_1.sk.weight' not in state,
+    )

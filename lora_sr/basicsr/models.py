@@ -1,0 +1,255 @@
+"""Training of a student network under a teacher."""
+
+from __future__ import annotations
+
+import difflib
+from collections import OrderedDict
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import torch
+from basicsr.archs import build_network
+from basicsr.losses import build_loss
+from basicsr.models.sr_model import SRModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DataParallel
+
+from lora_sr.archs import fold
+from lora_sr.checkpoints import read_state_dict
+from lora_sr.checkpoints.content import load_weights
+from lora_sr.errors import InputError
+
+DATA_PARALLEL_REFUSED = (
+    'train.affinity_opt does not work with several GPUs in one process: start a process for each (--launcher pytorch, '
+    'see scripts/dist_train.sh), or set num_gpu: 1'
+)
+NO_GROUND_TRUTH = (
+    'train.pixel_opt compares with the ground truth, which an LRImageDataset does not have: leave it out, or train '
+    'on a PairedImageDataset'
+)
+MEMORY_FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+
+
+def affinity_layers(layers) -> dict[str, list[str]]:
+    """The modules that ``train.affinity_opt.layers`` names, as ``{'student': [...], 'teacher': [...]}``.
+
+    Args:
+        layers: The option: one list of names for both networks, or a mapping of two such lists.
+
+    Raises:
+        InputError: It is neither, or the lists differ in length.
+    """
+    pair = layers if isinstance(layers, dict) else {'student': layers, 'teacher': layers}
+    if set(pair) != {'student', 'teacher'} or not all(isinstance(names, list) and names for names in pair.values()):
+        raise InputError(
+            'train.affinity_opt.layers has to be a list of module names, or {student: [...], teacher: [...]}, '
+            f'not {layers!r}'
+        )
+    if len(pair['student']) != len(pair['teacher']):
+        raise InputError(
+            f'train.affinity_opt.layers has {len(pair["student"])} layers of the student, but {len(pair["teacher"])} '
+            'of the teacher; they are compared one by one'
+        )
+    return pair
+
+
+def find_modules(network: nn.Module, layers: list[str], role: str) -> list[nn.Module]:
+    """The modules of ``network`` that bear these names.
+
+    Args:
+        network: The network to look in; a teacher in the form in which it runs, i.e. folded.
+        layers: Names, as ``named_modules`` gives them.
+        role: What the network is, for the message: 'student' or 'teacher'.
+
+    Raises:
+        InputError: A name that the network does not have; near names are listed.
+    """
+    modules = {name: module for name, module in network.named_modules() if name}
+    for layer in layers:
+        if layer not in modules:
+            near = difflib.get_close_matches(str(layer), modules, n=4, cutoff=0.3) or list(modules)[:4]
+            raise InputError(
+                f"train.affinity_opt.layers: there is no module '{layer}' in the {role}, {type(network).__name__}; "
+                f'near names are {", ".join(near)}'
+            )
+    return [modules[layer] for layer in layers]
+
+
+class FeatureTap:
+    """Keeps the outputs of some modules of a network from its latest forward pass.
+
+    Of a module that returns several tensors, the first is kept. An in-place operation that follows a module (such as
+    an in-place ReLU) changes what is kept: the feature is then the one after it.
+
+    Args:
+        modules: The modules to listen to.
+    """
+
+    def __init__(self, modules: list[nn.Module]):
+        self._outputs: list[Tensor | None] = [None] * len(modules)
+        for index, module in enumerate(modules):
+            module.register_forward_hook(partial(self._keep, index))
+
+    def _keep(self, index: int, module: nn.Module, inputs, output) -> None:
+        self._outputs[index] = output[0] if isinstance(output, (tuple, list)) else output
+
+    def take(self) -> list[Tensor]:
+        """The features of the latest forward pass, in the order of the modules; they are not kept any longer."""
+        features, self._outputs = self._outputs, [None] * len(self._outputs)
+        return features
+
+
+class DistillationModel(SRModel):
+    """A student ``network_g`` that learns from images and from a frozen teacher ``network_t``.
+
+    L = L_rec + L_TS + L_AD, each with the ``loss_weight`` of its section, at least one of the latter two:
+
+    - ``train.pixel_opt``: L_rec, the student's output against the ground truth, logged as ``l_pix``; left out, no
+      ground truth is needed, and the data may come from an ``LRImageDataset``;
+    - ``train.distill_pixel_opt``: L_TS, the student's output against the teacher's, logged as ``l_distill``;
+    - ``train.affinity_opt``: L_AD, features against the teacher's, logged as ``l_affinity``; ``layers`` names the
+      modules, one list for both networks or ``{student: [...], teacher: [...]}``.
+
+    The teacher runs in eval mode, in deploy form where its architecture has one. For testing no teacher is built.
+    ``train.memory_format: channels_last`` runs both networks in that layout.
+
+    Source: DSCLoRA (arXiv:2504.11271).
+
+    Raises:
+        InputError: No teacher or no loss from it, a layer that does not exist, features or outputs of the two
+            networks that do not fit each other, or outputs that are not ``scale`` times the input.
+    """
+
+    def __init__(self, opt):
+        name = (opt.get('train') or {}).get('memory_format') or 'contiguous'
+        if name not in MEMORY_FORMATS:
+            raise InputError(f'train.memory_format is "{name}": it must be one of {", ".join(MEMORY_FORMATS)}.')
+        self.memory_format = MEMORY_FORMATS[name]
+        super().__init__(opt)
+
+    def model_to_device(self, net):
+        return super().model_to_device(net.to(memory_format=self.memory_format))
+
+    def init_training_settings(self):
+        train_opt, path_opt = self.opt['train'], self.opt['path']
+        self.ema_decay = train_opt.get('ema_decay', 0)
+        if self.ema_decay > 0:
+            # A copy, not a second network: the random lora_A of the student must be the average's, too.
+            self.net_g_ema = deepcopy(self.get_bare_model(self.net_g)).eval().requires_grad_(False)
+            start = path_opt.get('pretrain_network_g')
+            if start is not None and Path(start).parent == Path(path_opt['models']):  # a run that goes on
+                self.load_network(self.net_g_ema, start, path_opt.get('strict_load_g', True), 'params_ema')
+
+        self._build_teacher()
+        self._build_losses(train_opt)
+        self._check_fit()
+        self.net_g.train()
+        self.setup_optimizers()
+        self.setup_schedulers()
+
+    def _build_teacher(self):
+        path_opt = self.opt['path']
+        if not self.opt.get('network_t') or not path_opt.get('pretrain_network_t'):
+            raise InputError(
+                'DistillationModel needs a trained teacher: give "network_t" and "path: pretrain_network_t".'
+            )
+        teacher = build_network(self.opt['network_t'])
+        path = path_opt['pretrain_network_t']
+        state = read_state_dict(path, path_opt.get('param_key_t'))
+        load_weights(teacher, state, path, strict=path_opt.get('strict_load_t', True))
+        fold(teacher).eval().requires_grad_(False)
+        self.net_t = teacher.to(self.device, memory_format=self.memory_format)
+
+    def _build_losses(self, train_opt):
+        def build(key):
+            return build_loss(train_opt[key]).to(self.device) if train_opt.get(key) else None
+
+        layers = None
+        if train_opt.get('affinity_opt'):
+            # Not BasicSR's to read: what is left in the section are the arguments of the loss.
+            layers = train_opt['affinity_opt'].pop('layers', None)
+        self.cri_pix = build('pixel_opt')
+        self.cri_distill_pix = build('distill_pixel_opt')
+        self.cri_affinity = build('affinity_opt')
+        if self.cri_pix is not None and self.opt['datasets']['train'].get('type') == 'LRImageDataset':
+            raise InputError(NO_GROUND_TRUTH)
+        if self.cri_distill_pix is None and self.cri_affinity is None:
+            raise InputError(
+                'DistillationModel learns nothing from its teacher: give "train: distill_pixel_opt", '
+                '"train: affinity_opt", or both (or use SRModel).'
+            )
+        if self.cri_affinity is not None:
+            self._tap_features(layers)
+
+    def _tap_features(self, layers):
+        if isinstance(self.net_g, DataParallel):
+            raise InputError(DATA_PARALLEL_REFUSED)
+        names = affinity_layers(layers)
+        self.student_tap = FeatureTap(find_modules(self.get_bare_model(self.net_g), names['student'], 'student'))
+        self.teacher_tap = FeatureTap(find_modules(self.net_t, names['teacher'], 'teacher'))
+
+    @torch.no_grad()
+    def _check_fit(self):
+        """Run both networks once on a blank patch of the training size: what does not fit must show before training."""
+        scale = self.opt['scale']
+        dataset = self.opt['datasets']['train']
+        size = dataset.get('lq_size') or dataset.get('gt_size', 64 * scale) // scale
+        channels = self.opt['network_g'].get('num_in_ch', 3)
+        student = self.get_bare_model(self.net_g).eval()
+        patch = torch.zeros(1, channels, size, size, device=self.device).contiguous(memory_format=self.memory_format)
+        outputs = []
+        for key, network in (('network_g', student), ('network_t', self.net_t)):
+            output = network(patch)
+            if output.shape[2:] != (size * scale, size * scale):
+                raise InputError(
+                    f'The option "scale" is {scale}, but {key} ({type(network).__name__}) makes '
+                    f'{output.shape[2]}x{output.shape[3]} of {size}x{size}: give both networks the scale of the data.'
+                )
+            outputs.append(output)
+        if outputs[0].shape != outputs[1].shape:
+            raise InputError(
+                f'network_g gives {outputs[0].shape[1]} channels, but network_t {outputs[1].shape[1]}: they have to be '
+                'equal.'
+            )
+        if self.cri_affinity is not None:
+            self.cri_affinity(self.student_tap.take(), self.teacher_tap.take())
+
+    def feed_data(self, data):
+        super().feed_data(data)
+        self.lq = self.lq.contiguous(memory_format=self.memory_format)
+
+    def optimize_parameters(self, current_iter):
+        self.optimizer_g.zero_grad()
+        with torch.no_grad():
+            taught = self.net_t(self.lq)
+        self.output = self.net_g(self.lq)
+
+        losses = OrderedDict()
+        if self.cri_pix is not None:
+            losses['l_pix'] = self.cri_pix(self.output, self.gt)
+        if self.cri_distill_pix is not None:
+            losses['l_distill'] = self.cri_distill_pix(self.output, taught)
+        if self.cri_affinity is not None:
+            losses['l_affinity'] = self.cri_affinity(self.student_tap.take(), self.teacher_tap.take())
+        sum(losses.values()).backward()
+        self.optimizer_g.step()
+
+        self.log_dict = self.reduce_loss_dict(losses)
+        if self.ema_decay > 0:
+            self.model_ema(decay=self.ema_decay)
+
+    def test(self):
+        # As in SwinIRModel: a network that works in windows wants whole windows.
+        window = self.opt['network_g'].get('window_size')
+        if not window:
+            super().test()
+            return
+        lq = self.lq
+        height, width = lq.shape[2:]
+        self.lq = F.pad(lq, (0, -width % window, 0, -height % window), 'reflect')
+        super().test()
+        self.lq = lq
+        scale = self.opt['scale']
+        self.output = self.output[:, :, : height * scale, : width * scale]

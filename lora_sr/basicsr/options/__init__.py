@@ -1,0 +1,33 @@
+"""The check of an option file before a run starts: everything that is wrong, at once, one sentence each."""
+
+import os
+from pathlib import Path
+
+from lora_sr.basicsr.options.check import Check
+from lora_sr.basicsr.options.datasets import check_datasets
+from lora_sr.basicsr.options.general import check_logger, check_top, check_val
+from lora_sr.basicsr.options.networks import check_networks
+from lora_sr.basicsr.options.paths import check_output, check_path
+from lora_sr.basicsr.options.training import check_train
+
+
+def check_options(opt: dict, is_train: bool, root_path=None, processes: int = 1) -> list:
+    """What is wrong with the options of a run, as sentences; an empty list if nothing is.
+
+    Args:
+        opt: the options as the file and `--force_yml` give them; they are not changed.
+        is_train: whether they are for training rather than for a test.
+        root_path: the folder that will hold `experiments/` or `results/`; by default the current one.
+        processes: how many processes the run has, on all its machines.
+    """
+    check = Check(opt, is_train, Path(root_path or os.getcwd()), processes)
+    check_top(check)
+    check_networks(check)
+    check_path(check)
+    if is_train:
+        check_train(check)
+        check_logger(check)
+    check_val(check)
+    check_datasets(check)
+    check_output(check)
+    return check.problems

@@ -1,0 +1,262 @@
+"""Checks of data sets, LMDB or folders, before a run starts: one sentence for each thing that is wrong."""
+
+import io
+import os
+from pathlib import Path
+
+import cv2
+import lmdb
+from PIL import Image
+
+from lora_sr.basicsr.datasets import lr_roots
+from lora_sr.data.lmdb_store import PNG_END, PNG_SIGNATURE, read_meta_info
+from lora_sr.errors import InputError
+
+# Reading a header costs little, reading all of a file a lot more: larger data sets are sampled evenly.
+MAX_HEADERS = 20000
+MAX_WHOLE_FILES = 400
+# Benchmark images are often larger than scale x LR by what a crop to a multiple of 12 would take away.
+VALIDATION_SLACK = 12
+
+
+def check_pairs(where: str, dataset: dict, scale: int, training: bool):
+    """Check a `PairedImageDataset`: that its files exist, can be read, pair, and have sizes that fit.
+
+    Args:
+        where: what the section is called, e.g. 'datasets.train'.
+        dataset: the section.
+        scale: by how much GT is larger than LR.
+        training: whether the pairs are cropped to `gt_size`; sizes have to fit exactly then.
+
+    Returns:
+        The sentences, and the number of pairs, which is None where something is wrong.
+    """
+    roots = {}
+    problems = []
+    kind = dataset['io_backend']['type']
+    for key in ('dataroot_gt', 'dataroot_lq'):
+        path = Path(os.path.expanduser(str(dataset[key])))
+        roots[key] = path
+        problems += _root_problems(f'{where}.{key}', path, kind)
+    if problems:
+        return problems, None
+    try:
+        if kind == 'lmdb':
+            pairs = _database_pairs(where, roots['dataroot_gt'], roots['dataroot_lq'])
+        else:
+            pairs = _folder_pairs(where, dataset, roots['dataroot_gt'], roots['dataroot_lq'])
+        _check_sizes(where, dataset, pairs, scale, training)
+    except InputError as error:
+        return [str(error)], None
+    return [], pairs.count
+
+
+def check_lr_images(where: str, dataset: dict):
+    """Check an `LRImageDataset`: that its images exist, can be read, and are large enough for a patch.
+
+    Args:
+        where: what the section is called, e.g. 'datasets.train'.
+        dataset: the section.
+
+    Returns:
+        The sentences, and the number of images, which is None where something is wrong.
+    """
+    key, kind, size = f'{where}.dataroot_lq', dataset['io_backend']['type'], dataset['lq_size']
+    roots = [Path(os.path.expanduser(str(root))) for root in lr_roots(dataset['dataroot_lq'])]
+    problems = [problem for root in dict.fromkeys(roots) for problem in _root_problems(key, root, kind)]
+    if problems:
+        return problems, None
+    counts = {}
+    try:
+        for root in roots:
+            if root not in counts:
+                shapes, counts[root] = _database_shapes(root) if kind == 'lmdb' else _folder_shapes(root)
+                if not shapes:
+                    raise InputError(f'{root} holds no images')
+                name, smallest = min(shapes.items(), key=lambda entry: min(entry[1]))
+                if min(smallest) < size:
+                    return [f"{where}.lq_size: {size} is larger than '{name}' of {_size(smallest)} in {root}"], None
+    except InputError as error:
+        return [f'{key}: {error}'], None
+    return [], sum(counts[root] for root in roots)
+
+
+def _root_problems(key: str, path: Path, kind: str) -> list:
+    if not path.is_dir():
+        what = 'is not a folder' if path.exists() else 'does not exist'
+        return [f'{key}: {path} {what}']
+    if kind == 'lmdb' and path.suffix != '.lmdb':
+        return [f'{key}: the name of {path} has to end in .lmdb, since io_backend is lmdb']
+    if kind == 'disk' and path.suffix == '.lmdb':
+        return [f'{key}: {path} is a database; set io_backend: {{type: lmdb}}']
+    return []
+
+
+def _database_shapes(root: Path) -> tuple:
+    shapes = read_meta_info(root)
+    _check_database(root, shapes)
+    return {name: shape[:2] for name, shape in shapes.items()}, len(shapes)
+
+
+def _folder_shapes(folder: Path) -> tuple:
+    names = _file_names(folder)
+    whole = set(_sample(names, MAX_WHOLE_FILES))
+    for name in whole:
+        if not cv2.haveImageReader(str(folder / name)):  # Pillow, which reads the headers here, knows more formats
+            raise InputError(f'{folder / name} is not an image of a format that OpenCV reads')
+    return {name: _image_size(folder / name, name in whole) for name in _sample(names, MAX_HEADERS)}, len(names)
+
+
+class _Pairs(list):
+    """(name, (height, width) of GT, of LR) of the pairs that were looked at, and how many there are."""
+
+    count = 0
+
+
+def _database_pairs(where: str, gt: Path, lq: Path) -> _Pairs:
+    shapes = {}
+    for key, root in (('dataroot_gt', gt), ('dataroot_lq', lq)):
+        try:
+            shapes[key] = read_meta_info(root)
+            _check_database(root, shapes[key])
+        except InputError as error:
+            raise InputError(f'{where}.{key}: {error}') from error
+    _check_names(where, set(shapes['dataroot_gt']), set(shapes['dataroot_lq']), gt, lq)
+    pairs = _Pairs((key, shape[:2], shapes['dataroot_lq'][key][:2]) for key, shape in shapes['dataroot_gt'].items())
+    pairs.count = len(pairs)
+    return pairs
+
+
+def _check_database(path: Path, shapes: dict) -> None:
+    file = path / 'data.mdb'
+    if not file.is_file():
+        raise InputError(f'the database {path} has no data.mdb')
+    try:
+        environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=1)
+    except lmdb.Error as error:
+        raise InputError(f'the database {path} is damaged: {error}') from error
+    with environment:
+        # Pages beyond the end of a file that was cut short would kill the process, not raise.
+        pages, page_size = environment.info()['last_pgno'] + 1, environment.stat()['psize']
+        if file.stat().st_size < pages * page_size:
+            raise InputError(
+                f'the database {path} is damaged: data.mdb has {file.stat().st_size} bytes of {pages * page_size}'
+            )
+        try:
+            with environment.begin(buffers=True) as transaction:
+                entries = transaction.stat()['entries']
+                if entries != len(shapes):
+                    raise InputError(f'the database {path} has {entries} entries, but meta_info.txt {len(shapes)}')
+                for key in _sample(list(shapes), MAX_HEADERS):
+                    value = transaction.get(key.encode())
+                    if value is None:
+                        raise InputError(f"the database {path} has no entry '{key}', which meta_info.txt names")
+                    _check_value(path, key, value, shapes[key])
+        except lmdb.Error as error:
+            raise InputError(f'the database {path} is damaged: {error}') from error
+
+
+def _check_value(path: Path, key: str, value, shape: tuple) -> None:
+    head = bytes(value[:24])
+    try:
+        if head.startswith(PNG_SIGNATURE):  # the size stands here; Pillow would want a copy of the whole value
+            if bytes(value[-len(PNG_END) :]) != PNG_END:
+                raise ValueError('no end')
+            size = int.from_bytes(head[20:24], 'big'), int.from_bytes(head[16:20], 'big')
+        else:
+            with Image.open(io.BytesIO(value)) as image:
+                size = image.size[::-1]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"the database {path} is damaged: the entry '{key}' is not a whole image") from error
+    if size != tuple(shape[:2]):
+        raise InputError(f"the database {path}: '{key}' is {_size(size)}, but {_size(shape)} in meta_info.txt")
+
+
+def _folder_pairs(where: str, dataset: dict, gt: Path, lq: Path) -> _Pairs:
+    template = dataset.get('filename_tmpl', '{}')
+    list_file = dataset.get('meta_info_file')
+    if list_file is None:
+        gt_names = _file_names(gt)
+        gt_to_lq = {name: _paired_name(name, template) for name in gt_names}
+        _check_names(where, set(gt_to_lq.values()), set(_file_names(lq)), gt, lq)
+    else:
+        try:
+            with open(os.path.expanduser(list_file), encoding='utf-8') as file:
+                gt_names = [line.strip().split(' ')[0] for line in file]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f'{where}.meta_info_file: {list_file} cannot be read: {error}') from error
+        gt_to_lq = {name: _paired_name(os.path.basename(name), template) for name in gt_names}
+    pairs = _Pairs()
+    pairs.count = len(gt_names)
+    whole = set(_sample(gt_names, MAX_WHOLE_FILES))
+    for name in _sample(gt_names, MAX_HEADERS):
+        sizes = []
+        for key, file in (('dataroot_gt', gt / name), ('dataroot_lq', lq / gt_to_lq[name])):
+            try:
+                sizes.append(_image_size(file, name in whole))
+            except InputError as error:
+                raise InputError(f'{where}.{key}: {error}') from error
+        pairs.append((name, *sizes))
+    return pairs
+
+
+def _paired_name(gt_name: str, template: str) -> str:
+    stem, extension = os.path.splitext(gt_name)
+    return template.format(stem) + extension
+
+
+def _file_names(folder: Path) -> list:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith('.'))
+
+
+def _image_size(file: Path, whole: bool) -> tuple:
+    """(height, width) from the header; with `whole`, also check the rest of the file as far as its format allows."""
+    try:
+        with Image.open(file) as image:
+            size = image.size[::-1]
+            if whole:
+                image.verify()
+    except FileNotFoundError as error:
+        raise InputError(f'{file} does not exist') from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f'{file} is not an image, or a damaged one') from error
+    return size
+
+
+def _check_names(where: str, gt: set, lq: set, gt_root: Path, lq_root: Path) -> None:
+    if not gt and not lq:
+        raise InputError(f'{where}.dataroot_gt: {gt_root} holds no images')
+    parts = [
+        f"'{min(names)}' {f'and {len(names) - 1} more are' if len(names) > 1 else 'is'} missing in {key} ({root})"
+        for key, root, names in (('dataroot_lq', lq_root, gt - lq), ('dataroot_gt', gt_root, lq - gt))
+        if names
+    ]
+    if parts:
+        raise InputError(f'{where}: GT and LR do not pair: {", ".join(parts)}')
+
+
+def _check_sizes(where: str, dataset: dict, pairs: _Pairs, scale: int, training: bool) -> None:
+    for name, gt, lq in pairs:
+        excess = [large - scale * small for large, small in zip(gt, lq)]
+        if any(value != 0 if training else not 0 <= value < VALIDATION_SLACK for value in excess):
+            raise InputError(
+                f"{where}: GT and LR do not pair: '{name}' is {_size(gt)} in GT and {_size(lq)} in LR, "
+                f'which is not {scale} times as large (scale: {scale})'
+            )
+    if training:
+        name, smallest, _ = min(pairs, key=lambda pair: min(pair[1]))
+        if min(smallest) < dataset['gt_size']:
+            raise InputError(
+                f"{where}.gt_size: {dataset['gt_size']} is larger than the GT image '{name}' of {_size(smallest)}"
+            )
+
+
+def _size(shape) -> str:
+    return f'{shape[0]}x{shape[1]}'
+
+
+def _sample(items: list, count: int) -> list:
+    if len(items) <= count:
+        return items
+    return [items[index * len(items) // count] for index in range(count)]

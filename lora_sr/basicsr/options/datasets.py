@@ -1,0 +1,151 @@
+"""The check of the section `datasets`."""
+
+import math
+import os
+
+import torch
+from basicsr.utils.registry import DATASET_REGISTRY
+
+from lora_sr.basicsr.datasets import lr_roots
+from lora_sr.basicsr.options import degradations
+from lora_sr.basicsr.options.check import KNOWN, Check
+from lora_sr.basicsr.options.dataset_content import check_lr_images, check_pairs
+
+
+def check_datasets(check: Check) -> None:
+    """Check the section `datasets`, and the data sets themselves."""
+    datasets = check.opt.get('datasets')
+    if 'datasets' not in check.opt:
+        return
+    if not isinstance(datasets, dict) or not datasets:
+        check.add(f'datasets has to be a section of data sets, not {datasets!r}')
+        return
+    if check.is_train and 'train' not in datasets:
+        check.add(f'datasets.train is missing; the data sets are {", ".join(map(str, datasets))}')
+    for name, dataset in datasets.items():
+        phase = str(name).split('_')[0]
+        if phase not in (('train', 'val') if check.is_train else ('val', 'test', 'train')):
+            allowed = 'train or val, val_2, …' if check.is_train else 'test, test_2, …'
+            check.add(f'datasets.{name}: a data set is named {allowed}')
+        elif check.is_train or phase != 'train':
+            _check_dataset(check, f'datasets.{name}', dataset, phase == 'train')
+
+
+def _check_dataset(check: Check, where: str, dataset, training: bool) -> None:
+    if not check.is_section(where, dataset):
+        return
+    paired, unpaired = (dataset.get('type') == name for name in ('PairedImageDataset', 'LRImageDataset'))
+    if unpaired and not training:
+        check.add(f'{where}: an LRImageDataset has no ground truth to measure with; use a PairedImageDataset')
+        return
+    if unpaired and not check.ours:
+        check.add(f'{where}: an LRImageDataset has no ground truth; it needs a teacher, model_type: DistillationModel')
+        return
+    misfit = degradations.misfit(check, dataset, training)
+    if misfit:
+        check.add(f'{where}: {misfit}')
+        return
+    degraded = dataset.get('type') == degradations.DATASET
+    known, required = KNOWN['dataset'], 'name type'
+    if training:
+        required += ' batch_size_per_gpu num_worker_per_gpu'
+    if paired:
+        required += ' dataroot_gt dataroot_lq io_backend' + (' gt_size use_hflip use_rot' if training else '')
+    elif unpaired:
+        required += ' dataroot_lq io_backend lq_size use_hflip use_rot'
+    elif degraded:
+        required += ' dataroot_gt io_backend use_hflip use_rot ' + degradations.dataset_keys(dataset)
+        known += ' ' + degradations.dataset_keys(dataset)
+    complete = check.section(where, dataset, known, required)
+    if 'type' in dataset:
+        check.registered(f'{where}.type', dataset['type'], DATASET_REGISTRY, 'data set')
+    before = len(check.problems)
+    _check_loading(check, where, dataset, training)
+    if not (paired or unpaired or degraded):
+        for key in [key for key in dataset if key.startswith('dataroot') and isinstance(dataset[key], str)]:
+            if not os.path.exists(os.path.expanduser(dataset[key])):
+                check.add(f'{where}.{key}: {dataset[key]} does not exist')
+        return
+    backend = dataset.get('io_backend')
+    if 'io_backend' in dataset and (not isinstance(backend, dict) or backend.get('type') not in ('disk', 'lmdb')):
+        if not isinstance(backend, dict) or backend.get('type') != 'memcached':
+            check.add(f'{where}.io_backend has to be {{type: disk}} or {{type: lmdb}}, not {_plain(backend)}')
+        return
+    if unpaired:
+        roots = lr_roots(dataset.get('dataroot_lq'))
+        if complete and not (roots and all(isinstance(root, str) for root in roots)):
+            check.add(
+                f'{where}.dataroot_lq has to be a folder or a database, or a list of them, '
+                f'not {dataset["dataroot_lq"]!r}'
+            )
+        elif complete and len(check.problems) == before:
+            problems, count = check_lr_images(where, dataset)
+            check.problems += problems
+            if count is not None:
+                _check_amount(check, where, dataset, count)
+        return
+    if degraded and complete and len(check.problems) == before:
+        count = degradations.check_gt_dataset(check, where, dataset)
+        degradations.check_queue(check, _batch(check, dataset))
+        if count is not None:
+            _check_amount(check, where, dataset, count)
+    scale = check.opt.get('scale')
+    if scale is None:
+        if not any("'scale'?" in problem or problem == 'scale is missing' for problem in check.problems):
+            check.add('scale is missing')
+        return
+    if degraded or not complete or len(check.problems) > before or not isinstance(scale, int) or scale < 1:
+        return
+    if training and dataset['gt_size'] % scale:
+        check.add(f'{where}.gt_size is {dataset["gt_size"]}, which has to be a multiple of scale ({scale})')
+        return
+    problems, count = check_pairs(where, dataset, scale, training)
+    check.problems += problems
+    if training and count is not None:
+        _check_amount(check, where, dataset, count)
+
+
+def _check_loading(check: Check, where: str, dataset: dict, training: bool) -> None:
+    for key, least in (('batch_size_per_gpu', 1), ('num_worker_per_gpu', 0), ('gt_size', 1), ('lq_size', 1)):
+        if training and key in dataset:
+            check.number(f'{where}.{key}', dataset[key], least)
+    if training and 'dataset_enlarge_ratio' in dataset:
+        check.number(f'{where}.dataset_enlarge_ratio', dataset['dataset_enlarge_ratio'], 1, whole=False)
+    mode = dataset.get('prefetch_mode')
+    if mode not in (None, 'cpu', 'cuda'):
+        check.add(f"{where}.prefetch_mode: there is no '{mode}'; it is cpu, cuda or ~")
+    elif mode == 'cuda' and not torch.cuda.is_available():
+        check.add(f'{where}.prefetch_mode is cuda, but there is no GPU; set it to ~')
+    elif mode == 'cuda' and dataset.get('pin_memory') is not True:
+        check.add(f'{where}.prefetch_mode is cuda, which needs pin_memory: true')
+
+
+def _check_amount(check: Check, where: str, dataset: dict, count: int) -> None:
+    """BasicSR counts an epoch's last, incomplete batch but drops it: on little data a run would end early."""
+    world, batch = check.processes, _batch(check, dataset)
+    ratio = dataset.get('dataset_enlarge_ratio', 1)
+    drawn = math.ceil(count * ratio / world)
+    total = check.subsection('train').get('total_iter')
+    if not isinstance(total, (int, float)):
+        return
+    counted = math.ceil(count * ratio / (dataset['batch_size_per_gpu'] * world))
+    iterations = (math.ceil(total / counted) + 1) * (drawn // batch)
+    if iterations < total:
+        enough = math.ceil(100 * batch * world / count)
+        check.add(
+            f'{where} gives only {drawn // batch} whole batches of {batch} an epoch, so that BasicSR would stop '
+            f'after {iterations} of {total} iterations; set dataset_enlarge_ratio: {enough}'
+        )
+
+
+def _batch(check: Check, dataset: dict) -> int:
+    """How many images a process draws at once."""
+    batch, gpus = int(dataset['batch_size_per_gpu']), check.opt.get('num_gpu')
+    if check.processes == 1 and gpus != 0:
+        there = torch.cuda.device_count()
+        batch *= max(1, min(gpus, there) if isinstance(gpus, int) else there)
+    return batch
+
+
+def _plain(value) -> str:
+    return str(dict(value)) if isinstance(value, dict) else repr(value)

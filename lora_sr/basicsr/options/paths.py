@@ -1,0 +1,173 @@
+"""The check of the section `path`, of the checkpoints that it names, and of the folder that a run writes to."""
+
+import math
+import os
+import re
+import tempfile
+
+from basicsr.archs.swinir_arch import SwinIR
+from torch import Tensor
+
+from lora_sr.adapters import is_lora_key
+from lora_sr.archs import fold
+from lora_sr.basicsr.options.check import KNOWN, Check
+from lora_sr.checkpoints import read_state_dict
+from lora_sr.checkpoints.content import load_weights, read_checkpoint, without_module_prefix
+from lora_sr.checkpoints.loading import FAMILIES, family_of
+from lora_sr.errors import InputError
+
+
+def check_path(check: Check) -> None:
+    """Check the section `path`, and that the checkpoints can be read and fit their networks.
+
+    A teacher in `check.networks` has its weights afterwards, and is folded.
+    """
+    path = check.opt.get('path')
+    if 'path' not in check.opt or not check.is_section('path', path):
+        return
+    networks = [key for key in path if re.match('(pretrain_network|strict_load|param_key)_.', str(key))]
+    check.section('path', path, f'{KNOWN["path"]} {" ".join(networks)}')
+    resume = path.get('resume_state')
+    files = [key for key in path if key.startswith('pretrain_network') and path[key] is not None]
+    for key in files:
+        if not check.ours or check.is_train or key != 'pretrain_network_t':
+            network = key[len('pretrain_') :]
+            if network not in check.opt:
+                check.add(f'path.{key} is given, but there is no {network}')
+            else:
+                _check_checkpoint(check, path, key, network)
+    if check.is_train and path.get('pretrain_network_g') is None and not _resumes(check):
+        section = check.opt.get('network_g')
+        if isinstance(section, dict) and section.get('type') == 'AdaptSR':
+            check.add('path.pretrain_network_g, the weights of the network that AdaptSR adapts, is missing')
+    if check.is_train and resume is not None:
+        try:
+            read_checkpoint(os.path.expanduser(str(resume)))
+        except InputError as error:
+            check.add(f'path.resume_state: {error}')
+    if check.ours and check.is_train and path.get('pretrain_network_t') is None:
+        check.add('path.pretrain_network_t, the trained weights of the teacher, is missing')
+
+
+def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
+    if network != 'network_t' and check.is_train and _resumes(check):
+        return  # its weights will come from the run that goes on
+    file = os.path.expanduser(str(path[key]))
+    letter = network[len('network_') :]
+    is_teacher = network == 'network_t' and check.ours
+    net = check.networks.get(network)
+    param_key = path.get(f'param_key_{letter}', None if is_teacher else 'params')
+    if not isinstance(param_key, (str, type(None))):
+        check.add(f'path.param_key_{letter} has to be params, params_ema or ~, not {param_key!r}')
+        return
+    try:
+        if is_teacher:
+            content, param_key = read_state_dict(file, param_key), None
+        else:
+            content = read_checkpoint(file)
+            if all(map(is_lora_key, content)):
+                raise InputError(f'{file} is an adapter; `lora-sr adapter apply` puts it onto its base')
+        if net is None:
+            return
+        _check_alphas(check, f'path.{key}', network, _weights(content, param_key), file)
+        try:
+            load_weights(net, content, file, param_key, path.get(f'strict_load_{letter}', True))
+        except InputError as error:
+            weights = _weights(content, param_key)
+            reason = weights and (
+                _other_image_size(net, weights, file)
+                or _other_scale(check, network, weights, file)
+                or _other_network(net, weights, file)
+            )
+            raise InputError(reason or error) from error
+        if is_teacher:
+            fold(net)
+    except InputError as error:
+        check.add(f'path.{key}: {error}')
+
+
+def _weights(content: dict, param_key) -> dict:
+    """The weights in a checkpoint's content, empty where there are none."""
+    weights = content if param_key is None else content.get(param_key, content.get('params'))
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        return {}
+    return without_module_prefix(weights)
+
+
+def _check_alphas(check: Check, where: str, network: str, weights: dict, file: str) -> None:
+    """A checkpoint's alphas go before those of the option file, whose author should know."""
+    own = {key: value for key, value in check.networks[network].state_dict().items() if key.endswith('.lora_alpha')}
+    for key in own:
+        if key in weights and weights[key] != own[key]:
+            layer = key.rpartition('.')[0]
+            check.add(
+                f'{where}: {file} has alpha {weights[key]:g} in {layer}, but {network} {own[key]:g}; give its alpha'
+            )
+            return
+
+
+def _other_network(net, weights: dict, file: str) -> str:
+    """The sentence for weights of another network; empty if that is not so."""
+    family, own = family_of(weights), type(net).__name__
+    is_other = family is not None and own in FAMILIES and family != own and family_of(net.state_dict()) != family
+    return f'{file} is a checkpoint of {family}, not of {own}' if is_other else ''
+
+
+def _other_image_size(net, weights: dict, file: str) -> str:
+    """The sentence for a SwinIR whose masks are for another size of image; empty if that is not so."""
+    if not isinstance(net, SwinIR) or family_of(weights) != SwinIR.__name__:
+        return ''
+    try:
+        size = FAMILIES[SwinIR.__name__][1](weights).patch_embed.img_size
+    except (KeyError, InputError):  # an incomplete file
+        return ''
+    own = net.patch_embed.img_size
+    return f'{file} is of a SwinIR with img_size {_size(size)}, not {_size(own)}' if size != own else ''
+
+
+def _size(sides) -> str:
+    return str(sides[0]) if len(set(sides)) == 1 else str(list(sides))
+
+
+def _other_scale(check: Check, network: str, weights: dict, file: str) -> str:
+    """The sentence for weights that do not fit only because they are for another scale; empty if that is not so."""
+    net, scale, own = check.networks[network], check.opt.get('scale'), check.networks[network].state_dict()
+    others = {key: value for key, value in own.items() if key in weights and weights[key].shape != value.shape}
+    if not isinstance(scale, int) or any(
+        weights[key].ndim != value.ndim or weights[key].shape[1:] != value.shape[1:] for key, value in others.items()
+    ):
+        return ''
+    # Before a pixel shuffle there are as many channels for each channel of the image as the square of the scale.
+    scales = {scale * math.sqrt(len(weights[key]) / len(value)) for key, value in others.items()}
+    if len(scales) != 1 or not min(scales).is_integer():
+        return ''
+    try:
+        net.load_state_dict({**weights, **others})
+    except (InputError, RuntimeError):  # something else does not fit either
+        return ''
+    layers = ', '.join(dict.fromkeys(key.rpartition('.')[0] for key in others))
+    sentence = f'{file} is of scale {min(scales):.0f} and {network} of scale {scale}: all but {layers} fits'
+    if check.is_train and network == 'network_g':
+        return f'{sentence}; to start from it, set path.strict_load_g: false'
+    return f'{sentence}; give a checkpoint of scale {scale}'
+
+
+def _resumes(check: Check) -> bool:
+    path = check.subsection('path')
+    states = check.output_folder() / str(check.opt.get('name')) / 'training_states'
+    return path.get('resume_state') is not None or (bool(check.opt.get('auto_resume')) and any(states.glob('*.state')))
+
+
+def check_output(check: Check) -> None:
+    """Check that the folder can be written that will hold what the run makes."""
+    folder = check.output_folder()
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(0, 'it is not a folder')
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        check.add(f'the output folder {folder} cannot be written: {there}: {error.strerror}')

@@ -1,0 +1,283 @@
+"""The check of the section `train`: optimizers, losses, the scheduler, and what a distillation needs."""
+
+import difflib
+import inspect
+from pathlib import Path
+
+import torch
+import torchvision
+from basicsr.archs import vgg_arch
+from basicsr.losses.basic_loss import PerceptualLoss
+from basicsr.models.lr_scheduler import CosineAnnealingRestartLR, MultiStepRestartLR
+from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY
+
+from lora_sr.basicsr.models import (
+    DATA_PARALLEL_REFUSED,
+    MEMORY_FORMATS,
+    NO_GROUND_TRUTH,
+    affinity_layers,
+    find_modules,
+)
+from lora_sr.basicsr.options.check import KNOWN, Check
+from lora_sr.basicsr.options.degradations import degrades
+from lora_sr.basicsr.patches.optimizers import find_optimizer
+from lora_sr.checkpoints.content import read_checkpoint
+from lora_sr.errors import InputError
+
+SCHEDULERS = {
+    'MultiStepLR': MultiStepRestartLR,
+    'MultiStepRestartLR': MultiStepRestartLR,
+    'CosineAnnealingRestartLR': CosineAnnealingRestartLR,
+}
+# BasicSR's models that train a discriminator beside the generator, and those that need a loss of another kind.
+GAN_MODELS = ('SRGANModel', 'ESRGANModel', 'RealESRGANModel')
+PLAIN_MODELS = ('SRModel', 'SwinIRModel', 'RealESRNetModel')
+# The section `train` of our own model takes these and no other.
+DISTILLATION_TRAIN_KEYS = (
+    'pixel_opt distill_pixel_opt affinity_opt memory_format ema_decay optim_g scheduler total_iter warmup_iter'
+)
+
+
+def check_train(check: Check) -> None:
+    """Check the section `train`."""
+    train = check.opt.get('train')
+    if 'train' not in check.opt:
+        return
+    model = check.opt.get('model_type')
+    known = DISTILLATION_TRAIN_KEYS if check.ours else KNOWN['train']
+    required = 'total_iter optim_g scheduler'
+    if model in GAN_MODELS:
+        known, required = f'{known} ldl_opt net_d_iters net_d_init_iters', f'{required} optim_d gan_opt'
+    check.section('train', train, known, required, only_known=check.ours)
+    if not isinstance(train, dict):
+        return
+    total = train.get('total_iter')
+    if 'total_iter' in train and not check.number('train.total_iter', total, 1):
+        total = None
+    if train.get('ema_decay') is not None and check.number('train.ema_decay', train['ema_decay'], 0, False):
+        if train['ema_decay'] >= 1:
+            check.add(f'train.ema_decay has to be less than 1, not {train["ema_decay"]}')
+    for key, section in train.items():
+        if key.startswith('optim_'):
+            _check_optimizer(check, f'train.{key}', section)
+        elif key.endswith('_opt') and section is not None:
+            _check_loss(check, f'train.{key}', section)
+    if 'scheduler' in train:
+        _check_scheduler(check, train['scheduler'], total)
+    if check.ours:
+        _check_distillation(check, train)
+    elif model in PLAIN_MODELS and not (train.get('pixel_opt') or train.get('perceptual_opt')):
+        check.add(f'train.pixel_opt and train.perceptual_opt are both missing; {model} needs one of them')
+    elif model in GAN_MODELS:
+        _check_gan(check, train)
+
+
+def _check_optimizer(check: Check, where: str, section) -> None:
+    if not check.is_section(where, section):
+        return
+    if section.get('type') is None:
+        check.add(f'{where}.type is missing')
+        return
+    if not isinstance(section['type'], str):
+        check.add(f'{where}.type has to be a name, not {section["type"]!r}')
+        return
+    try:
+        optimizer = find_optimizer(section['type'])
+    except InputError as error:
+        check.add(f'{where}.type: {error}')
+        return
+    check.arguments(where, optimizer, section, supplied=('params',))
+    if 'lr' not in section:
+        if not any(problem.endswith("did you mean 'lr'?") for problem in check.problems):
+            check.add(f'{where}.lr is missing')
+    elif check.number(f'{where}.lr', section['lr'], 0, whole=False):
+        _try_optimizer(check, where, optimizer, section)
+
+
+def _try_optimizer(check: Check, where: str, optimizer: type, section: dict) -> None:
+    options = {key: value for key, value in section.items() if key != 'type'}
+    parameters = inspect.signature(optimizer).parameters
+    if any(key not in parameters for key in options):
+        return
+    betas, own = options.get('betas'), getattr(parameters.get('betas'), 'default', None)
+    if isinstance(betas, list) and isinstance(own, tuple) and len(betas) != len(own) and section['type'] != 'Adan':
+        # torch takes the first two of three, which were meant for another optimizer.
+        check.add(f'{where}.betas has {len(betas)} values; {section["type"]} takes {len(own)}, e.g. {list(own)}')
+        return
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+    except InputError as error:
+        check.add(f'{where}: {error}')
+    except (AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = f': {str(error).splitlines()[0]}' if str(error) else ''
+        check.add(f'{where}: {section["type"]} refuses these values{reason}')
+
+
+def _check_loss(check: Check, where: str, section) -> None:
+    if not check.is_section(where, section):
+        return
+    loss = check.registered(f'{where}.type', section.get('type'), LOSS_REGISTRY, 'loss')
+    if loss is None:
+        return
+    ours = ('layers',) if where == 'train.affinity_opt' else ()
+    if not check.arguments(where, loss, section, ours=ours):
+        return
+    if loss is PerceptualLoss:
+        _check_perceptual(check, where, section)
+    elif loss.__module__.startswith(('lora_sr.', 'basicsr.')):  # others' are not built: some fetch a network for it
+        try:
+            loss(**{key: value for key, value in section.items() if key not in ('type', *ours)})
+        except InputError as error:
+            check.add(f'{where}: {error}')
+        except (TypeError, ValueError, NotImplementedError) as error:
+            check.add(f'{where}: {section["type"]} refuses these values: {error}')
+
+
+def _check_perceptual(check: Check, where: str, section: dict) -> None:
+    """Check the layers of a `PerceptualLoss`, and that the weights of its VGG are on the disk and fit it."""
+    kind, weights = section.get('vgg_type', 'vgg19'), section['layer_weights']
+    names = vgg_arch.NAMES.get(str(kind).replace('_bn', ''))
+    if names is None or not hasattr(torchvision.models, kind):
+        kinds = [name + end for name in vgg_arch.NAMES for end in ('', '_bn')]
+        check.add(f"{where}.vgg_type: there is no network '{kind}'; known are {', '.join(kinds)}")
+        return
+    if kind.endswith('_bn'):
+        names = vgg_arch.insert_bn(names)
+    if not isinstance(weights, dict) or not weights:
+        check.add(f'{where}.layer_weights has to be a section of layers, e.g. {{conv5_4: 1}}, not {weights!r}')
+        return
+    for name in [name for name in weights if name not in names]:
+        near = ' or '.join(difflib.get_close_matches(str(name), names, n=3)) or ', '.join(names)
+        check.add(f"{where}.layer_weights: there is no layer '{name}' in {kind}; did you mean {near}?")
+    if section.get('criterion', 'l1') not in ('l1', 'l2', 'fro'):
+        check.add(f"{where}.criterion: there is no '{section['criterion']}'; it is one of l1, l2, fro")
+    _check_vgg_file(check, where, kind)
+
+
+def _check_vgg_file(check: Check, where: str, kind: str) -> None:
+    # BasicSR reads a file of this name, VGG19's, for every kind, if it is there; else torchvision its own.
+    own = check.root / vgg_arch.VGG_PRETRAIN_PATH
+    url = torchvision.models.get_model_weights(kind).IMAGENET1K_V1.url
+    cached = Path(torch.hub.get_dir()) / 'checkpoints' / url.rpartition('/')[2]
+    if not own.exists() and not cached.exists():
+        folder = (own if own.name == cached.name else cached).parent
+        check.add(
+            f"{where} needs the weights of {kind}: put torchvision's {cached.name} ({url}) into {folder}, or train "
+            f'without {where.rpartition(".")[2]}'
+        )
+        return
+    file = own if own.exists() else cached
+    try:
+        content = read_checkpoint(file)
+    except InputError as error:
+        check.add(f'{where}: {error}')
+        return
+    with torch.device('meta'):
+        expected = getattr(torchvision.models, kind)().state_dict()
+    for key, value in expected.items():
+        if not key.endswith('num_batches_tracked') and getattr(content.get(key), 'shape', None) != value.shape:
+            there = f'of shape {tuple(content[key].shape)}' if hasattr(content.get(key), 'shape') else 'not there'
+            more = f'; BasicSR reads it for every vgg_type: put it elsewhere, or set vgg_type: {own.name.split("-")[0]}'
+            check.add(f'{where}: {file} does not fit {kind}: {key} is {there}{more if file == own else ""}')
+            return
+
+
+def _check_gan(check: Check, train: dict) -> None:
+    if 'gan_opt' in train and train['gan_opt'] is None:
+        check.add('train.gan_opt is missing')
+    for key, least in (('net_d_iters', 1), ('net_d_init_iters', 0)):
+        if key in train:
+            check.number(f'train.{key}', train[key], least)
+    if check.opt['model_type'] == 'RealESRGANModel' and train.get('ldl_opt') and not train.get('ema_decay'):
+        check.add('train.ldl_opt compares with the average of the weights; set train.ema_decay, e.g. to 0.999')
+    _check_discriminator(check)
+
+
+def _check_discriminator(check: Check) -> None:
+    """Check that BasicSR's own discriminators can be built, and take patches of the training's size."""
+    section, data = check.subsection('network_d'), check.subsection('datasets').get('train')
+    size = (check.opt if degrades(check) else data if isinstance(data, dict) else {}).get('gt_size')
+    kind, archs = str(section.get('type')), dict(iter(ARCH_REGISTRY))
+    arch = archs.get(f'{kind}_basicsr', archs.get(kind))
+    if getattr(arch, '__module__', '') != 'basicsr.archs.discriminator_arch' or not isinstance(size, int) or size < 1:
+        return
+    if any(problem.startswith(('network_d', 'gt_size')) for problem in check.problems):
+        return
+    arguments = {key: value for key, value in section.items() if key != 'type'}
+    with torch.device('meta'):  # shapes alone
+        try:
+            network = arch(**arguments).eval()
+        except Exception as error:  # whatever a constructor makes of wrong values
+            check.add(f'network_d: {kind} cannot be built from these values: {error}')
+            return
+        try:
+            network(torch.zeros(1, section['num_in_ch'], size, size))
+        except (AssertionError, RuntimeError) as error:
+            # Where sizes are told, or else where halves that were rounded down do not meet their wholes again.
+            reason = error if isinstance(error, AssertionError) else 'it has to be a multiple of 8'
+            check.add(f'network_d: {kind} does not take patches of gt_size {size}: {reason}')
+
+
+def _check_scheduler(check: Check, section, total) -> None:
+    if not check.is_section('train.scheduler', section):
+        return
+    scheduler = check.registered('train.scheduler.type', section.get('type'), SCHEDULERS, 'scheduler')
+    if scheduler is None or not check.arguments(
+        'train.scheduler', scheduler, section, supplied=('optimizer', 'last_epoch')
+    ):
+        return
+    for key in ('milestones', 'periods', 'restarts', 'restart_weights'):
+        value = section.get(key, [])
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, (int, float)) for item in value):
+            check.add(f'train.scheduler.{key} has to be a list of numbers, not {value!r}')
+            return
+    pair = 'restarts' if scheduler is MultiStepRestartLR else 'periods'
+    count, weights = len(section.get(pair, [0])), len(section.get('restart_weights', [1]))
+    if count != weights:
+        check.add(f'train.scheduler.restart_weights has {weights} values, but {pair} {count}; they have to be as many')
+    if scheduler is CosineAnnealingRestartLR and total is not None and sum(section['periods']) < total:
+        check.add(
+            f'train.scheduler.periods add up to {sum(section["periods"])}, '
+            f'which has to be at least train.total_iter ({total})'
+        )
+
+
+def _check_distillation(check: Check, train: dict) -> None:
+    form = train.get('memory_format')
+    if form is not None and form not in MEMORY_FORMATS:
+        check.add(f"train.memory_format: there is no '{form}'; it is one of {', '.join(MEMORY_FORMATS)}")
+    dataset = check.subsection('datasets').get('train')
+    if train.get('pixel_opt') and isinstance(dataset, dict) and dataset.get('type') == 'LRImageDataset':
+        check.add(NO_GROUND_TRUTH)
+    affinity = train.get('affinity_opt')
+    if not train.get('distill_pixel_opt') and not affinity:
+        near = [
+            problem for problem in check.problems if "'distill_pixel_opt'?" in problem or "'affinity_opt'?" in problem
+        ]
+        if not near:
+            check.add(
+                'train.distill_pixel_opt and train.affinity_opt are both missing; without one of them nothing '
+                'is learned from the teacher'
+            )
+    if not isinstance(affinity, dict):
+        return
+    if check.processes == 1 and _gpus(check) > 1:
+        check.add(DATA_PARALLEL_REFUSED)
+    try:
+        names = affinity_layers(affinity.get('layers'))
+    except InputError as error:
+        check.add(error)
+        return
+    for role, key in (('student', 'network_g'), ('teacher', 'network_t')):
+        if key in check.networks:
+            try:
+                # The teacher has been folded, as it will be in the run: other names may be gone, or new.
+                find_modules(check.networks[key], names[role], role)
+            except InputError as error:
+                check.add(error)
+
+
+def _gpus(check: Check) -> int:
+    """How many GPUs this process is to use."""
+    gpus = check.opt.get('num_gpu')
+    return torch.cuda.device_count() if gpus == 'auto' else gpus if isinstance(gpus, int) else 0

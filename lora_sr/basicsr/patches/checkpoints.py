@@ -1,0 +1,116 @@
+"""Checkpoints: read without running code, written whole or not at all, with LoRA or without."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+
+from lora_sr.adapters import is_lora_key
+from lora_sr.basicsr.patches.tools import is_defective, patch
+from lora_sr.checkpoints.content import load_weights, read_checkpoint, without_module_prefix
+from lora_sr.files import save_atomically
+
+
+def patch_load_network() -> None:
+    """`BaseModel.load_network` unpickles anything, and answers a wrong file with a traceback.
+
+    Stock models also ask for the average under `params_ema` whatever the file: in one of plain weights it is the file.
+    """
+    from basicsr.models.base_model import BaseModel
+
+    if not is_defective(BaseModel.load_network, 'load', without='weights_only'):
+        return
+
+    @patch
+    def load_network(self, net, load_path, strict=True, param_key='params'):
+        content = read_checkpoint(load_path)
+        if net is getattr(self, 'net_g_ema', None) and not {'params', 'params_ema'} & content.keys():
+            param_key = None
+        load_weights(
+            self.get_bare_model(net), content, load_path, param_key, strict, self._print_different_keys_loading
+        )
+
+    BaseModel.load_network = load_network
+
+
+def patch_saving() -> None:
+    """`save_network` and `save_training_state` write in place and only log a failure: a run may end with no result."""
+    from basicsr.models.base_model import BaseModel
+    from basicsr.utils.dist_util import master_only
+
+    @patch
+    @master_only
+    def save_network(self, net, net_label, current_iter, param_key='params'):
+        nets = net if isinstance(net, list) else [net]
+        keys = param_key if isinstance(param_key, list) else [param_key]
+        assert len(nets) == len(keys), 'The lengths of net and param_key should be the same.'
+        content = {}
+        for one, key in zip(nets, keys):
+            content[key] = without_module_prefix(self.get_bare_model(one).state_dict())
+        iteration = 'latest' if current_iter == -1 else current_iter
+        save_atomically(content, os.path.join(self.opt['path']['models'], f'{net_label}_{iteration}.pth'))
+
+    @patch
+    @master_only
+    def save_training_state(self, epoch, current_iter):
+        if current_iter == -1:
+            return
+        state = {
+            'epoch': epoch,
+            'iter': current_iter,
+            'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
+            'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
+        }
+        save_atomically(state, os.path.join(self.opt['path']['training_states'], f'{current_iter}.state'))
+
+    for patched in (save_network, save_training_state):
+        if is_defective(getattr(BaseModel, patched.__name__), 'save', without='replace'):
+            setattr(BaseModel, patched.__name__, patched)
+
+
+def patch_frozen_warnings() -> None:
+    """`SRModel.setup_optimizers` logs a warning for every frozen tensor: with LoRA, nearly all of them."""
+    from basicsr.models.sr_model import SRModel
+
+    original = SRModel.setup_optimizers
+    if not is_defective(original, 'named_parameters'):
+        return
+
+    @functools.wraps(original)
+    def setup_optimizers(self):
+        def is_kept(record):
+            return not re.match('Params .* will not be optimized', record.getMessage())
+
+        logger = logging.getLogger('basicsr')
+        logger.addFilter(is_kept)
+        try:
+            original(self)
+        finally:
+            logger.removeFilter(is_kept)
+        trains = [parameter.requires_grad for parameter in self.net_g.parameters()]
+        if not all(trains):
+            logger.warning(f'{len(trains) - sum(trains)} of {len(trains)} parameter tensors are frozen.')
+
+    setup_optimizers.is_patch = True
+    SRModel.setup_optimizers = setup_optimizers
+
+
+def patch_missing_lora_warnings() -> None:
+    """`_print_different_keys_loading` warns of every LoRA tensor that a base checkpoint, rightly, does not have."""
+    from basicsr.models.base_model import BaseModel
+
+    original = BaseModel._print_different_keys_loading
+    if not is_defective(original, 'warning'):
+        return
+
+    @functools.wraps(original)
+    def _print_different_keys_loading(self, crt_net, load_net, strict=True):
+        if strict and not any(map(is_lora_key, load_net)):
+            own = self.get_bare_model(crt_net).state_dict()
+            load_net = {**load_net, **{key: value for key, value in own.items() if is_lora_key(key)}}
+        original(self, crt_net, load_net, strict)
+
+    _print_different_keys_loading.is_patch = True
+    BaseModel._print_different_keys_loading = _print_different_keys_loading

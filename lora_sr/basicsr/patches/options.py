@@ -1,0 +1,134 @@
+"""Option files and the command line: nothing of them is run as code."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+
+import yaml
+
+from lora_sr.basicsr.patches.distributed import start_distributed
+from lora_sr.basicsr.patches.resume import patch_load_resume_state
+from lora_sr.basicsr.patches.tools import is_defective, patch, replace_everywhere, swapped
+from lora_sr.option_file import OptionDumper, OptionLoader, apply_overrides, load_options
+
+
+def patch_ordered_yaml() -> None:
+    """`ordered_yaml` gives a loader that runs code (`!!python/object/apply:…`) and reads `1e-4` as a string."""
+    from basicsr.utils import options
+
+    if not issubclass(options.ordered_yaml()[0], yaml.constructor.FullConstructor):
+        return
+
+    @patch
+    def ordered_yaml():
+        return OptionLoader, OptionDumper
+
+    replace_everywhere(options.ordered_yaml, ordered_yaml)
+
+
+def patch_parse_options() -> None:
+    """`parse_options` runs `--force_yml` through `exec` and `eval`, too late for the seed, and adds unknown keys.
+
+    It also gives `dist_params` to `init_dist` under slurm alone. It is wrapped, never copied, since it differs between
+    BasicSR's versions. As every pipeline calls it first, it also mends a `load_resume_state` that a script has defined
+    after `import lora_sr`.
+    """
+    from basicsr.utils import options
+
+    original = options.parse_options
+    if not is_defective(original, 'exec'):
+        return
+    namespace = original.__globals__
+
+    @patch
+    @functools.wraps(original)
+    def parse_options(root_path, is_train=True):
+        patch_load_resume_state()
+        path, entries, rest = _split_command_line(sys.argv[1:])
+        if path is None:
+            return original(root_path, is_train)  # argparse tells what is missing, or prints the help
+        opt = load_options(path)
+        apply_overrides(opt, entries)
+
+        def init_dist(launcher, **_):
+            start_distributed(launcher, opt)
+
+        argv = [sys.argv[0], '-opt', path, *rest]
+        loader = functools.partial(_PreparedOptions, opt)
+        lists = _take_lists_of_roots(opt)
+        with swapped(namespace, ordered_yaml=lambda: (loader, OptionDumper), init_dist=init_dist):
+            with swapped(vars(sys), argv=argv):
+                opt, args = original(root_path, is_train)
+        for name, roots in lists.items():
+            opt['datasets'][name]['dataroot_lq'] = [os.path.expanduser(root) for root in roots]
+        args.force_yml = entries
+        return opt, args
+
+    replace_everywhere(original, parse_options)
+
+
+def _take_lists_of_roots(opt: dict) -> dict:
+    """Take the lists under `dataroot_lq`, which `parse_options` takes for one path, out of the data sets' sections."""
+    sections = {name: section for name, section in opt['datasets'].items() if isinstance(section, dict)}
+    return {
+        name: section.pop('dataroot_lq')
+        for name, section in sections.items()
+        if isinstance(section.get('dataroot_lq'), list)
+    }
+
+
+class _PreparedOptions:
+    """Stands in for a YAML loader where the options have been read already."""
+
+    def __init__(self, options: dict, stream):
+        self.options = options
+
+    def get_single_data(self) -> dict:
+        return self.options
+
+    def dispose(self) -> None:
+        pass
+
+
+def _split_command_line(argv: list):
+    """The option file, the entries of `--force_yml` and all other arguments."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument('-opt')
+    parser.add_argument('--force_yml', nargs='+', default=None)
+    known, rest = parser.parse_known_args(argv)
+    return known.opt, known.force_yml, rest
+
+
+def patch_network_options() -> None:
+    """Models read arguments of the generator from `network_g`, which `AdaptSR` has in a section `base` of its own.
+
+    `SwinIRModel` looks for its `window_size` so.
+    """
+    from basicsr.models.base_model import BaseModel
+
+    original = BaseModel.__init__
+    if getattr(original, 'is_patch', False):
+        return
+
+    @patch
+    @functools.wraps(original)
+    def __init__(self, opt):
+        for key, section in opt.items():
+            if key.startswith('network_') and isinstance(section, dict) and isinstance(section.get('base'), dict):
+                opt[key] = _NestedOptions(section)
+        original(self, opt)
+
+    BaseModel.__init__ = __init__
+
+
+class _NestedOptions(dict):
+    """The section of a network around another: what it lacks is looked up in the section of that one, `base`."""
+
+    def __missing__(self, key):
+        return self['base'][key]
+
+    def get(self, key, default=None):
+        return dict.get(self, key, self['base'].get(key, default))

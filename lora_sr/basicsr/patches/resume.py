@@ -1,0 +1,132 @@
+"""Going on with a run, on any machine."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import io
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from lora_sr.basicsr.patches.tools import is_defective, patch, replace_everywhere
+from lora_sr.checkpoints.content import read_checkpoint
+from lora_sr.errors import InputError
+
+
+def patch_training_state_types() -> None:
+    """A training state holds a `collections.Counter`, which `torch.load(weights_only=True)` refuses in older torch."""
+    probe = io.BytesIO()
+    torch.save(Counter(), probe)
+    probe.seek(0)
+    try:
+        torch.load(probe, weights_only=True)
+    except Exception:  # the type of the refusal differs between versions of torch
+        if hasattr(torch.serialization, 'add_safe_globals'):
+            torch.serialization.add_safe_globals([Counter])
+        else:  # before torch 2.4 the table of allowed types had no public door
+            torch._weights_only_unpickler._get_allowed_globals()['collections.Counter'] = Counter
+
+
+def patch_check_resume() -> None:
+    """`check_resume` points every network to a file of the run, a frozen teacher as well, which is never saved.
+
+    It also leaves a `param_key_*` that suits the pretrained file but not the run's own, whose weights are in `params`.
+    """
+    from basicsr.utils import misc
+
+    original = misc.check_resume
+    if not is_defective(original, 'param_keys'):
+        return
+
+    @patch
+    @functools.wraps(original)
+    def check_resume(opt, resume_iter):
+        paths = opt['path']
+        before = dict(paths)
+        original(opt, resume_iter)
+        for network in [key[len('network_') :] for key in opt if key.startswith('network_')]:
+            key = f'pretrain_network_{network}'
+            saved = paths.get(key)
+            if saved is None or saved == before.get(key):
+                continue
+            if Path(saved).is_file():
+                paths[f'param_key_{network}'] = 'params'
+                continue
+            was_saved = any(Path(saved).parent.glob(f'net_{network}_*.pth'))
+            if network == 'g' or was_saved or before.get(key) is None:
+                raise InputError(f'the run cannot be resumed at iteration {resume_iter}: {saved} is missing')
+            for kept in (key, f'param_key_{network}'):
+                if kept in before:
+                    paths[kept] = before[kept]
+
+    replace_everywhere(original, check_resume)
+
+
+def patch_load_resume_state() -> None:
+    """`load_resume_state` puts the training state on a GPU that may not be there, and takes any file for a state.
+
+    It is defined by the script that trains, hence looked for in every module.
+    """
+    for module in list(sys.modules.values()):
+        names = getattr(module, '__dict__', {})
+        original = names.get('load_resume_state')
+        if inspect.isfunction(original) and is_defective(original, 'current_device'):
+            names['load_resume_state'] = load_resume_state
+
+
+def load_resume_state(opt: dict):
+    """The training state to go on from, or None; `opt['path']` is set up for it.
+
+    With `--auto_resume` it is the state of the run with the highest iteration, else `path.resume_state`.
+
+    Raises:
+        InputError: the state, or a network saved with it, is missing or damaged.
+    """
+    path = opt['path'].get('resume_state')
+    if opt['auto_resume']:
+        states = Path(opt['path']['training_states']).glob('*.state')
+        iterations = [int(state.stem) for state in states if re.fullmatch('[0-9]+', state.stem)]
+        path = os.path.join(opt['path']['training_states'], f'{max(iterations)}.state') if iterations else None
+        if path is not None:
+            opt['path']['resume_state'] = path
+    if not path:
+        return None
+    state = read_checkpoint(path)
+    missing = [key for key in ('epoch', 'iter', 'optimizers', 'schedulers') if key not in state]
+    if missing:
+        raise InputError(f'{path} is not a training state: it has no {", ".join(missing)}')
+    from basicsr.utils import misc
+
+    misc.check_resume(opt, state['iter'])
+    return state
+
+
+def patch_resume_training() -> None:
+    """`BaseModel.resume_training` takes the state of any optimizer, and its step then fails on what is not its own."""
+    from basicsr.models.base_model import BaseModel
+
+    original = BaseModel.resume_training
+    if getattr(original, 'is_patch', False):
+        return
+
+    def number_of_betas(state: dict) -> list:
+        return [len(group.get('betas') or ()) for group in state['param_groups']]
+
+    @patch
+    @functools.wraps(original)
+    def resume_training(self, resume_state):
+        for optimizer, state in zip(self.optimizers, resume_state['optimizers']):
+            if number_of_betas(optimizer.state_dict()) != number_of_betas(state):
+                options = ', '.join(key for key in state['param_groups'][0] if key != 'params')
+                raise InputError(
+                    f'the run cannot be resumed with {type(optimizer).__name__}: its optimizer had the options '
+                    f'{options}; go on with that one, or begin anew'
+                )
+        original(self, resume_state)
+
+    BaseModel.resume_training = resume_training

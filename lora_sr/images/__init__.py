@@ -1,0 +1,1 @@
+"""Pictures: their file formats, and MATLAB's bicubic."""

@@ -1,1 +1,0 @@
-"""Perceptual metrics for validation."""

@@ -1,1 +1,0 @@
-"""BasicSR models: how networks are trained."""

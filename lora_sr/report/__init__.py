@@ -1,0 +1,1 @@
+"""What networks are, cost and give: inspection, comparison, tables, curves and plots."""

@@ -1,0 +1,384 @@
+"""Networks side by side on sets of images: PSNR, SSIM, what they cost, and a picture."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Callable
+
+import cv2
+import numpy as np
+import torch
+from basicsr.archs.ridnet_arch import RIDNet
+from basicsr.utils import img2tensor, tensor2img
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from lora_sr.adapters import count_parameters
+from lora_sr.archs.any_size import accepted_input, take_any_size
+from lora_sr.archs.complexity import (
+    CHALLENGE_SIDE,
+    count_activations,
+    count_convolutions,
+    count_flops,
+    count_multi_adds_720p,
+    run_for_shapes,
+)
+from lora_sr.archs.reparam import deploy_form
+from lora_sr.checkpoints.content import load_weights, read_checkpoint
+from lora_sr.data.sources import IMAGE_SUFFIXES, Source, find_sources, read_image
+from lora_sr.errors import InputError
+from lora_sr.files import check_output, write_whole
+from lora_sr.images.bicubic import bicubic_downscale, bicubic_upscale
+from lora_sr.option_file import load_options
+from lora_sr.report.cost import measure_peak_memory, measure_runtimes, ntire_score
+from lora_sr.report.fidelity import WINDOW, Fidelity, mean_fidelity, measure_fidelity
+from lora_sr.report.inspection import read_network
+from lora_sr.report.plot import PLOT_SUFFIXES, check_matplotlib, draw_comparison
+from lora_sr.report.tables import TABLE_SUFFIXES, Comparison, Cost, Row, write_table
+from lora_sr.runtime.deployed import optimize
+
+BICUBIC, ORIGINAL = 'bicubic', 'original'
+OPTION_SUFFIXES = ('.yml', '.yaml')
+PATCH, ZOOM = 64, 3  # the picture shows patches of 64x64 pixels, each pixel 3x3
+READ_AHEAD = 2  # images that are read while the networks run
+
+
+@dataclass
+class _Contestant:
+    """A network in deploy form, and whether it has weights or only costs."""
+
+    network: nn.Module
+    has_weights: bool
+
+
+@dataclass(frozen=True)
+class _Versions:
+    """An original and what the methods make of its LR image, uint8 of shape (H, W, 3), BGR."""
+
+    original: np.ndarray
+    versions: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def compare(
+    networks: dict[str, str | os.PathLike],
+    sets: dict[str, tuple[str | os.PathLike, str | os.PathLike | None]] | None = None,
+    rgb: bool = False,
+    runtime: bool = False,
+    baseline: str | None = None,
+    size: tuple[int, int] | None = None,
+    outputs: list[str | os.PathLike] | None = None,
+    plot: str | os.PathLike | None = None,
+    picture: str | os.PathLike | None = None,
+    overwrite: bool = False,
+    on_table: Callable[[Comparison], None] | None = None,
+) -> Comparison:
+    """Measure networks, and bicubic interpolation beside them, on sets of images.
+
+    All networks are measured in deploy form: with LoRA merged and branches folded. PSNR and SSIM are those of the
+    field's tables: of 8-bit outputs, ``scale`` pixels of border left out, equal to BasicSR's metrics, and means over
+    the images of a set. The networks run on a GPU where there is one. Images are read and measured by other threads
+    while the networks run.
+
+    Args:
+        networks: Name -> checkpoint, see :func:`lora_sr.load_network`, or option file of BasicSR: its
+            ``network_g`` with the weights that its ``path`` names. Without weights its costs alone are given.
+        sets: Name -> folder of the original images, and that of the LR images of the same names (or with ``x{scale}``
+            behind); with ``None`` they are made by MATLAB's bicubic. Without any set costs alone are given.
+        rgb: Measure PSNR and SSIM on RGB too, beside those on Y.
+        runtime: Measure runtime and peak memory as well, which takes its time.
+        baseline: Name of the network that the NTIRE score is relative to; measures the runtime too.
+        size: Height and width of the input for runtime and memory, by default 256x256 as in the challenge.
+        outputs: Files to write the table to, ``.md``, ``.csv`` or ``.json``.
+        plot: A picture to write: PSNR over multiply-adds. Needs matplotlib.
+        picture: A PNG file to write: for every image a detail, in all versions beside the original.
+        overwrite: Replace files that exist.
+        on_table: Called with what is returned before any file is written, so that no failure to write loses it.
+
+    Returns:
+        A row for bicubic, where there are sets, and one for each network, in their order.
+
+    Raises:
+        InputError: A folder, an image or a network that cannot be used, networks of different scales or not of the
+            scale of a set, a network that gives values that are not finite, or a file that cannot be written. All that
+            can be told beforehand is told before any run.
+    """
+    sets = sets or {}
+    runtime = runtime or baseline is not None
+    _check_request(networks, sets, rgb, runtime, baseline, size, plot, picture)
+    files = [(picture, ('.png',)), (plot, PLOT_SUFFIXES), *((path, TABLE_SUFFIXES) for path in outputs or ())]
+    for path, suffixes in files:
+        if path is not None:
+            check_output(path, suffixes, overwrite)
+    _check_distinct([path for path, _ in files if path is not None])
+    contestants = {name: _read_contestant(name, file) for name, file in networks.items()}
+    if plot is not None and not any(one.has_weights for one in contestants.values()):
+        raise InputError(f'There is nothing to draw in {plot}: no network has weights.')
+    scale = _common_scale(contestants)
+    sources = {name: _sources_of_set(name, gt, lr, scale) for name, (gt, lr) in sets.items()}
+
+    costs = {name: _count_costs(one.network, scale) for name, one in contestants.items()}
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    runners = {name: one.network.to(device) for name, one in contestants.items() if one.has_weights}
+    quality: dict[str, dict[str, Fidelity]] = {name: {} for name in (BICUBIC, *networks)}
+    strips = []
+    for set_name, set_sources in sources.items():
+        found, set_strips = _measure_set(set_name, set_sources, runners, scale, rgb, picture is not None)
+        strips += set_strips
+        for name, fidelity in found.items():
+            quality[name][set_name] = fidelity
+    conditions = None
+    if runtime:
+        height, width = size or (CHALLENGE_SIDE, CHALLENGE_SIDE)
+        costs, conditions = _measure_costs(costs, contestants, height, width, device)
+    if baseline is not None:
+        costs = _score(costs, baseline)
+    rows = [Row(BICUBIC, None, quality[BICUBIC])] if sets else []
+    rows += [Row(name, costs[name], quality[name]) for name in networks]
+    comparison = Comparison(rows, scale, baseline, conditions)
+    if on_table is not None:
+        on_table(comparison)
+    for path in outputs or ():
+        write_table(comparison, path)
+    if plot is not None:
+        draw_comparison(comparison, plot)
+    if picture is not None:
+        write_whole(picture, cv2.imencode('.png', np.concatenate(strips))[1].tobytes())
+    return comparison
+
+
+@torch.inference_mode()
+def super_resolve(network: nn.Module, image: np.ndarray) -> np.ndarray:
+    """Run a network on one image, where the network is.
+
+    Args:
+        network: RGB in [0, 1], (1, 3, H, W) -> (1, 3, scale * H, scale * W).
+        image: uint8 of shape (H, W, 3), BGR.
+
+    Returns:
+        uint8 of shape (scale * H, scale * W, 3), BGR.
+
+    Raises:
+        InputError: It gives values that are not finite.
+    """
+    device = next((parameter.device for parameter in network.parameters()), torch.device('cpu'))
+    lr = img2tensor(image / np.float32(255), bgr2rgb=True, float32=True)[None].to(device)
+    # TF32 would cost the last digits of PSNR.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        output = network.eval()(lr.contiguous(memory_format=torch.channels_last))
+    if not output.isfinite().all():  # 8 bits would hide it
+        raise InputError('The network gives values that are not finite: it has weights that are NaN or too large.')
+    return tensor2img(output)
+
+
+def _check_request(networks, sets, rgb, runtime, baseline, size, plot, picture) -> None:
+    for name in (BICUBIC, ORIGINAL):
+        if name in networks:
+            raise InputError(f'"{name}" is the name of another row or picture: give the network another name.')
+    if baseline is not None and baseline not in networks:
+        raise InputError(f'The baseline "{baseline}" is none of the networks, which are {", ".join(networks)}.')
+    if size is not None and not runtime:
+        raise InputError('The size of the input is for measuring the runtime: ask for that too, with --runtime.')
+    if size is not None and min(size) < 1:
+        raise InputError(f'The size of the input is {size[0]}x{size[1]}: both have to be at least 1.')
+    for what, wanted in (('RGB', rgb), ('plot', plot), ('picture', picture)):
+        if wanted and not sets:
+            raise InputError(f'{what} was asked for, but no set of images is given: name one with --set.')
+    if plot is not None:
+        check_matplotlib()
+
+
+def _check_distinct(paths: list[str | os.PathLike]) -> None:
+    seen = set()
+    for path in paths:
+        real = os.path.realpath(path)
+        if real in seen:
+            raise InputError(f'The output {path} is given twice: give each output its own file.')
+        seen.add(real)
+
+
+def _read_contestant(name: str, file: str | os.PathLike) -> _Contestant:
+    """A network of a checkpoint or an option file, in deploy form, that takes RGB images of any size."""
+    has_weights = True
+    try:
+        network = read_network(file)
+        if Path(file).suffix in OPTION_SUFFIXES:
+            has_weights = _load_weights_of_options(network, load_options(file))
+        network = deploy_form(network)
+    except InputError as error:
+        raise InputError(f'"{name}": {error}') from None
+    if isinstance(network, RIDNet):
+        raise InputError(
+            f'"{name}" is a RIDNet, for values from 0 to 255: compare measures networks for values in [0, 1].'
+        )
+    accepted = accepted_input(network)
+    if accepted is None or accepted.channels != 3:
+        raise InputError(f'"{name}" does not take RGB images of any size: compare measures networks that do.')
+    return _Contestant(take_any_size(network, accepted.multiple), has_weights)
+
+
+def _load_weights_of_options(network: nn.Module, options: dict) -> bool:
+    """Load the weights that an option file names, as a run does. Returns whether it names any."""
+    paths = options.get('path') or {}
+    file = paths.get('pretrain_network_g')
+    if file is None:
+        return False
+    strict = paths.get('strict_load_g', True)
+    load_weights(network, read_checkpoint(file), file, paths.get('param_key_g', 'params'), strict)
+    return True
+
+
+def _common_scale(contestants: dict[str, _Contestant]) -> int:
+    scales = {}
+    for name, one in contestants.items():
+        output = run_for_shapes(one.network, 64, 64)
+        if output.shape[1] != 3:
+            raise InputError(f'"{name}" gives images of {output.shape[1]} channels: compare measures networks of RGB.')
+        scales[name] = output.shape[-1] // 64
+    if len(set(scales.values())) > 1:
+        listed = ', '.join(f'"{name}" x{scale}' for name, scale in scales.items())
+        raise InputError(f'The networks have different scales ({listed}): compare those of one scale at a time.')
+    return next(iter(scales.values()))
+
+
+def _sources_of_set(name: str, gt: str | os.PathLike, lr: str | os.PathLike | None, scale: int) -> list[Source]:
+    """The images of a set, whose sizes fit the scale."""
+    known: dict[str, Path] = {}
+    for path in sorted(
+        path for path in Path(gt).glob('[!.]*') if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    ):
+        other = known.setdefault(path.stem, path)
+        if other != path:
+            raise InputError(
+                f'{other} and {path.name} of the set "{name}" have one name: rename or remove one of them.'
+            )
+    sources = find_sources([gt], [scale], None if lr is None else [lr])
+    for source in sources:
+        height, width = (length // scale for length in _size_of(source.hr))
+        if min(height, width) * scale < 2 * scale + WINDOW:
+            raise InputError(
+                f'{source.hr} is too small: within a border of {scale} pixels, SSIM needs {WINDOW} each way.'
+            )
+        if scale in source.lr and _size_of(source.lr[scale]) != (height, width):
+            there = _size_of(source.lr[scale])
+            raise InputError(
+                f'{source.lr[scale]} of the set "{name}" has {there[1]}x{there[0]} pixels, where x{scale}, the scale '
+                f'of the networks, wants {width}x{height} for {source.hr.name}.'
+            )
+    return sources
+
+
+def _size_of(path: Path) -> tuple[int, int]:
+    """Height and width of an image, from its head where that tells."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception:  # Pillow has many names for a file that it does not like; ours says what is wrong with it
+        return read_image(path).shape[:2]
+
+
+def _count_costs(network: nn.Module, scale: int) -> Cost:
+    return Cost(
+        parameters=count_parameters(network).total,
+        multi_adds=count_multi_adds_720p(network, scale),
+        flops=count_flops(network),
+        activations=count_activations(network),
+        convolutions=count_convolutions(network),
+    )
+
+
+def _measure_set(
+    name: str, sources: list[Source], networks: dict[str, nn.Module], scale: int, rgb: bool, with_strips: bool
+) -> tuple[dict[str, Fidelity], list[np.ndarray]]:
+    """Means over a set for bicubic and each network, and the strips of the picture."""
+
+    def read(source: Source) -> tuple[_Versions, np.ndarray]:
+        original = read_image(source.hr)
+        height, width = (length - length % scale for length in original.shape[:2])
+        original = np.ascontiguousarray(original[:height, :width])
+        small = read_image(source.lr[scale]) if scale in source.lr else bicubic_downscale(original, scale)
+        return _Versions(original, {BICUBIC: bicubic_upscale(small, scale)}), small
+
+    def run(pool: ThreadPoolExecutor) -> Iterator[_Versions]:
+        for source, (versions, small) in zip(sources, _ahead(pool, read, sources, READ_AHEAD)):
+            for key, network in networks.items():
+                try:
+                    versions.versions[key] = super_resolve(network, small)
+                except InputError as error:
+                    raise InputError(f'"{key}" cannot be measured on {source.hr}: {error}') from None
+            yield versions
+
+    def judge(versions: _Versions) -> tuple[dict[str, Fidelity], np.ndarray | None]:
+        measures = measure_fidelity(versions.versions, versions.original, scale, rgb)
+        return measures, _strip({**versions.versions, ORIGINAL: versions.original}) if with_strips else None
+
+    workers = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        found = list(tqdm(_ahead(pool, judge, run(pool), workers), name, len(sources), leave=False, disable=None))
+    names = (BICUBIC, *networks)
+    means = {key: mean_fidelity([measures[key] for measures, _ in found]) for key in names}
+    return means, [strip for _, strip in found if strip is not None]
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable, items, depth: int) -> Iterator:
+    """``map`` by other threads, in order, at most ``depth`` items ahead of who reads it; ``items`` is read here."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _measure_costs(
+    costs: dict[str, Cost], contestants: dict[str, _Contestant], height: int, width: int, device: torch.device
+) -> tuple[dict[str, Cost], str]:
+    """The costs with runtimes and peak memory, and the conditions that they hold under."""
+    networks = {name: one.network for name, one in contestants.items()}
+    memory = {name: measure_peak_memory(network, height, width, device) for name, network in networks.items()}
+    forms = {}
+    for name, network in networks.items():
+        forms[name, 'eager'] = network.to(device)
+        forms[name, 'optimised'] = optimize(network)
+    seconds = measure_runtimes(forms, height, width, device)
+    costs = {
+        name: replace(cost, runtime=seconds[name, 'eager'], optimised=seconds[name, 'optimised'], memory=memory[name])
+        for name, cost in costs.items()
+    }
+    where = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    return costs, f'input {height}x{width}, batch 1, float32, {where}, torch {torch.__version__}'
+
+
+def _score(costs: dict[str, Cost], baseline: str) -> dict[str, Cost]:
+    def values(cost: Cost) -> tuple[float, ...]:
+        return cost.runtime, cost.flops, cost.parameters
+
+    reference = values(costs[baseline])
+    return {name: replace(cost, score=ntire_score(values(cost), reference)) for name, cost in costs.items()}
+
+
+def _strip(versions: dict[str, np.ndarray]) -> np.ndarray:
+    """The same detail of all versions in one row, with captions: the detail on which bicubic errs most."""
+    error = np.abs(versions[ORIGINAL].astype(np.float32) - versions[BICUBIC]).mean(2)
+    side = min(PATCH, *error.shape)
+    means = cv2.boxFilter(error, -1, (side, side), anchor=(0, 0), borderType=cv2.BORDER_CONSTANT)
+    means = means[: error.shape[0] - side + 1, : error.shape[1] - side + 1]
+    top, left = np.unravel_index(means.argmax(), means.shape)
+    tiles = []
+    for name, version in versions.items():
+        detail = version[top : top + side, left : left + side]
+        detail = cv2.resize(detail, (PATCH * ZOOM, PATCH * ZOOM), interpolation=cv2.INTER_NEAREST)
+        caption = np.full((24, PATCH * ZOOM, 3), 255, np.uint8)
+        cv2.putText(caption, name, (4, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+        tiles.append(
+            cv2.copyMakeBorder(
+                np.concatenate([caption, detail]), 0, 4, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255)
+            )
+        )
+    return np.concatenate(tiles, axis=1)

@@ -1,0 +1,84 @@
+"""PSNR over multiply-adds, a circle for each network, as in the first figures of papers."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_sr.errors import InputError
+from lora_sr.files import write_whole
+from lora_sr.report.tables import Comparison
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLOT_SUFFIXES = ('.png', '.svg', '.pdf')
+LARGEST, SMALLEST = 1500, 25  # areas of circles, in square points
+
+
+def check_matplotlib() -> None:
+    """Raise InputError where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError('Plots are drawn by matplotlib, which is not installed: pip install matplotlib.') from None
+
+
+def plot_comparison(comparison: Comparison) -> Figure:
+    """A panel for each set: PSNR on Y over multiply-adds for 1280x720, the area of a circle as the parameters.
+
+    Networks without weights are not in it, nor is a PSNR that is infinite.
+
+    Args:
+        comparison: What :func:`lora_sr.report.comparison.compare` gave, with a set and a network with weights.
+
+    Returns:
+        A figure of matplotlib.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogFormatter
+
+    rows = [row for row in comparison.rows if row.cost is not None and row.quality]
+    most = max(row.cost.parameters for row in rows)
+    colours = [f'C{index % 10}' for index in range(len(rows))]
+    names = [f'{row.name}, {row.cost.parameters / 1e3:,.0f} K' for row in rows]
+    sets = comparison.sets
+    figure = Figure(figsize=(5 * len(sets), 4), layout='constrained')
+    panels = figure.subplots(1, len(sets), squeeze=False)[0]
+    for axes, name in zip(panels, sets):
+        for row, colour in zip(rows, colours):
+            if math.isfinite(row.quality[name].psnr):
+                area = max(SMALLEST, LARGEST * row.cost.parameters / most)
+                axes.scatter(row.cost.multi_adds / 1e9, row.quality[name].psnr, s=area, color=colour, alpha=0.6)
+        axes.set(title=f'{name}, x{comparison.scale}', xscale='log', ylabel='PSNR (Y), dB')
+        axes.set_xlabel('multi-adds for 1280x720, G')
+        axes.xaxis.set_major_formatter(LogFormatter())
+        axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+        axes.margins(0.25)
+        axes.grid(alpha=0.3, which='both')
+    marks = [Line2D([], [], color=colour, alpha=0.6, marker='o', linestyle='') for colour in colours]
+    panels[0].legend(marks, names, fontsize=8)
+    return figure
+
+
+def draw_comparison(comparison: Comparison, output: str | os.PathLike) -> None:
+    """Write the figure of :func:`plot_comparison`.
+
+    Args:
+        comparison: As for :func:`plot_comparison`.
+        output: Picture to write, ``.png``, ``.svg`` or ``.pdf``.
+
+    Raises:
+        InputError: As :func:`plot_comparison`; or the picture cannot be written. No half-written file is left behind.
+    """
+    data = io.BytesIO()
+    plot_comparison(comparison).savefig(data, format=Path(output).suffix[1:], dpi=150)
+    write_whole(output, data.getvalue())

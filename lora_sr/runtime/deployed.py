@@ -1,0 +1,196 @@
+"""The deployed network, ready to run as fast as the hardware allows."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import OrderedDict
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from lora_sr.archs.any_size import accepted_input
+from lora_sr.archs.lkdn import LKDN
+from lora_sr.archs.reparam import deploy_form
+from lora_sr.errors import InputError
+from lora_sr.runtime.half_range import fit_half_range
+from lora_sr.runtime.native.networks import compile_network
+from lora_sr.runtime.synthetic import soft_image
+
+LOG = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_GRAPHS = 8  # sizes of which a GPU keeps the recorded pass
+SEEN_ONCE, CANNOT_BE_RECORDED = 'seen once', 'cannot be recorded'
+
+
+def optimize(network: nn.Module, dtype: torch.dtype = torch.float32) -> DeployedNetwork:
+    """The deploy form of a network, ready to run on the device where its parameters are.
+
+    - On a CPU, SPAN (and so DSCLoRA) and LKDN run on kernels of ours, which are compiled for the machine once, in some
+      two seconds, and kept (see :mod:`lora_sr.runtime.native`): convolutions, activations, gates, concatenations and
+      the pixel shuffle without a copy between them. Any size runs at once; that of the largest keeps its memory.
+      Other networks, those with hooks or changed modules, and all where there is no C++ compiler, run by torch in the
+      channels-last format.
+    - On a CUDA GPU, the network is compiled by ``torch.compile`` at its first pass, for all heights and widths
+      at once, in the channels-last format. The second pass of a size is recorded as a CUDA graph, and replayed from
+      then on; the last 8 sizes are kept. What cannot be compiled or recorded runs without. One thread at a time.
+
+    Args:
+        network: Any network, (N, C, H, W) -> (N, C', s * H, s * W), in training or in deploy form, with LoRA or
+            without. It is not changed.
+        dtype: ``torch.float32``, which on a GPU is what ``torch.backends.cudnn.allow_tf32`` makes of it;
+            ``torch.bfloat16``, which pays on CPUs with AVX512-BF16 (the kernels are of float32 on others) and on
+            GPUs; or ``torch.float16``, for GPUs. Images are float32 in any case.
+
+    Returns:
+        A module that takes and gives what ``network`` does, in float32 and in inference mode: its images cannot take
+        part in a backward pass. NaN in an image spreads a few rows further than in ``network``.
+
+    Raises:
+        InputError: No network, another dtype, float16 on a CPU, or as :func:`lora_sr.archs.fold` does.
+    """
+    if not isinstance(network, nn.Module):
+        raise InputError(f'optimize takes a network, not {network!r}: lora_sr.load_network makes one of a checkpoint.')
+    if dtype not in DTYPES:
+        raise InputError(f'A network runs in {", ".join(map(str, DTYPES))}, not in {dtype}.')
+    device = _device(network)
+    if device.type == 'cpu' and dtype == torch.float16:
+        raise InputError('float16 is for GPUs: on a CPU the half precision is bfloat16.')
+    network = deploy_form(network).float()
+    if dtype == torch.float16 and any(isinstance(module, LKDN) for module in network.modules()):
+        fit_half_range(network, [soft_image(1, accepted_input(network).channels, 64, 64).to(device)])
+    return DeployedNetwork(network, dtype)
+
+
+class DeployedNetwork(nn.Module):
+    """What :func:`optimize` makes.
+
+    Args:
+        network: In deploy form, see :func:`lora_sr.deploy.merge.deploy_form`. It is what the state dict has; other
+            weights are loaded by ``load_state_dict`` of this module.
+        dtype: What is computed in.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.network = network
+        self._prepare()
+        self.eval()
+        self.register_load_state_dict_post_hook(_prepare_again)
+
+    def _prepare(self) -> None:
+        self._program = self._graphs = None
+        device = _device(self.network)
+        if device.type == 'cpu':
+            self._program = compile_network(self.network, self.dtype)
+        if self._program is None:
+            self.network.to(dtype=self.dtype, memory_format=torch.channels_last)
+        if device.type == 'cuda':
+            self._graphs = _GraphPerSize(self.network)
+
+    def _apply(self, *args, **kwargs) -> DeployedNetwork:
+        super()._apply(*args, **kwargs)
+        self._prepare()  # on the new device, in the dtype that it has been made for
+        return self
+
+    def train(self, mode: bool = True) -> DeployedNetwork:
+        """Stays in eval mode."""
+        return super().train(False)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, '_program': None, '_graphs': None}  # they hold addresses; a copy makes its own
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._prepare()
+
+    @property
+    def engine(self) -> str:
+        """What computes: ``kernels`` of ours, ``torch.compile``, or ``torch``."""
+        if self._program is not None:
+            return 'kernels'
+        return 'torch' if self._graphs is None else 'torch.compile'
+
+    @torch.inference_mode()
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', s * H, s * W), in float32."""
+        if self._program is not None:
+            return self._program(image)
+        image = image.to(dtype=self.dtype).contiguous(memory_format=torch.channels_last)
+        return (self.network if self._graphs is None else self._graphs)(image).float()
+
+
+def _prepare_again(module: DeployedNetwork, keys) -> None:
+    """The kernels have copies of the weights; a GPU reads those that were loaded."""
+    if module._program is not None:
+        module._prepare()
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(chain(network.parameters(), network.buffers()), torch.empty(0)).device
+
+
+class _GraphPerSize:
+    """Runs a network on a GPU, compiled, and records the passes that come again as CUDA graphs."""
+
+    def __init__(self, network: nn.Module):
+        self.plain, self.network = network, torch.compile(network, dynamic=True)
+        self.graphs: OrderedDict[torch.Size, tuple | str] = OrderedDict()
+
+    def __call__(self, image: Tensor) -> Tensor:
+        size = image.shape
+        with torch.cuda.device(image.device), _fastest_algorithms():
+            if size not in self.graphs:
+                if len(self.graphs) == MOST_GRAPHS:
+                    self.graphs.popitem(last=False)
+                self.graphs[size] = SEEN_ONCE
+                return self._run(image)
+            self.graphs.move_to_end(size)
+            if self.graphs[size] == SEEN_ONCE:
+                self.graphs[size] = self._record(image)
+            if self.graphs[size] == CANNOT_BE_RECORDED:
+                return self._run(image)
+            graph, source, result = self.graphs[size]
+            source.copy_(image)
+            graph.replay()
+            return result.clone()
+
+    def _run(self, image: Tensor) -> Tensor:
+        try:
+            return self.network(image)
+        except Exception as error:  # whatever the compiler makes of a network, or of a machine without one
+            if self.network is self.plain:
+                raise
+            LOG.warning(f'torch.compile cannot compile {type(self.plain).__name__}, which runs without: {error}')
+            self.network = self.plain
+            return self.network(image)
+
+    def _record(self, image: Tensor) -> tuple | str:
+        source = image.clone(memory_format=torch.preserve_format)
+        side = torch.cuda.Stream()
+        try:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # what is allocated or chosen at a first pass must not be recorded
+                self.network(source)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=side):
+                result = self.network(source)
+        except RuntimeError as error:  # too little memory, or a copy from the CPU on the way, as in SwinIR
+            LOG.info(f'a pass of size {tuple(image.shape)} cannot be recorded: {error}')
+            return CANNOT_BE_RECORDED
+        return graph, source, result
+
+
+@contextlib.contextmanager
+def _fastest_algorithms():
+    """cuDNN tries which of its algorithms is the fastest for a size, which is used again in all of its passes."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

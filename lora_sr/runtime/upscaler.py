@@ -1,0 +1,205 @@
+"""A network ready for images as arrays: of any size, grey, colour and alpha, 8 and 16 bits."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Callable
+
+import numpy as np
+import torch
+from basicsr.archs.ridnet_arch import RIDNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_sr.archs.any_size import accepted_input
+from lora_sr.errors import InputError
+from lora_sr.runtime.deployed import optimize
+from lora_sr.runtime.tiling import bytes_per_pixel, cut_axis, find_overlap, largest_tile, smallest_tile
+
+LUMA = (0.299, 0.587, 0.114)  # of R, G and B in grey (BT.601)
+BLIND_OVERLAP = 32  # LR pixels, for networks that look at the whole image
+
+
+class Upscaler:
+    """A network ready to run on images of any size, whole where memory allows and in tiles where not.
+
+    It runs on the GPU where there is one.
+
+    Args:
+        network: Any network for RGB or for grey images, (N, C, H, W) -> (N, C, scale * H, scale * W), e.g. from
+            :func:`lora_sr.load_network`; LoRA in it is merged, and branches are folded. It takes and gives values in
+            [0, 1]; RIDNet's, of 0 to 255, are converted. It is not changed.
+        tile: Side of the tiles in LR pixels, overlap included. By default the image is run whole if that needs no more
+            than half of the free memory by a cautious estimate, else in the largest tiles that need no more.
+        dtype: What the network computes in. Its results are float32 in any case.
+
+    Raises:
+        InputError: The network takes other images, or images of one size; what it gives is not finite; or the tile is
+            too small for it.
+    """
+
+    def __init__(self, network: nn.Module, tile: int | None = None, dtype: torch.dtype = torch.float32):
+        self.name = type(network).__name__
+        network = _UnitRange(network) if isinstance(network, RIDNet) else network
+        accepted = accepted_input(network)
+        if accepted is None or accepted.channels not in (1, 3):
+            raise InputError(f'{self.name} does not take RGB or grey images of any size, as upscaling needs it.')
+        self.channels, self.multiple = accepted
+        self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        self.network = deepcopy(network).eval().requires_grad_(False).to(self.device)
+        side = -(-32 // self.multiple) * self.multiple
+        # Not of zeros, which weights that are too large leave zeros.
+        image = torch.rand(1, self.channels, side, side, generator=torch.Generator().manual_seed(0)).to(self.device)
+        with torch.inference_mode():
+            trial = self.network(image)
+        if not torch.isfinite(trial).all():
+            raise InputError(self._not_finite(torch.float32))
+        shape = trial.shape
+        self.scale = shape[2] // side
+        if shape[1] != self.channels:
+            raise InputError(f'{self.name} makes {shape[1]} channels of {self.channels}, where equally many are right.')
+        # What is written is made of it as well: float32 of all channels, and what is rounded from it.
+        batch = 3 if self.channels == 1 else 1
+        self._bytes_per_pixel = batch * (bytes_per_pixel(self.network, image) + 8 * self.channels * self.scale**2)
+        self._overlap: int | None = None
+        self.looks_everywhere = False
+        self.tile = tile
+        if tile is not None:
+            self._check_tile(tile)
+        self.dtype = dtype
+        self.runtime = optimize(self.network, dtype)
+
+    @property
+    def overlap(self) -> int:
+        """LR pixels on each inner side of a tile that are not kept, measured when they are first needed."""
+        if self._overlap is None:
+            found = find_overlap(self.network, self.channels, self.multiple)
+            self.looks_everywhere = found is None
+            self._overlap = BLIND_OVERLAP if found is None else found
+        return self._overlap
+
+    @torch.inference_mode()
+    def __call__(self, image: np.ndarray, on_tile: Callable[[int, int], None] | None = None) -> np.ndarray:
+        """Upscale an image.
+
+        Grey goes into a network for RGB as three equal channels, and what comes out becomes grey by BT.601's weights.
+        Each channel of RGB goes through a network for grey by itself. Alpha is enlarged by bicubic interpolation: what
+        is opaque stays so to the last level, which no network promises.
+
+        Args:
+            image: uint8 or uint16, of shape (H, W) or (H, W, C): grey, grey and alpha, RGB, or RGB and alpha.
+            on_tile: Called after each tile with its number, from 1, and the number of tiles.
+
+        Returns:
+            The same type and channels, of shape (scale * H, scale * W) or (scale * H, scale * W, C).
+
+        Raises:
+            InputError: The image is of another type or shape; or values are not finite, as where float16 overflows.
+        """
+        if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3) or not image.size:
+            raise InputError(
+                f'The image has type {image.dtype} and shape {image.shape}: uint8 or uint16 and (height, width) or '
+                '(height, width, channels) are right.'
+            )
+        planes = image if image.ndim == 3 else image[:, :, None]
+        height, width, channels = planes.shape
+        if channels > 4:
+            raise InputError(f'The image has {channels} channels, where 1 to 4 are right.')
+        colours = 3 if channels > 2 else 1
+        output = np.empty((self.scale * height, self.scale * width, channels), image.dtype)
+        rows, columns = (cut_axis(length, *self._tiling(height, width)) for length in (height, width))
+        tiles = [(row, column) for row in rows for column in columns]
+        for number, (row, column) in enumerate(tiles, 1):
+            piece = self._tensor(planes[row.start : row.stop, column.start : column.stop, :colours])
+            result = self._run(piece)
+            kept = result[
+                :,
+                self.scale * (row.first - row.start) : self.scale * (row.last - row.start),
+                self.scale * (column.first - column.start) : self.scale * (column.last - column.start),
+            ]
+            output[
+                self.scale * row.first : self.scale * row.last,
+                self.scale * column.first : self.scale * column.last,
+                :colours,
+            ] = _rounded(kept, image.dtype)
+            if on_tile is not None:
+                on_tile(number, len(tiles))
+        if channels > colours:
+            alpha = self._tensor(planes[:, :, colours:])[None]
+            alpha = F.interpolate(alpha, scale_factor=self.scale, mode='bicubic', align_corners=False)
+            output[:, :, colours:] = _rounded(alpha[0], image.dtype)
+        return output.reshape(output.shape[: image.ndim])
+
+    def _tensor(self, planes: np.ndarray) -> Tensor:
+        """(H, W, C) of whole numbers -> float32 (C, H, W) in [0, 1] on the device."""
+        peak = np.iinfo(planes.dtype).max
+        # Before 2.3 torch does not know uint16.
+        tensor = torch.tensor(np.ascontiguousarray(planes, np.uint8 if peak == 255 else np.int32))
+        if self.device.type == 'cuda':
+            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.permute(2, 0, 1).float() / peak
+
+    def _run(self, colours: Tensor) -> Tensor:
+        """(1 or 3, H, W) in [0, 1] -> (the same, scale * H, scale * W)."""
+        if self.channels == 1:
+            result = self.runtime(colours[:, None].contiguous())[:, 0]
+        else:
+            result = self.runtime(colours.expand(3, -1, -1)[None].contiguous())[0]
+            if len(colours) == 1:
+                result = torch.tensordot(torch.tensor(LUMA, device=result.device), result, 1)[None]
+        if not torch.isfinite(result.sum()):
+            raise InputError(self._not_finite(self.dtype))
+        return result
+
+    def _not_finite(self, dtype: torch.dtype) -> str:
+        reason = 'it has weights that are NaN or too large'
+        if dtype == torch.float16:
+            reason = 'float16 overflows where bfloat16 and float32 do not'
+        return f'{self.name} gives values that are not finite: {reason}.'
+
+    def _tiling(self, height: int, width: int) -> tuple[int, int, int]:
+        """Tile, overlap and multiple for an image, as :func:`lora_sr.runtime.tiling.cut_axis` takes them."""
+        tile = self.tile
+        if tile is None:
+            tile = largest_tile(self._bytes_per_pixel, self.device)
+            if height * width <= tile**2:
+                return max(height, width) + self.multiple, 0, self.multiple
+            # Below this the overlaps would be most of the work.
+            tile = max(tile, 2 * smallest_tile(self.overlap, self.multiple))
+        return tile, self.overlap, self.multiple
+
+    def _check_tile(self, tile: int) -> None:
+        smallest = smallest_tile(self.overlap, self.multiple)
+        if tile < smallest:
+            raise InputError(
+                f'A tile of {tile} is too small for {self.name}, which needs an overlap of {self.overlap} on each '
+                f'side: the smallest that works is {smallest}, and {2 * smallest} or more is many times as fast.'
+            )
+
+
+def upscale_image(
+    network: nn.Module, image: np.ndarray, tile: int | None = None, dtype: torch.dtype = torch.float32
+) -> np.ndarray:
+    """Upscale one array; for several of them make an :class:`Upscaler` once, and call that.
+
+    Args and returned value are those of :class:`Upscaler` and its call.
+    """
+    return Upscaler(network, tile, dtype)(image)
+
+
+class _UnitRange(nn.Module):
+    """A network for values of 0 to 255 as one for values of 0 to 1."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x * 255) / 255
+
+
+def _rounded(image: Tensor, dtype: np.dtype) -> np.ndarray:
+    """(C, H, W) in [0, 1] -> whole numbers (H, W, C)."""
+    peak = np.iinfo(dtype).max
+    whole = (image.clamp(0, 1) * peak).round().to(torch.uint8 if peak == 255 else torch.int32)
+    return whole.permute(1, 2, 0).cpu().numpy().astype(dtype, copy=False)

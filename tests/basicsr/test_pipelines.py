@@ -1,0 +1,170 @@
+"""The pipelines from the command line: a run and its resumption, two processes, and mistakes without a traceback."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from basicsr.archs.srresnet_arch import MSRResNet
+from tiny_run import TINY_OPTIONS, logged, run_python, write_pairs
+
+from lora_sr.checkpoints.content import read_checkpoint
+from lora_sr.cli import pipelines
+from lora_sr.cli.pipelines import add_parser, main
+
+
+def listing(folder: Path) -> list:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob('*'))
+
+
+def test_run_and_resume(tiny_options, tmp_path):
+    """A run that stops and goes on has the learning rates and the weights of one that never stopped."""
+    command = ['-m', 'lora_sr.train', '-opt', tiny_options]
+    whole = run_python(*command, '--force_yml', 'name=whole', cwd=tmp_path)
+    assert logged(whole) == {1: 1e-3, 2: 1e-3, 3: 1e-3, 4: 5e-4, 5: 5e-4, 6: 2.5e-4}
+
+    run_python(*command, '--force_yml', 'train:total_iter=2', cwd=tmp_path)
+    rest = run_python(*command, '--auto_resume', cwd=tmp_path)
+    assert logged(rest) == {iteration: rate for iteration, rate in logged(whole).items() if iteration > 2}
+    models = tmp_path / 'experiments/tiny/models'
+    assert sorted(os.listdir(models)) == ['net_g_2.pth', 'net_g_4.pth', 'net_g_6.pth', 'net_g_latest.pth']
+    assert os.listdir(models.parents[1]) and not list(tmp_path.rglob('*.tmp'))
+    first = read_checkpoint(models / 'net_g_2.pth')['params']
+    other = read_checkpoint(tmp_path / 'experiments/whole/models/net_g_2.pth')['params']
+    assert all(torch.equal(first[key], other[key]) for key in first)
+
+    test = tmp_path / 'test.yml'
+    text = tiny_options.read_text()
+    text = text[: text.index('  train:\n')] + text[text.index('  val:\n') :].replace('  val:\n', '  test:\n', 1)
+    test.write_text(text.replace('pretrain_network_g: ~', f'pretrain_network_g: {models / "net_g_6.pth"}'))
+    done = run_python('-m', 'lora_sr.test', '-opt', test, cwd=tmp_path)
+    assert re.search(r'# psnr: \d+\.\d{4}', done.stderr)
+
+
+def test_two_processes_on_the_cpu(tiny_options, tmp_path):
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2]
+    command = ['-m', 'lora_sr.train', '--launcher', 'pytorch', '-opt', tiny_options]
+    done = run_python(*launcher, *command, cwd=tmp_path)
+    assert 'World size (gpu number): 2' in done.stderr
+    assert 'DistributedDataParallel - MSRResNet' in done.stderr
+    assert sorted(logged(done)) == [1, 2, 3, 4, 5, 6]
+
+    wrong = run_python(*launcher, *command, '--force_yml', 'scale=3', 'name=wrong', cwd=tmp_path, status=1)
+    assert wrong.stderr.count('error: network_g.upscale is 2, but scale is 3; they have to be equal\n') == 1
+    assert not (tmp_path / 'experiments/wrong').exists()
+
+
+def test_two_processes_adapt_a_network(tiny_options, tmp_path):
+    base = MSRResNet(num_feat=4, num_block=1, upscale=2)
+    torch.save({'params': base.state_dict()}, tmp_path / 'base.pth')
+    text = tiny_options.read_text()
+    start, end = text.index('network_g:'), text.index('path:')
+    section = '{type: MSRResNet, num_feat: 4, num_block: 1, upscale: 2}'
+    lora = '{groups: [all], rank: 2, also_train: [bias]}'
+    text = f'{text[:start]}network_g: {{type: AdaptSR, base: {section}, lora: {lora}}}\n{text[end:]}'
+    tiny_options.write_text(text.replace('pretrain_network_g: ~', f'pretrain_network_g: {tmp_path}/base.pth'))
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2]
+    run_python(*launcher, '-m', 'lora_sr.train', '--launcher', 'pytorch', '-opt', tiny_options, cwd=tmp_path)
+    adapted = read_checkpoint(tmp_path / 'experiments/tiny/models/net_g_6.pth')['params']
+    assert all(torch.equal(adapted[key], value) for key, value in base.state_dict().items())
+    updates = [value for key, value in adapted.items() if key.endswith('lora_B') or '.lora_shift_' in key]
+    assert updates and all(value.any() for value in updates)
+
+
+MISTAKES = [
+    ('network_g:type=MSRResnet', "network_g.type: there is no network 'MSRResnet'; did you mean MSRResNet?"),
+    ('network_g:upscale=4', 'network_g.upscale is 4, but scale is 2; they have to be equal'),
+    ('model_type=SrModel', "model_type: there is no model 'SrModel'; did you mean SRModel"),
+    ('train:optim_g:type=Adamm', "train.optim_g.type: there is no optimizer 'Adamm'; did you mean Adam"),
+    ('train:scheduler:type=Cosine', "train.scheduler.type: there is no scheduler 'Cosine'; "),
+    ('train:pixel_opt:type=L3Loss', "train.pixel_opt.type: there is no loss 'L3Loss'; did you mean"),
+    ('train:total_iter=many', "train.total_iter has to be a whole number of at least 1, not 'many'"),
+    ('datasets:train:dataroot_gt=nowhere', 'datasets.train.dataroot_gt: nowhere does not exist'),
+    ('path:pretrain_network_g=no.pth', 'path.pretrain_network_g: the checkpoint no.pth cannot be read: No such file'),
+    ('path:resume_state=tiny.yml', 'path.resume_state: tiny.yml is an option file, where a checkpoint is right'),
+    ('train:totl_iter=5', "--force_yml train:totl_iter=5: 'train' has no key 'totl_iter'; the keys there are optim_g,"),
+    ('train:total_iter', "--force_yml train:total_iter: there is no '='"),
+    ('name=[1', '--force_yml name=[1: did not find expected'),
+]
+
+
+@pytest.mark.parametrize(('entry', 'sentence'), MISTAKES)
+def test_mistakes(tiny_options, tmp_path, monkeypatch, capfd, entry, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert main(True, ['-opt', 'tiny.yml', '--force_yml', entry]) == 2
+    told = capfd.readouterr()
+    assert told.out == ''
+    assert told.err.startswith(f'error: {sentence}')
+    assert told.err.count('\n') == 1
+    assert listing(tmp_path) == ['tiny.yml']
+
+
+def test_commands_of_lora_sr(tiny_options, tmp_path, monkeypatch, capfd):
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(pipelines, 'main', lambda is_train, argv: seen.append((is_train, argv)) or 0)
+    for command in ('train', 'test'):
+        args = parser.parse_args([command, '-opt', 'a.yml', '--auto_resume', '--force_yml', 'a=1', 'b=2'])
+        args.run(args)
+    argv = ['-opt', 'a.yml', '--launcher', 'none', '--local_rank', '0', '--auto_resume', '--force_yml', 'a=1', 'b=2']
+    assert seen == [(True, argv), (False, argv)]
+
+    monkeypatch.setattr(pipelines, 'main', main)
+    args = parser.parse_args(['train', '-opt', 'tiny.yml', '--force_yml', 'num_gpu=many'])
+    with pytest.raises(SystemExit, match='2'):
+        args.run(args)
+    assert capfd.readouterr().err == "error: num_gpu has to be a whole number of at least 0, not 'many'\n"
+
+
+def test_several_mistakes(tiny_options, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    argv = ['-opt', 'tiny.yml', '--force_yml', 'train:optim_g:type=Adamm', 'val:val_freq=0', 'logger:print_freq=0']
+    assert main(True, argv) == 2
+    assert [line.split(' ')[1].rstrip(':') for line in capfd.readouterr().err.splitlines()] == [
+        'train.optim_g.type',
+        'logger.print_freq',
+        'val.val_freq',
+    ]
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    assert main(True, argv) == 2
+    assert capfd.readouterr().err == ''  # the first process of each machine tells them
+
+
+def test_wrong_files(tiny_options, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'bad.yml').write_text("name: x\nbad: !!python/object/apply:os.system ['touch ran']\n")
+    assert main(True, ['-opt', 'bad.yml']) == 2
+    assert main(True, ['-opt', 'none.yml']) == 2
+    assert capfd.readouterr().err.splitlines() == [
+        "error: the option file bad.yml, line 2: the tag '!!python/object/apply:os.system' is refused, since an option "
+        'file holds plain values only',
+        'error: the option file none.yml cannot be read: No such file or directory',
+    ]
+    assert listing(tmp_path) == ['bad.yml', 'tiny.yml']
+
+
+def test_damaged_database(tmp_path, monkeypatch, capfd):
+    write_pairs(tmp_path)
+    (tmp_path / 'tiny.yml').write_text(TINY_OPTIONS.format(root=tmp_path, suffix='.lmdb', backend='lmdb'))
+    data = tmp_path / 'lq.lmdb' / 'data.mdb'
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    before = listing(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(True, ['-opt', 'tiny.yml']) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split(':')[1] for line in lines] == [' datasets.train.dataroot_lq', ' datasets.val.dataroot_lq']
+    assert all(f'the database {tmp_path}/lq.lmdb is damaged: data.mdb has' in line for line in lines)
+    assert listing(tmp_path) == before
+
+
+def test_output_folder_that_cannot_be_written(tiny_options, tmp_path, capfd, monkeypatch):
+    read_only = Path('/proc')
+    if not read_only.is_dir():
+        pytest.skip('there is no /proc, a folder that nobody can write to')
+    monkeypatch.chdir(read_only)
+    assert main(True, ['-opt', str(tiny_options)]) == 2
+    assert capfd.readouterr().err.startswith('error: the output folder /proc/experiments cannot be written: /proc: ')

@@ -1,0 +1,218 @@
+"""Tiles: they cover an image, overlap as they should, and give what the whole image gives."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from basicsr.archs.edsr_arch import EDSR
+from basicsr.archs.rcan_arch import RCAN
+from basicsr.archs.rrdbnet_arch import RRDBNet
+from basicsr.archs.swinir_arch import SwinIR
+from skimage import data
+from torch import nn
+
+from lora_sr import load_network
+from lora_sr.archs import take_any_size
+from lora_sr.archs.lkdn import LKDN
+from lora_sr.archs.span import SPAN
+from lora_sr.errors import InputError
+from lora_sr.runtime import tiling
+from lora_sr.runtime.tiling import bytes_per_pixel, cut_axis, find_overlap, free_memory, largest_tile, smallest_tile
+from lora_sr.runtime.upscaler import Upscaler
+
+
+def test_tiles_cover_an_axis_and_keep_their_distance_from_cuts():
+    draw = random.Random(0)
+    for _ in range(3000):
+        multiple, overlap = draw.choice([1, 1, 2, 7, 8]), draw.randrange(0, 40)
+        length, tile = draw.randrange(1, 700), smallest_tile(overlap, multiple) + draw.randrange(0, 60)
+        spans = cut_axis(length, tile, overlap, multiple)
+        case = length, tile, overlap, multiple, spans
+        assert (spans[0].start, spans[0].first, spans[-1].stop, spans[-1].last) == (0, 0, length, length), case
+        for span, after in zip(spans, spans[1:]):
+            assert span.last == after.first, case
+            assert span.stop - span.last >= overlap and after.first - after.start >= overlap, case
+        for span in spans:
+            assert span.start % multiple == 0 and span.first < span.last, case
+            seen = -(-(span.stop - span.start) // multiple)  # in multiples, as the network pads it
+            assert seen * multiple <= tile and (len(spans) == 1 or seen == tile // multiple), case
+
+
+def test_no_more_tiles_than_needed():
+    assert len(cut_axis(100, 100, 20)) == 1
+    assert len(cut_axis(101, 100, 20)) == len(cut_axis(160, 100, 20)) == 2
+    assert len(cut_axis(161, 100, 20)) == 3
+
+
+def convolutions(*layers: tuple[int, int]) -> nn.Sequential:
+    """3x3 convolutions, each of (dilation, stride of upsampling), that sum up what they see."""
+    modules = []
+    for dilation, scale in layers:
+        conv = nn.Conv2d(3, 3 * scale**2, 3, padding=dilation, dilation=dilation, groups=3)
+        nn.init.constant_(conv.weight, 1 / 9)
+        modules += [conv, nn.PixelShuffle(scale)]
+    return nn.Sequential(*modules)
+
+
+@pytest.mark.parametrize(
+    'layers, reach', [([(1, 2)], 1), ([(1, 1), (1, 3)], 2), ([(5, 1), (1, 1), (2, 1)], 8), ([(30, 1), (30, 2)], 60)]
+)
+def test_overlap_is_the_receptive_field_where_all_of_it_counts(layers, reach):
+    assert find_overlap(convolutions(*layers), 3) == reach
+
+
+def test_overlap_counts_every_direction():
+    for shift in ((7, 0), (-7, 0), (0, 7), (0, -7)):
+
+        class Shift(nn.Module):
+            def forward(self, x, shift=shift):
+                padded = nn.functional.pad(x, (7, 7, 7, 7))
+                rows, columns = (slice(7 + by, 7 + by + size) for by, size in zip(shift, x.shape[2:]))
+                return padded[:, :, rows, columns]
+
+        assert find_overlap(Shift(), 3) == 7
+
+
+def test_rounding_errors_do_not_count():
+    class Rounding(nn.Module):
+        """Makes much of the precision, differently from one size to another."""
+
+        def forward(self, x):
+            return x + 1e5 * torch.finfo(x.dtype).eps * x.shape[2] * x.shape[3]
+
+    assert find_overlap(nn.Sequential(convolutions((5, 1)), Rounding()), 3) == 5
+
+
+def swinir():
+    network = SwinIR(
+        upscale=2, img_size=16, window_size=4, depths=[2, 2], embed_dim=12, num_heads=[2, 2], upsampler='pixelshuffle'
+    )
+    return take_any_size(network.eval())
+
+
+def rrdbnet(scale=4):
+    network = RRDBNet(3, 3, scale, num_feat=12, num_block=2, num_grow_ch=8)
+    for module in network.modules():  # they start so small that no pixel has an influence on another
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, 0.2)
+            module.weight.data *= 0.7
+    return take_any_size(network.eval())
+
+
+NETWORKS = {
+    'SPAN': lambda: SPAN(feature_channels=12, upscale=2),
+    'LKDN': lambda: LKDN(num_feat=12, num_atten=12, num_block=3, num_in=2, upscale=3),
+    'EDSR': lambda: EDSR(3, 3, num_feat=16, num_block=4, upscale=2),
+    'RRDBNet': rrdbnet,
+    'RRDBNet x2': lambda: rrdbnet(2),
+    'SwinIR': swinir,
+}
+OFFICIAL = ['SPAN/spantiny_ch26_x4', 'DSCLoRA/DSCF_ch26_x4', 'LKDN/LKDN_x4', 'LKDN/LKDN-S_x4']
+
+
+def photograph(height, width):
+    return np.ascontiguousarray(data.astronaut()[100 : 100 + height, 150 : 150 + width])
+
+
+def page(height, width):
+    return np.repeat(data.page()[:height, :width, None], 3, 2)
+
+
+def largest_difference(network, image):
+    """Tiles of the smallest size but a few pixels, against the whole image."""
+    upscaler = Upscaler(network)
+    whole = upscaler(image)
+    upscaler.tile = smallest_tile(upscaler.overlap, upscaler.multiple) + 13
+    assert min(image.shape[:2]) > upscaler.tile  # else nothing is cut
+    return np.abs(upscaler(image).astype(int) - whole).max(), whole
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_tiled_equals_whole(name):
+    torch.manual_seed(1)
+    network = NETWORKS[name]().eval()
+    difference, whole = largest_difference(network, photograph(151, 173))
+    assert difference <= 1
+    assert whole.std() > 5  # an image of one colour would tell nothing
+
+
+@pytest.mark.parametrize('name', OFFICIAL)
+def test_official_networks_tiled(shared, name):
+    network = load_network(shared / 'weights' / f'{name}.pth')
+    assert largest_difference(network, photograph(91, 101))[0] <= 1
+    assert largest_difference(network, page(91, 91))[0] <= 1
+
+
+def test_less_overlap_would_show(shared):
+    upscaler = Upscaler(load_network(shared / 'weights/SPAN/spantiny_ch26_x4.pth'))
+    image = page(101, 111)
+    whole = upscaler(image)
+    upscaler._overlap, upscaler.tile = 3, 36
+    assert np.abs(upscaler(image).astype(int) - whole).max() > 1
+
+
+def test_a_network_that_looks_at_the_whole_image():
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x - x.mean((2, 3), keepdim=True)
+
+    assert find_overlap(Mean(), 3) is None
+    torch.manual_seed(0)
+    network = RCAN(3, 3, num_feat=16, num_group=2, num_block=2, squeeze_factor=4, upscale=2).eval()
+    upscaler = Upscaler(network, tile=80)
+    assert upscaler.looks_everywhere
+    assert upscaler(photograph(90, 101)).shape == (180, 202, 3)
+
+
+def test_smallest_tile_is_named():
+    torch.manual_seed(0)
+    for network, multiple in ((convolutions((5, 2)), 1), (swinir(), 4)):
+        with pytest.raises(InputError, match='A tile of 3 is too small for ') as caught:
+            Upscaler(network, tile=3)
+        smallest, sensible = map(int, re.search(r'works is (\d+), and (\d+) or more', str(caught.value)).groups())
+        assert sensible == 2 * smallest and smallest % multiple == 0
+        Upscaler(network, tile=smallest)
+        with pytest.raises(InputError, match='too small'):
+            Upscaler(network, tile=smallest - 1)
+    assert smallest_tile(5) == 11
+
+
+def test_memory_of_the_widest_features():
+    network = nn.Sequential(nn.Conv2d(3, 40, 3, padding=1), nn.Conv2d(40, 12, 3, padding=1), nn.PixelShuffle(2))
+    assert bytes_per_pixel(network, torch.zeros(1, 3, 10, 20)) == 4 * 40 * 4
+    upscaled = nn.Sequential(nn.Conv2d(3, 12, 1), nn.PixelShuffle(2), nn.Conv2d(3, 32, 1), nn.Conv2d(32, 3, 1))
+    assert bytes_per_pixel(upscaled, torch.zeros(1, 3, 10, 20)) == 4 * 32 * 4 * 4
+
+
+def test_image_is_whole_where_memory_allows_and_tiled_where_not(monkeypatch):
+    torch.manual_seed(0)
+    upscaler = Upscaler(NETWORKS['SPAN']().eval())
+    image = photograph(120, 130)
+    seen = []
+    whole = upscaler(image, lambda number, count: seen.append(count))
+    assert seen == [1]
+    side = 90
+    free = 2 * upscaler._bytes_per_pixel * side**2
+    monkeypatch.setattr(tiling, 'free_memory', lambda device: free)
+    assert largest_tile(upscaler._bytes_per_pixel, upscaler.device) == side
+    tiled = upscaler(image, lambda number, count: seen.append(count))
+    assert seen[1:] == [4] * 4
+    assert np.abs(tiled.astype(int) - whole).max() <= 1
+    monkeypatch.setattr(tiling, 'free_memory', lambda device: 0)  # tiles that work, whatever happens
+    assert np.abs(upscaler(image).astype(int) - whole).max() <= 1
+
+
+def test_files_that_were_read_do_not_fill_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiling, 'CGROUP', tmp_path)
+    (tmp_path / 'memory.max').write_text('9000000\n')
+    (tmp_path / 'memory.current').write_text('8500000\n')
+    (tmp_path / 'memory.stat').write_text('anon 100\nfile 7000000\ninactive_file 6000000\nactive_file 900000\n')
+    assert free_memory(torch.device('cpu')) == 6500000
+    (tmp_path / 'memory.max').write_text('max\n')
+    assert free_memory(torch.device('cpu')) > 9000000
+
+
+def test_free_memory_is_that_of_this_machine():
+    assert 1 << 20 < free_memory(torch.device('cpu')) < 1 << 50

@@ -11,6 +11,7 @@ from lora_sr.adapters.adapter_file import (
     load_adapter,
     merge_adapter,
     mix_adapters,
+    parse_adapter,
     read_adapter,
     save_adapter,
 )
@@ -67,6 +68,7 @@ __all__ = [
     'merge_lora',
     'merge_state_dict',
     'mix_adapters',
+    'parse_adapter',
     'read_adapter',
     'remove_lora',
     'save_adapter',

@@ -241,8 +241,15 @@ def _shape_of_weight(adapter: Adapter, name: str, weight: Tensor) -> tuple[int, 
     return out_of_group, in_channels, height, width
 
 
-def save_adapter(adapter: Adapter | nn.Module, path: str | os.PathLike, overwrite: bool = False) -> None:
+def save_adapter(
+    adapter: Adapter | nn.Module,
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write an adapter, or that of an adapted network, to a ``.safetensors`` file with its configuration inside.
+
+    ``metadata`` is what else the file says of itself.
 
     Raises:
         InputError: The network carries no LoRA; ``path`` has another suffix, is there and ``overwrite`` is not given,
@@ -252,7 +259,7 @@ def save_adapter(adapter: Adapter | nn.Module, path: str | os.PathLike, overwrit
     if isinstance(adapter, nn.Module):
         adapter = extract_adapter(adapter)
     tensors = {key: value.detach().cpu().contiguous() for key, value in adapter.tensors.items()}
-    write_whole(path, save(tensors, metadata={CONFIG_KEY: adapter.config.to_json()}))
+    write_whole(path, save(tensors, metadata={CONFIG_KEY: adapter.config.to_json(), **(metadata or {})}))
 
 
 def read_adapter(path: str | os.PathLike) -> Adapter:
@@ -269,6 +276,15 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise InputError(f'{path} cannot be read as a safetensors file: {error}.') from None
+    return parse_adapter(tensors, metadata, path)
+
+
+def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: object) -> Adapter:
+    """The adapter of a safetensors file that has been read: its tensors and its metadata.
+
+    Raises:
+        InputError: It holds no adapter; ``path`` names it.
+    """
     if not all(map(is_lora_key, tensors)):
         kind = 'an adapted checkpoint: extract its adapter' if any(map(is_lora_key, tensors)) else 'a base checkpoint'
         raise InputError(f'{path} is no adapter but {kind}.')

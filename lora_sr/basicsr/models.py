@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DataParallel
 
 from lora_sr.archs import fold
-from lora_sr.checkpoints import read_state_dict
+from lora_sr.checkpoints import Checkpoint
 from lora_sr.checkpoints.content import load_weights
 from lora_sr.errors import InputError
 
@@ -157,7 +157,7 @@ class DistillationModel(SRModel):
             )
         teacher = build_network(self.opt['network_t'])
         path = path_opt['pretrain_network_t']
-        state = read_state_dict(path, path_opt.get('param_key_t'))
+        state = Checkpoint.read(path, path_opt.get('param_key_t')).state
         load_weights(teacher, state, path, strict=path_opt.get('strict_load_t', True))
         fold(teacher).eval().requires_grad_(False)
         self.net_t = teacher.to(self.device, memory_format=self.memory_format)

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from torch import nn
 
 from lora_sr.adapters import LoRALayer, count_parameters, layer_groups, lora_layers
 from lora_sr.adapters.allocation import base_weight, full_rank, largest_useful_rank
 from lora_sr.adapters.layers import SHIFT_PREFIX, kind_of_shift
-from lora_sr.basicsr.options.check import Check
-from lora_sr.basicsr.options.networks import check_networks
-from lora_sr.checkpoints import load_network
-from lora_sr.errors import InputError
-from lora_sr.option_file import load_options
 
 OTHER = 'other'
 
@@ -57,24 +50,6 @@ class Inspection:
     rows: list[Row]
     base: int
     trainable: int
-
-
-def read_network(file: str | os.PathLike) -> nn.Module:
-    """The network of an option file, ``network_g`` as a run builds it, without weights; or that of a checkpoint.
-
-    Raises:
-        InputError: The file cannot be read, or its network cannot be built.
-    """
-    if Path(file).suffix not in ('.yml', '.yaml'):
-        return load_network(file)
-    options = load_options(file)
-    if 'network_g' not in options:
-        raise InputError(f'The option file {file} has no network_g.')
-    check = Check({key: options[key] for key in ('network_g', 'scale') if key in options}, True, Path(), 1)
-    check_networks(check)
-    if check.problems:
-        raise InputError('\n'.join(check.problems))
-    return check.networks['network_g']
 
 
 def inspect_network(network: nn.Module) -> Inspection:

@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from lora_sr.archs.any_size import accepted_input
+from lora_sr.archs.info import network_info
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.reparam import deploy_form
 from lora_sr.errors import InputError
@@ -60,7 +60,7 @@ def optimize(network: nn.Module, dtype: torch.dtype = torch.float32) -> Deployed
         raise InputError('float16 is for GPUs: on a CPU the half precision is bfloat16.')
     network = deploy_form(network).float()
     if dtype == torch.float16 and any(isinstance(module, LKDN) for module in network.modules()):
-        fit_half_range(network, [soft_image(1, accepted_input(network).channels, 64, 64).to(device)])
+        fit_half_range(network, [soft_image(1, network_info(network).in_channels, 64, 64).to(device)])
     return DeployedNetwork(network, dtype)
 
 

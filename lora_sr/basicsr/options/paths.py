@@ -11,9 +11,9 @@ from torch import Tensor
 from lora_sr.adapters import is_lora_key
 from lora_sr.archs import fold
 from lora_sr.basicsr.options.check import KNOWN, Check
-from lora_sr.checkpoints import read_state_dict
+from lora_sr.checkpoints import Checkpoint
 from lora_sr.checkpoints.content import load_weights, read_checkpoint, without_module_prefix
-from lora_sr.checkpoints.loading import FAMILIES, family_of
+from lora_sr.checkpoints.families import FAMILIES, family_of
 from lora_sr.errors import InputError
 
 
@@ -62,7 +62,7 @@ def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
         return
     try:
         if is_teacher:
-            content, param_key = read_state_dict(file, param_key), None
+            content, param_key = Checkpoint.read(file, param_key).state, None
         else:
             content = read_checkpoint(file)
             if all(map(is_lora_key, content)):

@@ -214,13 +214,34 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
         raise UnknownNetwork(reason, checkpoint) from None
 
 
+def network_of_options(options: PathLike, imports: Sequence[str] = ()) -> nn.Module:
+    """The network of an option file as a run builds it, without the weights that the file names.
+
+    Raises:
+        InputError: The file cannot be read, or its ``network_g`` cannot be built.
+    """
+    import_modules(imports)
+    return take_any_size(build_network(_section_of(options, _load(options))).eval())
+
+
+def _load(options: PathLike) -> dict[str, Any]:
+    opt: dict[str, Any] = load_options(options)
+    import_modules(opt.get('imports') or ())
+    return opt
+
+
+def _section_of(options: PathLike, opt: Mapping[str, Any]) -> Mapping[str, Any]:
+    if 'network_g' not in opt:
+        raise InputError(f'The option file {options} has no network_g.')
+    section: Mapping[str, Any] = opt['network_g']
+    return section
+
+
 def _open_by_options(
     named: PathLike | Checkpoint | None, options: PathLike, param_key: str | None, needs_weights: bool
 ) -> OpenedNetwork:
-    opt = load_options(options)
-    import_modules(opt.get('imports') or ())
-    if 'network_g' not in opt:
-        raise InputError(f'The option file {options} has no network_g.')
+    opt = _load(options)
+    section = _section_of(options, opt)
     paths = opt['path'] if isinstance(opt.get('path'), Mapping) else {}
     strict = True
     if named is None:
@@ -228,7 +249,6 @@ def _open_by_options(
         # As for any other file, its average comes first; a key that is written down counts.
         param_key = param_key or paths.get('param_key_g')
         strict = paths.get('strict_load_g', True)
-    section = opt['network_g']
     if named is None:
         if needs_weights:
             raise InputError(f'{options} names no weights in path.pretrain_network_g: give a checkpoint beside it.')

@@ -19,7 +19,7 @@ from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkLike, NetworkSou
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, is_state_dict
 from lora_sr.checkpoints.content import PARAM_KEYS, Content, read_checkpoint
 from lora_sr.checkpoints.families import FAMILIES, OURS, family_name, is_for_chainner
-from lora_sr.checkpoints.networks import OPTION_SUFFIXES, UnknownNetwork
+from lora_sr.checkpoints.networks import OPTION_SUFFIXES, UnknownNetwork, network_of_options
 from lora_sr.checkpoints.origin import KEY
 from lora_sr.errors import InputError
 from lora_sr.report.inspection import format_inspection, inspect_network
@@ -70,9 +70,11 @@ def inspect_file(source: NetworkLike, fold: bool = True) -> str:
     """
     source = source if isinstance(source, NetworkSource) else NetworkSource(source)
     path = source.checkpoint
-    if not isinstance(path, (str, os.PathLike)) or Path(path).suffix in OPTION_SUFFIXES:
-        opened = open_network(source, needs_weights=False)
-        return format_inspection(inspect_network(opened.network), fold)
+    if isinstance(path, nn.Module):
+        return format_inspection(inspect_network(path), fold)
+    options = source.options if path is None else path if isinstance(path, (str, os.PathLike)) else None
+    if options is not None and Path(options).suffix in OPTION_SUFFIXES:
+        return format_inspection(inspect_network(network_of_options(options, source.imports)), fold)
     summary = summarize_checkpoint(source)
     if summary.network is None:
         return str(summary)

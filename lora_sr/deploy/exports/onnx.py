@@ -79,8 +79,8 @@ def export_onnx(
         ) from error
     if dtype == 'float16' and not difference.psnr >= FLOAT16_PSNR:
         raise InputError(
-            f'{deployed.name} is not exact enough in float16: its images have a PSNR of {difference.psnr:.1f} dB to those '
-            f'in float32, where {FLOAT16_PSNR:.0f} dB are right; export it in float32.'
+            f'{deployed.name} is not exact enough in float16: its images have a PSNR of {difference.psnr:.1f} dB to '
+            f'those in float32, where {FLOAT16_PSNR:.0f} dB are right; export it in float32.'
         )
     if dtype == 'float32' and not difference.largest <= FLOAT32_TOLERANCE:
         raise InputError(

@@ -193,16 +193,18 @@ class _GraphPerSize:
 
     def _record(self, image: Tensor) -> tuple | str:
         source = image.to(dtype=self.dtype, memory_format=torch.channels_last, copy=True)
-        side = torch.cuda.Stream()
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
         try:
-            side.wait_stream(torch.cuda.current_stream())
+            side.wait_stream(current)
             with torch.cuda.stream(side):  # what is allocated or chosen at a first pass must not be recorded
                 self.network(source)
-            torch.cuda.current_stream().wait_stream(side)
+            current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=side):
+            # A recording that fails leaves its stream as the current one. Other threads may go on meanwhile.
+            with torch.cuda.stream(current), torch.cuda.graph(graph, stream=side, capture_error_mode='thread_local'):
                 result = self.network(source)
-        except RuntimeError as error:  # too little memory, or a copy from the CPU on the way, as in SwinIR
+        except (RuntimeError, TypeError) as error:
+            # Too little memory, a copy from the CPU on the way, as in SwinIR, or torch 2.0, which knows no such mode.
             LOG.info(f'a pass of size {tuple(image.shape)} cannot be recorded: {error}')
             return CANNOT_BE_RECORDED
         return graph, source, result

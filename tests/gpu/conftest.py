@@ -34,7 +34,7 @@ class PretendedStream:
 
 
 @contextlib.contextmanager
-def record(graph, stream):
+def record(graph, stream, capture_error_mode):
     PretendedGraph.recording = graph
     try:
         yield

@@ -36,7 +36,7 @@ def recorded(network, device) -> _GraphPerSize:
 
 
 def assert_same(output, expected):
-    assert (output - expected).abs().max() <= 2e-3 * expected.abs().max()  # TF32 rounds to 10 bits
+    assert (output - expected).abs().max() <= 1e-2 * expected.abs().max()  # TF32 rounds to 10 bits
 
 
 @pytest.fixture(scope='module', params=['SPAN/spantiny_ch26_x4', 'LKDN/LKDN_x4'])
@@ -136,7 +136,7 @@ def test_what_cannot_be_recorded_runs(device, uncompiled, monkeypatch):
     """SwinIR makes a mask on the CPU at each pass, which a graph cannot have."""
     if device.type == 'cpu':
 
-        def refuse(graph, stream):
+        def refuse(graph, stream, capture_error_mode):
             raise RuntimeError('operation not permitted when stream is capturing')
 
         monkeypatch.setattr(torch.cuda, 'graph', refuse)
@@ -149,7 +149,12 @@ def test_what_cannot_be_recorded_runs(device, uncompiled, monkeypatch):
     for _ in range(4):
         assert_same(graphs(image), expected)
     assert list(graphs.graphs.values()) == [CANNOT_BE_RECORDED]
-    assert_same(recorded(enlarge(), device)(image), enlarge().to(device)(image))  # the GPU goes on
+    if device.type == 'cuda':  # which goes on
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        graphs, expected = recorded(enlarge(), device), enlarge().to(device)(image)
+        for _ in range(3):
+            assert_same(graphs(image), expected)
+        assert CANNOT_BE_RECORDED not in graphs.graphs.values()
 
 
 @pytest.mark.parametrize('make', [enlarge, lambda: LKDN(num_feat=8, num_atten=8, num_block=1, upscale=2).eval()])

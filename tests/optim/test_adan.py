@@ -188,6 +188,7 @@ def test_state_has_the_memory_format_of_the_parameter():
     assert all(state[name].stride() == convolution.weight.stride() for name in ('prev_grad', 'm', 'v', 'n'))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 def test_on_a_gpu():
     here, there = make_params(), [nn.Parameter(param.detach().cuda()) for param in make_params()]

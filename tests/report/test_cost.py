@@ -71,6 +71,7 @@ def test_a_process_that_does_not_get_through_is_told(monkeypatch):
         measure_peak_memory(nn.Upsample(), 8, 9, CPU)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 def test_on_a_gpu():
     network, device = nn.Upsample(scale_factor=16), torch.device('cuda')

@@ -145,7 +145,7 @@ def _deltas(
     """
     found: dict[Place, nn.Parameter] = {}
     kinds, matched, possible = set(), set(), []
-    is_frozen = not any(value.requires_grad for value in model.parameters())
+    is_frozen = not any(value.requires_grad for name, value in model.named_parameters() if not _is_update(name))
     for name, module in model.named_modules(remove_duplicate=False):
         for key, value in _own_parameters(module):
             kind, full = delta_kind(module, key), join(name, key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import re
 from dataclasses import dataclass, field
@@ -136,5 +137,16 @@ class LoRAConfig:
         return cls(**options)
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a whole name."""
+    return _compiled(pattern).fullmatch(name) is not None
+
+
+@functools.lru_cache(maxsize=None)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    # An exact configuration has a pattern a layer, often more than the 512 that `re` itself remembers.
+    return re.compile(pattern)
+
+
 def _first_match(patterns: Iterable[str], name: str) -> str | None:
-    return next((pattern for pattern in patterns if re.fullmatch(pattern, name)), None)
+    return next((pattern for pattern in patterns if matches(pattern, name)), None)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
 from dataclasses import dataclass
 from typing import Any, Hashable, Iterator, NamedTuple, Tuple, TypeVar
 
 import torch
 from torch import nn
 
-from lora_sr.adapters.config import LoRAConfig
+from lora_sr.adapters.config import LoRAConfig, matches
 from lora_sr.adapters.groups import layer_groups
 from lora_sr.adapters.layers import (
     DELTA_PREFIX,
@@ -87,9 +86,10 @@ def attach_updates(model: nn.Module, config: LoRAConfig) -> None:
     # Under all names: a configuration read from a state dict names a module that has several by each of them.
     modules = dict(model.named_modules(remove_duplicate=False))
     modules.pop('')
+    adaptable = [name for name, module in modules.items() if is_adaptable(module)]
     for key in ('target_modules', 'exclude_modules', 'rank_pattern', 'alpha_pattern'):
         for pattern in getattr(config, key):
-            _check_pattern(key, pattern, modules, config)
+            _check_pattern(key, pattern, modules, adaptable, config)
     groups = layer_groups(model)
     for group in config.groups:
         if group != 'all' and group not in groups.values():
@@ -110,7 +110,7 @@ def attach_updates(model: nn.Module, config: LoRAConfig) -> None:
     for key in ('rank_pattern', 'alpha_pattern'):
         for pattern in getattr(config, key):
             is_zero = key == 'rank_pattern' and config.rank_pattern[pattern] == 0
-            if not is_zero and not any(re.fullmatch(pattern, name) and modules[name] in chosen for name in modules):
+            if not is_zero and not any(matches(pattern, name) and modules[name] in chosen for name in modules):
                 raise InputError(f'{key} "{pattern}" matches none of the adapted layers, which are {_some(targets)}.')
     deltas = _deltas(model, config, chosen, {modules[name] for name in depthwise})
     planned: dict[Place, Hashable] = {place: 'delta' for place in deltas}
@@ -158,7 +158,7 @@ def _deltas(
             has_lora = (module in targets or isinstance(module, LoRALayer)) and key == weight_name(module)
             if (kind is not None or is_adaptable(module)) and not has_lora:
                 possible.append(full)
-                patterns = [pattern for pattern in config.target_parameters if re.fullmatch(pattern, full)]
+                patterns = [pattern for pattern in config.target_parameters if matches(pattern, full)]
                 matched.update(patterns)
                 is_wanted = is_wanted or bool(patterns)
             if is_wanted and carries_delta(module, key):
@@ -362,27 +362,28 @@ def set_lora_scale(model: nn.Module, scale: float) -> None:
         module.lora_scale = float(scale)
 
 
-def _check_pattern(key: str, pattern: str, modules: dict[str, nn.Module], config: LoRAConfig) -> None:
+def _check_pattern(
+    key: str, pattern: str, modules: dict[str, nn.Module], adaptable: list[str], config: LoRAConfig
+) -> None:
     """Raise InputError unless ``pattern`` matches the name of a module that can carry LoRA.
 
     With ``parameters`` that trains besides, also a module can be excluded that has any.
     """
-    matches = [name for name in modules if re.fullmatch(pattern, name)]
-    adaptable = [name for name, module in modules.items() if is_adaptable(module)]
-    if set(matches) & set(adaptable):
+    if any(matches(pattern, name) for name in adaptable):
         return
+    matched = [name for name in modules if matches(pattern, name)]
     if key == 'exclude_modules' and 'parameters' in config.also_train:
         own = (
-            delta_kind(modules[name], parameter) for name in matches for parameter, _ in _own_parameters(modules[name])
+            delta_kind(modules[name], parameter) for name in matched for parameter, _ in _own_parameters(modules[name])
         )
         if 'parameters' in own:
             return
     kinds = ', '.join(sorted(layer.__name__ for layer in LORA_LAYERS if hasattr(nn, layer.__name__)))
-    if matches:
-        inside = [name for name in adaptable if name.startswith(f'{matches[0]}.')]
+    if matched:
+        inside = [name for name in adaptable if name.startswith(f'{matched[0]}.')]
         hint = f'; inside it are {_some(inside)}' if inside else ''
         raise InputError(
-            f'{key} "{pattern}" matches "{matches[0]}", a {type(modules[matches[0]]).__name__}, which '
+            f'{key} "{pattern}" matches "{matched[0]}", a {type(modules[matched[0]]).__name__}, which '
             f'cannot carry LoRA ({kinds} can){hint}.'
         )
     near = difflib.get_close_matches(pattern.replace('\\', ''), adaptable, n=4, cutoff=0.3) or adaptable

@@ -60,10 +60,11 @@ class BlockWithAttention(nn.Module):
 
 
 class Widening(nn.Module):
+    """Attention whose values are wider than its input."""
+
     def __init__(self):
         super().__init__()
-        self.q, self.k, self.wide, self.out = (nn.Linear(6, n) for n in (6, 6, 12, 6))
-        self.out = nn.Linear(12, 6)
+        self.q, self.k, self.wide, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 12), nn.Linear(12, 6)
 
 
 @pytest.mark.parametrize(

@@ -281,12 +281,9 @@ def test_compiled_and_autocast(network):
 @torch.no_grad()
 def test_the_fast_path_of_inference_sees_the_updates(monkeypatch, function):
     torch.manual_seed(0)
-    is_whole = function == '_transformer_encoder_layer_fwd'
-    base = (
-        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        if is_whole
-        else Single(nn.MultiheadAttention(8, 2, batch_first=True))
-    )
+    whole = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    base = whole if function == '_transformer_encoder_layer_fwd' else Single(attention)
     base.eval().requires_grad_(False)
     adapted = trained(add_lora(copy.deepcopy(base), ALL)).requires_grad_(False)
     calls, original = [], getattr(torch, function)
@@ -367,9 +364,7 @@ def test_parameters_outside_of_layers_train_as_deltas():
     config = LoRAConfig(['block.0'], also_train=['parameters'], exclude_modules=['items', 'named', 'act'])
     excluded = add_lora(copy.deepcopy(base), config)
     assert [name for name, _ in adapted_modules(excluded)] == ['', 'block', 'block.0']
-    with pytest.raises(
-        InputError, match='also_train of LoRA has "parameters", but Sequential has nothing of that kind'
-    ):
+    with pytest.raises(InputError, match='has "parameters", but Sequential has nothing of that kind'):
         add_lora(nn.Sequential(nn.Linear(3, 3)), LoRAConfig(['0'], also_train=['parameters']))
 
 
@@ -568,9 +563,7 @@ def test_a_shared_update_has_the_gradient_of_all_its_places(tied):
 )
 def test_a_shared_weight_that_would_part_is_refused(tied, config):
     before = copy.deepcopy(tied.state_dict())
-    with pytest.raises(
-        InputError, match='table.weight and head.weight are one tensor, .* exclude all of them, or give'
-    ):
+    with pytest.raises(InputError, match='table.weight and head.weight are one tensor, .* exclude all of them, '):
         add_lora(tied, LoRAConfig(groups=['all'], **config))
     assert is_same(tied.state_dict(), before) and not list(adapted_modules(tied))
 

@@ -232,11 +232,14 @@ def left_alone(model: nn.Module) -> list[LeftAlone]:
     found: dict[str, LeftAlone] = {}
     seen = set()
     for name, module in model.named_modules():
-        is_unknown_layer = base_class_of(module) in LORA_LAYERS and not is_adaptable(module)
+        is_layer = base_class_of(module) in LORA_LAYERS
+        is_reached = is_layer and (is_adaptable(module) or carries_delta(module, weight_name(module)))
         count = 0
         for key, value in _own_parameters(module):
-            reached = carries_delta(module, key) or not is_unknown_layer and delta_kind(module, key) is not None
-            if value not in seen and not reached and not is_adaptable(module):
+            is_alone = (
+                not is_reached and not carries_delta(module, key) and (is_layer or delta_kind(module, key) is None)
+            )
+            if is_alone and value not in seen:
                 count += value.numel()
             seen.add(value)
         if count:

@@ -19,6 +19,7 @@ from lora_sr.adapters import (
     describe_misfit,
     extract_adapter,
     infer_lora_config,
+    layer_groups,
     left_alone,
     load_adapter,
     lora_layers,
@@ -31,6 +32,7 @@ from lora_sr.adapters import (
     remove_lora,
     save_adapter,
 )
+from lora_sr.adapters.layers import LORA_LAYERS
 from lora_sr.errors import InputError
 
 
@@ -179,6 +181,9 @@ def test_layer_equals_the_function_of_the_weight_written_out(kind):
         assert lora_A.shape == (2, weight[0].size) and lora_B.shape == (len(weight), 2)
     adapter, state = extract_adapter(adapted), base.state_dict()
     assert describe_misfit(adapter, state) is None
+    constructed = LORA_LAYERS[type(base.layer)](base.layer, 2, 3)
+    constructed.load_state_dict(adapted.layer.state_dict())
+    assert torch.equal(Single(constructed)(x), adapted(x)) and is_same(base.state_dict(), state)
     state[f'layer.{name}'] = torch.cat([state[f'layer.{name}']] * 2)
     assert describe_misfit(adapter, state).startswith('1 of its 1 layers differ: layer is ')
 
@@ -380,9 +385,12 @@ def test_parameters_are_named_one_by_one():
     for config, message in (
         ({'target_parameters': ['gama']}, 'target_parameters "gama" matches no parameter .* near names are gamma'),
         ({'target_modules': ['tail'], 'target_parameters': [r'tail\.weight']}, 'matches no parameter that can carry'),
+        ({'target_parameters': [r'normed\.weight_v']}, 'matches no parameter that can carry'),
     ):
+        other = Everything()
+        other.normed = nn.utils.weight_norm(nn.Linear(3, 3))
         with pytest.raises(InputError, match=message):
-            add_lora(network, LoRAConfig(**config))
+            add_lora(other, LoRAConfig(**config))
     add_lora(network, LoRAConfig(target_parameters=['gamma']))
     with pytest.raises(InputError, match='"gamma" carries a delta already'):
         add_lora(network, LoRAConfig(groups=['all'], also_train=['parameters']))
@@ -402,12 +410,15 @@ def test_depthwise_convolutions_train_their_whole_weight(make):
     torch.testing.assert_close(merged['1.weight'], base[1].weight + network[1].lora_shift_weight)
     assert torch.equal(merged['2.weight'], base[2].weight)
     assert is_same(merge_lora(network).state_dict(), merged)
+    assert left_alone(add_lora(copy.deepcopy(base), LoRAConfig(['0'], also_train=['depthwise']))) == []
     alone = add_lora(copy.deepcopy(base), LoRAConfig(['1'], also_train=['depthwise'], exclude_modules=['2']))
     assert [name for name, _ in adapted_modules(alone)] == ['1'] and not list(lora_layers(alone))
     mark_trainable(alone)
     assert count_parameters(alone).trainable == base[1].weight.numel()
+    assert list(layer_groups(alone)) == ['0', '2', '3']  # what carries a delta of its weight cannot carry LoRA
+    widening = nn.Sequential(make(6, 6, 1), make(6, 12, 3, groups=6))
     with pytest.raises(InputError, match='"depthwise", but Sequential has nothing of that kind'):
-        add_lora(copy.deepcopy(base)[:1], LoRAConfig(['0'], also_train=['depthwise']))
+        add_lora(widening, LoRAConfig(['0'], also_train=['depthwise']))
 
 
 class Own(nn.Conv2d):

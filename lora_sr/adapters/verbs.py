@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from dataclasses import dataclass
-from typing import Any, Hashable, Iterator, NamedTuple, Tuple, TypeVar
+from typing import Any, Hashable, Iterator, NamedTuple, Tuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -83,6 +83,33 @@ def add_lora(model: Network, config: LoRAConfig) -> Network:
 
 def attach_updates(model: nn.Module, config: LoRAConfig) -> None:
     """:func:`add_lora` without a word on what is left alone."""
+    targets, depthwise = _targets(model, config)
+    deltas = _deltas(model, config, set(targets.values()), depthwise)
+    planned: dict[Place, Hashable] = {place: 'delta' for place in deltas}
+    for name, layer in targets.items():
+        shape = matrix_shape(_weight(layer).shape, getattr(layer, 'groups', 1))
+        planned[layer, weight_name(layer)] = config.rank_of(name), config.alpha_of(name), shape
+    _check_ties(model, planned)
+
+    adapted: dict[nn.Parameter, LoRALayer] = {}  # by weight
+    for name, layer in targets.items():
+        weight = _weight(layer)
+        adapted[weight] = give_lora(layer, config.rank_of(name), config.alpha_of(name), adapted.get(weight))
+    values = {value: nn.Parameter(torch.zeros_like(value)) for value in deltas.values()}
+    for module in dict.fromkeys(module for module, _ in deltas):
+        give_deltas(module, {key: values[value] for (owner, key), value in deltas.items() if owner is module})
+
+
+def _weight(layer: nn.Module) -> nn.Parameter:
+    return cast(nn.Parameter, layer._parameters[weight_name(layer)])
+
+
+def _targets(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module], set[nn.Module]]:
+    """The layers that are to receive LoRA, by name, and the depth-wise ones that are to receive a delta instead.
+
+    Raises:
+        InputError: As :func:`add_lora` does, for modules.
+    """
     # Under all names: a configuration read from a state dict names a module that has several by each of them.
     modules = dict(model.named_modules(remove_duplicate=False))
     modules.pop('')
@@ -95,43 +122,31 @@ def attach_updates(model: nn.Module, config: LoRAConfig) -> None:
         if group != 'all' and group not in groups.values():
             there = ', '.join(dict.fromkeys(groups.values()))
             raise InputError(f'{type(model).__name__} has no layer of the group "{group}"; its groups are {there}.')
-    depthwise = [name for name in groups if 'depthwise' in config.also_train and _is_free_depthwise(modules, name)]
-    depthwise = [name for name in depthwise if not config.is_excluded(name)]
-    targets = [name for name, group in groups.items() if config.is_target(name, group) and name not in depthwise]
+    targets = {name: modules[name] for name, group in groups.items() if config.is_target(name, group)}
+    for name, layer in targets.items():
+        if isinstance(layer, AdaptedModule):
+            raise InputError(f'"{name}" carries LoRA already: merge it, or exclude it.')
+    depthwise = {
+        modules[name]
+        for name in groups
+        if 'depthwise' in config.also_train and is_depthwise(modules[name]) and not config.is_excluded(name)
+        if not isinstance(modules[name], LoRALayer)
+    }
+    targets = {name: layer for name, layer in targets.items() if layer not in depthwise}
     if not targets and not depthwise and not config.target_parameters:
         wanted = ' and '.join(
             f'{key} {getattr(config, key)}' for key in ('groups', 'target_modules') if getattr(config, key)
         )
         raise InputError(f'exclude_modules {config.exclude_modules} and ranks of 0 leave nothing of {wanted} to adapt.')
-    for name in targets:
-        if isinstance(modules[name], AdaptedModule):
-            raise InputError(f'"{name}" carries LoRA already: merge it, or exclude it.')
-    chosen = {modules[name] for name in targets}
+    chosen = set(targets.values())
     for key in ('rank_pattern', 'alpha_pattern'):
         for pattern in getattr(config, key):
             is_zero = key == 'rank_pattern' and config.rank_pattern[pattern] == 0
             if not is_zero and not any(matches(pattern, name) and modules[name] in chosen for name in modules):
-                raise InputError(f'{key} "{pattern}" matches none of the adapted layers, which are {_some(targets)}.')
-    deltas = _deltas(model, config, chosen, {modules[name] for name in depthwise})
-    planned: dict[Place, Hashable] = {place: 'delta' for place in deltas}
-    for name in targets:
-        key = weight_name(modules[name])
-        shape = matrix_shape(modules[name]._parameters[key].shape, getattr(modules[name], 'groups', 1))
-        planned[modules[name], key] = config.rank_of(name), config.alpha_of(name), shape
-    _check_ties(model, planned)
-
-    adapted: dict[Any, LoRALayer] = {}  # by weight
-    for name in targets:
-        weight = modules[name]._parameters[weight_name(modules[name])]
-        layer = give_lora(modules[name], config.rank_of(name), config.alpha_of(name), adapted.get(weight))
-        adapted.setdefault(weight, layer)
-    values = {value: nn.Parameter(torch.zeros_like(value)) for value in deltas.values()}
-    for module in dict.fromkeys(module for module, _ in deltas):
-        give_deltas(module, {key: values[value] for (owner, key), value in deltas.items() if owner is module})
-
-
-def _is_free_depthwise(modules: dict[str, nn.Module], name: str) -> bool:
-    return is_depthwise(modules[name]) and not isinstance(modules[name], LoRALayer)
+                raise InputError(
+                    f'{key} "{pattern}" matches none of the adapted layers, which are {_some(list(targets))}.'
+                )
+    return targets, depthwise
 
 
 def _deltas(

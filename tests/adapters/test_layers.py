@@ -608,6 +608,11 @@ def test_merging_cannot_part_what_was_tied_afterwards_or_before(tied):
     # A checkpoint of the time when one of the two could be excluded.
     with pytest.raises(InputError, match='table.weight and head.weight are one tensor, but are not updated alike'):
         merge_state_dict(apart.state_dict())
+    with pytest.raises(
+        InputError, match='does not fit Tied: table.weight and head.weight are one tensor, which must be'
+    ):
+        load_adapter(tied, extract_adapter(apart))
+    assert not list(adapted_modules(tied))
     state = trained(add_lora(copy.deepcopy(tied), TIED)).state_dict()
     state['head.lora_B'] = state['head.lora_B'] + 1
     with pytest.raises(InputError, match='table.weight and head.weight are one tensor, but are not updated alike'):

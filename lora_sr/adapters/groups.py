@@ -14,7 +14,7 @@ GROUPS = ('conv', 'attention', 'mlp', 'upsampler')
 ATTENTION = re.compile(r'.*(attn|atten|attention|qkv)\d*|(ca|cca|esa|lka|pa|sa|se)\d*')
 MLP = re.compile(r'.*(mlp|ffn|feed_?forward)\d*|fc\d*')
 UPSAMPLER = re.compile(r'.*(upsampl|upconv|upscal|conv_up|pixel_?shuffle).*|up\d*', re.IGNORECASE)
-# Of the layers that make queries and keys: a module that has both is attention, whatever it is called.
+# Of the layers that make queries and keys: a module that holds both is attention, whatever it is called.
 QUERY_OR_KEY = re.compile(r'(?:to_)?(qkv|q|k|kv|query|key)(?:_?(?:proj|linear|conv))?')
 # Of the classes around a layer.
 ATTENTION_CLASS = re.compile(r'.*Attention')
@@ -26,8 +26,9 @@ def layer_groups(model: nn.Module) -> dict[str, str]:
 
     - ``upsampler``: the layers that make the output from the last features of LR size: from the first layer that is
       called so, or that stands directly before a ``PixelShuffle``, to the end of the network, as it is registered;
-    - ``attention``: ``nn.MultiheadAttention`` and layers inside a module that makes queries and keys, is called so, or
-      whose class is (``WindowAttention``); not the two linear layers of an MLP in it, which widen and narrow again;
+    - ``attention``: ``nn.MultiheadAttention``, layers beside those that make queries and keys, and layers inside a
+      module that is called so, or whose class is (``WindowAttention``); not the two linear layers of an MLP in it,
+      which widen and narrow again;
     - ``mlp``: layers inside a module that is called so, or whose class is (``MLPBlock``), and all linear layers and
       embeddings outside of attention;
     - ``conv``: all other convolutions.
@@ -50,18 +51,19 @@ def layer_groups(model: nn.Module) -> dict[str, str]:
 def _group_of(modules: dict[str, nn.Module], name: str) -> str:
     """The group of a layer that is not of the upsampler."""
     parts = name.split('.')
-    outer = [modules['.'.join(parts[:depth])] for depth in range(len(parts))] if name else []
+    classes = [type(modules['.'.join(parts[:depth])]).__name__ for depth in range(1, len(parts))]
+    parent = modules[name.rpartition('.')[0]]
     is_linear = isinstance(modules[name], nn.Linear)
     is_attention = (
         isinstance(modules[name], nn.MultiheadAttention)
-        or any(ATTENTION.fullmatch(part) for part in parts)
-        or any(ATTENTION_CLASS.fullmatch(type(module).__name__) for module in outer[1:])
-        or any(map(_makes_queries, outer))
+        or any(map(ATTENTION.fullmatch, parts))
+        or any(map(ATTENTION_CLASS.fullmatch, classes))
+        or (_makes_queries(parent) and not MLP.fullmatch(parts[-1]))
     )
-    if is_attention and not (is_linear and _widens_and_narrows(modules[name], outer[-1])):
+    if is_attention and not (is_linear and _widens_and_narrows(modules[name], parent)):
         return 'attention'
-    is_mlp = is_linear or isinstance(modules[name], nn.Embedding) or any(MLP.fullmatch(part) for part in parts)
-    return 'mlp' if is_mlp or any(MLP_CLASS.fullmatch(type(module).__name__) for module in outer[1:]) else 'conv'
+    is_mlp = is_linear or isinstance(modules[name], nn.Embedding) or any(map(MLP.fullmatch, parts))
+    return 'mlp' if is_mlp or any(map(MLP_CLASS.fullmatch, classes)) else 'conv'
 
 
 def _makes_queries(module: nn.Module) -> bool:

@@ -78,6 +78,11 @@ class Widening(nn.Module):
         (nn.ModuleDict({'x': nn.MultiheadAttention(6, 2)}), []),
         (nn.ModuleDict({'x': BlockWithAttention()}), ['x.one', 'x.two']),
         (nn.ModuleDict({'x': Widening()}), []),
+        (
+            nn.ModuleDict({'q': nn.Linear(6, 6), 'k': nn.Linear(6, 6), 'fc1': nn.Linear(6, 9), 'x': Mixer('y')}),
+            ['fc1', 'x.y', 'x.last'],
+        ),
+        (nn.Linear(6, 6), ['']),
         (nn.ModuleDict({'attn': nn.Linear(6, 6), 'words': nn.Embedding(5, 6)}), ['words']),
     ],
 )

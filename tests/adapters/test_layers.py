@@ -439,6 +439,8 @@ def test_what_is_left_alone_is_said_by_name_and_size(caplog):
             'act': nn.PReLU(),
         }
     )
+    network['twin'] = Own(3, 4, 3)
+    network['twin'].weight = network['own'].weight
     expected = [
         ('own', 'Own', 112),
         ('normed', 'ParametrizedConv2d', 4 + 4 + 108),
@@ -446,6 +448,7 @@ def test_what_is_left_alone_is_said_by_name_and_size(caplog):
         ('cross', 'MultiheadAttention', 16 + 12 + 20 + 12),
         ('sparse', 'Embedding', 20),
         ('bounded', 'Embedding', 20),
+        ('twin', 'Own', 4),
     ]
     assert left_alone(network) == expected
     with caplog.at_level(logging.INFO, 'lora_sr'):

@@ -79,7 +79,8 @@ def _layers_with_lora(state: Mapping[str, Tensor]) -> dict[str, int]:
 def merge_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapted state dict with every update added to its weight: the base's keys, as :func:`merge_lora` gives them.
 
-    It needs no network, so it serves any that has layers with LoRA. Entries that are one tensor stay one.
+    It needs no network, so it serves any that has layers with LoRA. Entries that are one tensor stay one, and those
+    that nothing updates are the very tensors of ``state``.
 
     Raises:
         InputError: There are no LoRA tensors, a layer lacks some of its tensors, or of entries that are one tensor
@@ -101,7 +102,8 @@ def merge_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         first, *others = (updates.get(key, ()) for key in keys)
         if not all(len(other) == len(first) and all(map(torch.equal, other, first)) for other in others):
             raise InputError(f'{" and ".join(keys)} are one tensor, but are not updated alike')
-        merged.update(dict.fromkeys(keys, merged[keys[0]]))
+        if first:
+            merged.update(dict.fromkeys(keys, merged[keys[0]]))
     return merged
 
 

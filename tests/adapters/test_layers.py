@@ -380,8 +380,11 @@ def test_parameters_are_named_one_by_one():
         *('lora_shift_gamma', 'block.norm1.lora_shift_bias', 'block.norm2.lora_shift_bias'),
         *('tail.lora_shift_weight', 'tail.lora_shift_bias'),
     }
+    again = add_lora(copy.deepcopy(base), infer_lora_config(trained(network).state_dict()))
+    again.load_state_dict(network.state_dict())
+    assert is_same(again.state_dict(), network.state_dict())
     mark_trainable(network)
-    assert is_same(merge_lora(network).state_dict(), base.state_dict())
+    assert not is_same(merge_lora(network).state_dict(), base.state_dict())
     for config, message in (
         ({'target_parameters': ['gama']}, 'target_parameters "gama" matches no parameter .* near names are gamma'),
         ({'target_modules': ['tail'], 'target_parameters': [r'tail\.weight']}, 'matches no parameter that can carry'),
@@ -411,6 +414,9 @@ def test_depthwise_convolutions_train_their_whole_weight(make):
     assert torch.equal(merged['2.weight'], base[2].weight)
     assert is_same(merge_lora(network).state_dict(), merged)
     assert left_alone(add_lora(copy.deepcopy(base), LoRAConfig(['0'], also_train=['depthwise']))) == []
+    ranks = {'0': 0, '2': 0}
+    few = add_lora(copy.deepcopy(base), LoRAConfig(groups=['all'], rank_pattern=ranks, also_train=['depthwise']))
+    assert [name for name, _ in adapted_modules(few)] == ['1', '3']
     alone = add_lora(copy.deepcopy(base), LoRAConfig(['1'], also_train=['depthwise'], exclude_modules=['2']))
     assert [name for name, _ in adapted_modules(alone)] == ['1'] and not list(lora_layers(alone))
     mark_trainable(alone)

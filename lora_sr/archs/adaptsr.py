@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_sr.adapters import LoRAConfig, add_lora, layer_groups, mark_trainable
+from lora_sr.adapters import LoRAConfig, add_lora, base_weight, layer_groups, mark_trainable
 from lora_sr.archs.info import take_any_size
 from lora_sr.archs.registry import find_arch
 from lora_sr.errors import InputError
@@ -42,7 +42,9 @@ def AdaptSR(base: dict[str, Any], lora: dict[str, Any]) -> nn.Module:
     network = arch(**{key: value for key, value in base.items() if key != 'type'})
     config = LoRAConfig.from_dict(lora)
     # What a network freezes itself it also writes itself, as a folded copy of branches: past any update.
-    own = [re.escape(name) for name in layer_groups(network) if not network.get_submodule(name).weight.requires_grad]
+    own = [
+        re.escape(name) for name in layer_groups(network) if not base_weight(network.get_submodule(name)).requires_grad
+    ]
     add_lora(network, replace(config, exclude_modules=[*config.exclude_modules, *own]))
     mark_trainable(network)
     return take_any_size(network)

@@ -15,7 +15,6 @@ from lora_sr.adapters import (
     add_lora,
     infer_lora_config,
     load_adapter,
-    lora_layers,
     mix_adapters,
     remove_lora,
 )
@@ -203,7 +202,7 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
         )
     try:
         network = FAMILIES[checkpoint.family][1](state)
-        if checkpoint.form == ADAPTED and not any(True for _ in lora_layers(network)):
+        if checkpoint.form == ADAPTED and not any(True for _ in adapted_modules(network)):
             add_lora(network, infer_lora_config(state))
         return _loaded(network, checkpoint, None)
     except KeyError as error:

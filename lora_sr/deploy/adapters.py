@@ -134,7 +134,7 @@ def describe_file(path: str | os.PathLike) -> str:
     """What is in an adapter file, or in the adapter of an adapted checkpoint, as text for the terminal.
 
     Layers of the same shapes, rank and alpha whose names differ in numbers alone are one line of its table; so are
-    the parameters that are shifted besides.
+    the parameters with a delta besides.
 
     Raises:
         InputError: The file cannot be read, or there is no LoRA in it.
@@ -147,9 +147,9 @@ def describe_file(path: str | os.PathLike) -> str:
         lora_A, lora_B = (adapter.tensors[f'{name}.{tensor}'] for tensor in ('lora_A', 'lora_B'))
         kind = f'{_shape(lora_A)}, {_shape(lora_B)}', adapter.rank_of(name), f'{adapter.alpha_of(name):g}'
         rows.setdefault((re.sub(r'\d+', '*', name), *kind, lora_A.numel() + lora_B.numel()), []).append(name)
-    for name, shift in adapter.shifts.items():
-        rows.setdefault((re.sub(r'\d+', '*', name), _shape(shift), '-', '-', shift.numel()), []).append(name)
-    table = [('layer or shifted parameter', 'count', 'tensors', 'rank', 'alpha', 'parameters')]
+    for name, delta in adapter.deltas.items():
+        rows.setdefault((re.sub(r'\d+', '*', name), _shape(delta), '-', '-', delta.numel()), []).append(name)
+    table = [('layer, or parameter with a delta', 'count', 'tensors', 'rank', 'alpha', 'parameters')]
     for (_, shapes, rank, alpha, size), names in rows.items():
         table.append((_pattern(names), str(len(names)), shapes, str(rank), alpha, f'{size * len(names):,}'))
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -157,13 +157,15 @@ def describe_file(path: str | os.PathLike) -> str:
         '  '.join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))])
         for first, *rest in table
     ]
-    in_shifts = sum(shift.numel() for shift in adapter.shifts.values())
-    in_layers = sum(size * len(names) for (*_, size), names in rows.items()) - in_shifts
+    in_deltas = sum(delta.numel() for delta in adapter.deltas.values())
+    in_layers = sum(size * len(names) for (*_, size), names in rows.items()) - in_deltas
     lines += [
         '',
         f'{"adapter" if is_adapter else "adapted checkpoint"}, {Path(path).stat().st_size:,} bytes',
         f'{len(adapter.layers)} layers with LoRA, {in_layers:,} parameters',
-        f'{len(adapter.shifts)} shifted parameters besides, {in_shifts:,} values' if in_shifts else 'nothing besides',
+        f'{len(adapter.deltas)} parameters with a delta besides, {in_deltas:,} values'
+        if in_deltas
+        else 'nothing besides',
     ]
     if checkpoint.origin is not None:
         lines.append(f'from {checkpoint.origin}')

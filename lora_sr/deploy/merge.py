@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_sr.adapters import count_parameters, is_lora_key, lora_layers, merge_state_dict
+from lora_sr.adapters import adapted_modules, count_parameters, is_lora_key, lora_layers, merge_state_dict
 from lora_sr.archs import deploy_form, network_info
 from lora_sr.archs.reparam import TOLERANCE, Foldable, relative_difference
 from lora_sr.checkpoints import Checkpoint, NetworkLike, OpenedNetwork, Origin, open_network
@@ -89,7 +89,7 @@ def merge_checkpoint(
     trained = opened.network
     layers = sum(1 for _ in lora_layers(trained))
     folded = sum(1 for module in trained.modules() if isinstance(module, Foldable) and module.is_training_form)
-    if not layers and not folded:
+    if not any(True for _ in adapted_modules(trained)) and not folded:
         raise InputError(f'{opened.name} is a deploy-form checkpoint already: nothing to merge or fold.')
     try:
         plain = deploy_form(trained)

@@ -311,12 +311,12 @@ def _blocks(network: nn.Module) -> str:
 
 
 def _lora(adapter: Adapter) -> str:
-    """Layers, ranks, alphas and shifts in words."""
+    """Layers, ranks, alphas and deltas in words."""
     layers = adapter.layers
     ranks = _spread('rank', (adapter.rank_of(layer) for layer in layers))
     alphas = _spread('alpha', (adapter.alpha_of(layer) for layer in layers))
-    shifts = f'; shifts of {len(adapter.shifts)} parameters' if adapter.shifts else ''
-    return f'{len(layers)} layers' + (f', {ranks}, {alphas}' if layers else '') + shifts
+    deltas = f'; deltas of {len(adapter.deltas)} parameters' if adapter.deltas else ''
+    return f'{len(layers)} layers' + (f', {ranks}, {alphas}' if layers else '') + deltas
 
 
 def _spread(what: str, values: Iterable[float]) -> str:

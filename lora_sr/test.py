@@ -3,9 +3,11 @@
 The arguments are those of BasicSR's `test.py`.
 """
 
+from __future__ import annotations
+
 import sys
 
-from lora_sr.cli.pipelines import main
+from lora_sr.cli.main import run_pipeline
 
 if __name__ == '__main__':
-    sys.exit(main(is_train=False))
+    sys.exit(run_pipeline(is_train=False))

@@ -1,16 +1,15 @@
 """The import hook: what plugs this package into BasicSR when BasicSR is imported, whoever imports it.
 
 It stands beside ``lora_sr.basicsr``, not inside: that package needs BasicSR, and every ``import lora_sr`` needs this
-module. Nothing but the standard library's smallest modules is imported here.
+module. Nothing but small modules of the standard library is imported here.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any, Callable
-
-from lora_sr.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,29 +30,7 @@ def install() -> None:
         _plug()
     else:  # a module of a clone imports us while BasicSR imports that module
         _call_when_loaded(loading, _plug)
-        _prepare()
-
-
-def require_basicsr(what: str) -> None:
-    """Import BasicSR, and so plug into it.
-
-    Args:
-        what: What needs it, for the message.
-
-    Raises:
-        InputError: It is not installed.
-    """
-    try:
-        if _is_regular_package(importlib.import_module(PACKAGE)):
-            return
-    except ModuleNotFoundError as error:
-        if error.name != PACKAGE:
-            raise
-    reason = 'pip install basicsr'
-    if sys.version_info >= (3, 13):
-        version = '.'.join(map(str, sys.version_info[:2]))
-        reason = f'it does not install on Python 3.13 and later, and this is {version}; use Python 3.9 to 3.12'
-    raise InputError(f'{what} needs BasicSR, which is not installed: {reason}.')
+        patch_torchvision_import()
 
 
 class _Finder:  # no subclass of importlib.abc, which takes 15 ms to import
@@ -93,7 +70,7 @@ class _Loader:
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self.loader  # from here on BasicSR looks as it does without us
-        _prepare()
+        patch_torchvision_import()
         self.loader.exec_module(module)
         _plug()
 
@@ -144,11 +121,19 @@ def _call_when_loaded(spec: ModuleSpec, call: Callable[[], None]) -> None:
         spec._initializing = False
 
 
-def _prepare() -> None:
-    """Patch what keeps BasicSR from being imported."""
-    from lora_sr.basicsr.patches.imports import patch_torchvision_import
+def patch_torchvision_import() -> None:
+    """Patch what keeps BasicSR from being imported; all other patches wait until it has been.
 
-    patch_torchvision_import()
+    `basicsr.data.degradations` imports `torchvision.transforms.functional_tensor`, gone since torchvision 0.17.
+    torchvision has it still, under a name with an underscore. Should that go as well: what BasicSR and its clones want
+    from there has a namesake in `torchvision.transforms.functional`.
+    """
+    transforms, name = 'torchvision.transforms', 'torchvision.transforms.functional_tensor'
+    if name in sys.modules or importlib.util.find_spec(name) is not None:
+        return
+    private = f'{transforms}._functional_tensor'
+    stand_in = private if importlib.util.find_spec(private) is not None else f'{transforms}.functional'
+    sys.modules[name] = importlib.import_module(stand_in)
 
 
 def _plug() -> None:
@@ -161,7 +146,7 @@ def _plug() -> None:
         import logging
 
         logging.getLogger(PACKAGE).warning(
-            'lora_sr plugs into BasicSR 1.3.4 and later; the one in %s has no registries and is left as it is.',
+            'lora_sr plugs into BasicSR 1.4 and later; the one in %s has no registries and is left as it is.',
             sys.modules[PACKAGE].__file__,
         )
         return

@@ -6,9 +6,9 @@ to those modules, the plug would find the one that imports BasicSR half-loaded.
 
 from __future__ import annotations
 
-from lora_sr.hook import require_basicsr
+from lora_sr.errors import import_basicsr
 
-require_basicsr('lora_sr.basicsr')
+import_basicsr('lora_sr.basicsr')
 
 
 def __getattr__(name: str) -> object:

@@ -12,8 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Callable
 
-from lora_sr.errors import InputError
-from lora_sr.hook import require_basicsr
+from lora_sr.errors import InputError, import_basicsr
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         args = build_parser().parse_args(argv)
         if args.command in NEED_BASICSR:
-            require_basicsr(f'lora-sr {args.command}')
+            import_basicsr(f'lora-sr {args.command}')
         args.run(args)
 
     return _tell(run, 'lora-sr: ')
@@ -52,7 +51,7 @@ def run_pipeline(is_train: bool) -> int:
     """Run `python -m lora_sr.train` or `lora_sr.test`. Returns the exit status, as `main` does."""
 
     def run() -> int:
-        require_basicsr(f'lora_sr.{"train" if is_train else "test"}')
+        import_basicsr(f'lora_sr.{"train" if is_train else "test"}')
         from lora_sr.cli import pipelines
 
         return pipelines.main(is_train)

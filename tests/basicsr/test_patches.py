@@ -22,7 +22,7 @@ from basicsr.utils.registry import Registry
 from scipy import ndimage
 from tiny_run import REPOSITORY
 
-from lora_sr import files
+from lora_sr import files, hook
 from lora_sr.basicsr import patches
 from lora_sr.basicsr.patches.optimizers import optimizer_registry
 from lora_sr.checkpoints.content import read_checkpoint
@@ -77,7 +77,7 @@ def test_basicsr_needs_the_import_patch(tmp_path):
 def test_import_patch_leaves_an_existing_module(monkeypatch):
     present = types.ModuleType('present')
     monkeypatch.setitem(sys.modules, 'torchvision.transforms.functional_tensor', present)
-    patches.imports.patch_torchvision_import()
+    hook.patch_torchvision_import()
     assert sys.modules['torchvision.transforms.functional_tensor'] is present
 
 

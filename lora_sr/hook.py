@@ -69,7 +69,8 @@ class _Loader:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader  # from here on BasicSR looks as it does without us
+        spec: Any = module.__spec__
+        spec.loader = module.__loader__ = self.loader  # from here on BasicSR looks as it does without us
         patch_torchvision_import()
         self.loader.exec_module(module)
         _plug()
@@ -95,22 +96,22 @@ def _loading_spec() -> ModuleSpec | None:
     return None
 
 
-def _call_when_loaded(spec: ModuleSpec, call: Callable[[], None]) -> None:
+def _call_when_loaded(spec: Any, call: Callable[[], None]) -> None:
     """Call something as soon as a module that is loading has been loaded; not if its loading fails.
 
     The import system has no event for that, but marks a spec as ``_initializing`` and takes the mark away at the end,
     in the thread that loads the module.
     """
-    original = type(spec)
+    original: Any = type(spec)
 
     class LoadingSpec(original):
         @property
         def _initializing(self) -> bool:
-            return vars(self)['_initializing']
+            return self.__dict__['_initializing']
 
         @_initializing.setter
         def _initializing(self, value: bool) -> None:
-            vars(self)['_initializing'] = value
+            self.__dict__['_initializing'] = value
             if not value:
                 self.__class__ = original
                 if self.name in sys.modules:
@@ -124,9 +125,9 @@ def _call_when_loaded(spec: ModuleSpec, call: Callable[[], None]) -> None:
 def patch_torchvision_import() -> None:
     """Patch what keeps BasicSR from being imported; all other patches wait until it has been.
 
-    `basicsr.data.degradations` imports `torchvision.transforms.functional_tensor`, gone since torchvision 0.17.
+    ``basicsr.data.degradations`` imports ``torchvision.transforms.functional_tensor``, gone since torchvision 0.17.
     torchvision has it still, under a name with an underscore. Should that go as well: what BasicSR and its clones want
-    from there has a namesake in `torchvision.transforms.functional`.
+    from there has a namesake in ``torchvision.transforms.functional``.
     """
     transforms, name = 'torchvision.transforms', 'torchvision.transforms.functional_tensor'
     if name in sys.modules or importlib.util.find_spec(name) is not None:

@@ -1,6 +1,6 @@
-"""`python -m lora_sr.test -opt FILE`: run a network on test sets as BasicSR does, in the current folder.
+"""``python -m lora_sr.test -opt FILE``: run a network on test sets as BasicSR does, in the current folder.
 
-The arguments are those of BasicSR's `test.py`.
+The arguments are those of BasicSR's ``test.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`python -m lora_sr.train -opt FILE`: train a network as BasicSR does, in the current folder.
+"""``python -m lora_sr.train -opt FILE``: train a network as BasicSR does, in the current folder.
 
-The arguments are those of BasicSR's `train.py`; under torchrun, `torchrun --nproc_per_node N -m lora_sr.train …`.
+The arguments are those of BasicSR's ``train.py``; under torchrun, ``torchrun --nproc_per_node N -m lora_sr.train …``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`lora-sr`: one command, a sub-command for each step of the work."""
+"""``lora-sr``: one command, a sub-command for each step of the work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEED_BASICSR = ('train', 'test', 'allocate')
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `lora-sr`; each sub-command sets `run`, a function of the parsed arguments."""
+    """The parser of ``lora-sr``; each sub-command sets ``run``, a function of the parsed arguments."""
     parser = argparse.ArgumentParser(prog='lora-sr', description='LoRA and distillation for SR, on BasicSR.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for name in (*PREPARING, *TRAINING, *DEPLOYING, *MEASURING):
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `lora-sr`.
+    """Run ``lora-sr``.
 
     Returns:
         The exit status: 0; 2 after a mistake in the input, told in one sentence a line; 130 after Ctrl-C.
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_pipeline(is_train: bool) -> int:
-    """Run `python -m lora_sr.train` or `lora_sr.test`. Returns the exit status, as `main` does."""
+    """Run ``python -m lora_sr.train`` or ``lora_sr.test``. Returns the exit status, as ``main`` does."""
 
     def run() -> int:
         import_basicsr(f'lora_sr.{"train" if is_train else "test"}')

@@ -39,7 +39,7 @@ RUN = "train_pipeline('.')\n"
 
 @pytest.fixture
 def run_folder(pairs: Path, tmp_path: Path) -> Path:
-    """A folder with `run.yml`, four iterations of DSCLoRA on a tiny SPAN, and the base checkpoint."""
+    """A folder with ``run.yml``, four iterations of DSCLoRA on a tiny SPAN, and the base checkpoint."""
     torch.manual_seed(0)
     torch.save({'params': SPAN(feature_channels=4, upscale=2).state_dict()}, tmp_path / 'base.pth')
     options = yaml.safe_load(TINY_OPTIONS.format(root=pairs, suffix='', backend='disk').replace('1e-3', '0.001'))
@@ -161,7 +161,7 @@ def replace_in(file: Path, old: str, new: str) -> None:
 
 
 def run_in_clone(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run Python with the clone on the path, as `python setup.py develop` puts it there."""
+    """Run Python with the clone on the path, as ``python setup.py develop`` puts it there."""
     environment = python_environment()
     environment['PYTHONPATH'] += os.pathsep + str(folder)
     done = subprocess.run(
@@ -174,7 +174,7 @@ def run_in_clone(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 @pytest.mark.parametrize('start', [['basicsr/train.py'], ['-m', 'basicsr.train']])
 def test_training_script_of_a_clone(start: list[str], clone: Callable[[], Path], run_folder: Path) -> None:
-    """With `-m`, BasicSR itself imports its `train.py`, and so `lora_sr`, before it has loaded."""
+    """With ``-m``, BasicSR itself imports its ``train.py``, and so ``lora_sr``, before it has loaded."""
     script = clone() / 'train.py'
     script.write_text('import lora_sr\n' + script.read_text(encoding='utf-8'), encoding='utf-8')
     assert_trained(run_folder, run_in_clone(run_folder, *start, '-opt', 'run.yml'))
@@ -185,9 +185,9 @@ def test_training_script_of_a_clone(start: list[str], clone: Callable[[], Path],
 def test_a_network_in_a_clone_imports_us_while_basicsr_loads(
     is_empty: bool, clone: Callable[[], Path], run_folder: Path
 ) -> None:
-    """The plug waits until BasicSR has loaded; many clones have an empty `__init__.py`, and load by and by.
+    """The plug waits until BasicSR has loaded; many clones have an empty ``__init__.py``, and load by and by.
 
-    The stock `degradations.py` cannot be imported here without the patch, which does not wait.
+    The stock ``degradations.py`` cannot be imported here without the patch, which does not wait.
     """
     package = clone()
     replace_in(package / 'data/degradations.py', 'transforms.functional', 'transforms.functional_tensor')
@@ -266,7 +266,7 @@ def test_the_warning_comes_from_one_process(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_a_folder_called_basicsr_is_left_alone(tmp_path: Path) -> None:
-    """Without BasicSR such a folder is a namespace package; before and after `import lora_sr`."""
+    """Without BasicSR such a folder is a namespace package; before and after ``import lora_sr``."""
     (tmp_path / 'basicsr').mkdir()
     done = run_python('-S', '-c', FOLDER, cwd=tmp_path)
     assert done.stdout == 'lora-sr train needs BasicSR, which is not installed: pip install basicsr.\n' * 2
@@ -463,7 +463,7 @@ def modules_after(code: str, folder: Path) -> set[str]:
 
 
 def test_import_is_light(tmp_path: Path) -> None:
-    """`-W error` holds it to no warning; the seconds are of the processor, over those of Python alone."""
+    """``-W error`` holds it to no warning; the seconds are of the processor, over those of Python alone."""
     found = modules_after('import lora_sr', tmp_path)
     assert not found & {*HEAVY, 'torch', 'numpy', 'cv2', 'yaml', 'logging', 'inspect', 'argparse'}
     alone, ours = (seconds(code, tmp_path) for code in ('pass', 'import lora_sr'))

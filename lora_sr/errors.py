@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 
@@ -23,12 +24,14 @@ def import_basicsr(needed_by: str) -> None:
         InputError: It is not installed.
     """
     try:
-        __import__('basicsr')
+        # A folder of that name is imported as well, as a package without a file of its own.
+        if getattr(importlib.import_module('basicsr'), '__file__', None) is not None:
+            return
     except ModuleNotFoundError as error:
         if error.name != 'basicsr':
             raise
-        remedy = 'pip install basicsr'
-        if sys.version_info >= (3, 13):
-            version = '.'.join(map(str, sys.version_info[:2]))
-            remedy = f'it does not install on Python 3.13 and later, and this is {version}; use Python 3.9 to 3.12'
-        raise InputError(f'{needed_by} needs BasicSR, which is not installed: {remedy}.') from None
+    remedy = 'pip install basicsr'
+    if sys.version_info >= (3, 13):
+        version = '.'.join(map(str, sys.version_info[:2]))
+        remedy = f'it does not install on Python 3.13 and later, and this is {version}; use Python 3.9 to 3.12'
+    raise InputError(f'{needed_by} needs BasicSR, which is not installed: {remedy}.')

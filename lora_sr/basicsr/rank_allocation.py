@@ -105,7 +105,7 @@ def allocate(
     counts = count_parameters(net)
     base = counts.total - counts.lora
     ranked = sum(value.numel() for name, value in net.named_parameters() if name.endswith(('.lora_A', '.lora_B')))
-    allowed = parse_budget(budget, base) - (counts.lora - ranked)  # shifts train whatever the ranks
+    allowed = parse_budget(budget, base) - (counts.lora - ranked)  # deltas train whatever the ranks
 
     config = LoRAConfig.from_dict(network['lora'])
     left_out = {layer: 0 for layer, rank in config.rank_pattern.items() if rank == 0}

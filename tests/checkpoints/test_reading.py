@@ -28,8 +28,8 @@ program, sys.argv = sys.argv[1], sys.argv[1:]
 try:
     if program == 'train':
         sys.argv[0] = 'train.py'
-        from lora_sr.train import main
-        status = main(is_train=True)
+        from lora_sr.cli.main import run_pipeline
+        status = run_pipeline(is_train=True)
     else:
         from lora_sr.cli.main import main
         status = main(sys.argv)

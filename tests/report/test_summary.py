@@ -79,7 +79,7 @@ def lora(network, **config):
                 'x2',
                 '3 in, 3 out, 6 wide',
                 '3 LKDB',
-                ' layers, rank 2, alpha 2; shifts of 6 parameters',
+                ' layers, rank 2, alpha 2; deltas of 6 parameters',
             ),
         ),
         (lambda: LKDN_S(upscale=3), ('LKDN-S', PLAIN, 'x3', '3 in, 3 out, 42 wide', '5 LKDB', None)),

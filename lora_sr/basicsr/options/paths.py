@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lora_sr.adapters import is_lora_key
 from lora_sr.archs import fold
-from lora_sr.basicsr.options.check import KNOWN, Check
+from lora_sr.basicsr.options import schema
+from lora_sr.basicsr.options.check import Check
 from lora_sr.checkpoints import read_state_dict
 from lora_sr.checkpoints.content import load_weights, read_checkpoint, without_module_prefix
 from lora_sr.checkpoints.loading import FAMILIES, family_of
@@ -25,10 +26,10 @@ def check_path(check: Check) -> None:
     path = check.opt.get('path')
     if 'path' not in check.opt or not check.is_section('path', path):
         return
-    networks = [key for key in path if re.match('(pretrain_network|strict_load|param_key)_.', str(key))]
-    check.section('path', path, f'{KNOWN["path"]} {" ".join(networks)}')
+    others = {match[1] for match in (re.fullmatch('pretrain_network_(.)', str(key)) for key in path) if match}
+    check.section('path', path, also={k: v for letter in others for k, v in schema.of_network(letter, 'it').items()})
     resume = path.get('resume_state')
-    files = [key for key in path if key.startswith('pretrain_network') and path[key] is not None]
+    files = [key for key in path if key.startswith('pretrain_network') and schema.PATH.holds(path[key])]
     for key in files:
         if not check.ours or check.is_train or key != 'pretrain_network_t':
             network = key[len('pretrain_') :]
@@ -40,13 +41,11 @@ def check_path(check: Check) -> None:
         section = check.opt.get('network_g')
         if isinstance(section, dict) and section.get('type') == 'AdaptSR':
             check.add('path.pretrain_network_g, the weights of the network that AdaptSR adapts, is missing')
-    if check.is_train and resume is not None:
+    if check.is_train and schema.PATH.holds(resume):
         try:
             read_checkpoint(os.path.expanduser(str(resume)))
         except InputError as error:
             check.add(f'path.resume_state: {error}')
-    if check.ours and check.is_train and path.get('pretrain_network_t') is None:
-        check.add('path.pretrain_network_t, the trained weights of the teacher, is missing')
 
 
 def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
@@ -57,8 +56,7 @@ def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
     is_teacher = network == 'network_t' and check.ours
     net = check.networks.get(network)
     param_key = path.get(f'param_key_{letter}', None if is_teacher else 'params')
-    if not isinstance(param_key, (str, type(None))):
-        check.add(f'path.param_key_{letter} has to be params, params_ema or ~, not {param_key!r}')
+    if not schema.PARAM_KEY.holds(param_key):
         return
     try:
         if is_teacher:

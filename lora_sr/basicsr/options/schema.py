@@ -174,6 +174,7 @@ GPUS = replace(
     json={'anyOf': [{'const': 'auto'}, whole(0).json]},
 )
 PARAM_KEY = replace(optional(TEXT), text='params, params_ema or ~')
+ROOT = replace(PATH, text='a folder or a database')
 ROOTS = Kind(
     'a folder or a database, or a list of them',
     _is_roots,
@@ -187,10 +188,11 @@ BACKEND = Kind(
 BLURS = 'iso aniso generalized_iso generalized_aniso plateau_iso plateau_aniso'.split()
 LOSS, LOSS_OR_NONE = SECTION, replace(SECTION, json={'type': ['object', 'null']})
 
+# What a condition may name beside the phase and the names of classes, in words.
 FACTS = {
-    'degrading': "training in which the model makes its LR images itself (Real-ESRGAN's, with high_order_degradation)",
-    'saving': 'save_img: true',
-    'folder': 'io_backend: {type: disk}',
+    'degrading': 'where LR images are made on the fly',
+    'saving': 'with `save_img: true`',
+    'folder': 'with `io_backend: {type: disk}`',
 }
 
 # BasicSR's models and ours, by what they read. Those that are not here are of others: their keys are not known.
@@ -337,7 +339,9 @@ TRAIN = {
     'gan_opt': Key(
         LOSS_OR_NONE, 'The loss of the discriminator.', needed=f'{GAN} {STYLE}', only=f'{_DISCRIMINATOR} {STYLE}'
     ),
-    'ldl_opt': Key(LOSS_OR_NONE, 'The loss of artifacts, against the average of the weights.', only=GAN),
+    'ldl_opt': Key(
+        LOSS_OR_NONE, 'The loss of artifacts, against the average of the weights.', only=f'{GAN} VideoGANModel'
+    ),
     'feature_matching_opt': Key(LOSS_OR_NONE, "The loss of the discriminator's features.", only=FACE),
     'memory_format': Key(
         one_of('contiguous', 'channels_last', None),
@@ -367,7 +371,7 @@ TRAIN = {
     ),
     'tsa_iter': Key(optional(whole(1)), 'Iterations in which the fusion module trains alone first.', only='EDVRModel'),
     'dcn_lr_mul': Key(number(), 'By how much the deformable layers learn faster.', default=1, only='EDVRModel'),
-    'flow_lr_mul': Key(number(), 'By how much the optical flow learns faster.', default=1, only='VideoRecurrentModel'),
+    'flow_lr_mul': Key(number(), 'By how much the optical flow learns faster.', default=1, only=_RECURRENT),
     'lr_flow': Key(number(), 'The learning rate of the optical flow.', only='VideoRecurrentGANModel'),
     'fix_flow': Key(optional(whole(0)), 'Iterations in which the optical flow stays as it is.', only=_RECURRENT),
     **{
@@ -431,7 +435,7 @@ _PATCHES = f'{PAIRED} {LISTED} {REDS} {VIMEO}'
 DATASET = {
     'name': Key(TEXT, 'What it is called in the log and in `results/`.', needed='train test'),
     'type': Key(NAMED, 'The data set: one of the registry.', needed='train test'),
-    'dataroot_gt': Key(ROOTS, 'The folder or database of GT images.', needed=f'{PAIRED} {DEGRADED}', only=_GT),
+    'dataroot_gt': Key(ROOT, 'The folder or database of GT images.', needed=f'{PAIRED} {DEGRADED}', only=_GT),
     'dataroot_lq': Key(
         ROOTS, 'The folder or database of LR images; of an LRImageDataset also a list.', needed=f'{PAIRED} {LR_ONLY}',
         only=_LR,

@@ -62,7 +62,7 @@ def patch_parse_options() -> None:
     """`parse_options` runs `--force_yml` through `exec` and `eval`, too late for the seed, and adds unknown keys.
 
     It checks nothing of what it reads, either, and gives `dist_params` to `init_dist` under slurm alone. It is wrapped,
-    never copied, since it differs between BasicSR's versions. As every pipeline calls it first, it also mends a
+    never copied, since it differs between BasicSR's versions. As every pipeline calls it first, it also patches a
     `load_resume_state` that a script has defined after `import lora_sr`.
     """
     from basicsr.utils import options

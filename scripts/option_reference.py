@@ -10,6 +10,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import lora_sr  # noqa: F401  (BasicSR may not be importable before)
 
@@ -202,7 +203,7 @@ def json_schema() -> dict:
     train['scheduler']['$ref'] = '#/$defs/scheduler'
     properties['val']['properties']['metrics']['additionalProperties'] = {'$ref': '#/$defs/metric'}
     properties['logger'] |= _closed('logger')
-    properties['logger']['properties']['wandb'] |= {**_closed('logger.wandb'), 'type': ['object', 'null']}
+    properties['logger']['properties']['wandb'] |= _closed('logger.wandb')
     properties['dist_params'] |= _closed('dist_params')
     properties['datasets'] |= {
         'properties': {'train': {'$ref': '#/$defs/train_set'}},
@@ -253,7 +254,7 @@ def _section(section: str, names: str, kind: str | None, phase: str | None = Non
     entries = schema.SECTIONS[section]
     needed = [name for name, key in entries.items() if key.is_needed({'train'}) and key.is_needed({'test'})]
     needed = needed or [name for name, key in entries.items() if section in GIVEN and key.needed == 'train']
-    found = {
+    found: dict[str, Any] = {
         'type': 'object',
         'properties': _properties(section),
         'patternProperties': {IGNORED: {}},

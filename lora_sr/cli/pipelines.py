@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import Any
 
 import torch.distributed as dist
 from basicsr.test import test_pipeline
@@ -14,7 +15,7 @@ from lora_sr.basicsr.patches.options import mistakes, tell
 from lora_sr.errors import InputError
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Any) -> None:
     """Add `train` and `test` to `lora-sr`."""
     for name, is_train, summary in (
         ('train', True, 'train a network as an option file says (BasicSR)'),

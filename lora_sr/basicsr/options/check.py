@@ -8,6 +8,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from basicsr.utils.registry import MODEL_REGISTRY, Registry
 
@@ -17,7 +18,7 @@ from lora_sr.basicsr.options.schema import Kind
 OWN_MODULES = ('basicsr.', 'lora_sr.')
 
 
-def find(registry: Registry | dict, name: object) -> object:
+def find(registry: Registry | dict, name: object) -> Callable | None:
     """What has that name in a registry or dictionary, or None."""
     known = registry if isinstance(registry, dict) else dict(iter(registry))  # its keys() lacks a [] to go with it
     # With a suffix BasicSR registers what Real-ESRGAN registers too, and so it finds it.
@@ -72,7 +73,7 @@ class Check:
         return isinstance(given, dict)
 
     def section(
-        self, where: str, given: object, facts: set[str] | None = None, also: dict[str, schema.Key] | None = None
+        self, where: str, given: Any, facts: set[str] | None = None, also: dict[str, schema.Key] | None = None
     ) -> bool:
         """Check a section that the schema describes: its keys, and the values of those that it knows.
 
@@ -100,7 +101,7 @@ class Check:
         values = [self.value(f'{prefix}{key}', own[key], entry.kind) for key, entry in keys.items() if key in own]
         return complete and all(values)
 
-    def value(self, where: str, value: object, kind: Kind) -> bool:
+    def value(self, where: str, value: Any, kind: Kind) -> bool:
         """Check that a value is of a kind."""
         fault = kind.fault(where, value)
         if fault:

@@ -1,7 +1,10 @@
 """The check of the section `datasets`."""
 
+from __future__ import annotations
+
 import math
 import os
+from typing import Any
 
 import torch
 from basicsr.utils.registry import DATASET_REGISTRY
@@ -30,14 +33,14 @@ def check_datasets(check: Check) -> None:
             _check_dataset(check, f'datasets.{name}', dataset, phase == 'train')
 
 
-def _check_dataset(check: Check, where: str, dataset, training: bool) -> None:
+def _check_dataset(check: Check, where: str, dataset: Any, training: bool) -> None:
     if not check.is_section(where, dataset):
         return
     paired, unpaired = (dataset.get('type') == name for name in ('PairedImageDataset', 'LRImageDataset'))
     if unpaired and not training:
         check.add(f'{where}: an LRImageDataset has no ground truth to measure with; use a PairedImageDataset')
         return
-    if unpaired and not check.ours:
+    if unpaired and not check.facts & {'open', schema.DISTILLATION}:
         check.add(f'{where}: an LRImageDataset has no ground truth; it needs a teacher, model_type: DistillationModel')
         return
     misfit = degradations.misfit(check, dataset, training)

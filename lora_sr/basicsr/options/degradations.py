@@ -1,5 +1,7 @@
 """The check of degrading on the fly: what `RealESRNetModel`, `RealESRGANModel` and `RealESRGANDataset` read."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 
@@ -57,7 +59,7 @@ def check_queue(check: Check, batch: int) -> None:
         )
 
 
-def check_gt_dataset(check: Check, where: str, dataset: dict):
+def check_gt_dataset(check: Check, where: str, dataset: dict) -> int | None:
     """Check the values of a `RealESRGANDataset`, and its images.
 
     Returns the number of images, or None where something is wrong.
@@ -75,7 +77,7 @@ def check_gt_dataset(check: Check, where: str, dataset: dict):
     return count
 
 
-def _check_images(where: str, dataset: dict):
+def _check_images(where: str, dataset: dict) -> tuple[list[str], int | None]:
     root = Path(os.path.expanduser(str(dataset['dataroot_gt'])))
     kind = dataset['io_backend']['type']
     if kind == 'lmdb':

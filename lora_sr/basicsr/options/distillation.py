@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from torch import nn
 
@@ -45,7 +46,7 @@ def option_faults(opt: dict) -> dict[str, str]:
     return faults
 
 
-def affinity_layers(layers) -> dict[str, list[str]]:
+def affinity_layers(layers: Any) -> dict[str, list[str]]:
     """The modules that ``train.affinity_opt.layers`` names, as ``{'student': [...], 'teacher': [...]}``.
 
     Args:

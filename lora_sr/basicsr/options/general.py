@@ -1,5 +1,10 @@
 """The check of the top level of an option file, and of the sections `logger` and `val`."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from basicsr.utils.registry import METRIC_REGISTRY, MODEL_REGISTRY
 
@@ -18,10 +23,11 @@ def check_top(check: Check) -> None:
     check_degradations(check)
     if 'model_type' in opt:
         check.registered('model_type', opt['model_type'], MODEL_REGISTRY, 'model')
-    gpus, there = opt.get('num_gpu'), torch.cuda.device_count()
+    gpus: Any = opt.get('num_gpu')
+    there = torch.cuda.device_count()
     if schema.is_number(gpus) and gpus > there and not (check.processes > 1 and there):
         check.add(f'num_gpu is {gpus}, but this machine has {there}; 0 is for the CPU, auto for what is there')
-    if not check.ours and check.is_train and 'network_t' in opt:
+    if not check.facts & {'open', schema.DISTILLATION} and check.is_train and 'network_t' in opt:
         check.add('network_t, a teacher, is for a DistillationModel alone; set model_type: DistillationModel')
     if 'dist_params' in opt:
         check.section('dist_params', opt['dist_params'], check.facts - {'open'})
@@ -67,7 +73,7 @@ def check_val(check: Check) -> None:
                     check.add(f'{where}: {error}')
 
 
-def _check_better(check: Check, where: str, section: dict, metric) -> None:
+def _check_better(check: Check, where: str, section: dict, metric: Callable) -> None:
     """BasicSR takes anything but `higher` for `lower`, and `higher` where nothing is said."""
     better = section.get('better', 'higher')
     if better not in ('higher', 'lower'):

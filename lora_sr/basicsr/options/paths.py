@@ -1,12 +1,16 @@
 """The check of the section `path`, of the checkpoints that it names, and of the folder that a run writes to."""
 
+from __future__ import annotations
+
 import math
 import os
 import re
 import tempfile
+from collections.abc import Sequence
+from typing import Any
 
 from basicsr.archs.swinir_arch import SwinIR
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_sr.adapters import is_lora_key
 from lora_sr.archs import fold
@@ -23,7 +27,7 @@ def check_path(check: Check) -> None:
 
     A teacher in `check.networks` has its weights afterwards, and is folded.
     """
-    path = check.opt.get('path')
+    path: Any = check.opt.get('path')
     if 'path' not in check.opt or not check.is_section('path', path):
         return
     others = {match[1] for match in (re.fullmatch('pretrain_network_(.)', str(key)) for key in path) if match}
@@ -84,7 +88,7 @@ def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
         check.add(f'path.{key}: {error}')
 
 
-def _weights(content: dict, param_key) -> dict:
+def _weights(content: dict, param_key: str | None) -> dict:
     """The weights in a checkpoint's content, empty where there are none."""
     weights = content if param_key is None else content.get(param_key, content.get('params'))
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
@@ -104,14 +108,14 @@ def _check_alphas(check: Check, where: str, network: str, weights: dict, file: s
             return
 
 
-def _other_network(net, weights: dict, file: str) -> str:
+def _other_network(net: nn.Module, weights: dict, file: str) -> str:
     """The sentence for weights of another network; empty if that is not so."""
     family, own = family_of(weights), type(net).__name__
     is_other = family is not None and own in FAMILIES and family != own and family_of(net.state_dict()) != family
     return f'{file} is a checkpoint of {family}, not of {own}' if is_other else ''
 
 
-def _other_image_size(net, weights: dict, file: str) -> str:
+def _other_image_size(net: Any, weights: dict, file: str) -> str:
     """The sentence for a SwinIR whose masks are for another size of image; empty if that is not so."""
     if not isinstance(net, SwinIR) or family_of(weights) != SwinIR.__name__:
         return ''
@@ -123,7 +127,7 @@ def _other_image_size(net, weights: dict, file: str) -> str:
     return f'{file} is of a SwinIR with img_size {_size(size)}, not {_size(own)}' if size != own else ''
 
 
-def _size(sides) -> str:
+def _size(sides: Sequence[int]) -> str:
     return str(sides[0]) if len(set(sides)) == 1 else str(list(sides))
 
 

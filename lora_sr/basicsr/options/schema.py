@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class Kind:
     """
 
     text: str
-    holds: Callable[[object], bool]
+    holds: Callable[[Any], bool]
     json: dict
     choices: tuple = ()
 
-    def fault(self, where: str, value: object) -> str:
+    def fault(self, where: str, value: Any) -> str:
         """The sentence for a value that is not of this kind; empty for one that is."""
         if self.holds(value):
             return ''
@@ -55,7 +56,7 @@ class Key:
 
     kind: Kind
     help: str
-    default: object = None
+    default: Any = None
     needed: str = ''
     only: str = ''
 
@@ -72,7 +73,7 @@ def _is_met(condition: str, facts: set[str]) -> bool:
     return any(facts.issuperset(choice.split('&')) for choice in condition.split())
 
 
-def is_number(value: object) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a value is a number, which True and False are not here."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -80,7 +81,7 @@ def is_number(value: object) -> bool:
 def number(least: float | None = 0, most: float | None = None, below: float | None = None) -> Kind:
     """A number of a range, ``below`` excluded."""
 
-    def holds(value: object) -> bool:
+    def holds(value: Any) -> bool:
         good = is_number(value) and (least is None or value >= least)
         return good and (most is None or value <= most) and (below is None or value < below)
 
@@ -100,7 +101,7 @@ def whole(least: int) -> Kind:
     )
 
 
-def one_of(*choices: object) -> Kind:
+def one_of(*choices: Any) -> Kind:
     """One of some values."""
     text = ', '.join('~' if choice is None else str(choice) for choice in choices)
     return Kind(text, lambda value: value in choices, {'enum': list(choices)}, choices)
@@ -115,7 +116,7 @@ def optional(kind: Kind) -> Kind:
 def pair(least: float, differ: bool = False) -> Kind:
     """The two ends of a range."""
 
-    def holds(value: object) -> bool:
+    def holds(value: Any) -> bool:
         good = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value))
         return good and least <= value[0] <= value[1] and not (differ and value[0] == value[1])
 
@@ -128,7 +129,7 @@ def pair(least: float, differ: bool = False) -> Kind:
 def weights(count: int, which: str) -> Kind:
     """As many weights, of which one at least counts."""
 
-    def holds(value: object) -> bool:
+    def holds(value: Any) -> bool:
         good = isinstance(value, (list, tuple)) and len(value) == count and all(map(is_number, value))
         return good and min(value) >= 0 and sum(value) > 0
 
@@ -146,17 +147,20 @@ def list_of(text: str, item: Kind) -> Kind:
     )
 
 
-def _is_roots(value: object) -> bool:
+def _is_roots(value: Any) -> bool:
     roots = value if isinstance(value, (list, tuple)) else [value]
     return bool(roots) and all(isinstance(root, str) for root in roots)
 
 
-def _is_backend(value: object) -> bool:
+def _is_backend(value: Any) -> bool:
     return isinstance(value, dict) and value.get('type') in ('disk', 'lmdb', 'memcached')
 
 
 FLAG = Kind('true or false', lambda value: isinstance(value, bool), {'type': 'boolean'})
 TEXT = Kind('a text', lambda value: isinstance(value, str), {'type': 'string'})
+LABEL = Kind(
+    'a text or a number', lambda value: isinstance(value, str) or is_number(value), {'type': ['string', 'number']}
+)
 PATH = Kind('a path', lambda value: isinstance(value, (str, os.PathLike)), {'type': 'string'})
 PROBABILITY = number(0, 1)
 RANGE = pair(0)
@@ -186,7 +190,7 @@ BACKEND = Kind(
     {'type': 'object', 'properties': {'type': {'enum': ['disk', 'lmdb', 'memcached']}}, 'required': ['type']},
 )
 BLURS = 'iso aniso generalized_iso generalized_aniso plateau_iso plateau_aniso'.split()
-LOSS, LOSS_OR_NONE = SECTION, replace(SECTION, json={'type': ['object', 'null']})
+SECTION_OR_NONE = replace(SECTION, text='a section or ~', json={'type': ['object', 'null']})
 
 # What a condition may name beside the phase and the names of classes, in words.
 FACTS = {
@@ -285,7 +289,7 @@ TOP = {
     'network_t': Key(SECTION, 'The teacher, of a DistillationModel alone. No test needs it.'),
     'path': Key(SECTION, 'Checkpoints to start from.', needed='train test'),
     'train': Key(SECTION, 'Optimizers, schedule and losses.', needed='train'),
-    'val': Key(optional(SECTION), 'What is measured, and how often.', needed='test'),
+    'val': Key(SECTION_OR_NONE, 'What is measured, and how often.', needed='test'),
     'logger': Key(SECTION, 'How often is logged and saved.', needed='train'),
     'dist_params': Key(SECTION, 'How several processes talk to each other.'),
     'find_unused_parameters': Key(
@@ -325,24 +329,24 @@ PATHS = {
 
 TRAIN = {
     'pixel_opt': Key(
-        LOSS_OR_NONE, "The loss of the network's output against the GT image.", only=f'{_PIXELS} {DISTILLATION}'
+        SECTION_OR_NONE, "The loss of the network's output against the GT image.", only=f'{_PIXELS} {DISTILLATION}'
     ),
-    'perceptual_opt': Key(LOSS_OR_NONE, 'The loss of features of VGG.', only=_PIXELS),
+    'perceptual_opt': Key(SECTION_OR_NONE, 'The loss of features of VGG.', only=_PIXELS),
     'distill_pixel_opt': Key(
-        LOSS_OR_NONE, "The loss of the student's output against the teacher's.", only=DISTILLATION
+        SECTION_OR_NONE, "The loss of the student's output against the teacher's.", only=DISTILLATION
     ),
     'affinity_opt': Key(
-        LOSS_OR_NONE,
+        SECTION_OR_NONE,
         "The loss of the student's features against the teacher's; `layers` names them.",
         only=DISTILLATION,
     ),
     'gan_opt': Key(
-        LOSS_OR_NONE, 'The loss of the discriminator.', needed=f'{GAN} {STYLE}', only=f'{_DISCRIMINATOR} {STYLE}'
+        SECTION_OR_NONE, 'The loss of the discriminator.', needed=f'{GAN} {STYLE}', only=f'{_DISCRIMINATOR} {STYLE}'
     ),
     'ldl_opt': Key(
-        LOSS_OR_NONE, 'The loss of artifacts, against the average of the weights.', only=f'{GAN} VideoGANModel'
+        SECTION_OR_NONE, 'The loss of artifacts, against the average of the weights.', only=f'{GAN} VideoGANModel'
     ),
-    'feature_matching_opt': Key(LOSS_OR_NONE, "The loss of the discriminator's features.", only=FACE),
+    'feature_matching_opt': Key(SECTION_OR_NONE, "The loss of the discriminator's features.", only=FACE),
     'memory_format': Key(
         one_of('contiguous', 'channels_last', None),
         'The memory layout of both networks; channels_last is faster for some.',
@@ -391,9 +395,9 @@ VAL = {
     'val_freq': Key(whole(1), 'Iterations between two validations.', needed='train'),
     'save_img': Key(FLAG, 'Whether the images are saved.', needed='train test'),
     'suffix': Key(
-        optional(TEXT), "What is added to the images' names; ~ for the name of the run.", needed='test&saving'
+        optional(LABEL), "What is added to the images' names; ~ for the name of the run.", needed='test&saving'
     ),
-    'metrics': Key(SECTION, 'The metrics, a section each, under names of your own.'),
+    'metrics': Key(SECTION_OR_NONE, 'The metrics, a section each, under names of your own.'),
     'pbar': Key(FLAG, 'Whether a progress bar is shown.', default=False),
     'center_frame_only': Key(FLAG, 'Whether the middle frame alone counts.', default=False, only=_RECURRENT),
     'flip_seq': Key(FLAG, 'Whether the frames run backwards, too.', default=False, only=_RECURRENT),
@@ -404,7 +408,7 @@ LOGGER = {
     'print_freq': Key(whole(1), 'Iterations between two lines of the log.', needed='train'),
     'save_checkpoint_freq': Key(whole(1), 'Iterations between two checkpoints.', needed='train'),
     'use_tb_logger': Key(FLAG, 'Whether TensorBoard gets the values, too.', needed='train'),
-    'wandb': Key(optional(SECTION), 'Weights & Biases; it needs `use_tb_logger: true`.'),
+    'wandb': Key(SECTION_OR_NONE, 'Weights & Biases; it needs `use_tb_logger: true`.'),
 }
 
 WANDB = {

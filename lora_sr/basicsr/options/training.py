@@ -1,8 +1,11 @@
 """The check of the section `train`: optimizers, losses, the scheduler, and what a distillation needs."""
 
+from __future__ import annotations
+
 import difflib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -48,7 +51,7 @@ def check_train(check: Check) -> None:
         _check_gan(check, train)
 
 
-def _check_optimizer(check: Check, where: str, section) -> None:
+def _check_optimizer(check: Check, where: str, section: Any) -> None:
     if not check.is_section(where, section):
         return
     if section.get('type') is None:
@@ -89,7 +92,7 @@ def _try_optimizer(check: Check, where: str, optimizer: type, section: dict) -> 
         check.add(f'{where}: {section["type"]} refuses these values{reason}')
 
 
-def _check_loss(check: Check, where: str, section) -> None:
+def _check_loss(check: Check, where: str, section: Any) -> None:
     if not check.is_section(where, section):
         return
     loss = check.registered(f'{where}.type', section.get('type'), LOSS_REGISTRY, 'loss')
@@ -171,7 +174,12 @@ def _check_discriminator(check: Check) -> None:
     size = (check.opt if 'degrading' in check.facts else data if isinstance(data, dict) else {}).get('gt_size')
     kind = section.get('type')
     arch = find(ARCH_REGISTRY, kind)
-    if getattr(arch, '__module__', '') != 'basicsr.archs.discriminator_arch' or not isinstance(size, int) or size < 1:
+    if (
+        arch is None
+        or getattr(arch, '__module__', '') != 'basicsr.archs.discriminator_arch'
+        or not isinstance(size, int)
+        or size < 1
+    ):
         return
     if any(problem.startswith(('network_d', 'gt_size')) for problem in check.problems):
         return
@@ -190,7 +198,7 @@ def _check_discriminator(check: Check) -> None:
             check.add(f'network_d: {kind} does not take patches of gt_size {size}: {reason}')
 
 
-def _check_scheduler(check: Check, section, total) -> None:
+def _check_scheduler(check: Check, section: Any, total: Any) -> None:
     if not check.is_section('train.scheduler', section):
         return
     scheduler = check.registered('train.scheduler.type', section.get('type'), SCHEDULERS, 'scheduler')
@@ -222,7 +230,7 @@ def _check_distillation(check: Check, train: dict) -> None:
     affinity = train.get('affinity_opt')
     if not isinstance(affinity, dict):
         return
-    gpus = check.opt.get('num_gpu')
+    gpus: Any = check.opt.get('num_gpu')
     gpus = torch.cuda.device_count() if gpus == 'auto' else gpus
     if check.processes == 1 and schema.is_number(gpus) and gpus > 1:
         check.add(distillation.DATA_PARALLEL_REFUSED)

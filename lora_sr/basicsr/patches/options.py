@@ -8,6 +8,7 @@ import functools
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import yaml
 
@@ -52,7 +53,7 @@ def patch_ordered_yaml() -> None:
         return
 
     @patch
-    def ordered_yaml():
+    def ordered_yaml() -> tuple[type, type]:
         return OptionLoader, OptionDumper
 
     replace_everywhere(options.ordered_yaml, ordered_yaml)
@@ -74,7 +75,7 @@ def patch_parse_options() -> None:
 
     @patch
     @functools.wraps(original)
-    def parse_options(root_path, is_train=True):
+    def parse_options(root_path: str, is_train: bool = True) -> tuple[dict, argparse.Namespace]:
         patch_load_resume_state()
         path, entries, rest = _split_command_line(sys.argv[1:])
         if path is None:
@@ -90,7 +91,7 @@ def patch_parse_options() -> None:
             tell(error)
             sys.exit(2)
 
-        def init_dist(launcher, **_):
+        def init_dist(launcher: str, **_: Any) -> None:
             start_distributed(launcher, opt)
 
         argv = [sys.argv[0], '-opt', path, *rest]
@@ -117,6 +118,8 @@ def _check(opt: dict, is_train: bool, root_path: str, argv: list[str]) -> None:
     variable = {'pytorch': 'WORLD_SIZE', 'slurm': 'SLURM_NTASKS'}.get(args.launcher, '')
     processes = int(os.environ.get(variable, 1))
     problems = check_options({**opt, 'auto_resume': args.auto_resume}, is_train, root_path, processes)
+    if 'auto_resume' in opt:
+        problems.insert(0, 'auto_resume is not a known key; it is an argument of the command line, --auto_resume')
     if problems:
         raise InputError('\n'.join(problems))
 
@@ -134,7 +137,7 @@ def _take_lists_of_roots(opt: dict) -> dict:
 class _PreparedOptions:
     """Stands in for a YAML loader where the options have been read already."""
 
-    def __init__(self, options: dict, stream):
+    def __init__(self, options: dict, stream: Any):
         self.options = options
 
     def get_single_data(self) -> dict:
@@ -144,7 +147,7 @@ class _PreparedOptions:
         pass
 
 
-def _split_command_line(argv: list):
+def _split_command_line(argv: list[str]) -> tuple[str | None, list[str] | None, list[str]]:
     """The option file, the entries of `--force_yml` and all other arguments."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument('-opt')
@@ -166,7 +169,7 @@ def patch_network_options() -> None:
 
     @patch
     @functools.wraps(original)
-    def __init__(self, opt):
+    def __init__(self: Any, opt: dict) -> None:
         for key, section in opt.items():
             if key.startswith('network_') and isinstance(section, dict) and isinstance(section.get('base'), dict):
                 opt[key] = _NestedOptions(section)
@@ -178,8 +181,8 @@ def patch_network_options() -> None:
 class _NestedOptions(dict):
     """The section of a network around another: what it lacks is looked up in the section of that one, `base`."""
 
-    def __missing__(self, key):
+    def __missing__(self, key: str) -> Any:
         return self['base'][key]
 
-    def get(self, key, default=None):
+    def get(self, key: str, default: Any = None) -> Any:
         return dict.get(self, key, self['base'].get(key, default))

@@ -293,7 +293,7 @@ def test_keys_that_nobody_reads_may_hold_anything(options, tmp_path, section):
         ('train.warmup_iter', -2, 'train.warmup_iter has to be a whole number of at least -1, not -2'),
         ('train.ema_decay', 1, 'train.ema_decay has to be a number of at least 0 and less than 1, not 1'),
         ('val.save_img', 'false', "val.save_img has to be true or false, not 'false'"),
-        ('val.suffix', 4, 'val.suffix has to be a text or ~, not 4'),
+        ('val.suffix', ['a'], "val.suffix has to be a text or a number or ~, not ['a']"),
         ('logger.use_tb_logger', 'no', "logger.use_tb_logger has to be true or false, not 'no'"),
         (
             'logger.wandb',
@@ -750,6 +750,11 @@ def test_mistakes_of_distillation_without_gt_that_would_train(without_gt, tmp_pa
         'train.optim_g.betas has 3 values; Adam takes 2, e.g. [0.9, 0.999]',
         'train.distill_pixel_opt: "eps" of PSNRLoss is 0: it must be more than 0.',
     ]
+
+
+def test_teacher_and_lr_images_of_a_model_of_others(without_gt, tmp_path, others):
+    without_gt['model_type'] = 'MyModel'
+    assert check(without_gt, tmp_path) == []
 
 
 def test_teacher_of_a_model_without_one(without_gt, tmp_path):

@@ -20,6 +20,7 @@ OPTIONS = REPOSITORY / 'options'
 # The quickstart's other networks are merged before they are tested, or only teach.
 TRAINED = [*sorted((OPTIONS / 'train').rglob('train_*.yml')), OPTIONS / 'quickstart' / 'train_SPAN.yml']
 LQ_SIZE = 16
+DISCRIMINATOR = {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 4}  # for any patches, as others are not
 SMALL = {
     'SPAN': {'feature_channels': 8},
     'DSCLoRA': {'feature_channels': 8},
@@ -28,7 +29,6 @@ SMALL = {
     'EDSR': {'num_feat': 8, 'num_block': 1},
     'RRDBNet': {'num_feat': 8, 'num_block': 1, 'num_grow_ch': 4},
     'SwinIR': {'depths': [1], 'embed_dim': 12, 'num_heads': [2], 'img_size': LQ_SIZE},
-    'UNetDiscriminatorSN': {'num_feat': 4},
 }
 
 
@@ -88,7 +88,8 @@ def small_training(file: Path, data: Path, folder: Path) -> dict:
     """Two iterations of a train file."""
     options = load_options(file)
     scale, path = options['scale'], options['path']
-    for key in [key for key in options if key.startswith('network_')]:
+    options.update({'network_d': DISCRIMINATOR} if 'network_d' in options else {})
+    for key in [key for key in ('network_g', 'network_t') if key in options]:
         shrink(options[key])
         pretrained = f'pretrain_{key}'
         if path.get(pretrained):

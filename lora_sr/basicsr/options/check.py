@@ -96,10 +96,10 @@ class Check:
         # Nobody reads `x-…`: there stands what the file itself repeats, under anchors.
         own = {key: value for key, value in given.items() if not str(key).startswith('x-')}
         needed = [key for key, entry in keys.items() if entry.is_needed(facts)]
-        complete = self.keys(where, own, list(keys), needed, 'open' in facts)
+        self.keys(where, own, list(keys), needed, 'open' in facts)
         prefix = f'{where}.' if where else ''
         values = [self.value(f'{prefix}{key}', own[key], entry.kind) for key, entry in keys.items() if key in own]
-        return complete and all(values)
+        return own.keys() >= set(needed) and all(values)
 
     def value(self, where: str, value: Any, kind: Kind) -> bool:
         """Check that a value is of a kind."""

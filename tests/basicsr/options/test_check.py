@@ -272,6 +272,14 @@ def test_unknown_keys_everywhere(options, tmp_path, path, end):
     assert problem.startswith(f'{path} is not a known key; {end}')
 
 
+def test_unknown_key_hides_no_other_mistake(options, tmp_path):
+    change(options, 'datasets.train.use_shuffle', True)
+    change(options, 'datasets.train.gt_size', 64)
+    unknown, large = check(options, tmp_path)
+    assert unknown.startswith('datasets.train.use_shuffle is not a known key')
+    assert large.startswith('datasets.train.gt_size: 64 is larger than')
+
+
 @pytest.mark.parametrize('section', ['', 'path', 'train', 'val', 'logger', 'datasets.train'])
 def test_keys_that_nobody_reads_may_hold_anything(options, tmp_path, section):
     change(options, f'{section}.x-common'.lstrip('.'), {'a': [1]})

@@ -30,12 +30,15 @@ SCHEDULERS = {
 def check_train(check: Check) -> None:
     """Check the section `train`."""
     train = check.opt.get('train')
-    if 'train' not in check.opt:
-        return
-    model = check.opt.get('model_type')
-    check.section('train', train)
-    if not isinstance(train, dict):
-        return
+    if 'train' in check.opt:
+        check.section('train', train)
+    if check.ours:
+        _check_distillation_options(check)
+    if isinstance(train, dict):
+        _check_parts(check, train)
+
+
+def _check_parts(check: Check, train: dict) -> None:
     for key, section in train.items():
         if key.startswith('optim_'):
             _check_optimizer(check, f'train.{key}', section)
@@ -43,8 +46,9 @@ def check_train(check: Check) -> None:
             _check_loss(check, f'train.{key}', section)
     if 'scheduler' in train:
         _check_scheduler(check, train['scheduler'], train.get('total_iter'))
+    model = check.opt.get('model_type')
     if check.ours:
-        _check_distillation(check, train)
+        _check_affinity(check, train)
     elif model in schema.PLAIN.split() and not (train.get('pixel_opt') or train.get('perceptual_opt')):
         check.add(f'train.pixel_opt and train.perceptual_opt are both missing; {model} needs one of them')
     elif model in schema.GAN.split():
@@ -222,11 +226,19 @@ def _check_scheduler(check: Check, section: Any, total: Any) -> None:
         )
 
 
-def _check_distillation(check: Check, train: dict) -> None:
+def _check_distillation_options(check: Check) -> None:
     for keys, sentence in distillation.option_faults(check.opt).items():
-        told = [(f'{key} ', f"did you mean '{key.rpartition('.')[2]}'?") for key in keys.split()]
-        if not any(problem.startswith(start) or end in problem for start, end in told for problem in check.problems):
+        # Unless a section is told that holds the key, the key itself, or one that was meant to be it.
+        names = [(key.partition('.')[0], key, key.rpartition('.')[2]) for key in keys.split()]
+        if not any(
+            problem.startswith((f'{section} ', f'{key} ')) or f"did you mean '{name}'?" in problem
+            for section, key, name in names
+            for problem in check.problems
+        ):
             check.add(sentence)
+
+
+def _check_affinity(check: Check, train: dict) -> None:
     affinity = train.get('affinity_opt')
     if not isinstance(affinity, dict):
         return

@@ -352,6 +352,16 @@ def test_distillation(distillation, tmp_path, path, value, sentence):
     assert problems[0].startswith(sentence)
 
 
+def test_distillation_without_sections(distillation, tmp_path):
+    for key in ('train', 'network_t', 'path'):
+        change(distillation, key)
+    assert check(distillation, tmp_path) == [
+        'path is missing',
+        'train is missing',
+        'network_t, the teacher of a DistillationModel, is missing',
+    ]
+
+
 # --- data ---
 
 

@@ -44,6 +44,7 @@ values of the wrong kind, keys that nobody reads, files that do not exist, check
 - A model or data set of your own may read what it likes: with a `model_type`, or a data set's `type`, that is neither
   BasicSR's nor ours, a key is told only where it is almost a known one. What your class inherits from BasicSR's is
   checked, but nothing of it has to be there.
+- What a class of BasicSR's reads in your clone is known, too, where its code says `opt['KEY']` or `opt.get('KEY')`.
 - Sections with a `type` (networks, losses, optimizers, the scheduler, metrics) go to that class or function; the keys
   are its arguments, also those of your own.
 

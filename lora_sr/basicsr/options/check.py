@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import dis
 import inspect
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,16 @@ def find(registry: Registry | dict, name: object) -> Callable | None:
     known = registry if isinstance(registry, dict) else dict(iter(registry))  # its keys() lacks a [] to go with it
     # With a suffix BasicSR registers what Real-ESRGAN registers too, and so it finds it.
     return known.get(f'{name}_basicsr', known.get(name)) if isinstance(name, str) else None
+
+
+def _named_keys(entry: Callable | None) -> set[str]:
+    """The keys that the code of a class of BasicSR's reads: in a clone somebody may have taught it more of them."""
+    keys = set()
+    for base in getattr(entry, '__mro__', ()):
+        if base.__module__.startswith('basicsr.'):
+            with contextlib.suppress(OSError, TypeError):  # no source
+                keys.update(re.findall(r"""opt(?:\['\w+'\])?(?:\[|\.get\()['"](\w+)['"]""", inspect.getsource(base)))
+    return keys
 
 
 def _reads_others(function: Callable, parameters: Mapping[str, inspect.Parameter]) -> bool:
@@ -55,14 +67,15 @@ class Check:
         self.problems.append(str(sentence))
 
     def readers(self, registry: Registry, name: object, known: str) -> set[str]:
-        """The facts about what reads a section: a model's or data set's name.
+        """The facts about what reads a section: a model's or data set's name, and ``reads:KEY`` as its code has it.
 
         Of one of somebody else's, it is ``open``, since it may read keys that the schema does not know, and with a +
         those that it inherits from: what they read is known, but it may do without.
         """
         found = find(registry, name)
         if name in known.split() and getattr(found, '__module__', '').startswith(OWN_MODULES):
-            return {str(name)}
+            is_ours = found.__module__.startswith('lora_sr.')  # it does not read all that its bases do
+            return {str(name), *(f'reads:{key}' for key in ([] if is_ours else _named_keys(found)))}
         bases = {base.__name__ for base in getattr(found, '__mro__', ())}
         return {'open', *(f'+{base}' for base in bases.intersection(known.split()))}
 
@@ -94,7 +107,11 @@ class Check:
         entries = {**schema.SECTIONS[name], **(also or {})}
         keys = {key: entry for key, entry in entries.items() if entry.is_known(known)}
         # Nobody reads `x-…`: there stands what the file itself repeats, under anchors.
-        own = {key: value for key, value in given.items() if not str(key).startswith('x-')}
+        own = {
+            key: value
+            for key, value in given.items()
+            if key in keys or not (str(key).startswith('x-') or f'reads:{key}' in facts)
+        }
         needed = [key for key, entry in keys.items() if entry.is_needed(facts)]
         self.keys(where, own, list(keys), needed, 'open' in facts)
         prefix = f'{where}.' if where else ''

@@ -1,6 +1,8 @@
 """The check of option files: each mistake gives its one sentence, and correct files give none."""
 
+import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from basicsr.archs.swinir_arch import SwinIR
+from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 from PIL import Image
 from tiny_run import TINY_OPTIONS, write_pairs
 
@@ -200,12 +203,23 @@ def test_everything_at_once(options, tmp_path):
     ]
 
 
+CLONED = """\
+from basicsr.models import sr_model
+
+
+class SRModel(sr_model.SRModel):
+    def init_training_settings(self):
+        train_opt = self.opt['train']
+        self.fft = train_opt.get('fft_opt')
+        self.start = self.opt['train']['start_iter']
+"""
+
+
 @pytest.fixture
 def others(monkeypatch):
     """A model, a data set and a loss of somebody else's."""
     from basicsr.data.paired_image_dataset import PairedImageDataset
     from basicsr.models.sr_model import SRModel
-    from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 
     class MyModel(SRModel):
         pass
@@ -225,6 +239,19 @@ def test_unknown_keys_of_others_are_left_alone(options, tmp_path, others):
         change(options, path, {'a': 1})
     change(options, 'datasets.train.gt_size')  # what theirs inherits from may need it, theirs may not
     assert check(options, tmp_path) == []
+
+
+def test_what_a_class_reads_in_a_clone_is_known(options, tmp_path, monkeypatch):
+    (tmp_path / 'sr_model.py').write_text(CLONED)
+    spec = importlib.util.spec_from_file_location('basicsr.models.cloned', tmp_path / 'sr_model.py')
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'SRModel', module.SRModel)
+    for path in ('train.fft_opt', 'train.start_iter', 'train.use_amp'):
+        change(options, path, None)
+    (problem,) = check(options, tmp_path)
+    assert problem.startswith('train.use_amp is not a known key')
 
 
 def test_what_others_inherit_is_known(options, tmp_path, others):

@@ -239,6 +239,7 @@ def test_stock_parse_options_runs_code(tiny_options, monkeypatch, tmp_path):
     """The defect that ``patch_parse_options`` is there for."""
     entry = f'train:optim_g=[__import__("pathlib").Path("{tmp_path}/ran").touch()]'
     monkeypatch.setattr(sys, 'argv', ['train.py', '-opt', str(tiny_options), '--force_yml', entry])
+    monkeypatch.setenv('LORA_SR_CHECK', '0')  # which would tell that this is no optimizer
     stock(options, 'parse_options')('/root')
     assert (tmp_path / 'ran').exists()
     (tmp_path / 'ran').unlink()

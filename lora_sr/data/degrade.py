@@ -1,27 +1,28 @@
 """From a folder of HR images to a folder of LR images as a camera might have taken them."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Optional
 
 from tqdm import tqdm
 
 from lora_sr.data.camera import camera_degradation, camera_seed
-from lora_sr.data.lmdb_store import encode_png
-from lora_sr.data.sources import find_sources, read_image
+from lora_sr.data.sources import Source, find_sources, read_image
 from lora_sr.errors import InputError
 from lora_sr.images.bicubic import MAX_SCALE
+from lora_sr.images.png import encode_png
 
 
 def degrade_folder(
-    folder,
-    output,
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     scale: int,
     seed: int = 0,
-    workers: Optional[int] = None,
+    workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> int:
@@ -62,7 +63,7 @@ def degrade_folder(
             'folder, or add --overwrite.'
         )
 
-    def write(source, path: Path):
+    def write(source: Source, path: Path) -> None:
         image = read_image(source.hr)
         height, width = (length // scale * scale for length in image.shape[:2])
         if not height or not width:

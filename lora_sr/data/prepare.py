@@ -9,6 +9,8 @@ and the databases are moved into place. A run that was stopped before that is do
 stopped between two moves is finished by the next run.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
@@ -17,29 +19,35 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, TypeVar
 
 import lmdb
+import numpy as np
 from tqdm import tqdm
 
-from lora_sr.data.lmdb_store import LmdbWriter, check_databases, encode_png, read_meta_info
+from lora_sr.data.lmdb_store import LmdbWriter, check_databases, read_meta_info
 from lora_sr.data.sources import Source, find_sources, read_image
 from lora_sr.errors import InputError
 from lora_sr.images.bicubic import MAX_SCALE, bicubic_downscale
+from lora_sr.images.png import encode_png
 
 try:
     import fcntl
 except ImportError:  # Windows: two runs at once into one folder go unnoticed there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 PARTIAL_FOLDER = '.prepare.partial'
 COMPLETE_FILE = 'complete.json'
 REPLACED_FOLDER = 'replaced'
+
+Entry = tuple[str, np.ndarray, int, int]  # key, PNG bytes, height, width
+Item = TypeVar('Item')
+Result = TypeVar('Result')
 
 
 @dataclass(frozen=True)
@@ -49,16 +57,16 @@ class Cut:
     Attributes:
         scales: the scales of the LR images.
         size: side of an HR sub-image in pixels; 0 keeps images whole.
-        step: distance between neighbours in pixels.
+        step: distance between neighbors in pixels.
         threshold: a strip at the right or bottom edge of up to this many pixels is left out.
     """
 
-    scales: tuple
+    scales: tuple[int, ...]
     size: int
     step: int
     threshold: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value, least in (
             ('--size', self.size, 0),
             ('--step', self.step, 1),
@@ -87,7 +95,7 @@ class Cut:
         """HR sizes and positions are multiples of this, so that they are whole numbers at every scale."""
         return math.lcm(*self.scales)
 
-    def database_names(self, captured: bool) -> dict:
+    def database_names(self, captured: bool) -> dict[int, str]:
         """{scale: name of its database}, the HR database first, as scale 1; no "bicubic" for a camera's LR images."""
         end = '_sub.lmdb' if self.size else '.lmdb'
         kind = '' if captured else '_bicubic'
@@ -105,24 +113,24 @@ class Prepared:
         smallest: (height, width) of the smallest HR entry by its shorter side: an upper limit for `gt_size`.
     """
 
-    databases: dict
+    databases: dict[int, Path]
     images: int
     entries: int
-    smallest: tuple
+    smallest: tuple[int, int]
 
 
 def prepare_databases(
-    folders: Sequence,
-    output,
+    folders: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
     scales: Sequence[int] = (2, 3, 4),
-    lr_folders: Optional[Sequence] = None,
+    lr_folders: Sequence[str | os.PathLike[str]] | None = None,
     size: int = 480,
     step: int = 240,
     threshold: int = 0,
-    workers: Optional[int] = None,
+    workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
-    split: Optional[str] = None,
+    split: str | None = None,
 ) -> Prepared:
     """Make the LMDBs `HR_sub.lmdb` and `LR_bicubic_X{scale}_sub.lmdb` from folders of images.
 
@@ -139,7 +147,7 @@ def prepare_databases(
         scales: the scales of the LR images.
         lr_folders: the LR folder of each HR folder; see `find_sources`.
         size: side of an HR sub-image in pixels, or 0; a multiple of every scale.
-        step: distance between neighbours in HR pixels; a multiple of every scale.
+        step: distance between neighbors in HR pixels; a multiple of every scale.
         threshold: a strip of up to this many HR pixels at the right or bottom edge is left out.
         workers: number of threads; the number of cores if None.
         overwrite: replace databases of these names.
@@ -179,7 +187,7 @@ def prepare_databases(
     return Prepared(databases, len(sources), len(shapes), smallest)
 
 
-def subimage_starts(length: int, size: int, step: int, threshold: int) -> list:
+def subimage_starts(length: int, size: int, step: int, threshold: int) -> list[int]:
     """Where the sub-images start along one dimension, as in BasicSR's `extract_subimages.py`; [0] if too short."""
     if length <= size:
         return [0]
@@ -199,7 +207,7 @@ def _fingerprint(sources: Sequence[Source], cut: Cut) -> str:
     return digest.hexdigest()
 
 
-def _load(source: Source, cut: Cut) -> dict:
+def _load(source: Source, cut: Cut) -> dict[int, np.ndarray]:
     """{scale: image}, the HR image as scale 1, cropped to sizes that fit each other exactly."""
     image = read_image(source.hr)
     height, width = (length // cut.multiple * cut.multiple for length in image.shape[:2])
@@ -233,7 +241,7 @@ def _load(source: Source, cut: Cut) -> dict:
     return images
 
 
-def _entries(source: Source, cut: Cut, check_only: threading.Event):
+def _entries(source: Source, cut: Cut, check_only: threading.Event) -> tuple[InputError | None, dict[int, list[Entry]]]:
     """What one image puts into the databases: (error, {scale: [(key, PNG bytes, height, width)]})."""
     try:
         images = _load(source, cut)
@@ -253,7 +261,7 @@ def _entries(source: Source, cut: Cut, check_only: threading.Event):
         height, width = min(height, cut.size), min(width, cut.size)
     else:
         corners, keys = [(0, 0)], [source.key]
-    entries = {}
+    entries: dict[int, list[Entry]] = {}
     for scale, image in images.items():
         h, w = height // scale, width // scale
         entries[scale] = []
@@ -263,7 +271,7 @@ def _entries(source: Source, cut: Cut, check_only: threading.Event):
     return None, entries
 
 
-def _build(sources: Sequence[Source], cut: Cut, paths: dict, workers: int, progress: bool):
+def _build(sources: Sequence[Source], cut: Cut, paths: Mapping[int, Path], workers: int, progress: bool) -> None:
     """Write and check the databases at {scale: path}, names without `.lmdb`, which BasicSR does not open."""
     check_only = threading.Event()
     errors = []
@@ -288,10 +296,12 @@ def _build(sources: Sequence[Source], cut: Cut, paths: dict, workers: int, progr
     check_databases(paths[1], {scale: path for scale, path in paths.items() if scale > 1})
 
 
-def _map_in_order(function: Callable, items: Sequence, workers: int) -> Iterator:
+def _map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Generator[Result, None, None]:
     """`map` over threads that keeps at most two items for each thread in hand."""
     with ThreadPoolExecutor(workers) as pool:
-        pending = deque()
+        pending: deque[Future[Result]] = deque()
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
@@ -305,14 +315,14 @@ def _map_in_order(function: Callable, items: Sequence, workers: int) -> Iterator
 
 
 @contextlib.contextmanager
-def _partial_folder(output: Path):
+def _partial_folder(output: Path) -> Iterator[Path]:
     """The folder that a run writes to, held against a second run; afterwards it is gone, and `output` too if empty."""
     made = [path for path in (output, *output.parents) if not path.exists()]
     folder = output / PARTIAL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
-        if fcntl:
+        if lock is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -330,18 +340,18 @@ def _partial_folder(output: Path):
                 with contextlib.suppress(OSError):
                     path.rmdir()
     finally:
-        if fcntl:
+        if lock is not None:
             os.close(lock)
 
 
-def _mark_complete(folder: Path, names: list, job: str):
+def _mark_complete(folder: Path, names: Sequence[str], job: str) -> None:
     """Say, in one step, that the databases in `folder` are complete."""
     written = folder / 'complete.partial'
     written.write_text(json.dumps({'databases': names, 'job': job}), encoding='utf-8')
     os.replace(written, folder / COMPLETE_FILE)
 
 
-def _move_into_place(folder: Path, output: Path):
+def _move_into_place(folder: Path, output: Path) -> None:
     """Move complete databases from `folder` to `output`. Stopped anywhere, it can be called again."""
     names = json.loads((folder / COMPLETE_FILE).read_text(encoding='utf-8'))['databases']
     replaced = folder / REPLACED_FOLDER
@@ -357,7 +367,7 @@ def _move_into_place(folder: Path, output: Path):
     (folder / COMPLETE_FILE).unlink()
 
 
-def _finish_interrupted(folder: Path, output: Path) -> Optional[str]:
+def _finish_interrupted(folder: Path, output: Path) -> str | None:
     """Deal with what an interrupted run left in `folder`.
 
     Returns:

@@ -1,18 +1,19 @@
 """Finding the images to prepare, pairing HR with LR, and reading them."""
 
+from __future__ import annotations
+
 import os
 import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import cv2
 import numpy as np
 
-from lora_sr.data.lmdb_store import PNG_SIGNATURE
 from lora_sr.errors import InputError
+from lora_sr.images.png import PNG_SIGNATURE
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 PUBLISHED_HR_FOLDERS = ('DIV2K_train_HR', 'Flickr2K_HR')
@@ -34,7 +35,7 @@ class Source:
 
     key: str
     hr: Path
-    lr: dict
+    lr: dict[int, Path]
     captured: bool = False
 
 
@@ -43,15 +44,18 @@ class _Part:
     """A part of RealSR or DRealSR: its HR and LR folders. The split or the scale is None where no name tells it."""
 
     dataset: str
-    split: Optional[str]
-    scale: Optional[int]
+    split: str | None
+    scale: int | None
     hr: Path
     lr: Path
 
 
 def find_sources(
-    folders: Sequence, scales: Sequence[int], lr_folders: Optional[Sequence] = None, split: Optional[str] = None
-) -> list:
+    folders: Sequence[str | os.PathLike[str]],
+    scales: Sequence[int],
+    lr_folders: Sequence[str | os.PathLike[str]] | None = None,
+    split: str | None = None,
+) -> list[Source]:
     """Find the HR images of some folders, and the LR image of each where there is one.
 
     A folder holds images (its sub-folders are not searched), or it is the root of the published DIV2K or Flickr2K,
@@ -87,9 +91,9 @@ def find_sources(
         )
     if split not in (None, *SPLITS):
         raise InputError(f'--split: {split} was given, where {" or ".join(SPLITS)} is right.')
-    sources = {}
-    for number, folder in enumerate(folders):
-        folder, lr_folder = Path(folder), Path(lr_folders[number]) if lr_folders else None
+    sources: dict[str, Source] = {}
+    for number, folder in enumerate(map(Path, folders)):
+        lr_folder = Path(lr_folders[number]) if lr_folders else None
         parts = _captured_parts(folder)
         if parts:
             found = _captured_sources(folder, parts, scales, lr_folder, split)
@@ -111,7 +115,7 @@ def read_image(path: Path) -> np.ndarray:
     """Read an 8-bit image as it is stored: an EXIF orientation is not applied, as in BasicSR's and MATLAB's readers.
 
     Returns:
-        uint8 of shape (height, width, 3), BGR, 0 to 255. Grey becomes three equal channels, which is what BasicSR's
+        uint8 of shape (height, width, 3), BGR, 0 to 255. Gray becomes three equal channels, which is what BasicSR's
         loader makes of it, and an alpha channel that is opaque everywhere is left out.
 
     Raises:
@@ -140,7 +144,7 @@ def read_image(path: Path) -> np.ndarray:
     return image
 
 
-def _plain_sources(folder: Path, scales: Sequence[int], lr_folder: Optional[Path]) -> list:
+def _plain_sources(folder: Path, scales: Sequence[int], lr_folder: Path | None) -> list[Source]:
     """The images of a folder, or of the published DIV2K or Flickr2K."""
     sources = []
     for hr_folder in _hr_folders(folder):
@@ -156,7 +160,7 @@ def _plain_sources(folder: Path, scales: Sequence[int], lr_folder: Optional[Path
     return sources
 
 
-def _captured_parts(folder: Path) -> list:
+def _captured_parts(folder: Path) -> list[_Part]:
     """The parts of RealSR or DRealSR at and below a folder; none if it is another folder."""
     here = Path(os.path.abspath(folder))  # `.` has no name
     if not here.is_dir():
@@ -184,8 +188,8 @@ def _has_image(folder: Path, pattern: str) -> bool:
 
 
 def _captured_sources(
-    folder: Path, parts: list, scales: Sequence[int], lr_folder: Optional[Path], split: Optional[str]
-) -> list:
+    folder: Path, parts: list[_Part], scales: Sequence[int], lr_folder: Path | None, split: str | None
+) -> list[Source]:
     """The pairs of the parts that are wanted."""
     dataset = parts[0].dataset
     if lr_folder or not scales:
@@ -200,7 +204,7 @@ def _captured_sources(
     scale = scales[0]
     wanted = [part for part in parts if part.scale in (None, scale) and (not split or part.split in (None, split))]
     if not wanted:
-        there = sorted({part.split + (f' at scale {part.scale}' if part.scale else '') for part in parts})
+        there = sorted({f'{part.split} at scale {part.scale}' if part.scale else str(part.split) for part in parts})
         raise InputError(
             f'{folder} is {dataset} with {", ".join(there)}, where {f"{split} at " if split else ""}scale {scale} is '
             'wanted.'
@@ -222,7 +226,7 @@ def _key(name: str) -> str:
     return re.sub('[^A-Za-z0-9_-]', '_', name)
 
 
-def _hr_folders(folder: Path) -> list:
+def _hr_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f'{folder} is not a folder, where a folder of HR images is right.')
     if _images(folder):
@@ -251,7 +255,7 @@ def _given_lr_folder(folder: Path, scale: int, scales: int) -> Path:
     return folder
 
 
-def _published_lr_folder(hr_folder: Path, scale: int) -> Optional[Path]:
+def _published_lr_folder(hr_folder: Path, scale: int) -> Path | None:
     hr_folder = Path(os.path.abspath(hr_folder))  # `.` has no name
     if not hr_folder.name.endswith('_HR'):
         return None
@@ -259,7 +263,7 @@ def _published_lr_folder(hr_folder: Path, scale: int) -> Optional[Path]:
     return lr_folder if lr_folder.is_dir() else None
 
 
-def _pair(hr_folder: Path, lr_folder: Path, scale: int) -> dict:
+def _pair(hr_folder: Path, lr_folder: Path, scale: int) -> dict[Path, Path]:
     """{HR file: its LR file}, one to one. Where both are in one folder, `NAME_HR` are the HR files."""
     hr_paths, lr_paths = _images(hr_folder), _images(lr_folder)
     if hr_folder == lr_folder:
@@ -292,7 +296,7 @@ def _pair(hr_folder: Path, lr_folder: Path, scale: int) -> dict:
     return pairs
 
 
-def _lr_stems(stem: str, scale: int) -> list:
+def _lr_stems(stem: str, scale: int) -> list[str]:
     """What the LR image of an HR image may be called, without extensions."""
     stems = [f'{stem}x{scale}', stem]
     if stem.endswith('_HR'):
@@ -300,7 +304,7 @@ def _lr_stems(stem: str, scale: int) -> list:
     return list(dict.fromkeys([*stems, re.sub(rf'_x{scale}(?=_|$)', '_x1', stem)]))  # DRealSR
 
 
-def _images(folder: Path) -> list:
+def _images(folder: Path) -> list[Path]:
     try:
         return sorted(
             path
@@ -311,14 +315,14 @@ def _images(folder: Path) -> list:
         raise InputError(f'{folder} cannot be read ({error.strerror}).') from error
 
 
-def _some(names: list) -> str:
+def _some(names: Sequence[str]) -> str:
     return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
 
 
 def _is_damaged(data: bytes) -> bool:
     """Whether a PNG or JPEG file is cut short, or a PNG's checksums are wrong.
 
-    OpenCV fills what is missing with grey or black and says so on stderr only; such an image must not be trained on.
+    OpenCV fills what is missing with gray or black and says so on stderr only; such an image must not be trained on.
     """
     view = memoryview(data)
     if data.startswith(PNG_SIGNATURE):

@@ -11,6 +11,8 @@ half upwards is exact. At scales 2, 3, 4 and 8 that is MATLAB's result bit by bi
 point may settle an exact half the other way.
 """
 
+from __future__ import annotations
+
 import math
 from fractions import Fraction
 from functools import cache
@@ -105,7 +107,7 @@ def _resize_rows(planes: np.ndarray, scale: int, shrink: bool) -> np.ndarray:
 
 
 @cache
-def resampling_weights(scale: int, shrink: bool):
+def resampling_weights(scale: int, shrink: bool) -> tuple[tuple[tuple[int, tuple[int, ...]], ...], int]:
     """The taps of one dimension as whole numbers over a common denominator.
 
     Output row `p + n * len(phases)` is the sum of `taps[t] * input[n * stride + first + t]` over `denominator`, with
@@ -115,12 +117,12 @@ def resampling_weights(scale: int, shrink: bool):
         (phases, denominator).
     """
     widening = scale if shrink else 1
-    # Where the centre of an output row falls among the input rows, counted from the stride's start.
-    centres = [Fraction(scale - 1, 2)] if shrink else [Fraction(2 * p + 1 - scale, 2 * scale) for p in range(scale)]
+    # Where the center of an output row falls among the input rows, counted from the stride's start.
+    centers = [Fraction(scale - 1, 2)] if shrink else [Fraction(2 * p + 1 - scale, 2 * scale) for p in range(scale)]
     exact = []
-    for centre in centres:
-        taps = range(math.floor(centre - 2 * widening) + 1, math.ceil(centre + 2 * widening))
-        exact.append((taps.start, [_cubic((tap - centre) / widening) / widening for tap in taps]))
+    for center in centers:
+        taps = range(math.floor(center - 2 * widening) + 1, math.ceil(center + 2 * widening))
+        exact.append((taps.start, [_cubic((tap - center) / widening) / widening for tap in taps]))
     denominator = math.lcm(*(weight.denominator for _, taps in exact for weight in taps))
     phases = tuple((first, tuple(int(weight * denominator) for weight in taps)) for first, taps in exact)
     return phases, denominator

@@ -25,7 +25,7 @@ class PSNRLoss(nn.Module):
         InputError: ``eps`` is not more than 0.
     """
 
-    def __init__(self, loss_weight: float = 1.0, eps: float = 1e-6):
+    def __init__(self, loss_weight: float = 1.0, eps: float = 1e-6) -> None:
         super().__init__()
         if not eps > 0:
             raise InputError(f'"eps" of PSNRLoss is {eps}: it must be more than 0.')

@@ -66,7 +66,7 @@ def find_overlap(network: nn.Module, channels: int, multiple: int = 1) -> int | 
     in theory, in most of which pixels have no influence that can be seen.
 
     Args:
-        network: RGB or grey in [0, 1], (N, channels, H, W) -> (N, C, f * H, f * W), on any device. It is not changed.
+        network: RGB or gray in [0, 1], (N, channels, H, W) -> (N, C, f * H, f * W), on any device. It is not changed.
         channels: Channels of the input.
         multiple: Cuts are at multiples of this: those of attention windows, or of pixel unshuffling.
 
@@ -93,7 +93,7 @@ def find_overlap(network: nn.Module, channels: int, multiple: int = 1) -> int | 
 def _probes(channels: int, height: int, width: int) -> Tensor:
     """Images (3, channels, height, width) that try a network hard.
 
-    Noise of several grains, whose halves differ in brightness; black and white noise; and a fine chequerboard.
+    Noise of several grains, whose halves differ in brightness; black and white noise; and a fine checkerboard.
     """
     generator = torch.Generator().manual_seed(0)
     coarse = torch.zeros(1, channels, height, width)
@@ -103,8 +103,8 @@ def _probes(channels: int, height: int, width: int) -> Tensor:
     coarse[..., : width // 2] *= 0.6
     coarse[..., width // 2 :] = 1 - 0.6 * coarse[..., width // 2 :]
     binary = torch.rand(1, 1, height, width, generator=generator).round().expand_as(coarse)
-    chequered = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).expand_as(coarse)
-    return torch.cat([coarse, binary, chequered])
+    checkered = ((torch.arange(height)[:, None] + torch.arange(width)) % 2).expand_as(coarse)
+    return torch.cat([coarse, binary, checkered])
 
 
 def _reach(network: nn.Module, probes: Tensor, axis: int) -> int:
@@ -138,7 +138,7 @@ def bytes_per_pixel(network: nn.Module, image: Tensor) -> int:
     """
     widest = 0
 
-    def measure(module, inputs, output):
+    def measure(module: nn.Module, inputs: object, output: object) -> None:
         nonlocal widest
         for tensor in output if isinstance(output, (tuple, list)) else [output]:
             if isinstance(tensor, Tensor):

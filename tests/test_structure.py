@@ -1,0 +1,246 @@
+"""The rooms of the package: who may import whom, held against the imports in the code.
+
+Imports inside functions count everywhere, since they bind two modules as much as those at the top. Imports under
+``TYPE_CHECKING`` count for the rooms, as a type from above is knowledge of what is above, but not for the circles,
+as they never run.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / 'lora_sr'
+
+BASE = {'errors', 'files', 'option_file'}
+FLOOR_0 = BASE | {'adapters', 'optim', 'losses', 'images'}
+FLOOR_1 = {'archs', 'checkpoints', 'data'}
+FLOOR_2 = {'runtime', 'basicsr'}
+FLOOR_3 = {'deploy', 'report', 'adapt'}
+FLOOR_4 = {'benchmarks', 'cli', 'train', 'test'}
+EVERYTHING = FLOOR_0 | FLOOR_1 | FLOOR_2 | FLOOR_3 | FLOOR_4
+
+# A room may import itself and these. The root stands for lora_sr/__init__.py; every room may import it.
+ALLOWED = {
+    '__init__': {'basicsr.hook', 'checkpoints', 'runtime'},  # the last two as types, and on demand
+    'errors': set(),
+    'files': {'errors'},
+    'option_file': {'errors', 'files'},
+    **dict.fromkeys(('adapters', 'optim', 'losses', 'images'), BASE),
+    **dict.fromkeys(('archs', 'data'), FLOOR_0),
+    'checkpoints': FLOOR_0 | FLOOR_1,
+    **dict.fromkeys(FLOOR_2, FLOOR_0 | FLOOR_1),
+    **dict.fromkeys(FLOOR_3, FLOOR_0 | FLOOR_1 | FLOOR_2),
+    **dict.fromkeys(FLOOR_4, EVERYTHING),
+}
+
+# What the rooms that run without BasicSR may import of others.
+THIRD_PARTIES = {
+    'errors': set(),
+    'files': {'torch'},
+    'option_file': {'yaml'},
+    'adapters': {'torch', 'safetensors'},
+    'optim': {'torch', 'adan_pytorch'},
+    'losses': {'torch'},
+    'images': {'numpy', 'cv2', 'PIL'},
+    'archs': {'torch'},
+    'data': {'numpy', 'cv2', 'lmdb', 'tqdm'},
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module: by whom, at which line, and whether for types alone."""
+
+    importer: str
+    target: str
+    line: int
+    for_types: bool
+
+    def __str__(self) -> str:
+        return f'{self.importer}:{self.line} imports {self.target}'
+
+
+def module_name(file: Path) -> str:
+    """``lora_sr/archs/span.py`` -> ``lora_sr.archs.span``, ``lora_sr/archs/__init__.py`` -> ``lora_sr.archs``."""
+    parts = file.relative_to(PACKAGE.parent).with_suffix('').parts
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+FILES = {module_name(file): file for file in sorted(PACKAGE.rglob('*.py'))}
+
+
+def imports_of(module: str, tree: ast.Module, is_package: bool, modules: set[str]) -> list[Import]:
+    """The imports in a module's code; ``from a import b`` is of ``a.b`` where that is a module of ours, else of ``a``."""
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and 'TYPE_CHECKING' in ast.dump(node.test)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ''
+            if node.level:
+                parts = module.split('.')
+                parents = parts[: len(parts) - node.level + is_package]
+                source = '.'.join([*parents, *filter(None, [node.module])])
+            names = [f'{source}.{alias.name}' for alias in node.names]
+            targets = [name if name in modules else source for name in names]
+        else:
+            continue
+        found += [Import(module, target, node.lineno, id(node) in for_types) for target in dict.fromkeys(targets)]
+    return found
+
+
+IMPORTS = [
+    found
+    for module, file in FILES.items()
+    for found in imports_of(module, ast.parse(file.read_text('utf-8')), file.name == '__init__.py', set(FILES))
+]
+
+
+def room_of(module: str) -> str:
+    """The folder or file right below ``lora_sr`` that a module of ours lives in."""
+    return module.partition('.')[2].partition('.')[0] or '__init__'
+
+
+def is_ours(module: str) -> bool:
+    return module.partition('.')[0] == PACKAGE.name
+
+
+def is_allowed(found: Import) -> bool:
+    here, there = room_of(found.importer), room_of(found.target)
+    inner = found.target.partition('.')[2]
+    return there in ('__init__', here) or bool({there, inner} & ALLOWED[here])
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that reach each other, by Tarjan's algorithm."""
+    index: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    groups = []
+
+    def visit(node: str) -> None:
+        index[node] = lowest[node] = len(index)
+        stack.append(node)
+        for other in edges[node]:
+            if other not in index:
+                visit(other)
+                lowest[node] = min(lowest[node], lowest[other])
+            elif other in stack:
+                lowest[node] = min(lowest[node], index[other])
+        if lowest[node] == index[node]:
+            position = stack.index(node)
+            group = stack[position:]
+            del stack[position:]
+            if len(group) > 1 or node in edges[node]:
+                groups.append(sorted(group))
+
+    for node in edges:
+        if node not in index:
+            visit(node)
+    return groups
+
+
+def test_every_room_is_in_the_table():
+    rooms = {room_of(module) for module in FILES}
+    assert rooms <= ALLOWED.keys()
+    assert len(FILES) > 80 and len(IMPORTS) > 500  # the search finds the code
+
+
+def test_rooms_import_only_what_lies_below():
+    assert [str(found) for found in IMPORTS if is_ours(found.target) and not is_allowed(found)] == []
+
+
+@pytest.mark.skipif(
+    sys.version_info < (3, 10), reason='the names of the standard library are known from Python 3.10 on'
+)
+def test_low_rooms_do_without_basicsr_and_what_it_brings():
+    foreign = [
+        str(found)
+        for found in IMPORTS
+        for root in [found.target.partition('.')[0]]
+        if room_of(found.importer) in THIRD_PARTIES
+        and not is_ours(found.target)
+        and root not in sys.stdlib_module_names
+        and root not in THIRD_PARTIES[room_of(found.importer)]
+    ]
+    assert foreign == []
+
+
+def test_no_circles():
+    """The root does not count: whoever imports any module of a package imports its root first."""
+    edges: dict[str, set[str]] = {module: set() for module in FILES}
+    for found in IMPORTS:
+        if found.target in FILES and found.target != PACKAGE.name and not found.for_types:
+            edges[found.importer].add(found.target)
+    assert circles(edges) == []
+
+
+class TestTheSearchItself:
+    CODE = """
+import os, lora_sr.files
+from typing import TYPE_CHECKING
+from lora_sr import errors, __version__
+from . import layers
+from .. import cli
+from ..runtime.tiling import Tiler
+if TYPE_CHECKING:
+    from lora_sr.report import tables
+def work():
+    from lora_sr.deploy.merge import merge
+"""
+    MODULES = {'lora_sr.errors', 'lora_sr.cli', 'lora_sr.adapters.layers', 'lora_sr.report.tables'}
+
+    def targets(self, module: str, is_package: bool) -> dict[str, bool]:
+        found = imports_of(module, ast.parse(self.CODE), is_package, self.MODULES)
+        return {each.target: each.for_types for each in found if is_ours(each.target)}
+
+    @pytest.mark.parametrize(('module', 'is_package'), [('lora_sr.adapters', True), ('lora_sr.adapters.config', False)])
+    def test_finds_every_kind_of_import(self, module, is_package):
+        assert self.targets(module, is_package) == {
+            'lora_sr': False,
+            'lora_sr.files': False,
+            'lora_sr.errors': False,
+            'lora_sr.adapters.layers': False,
+            'lora_sr.cli': False,
+            'lora_sr.runtime.tiling': False,
+            'lora_sr.report.tables': True,
+            'lora_sr.deploy.merge': False,
+        }
+
+    @pytest.mark.parametrize(
+        ('importer', 'target', 'allowed'),
+        [
+            ('adapters.verbs', 'errors', True),
+            ('adapters.verbs', 'losses.psnr', False),
+            ('archs.span', 'checkpoints.loading', False),
+            ('archs.span', 'adapters', True),
+            ('checkpoints.loading', 'archs.span', True),
+            ('runtime.upscaler', 'basicsr.models', False),
+            ('report.summary', 'deploy.merge', False),
+            ('report.summary', 'runtime', True),
+            ('cli.main', 'report.summary', True),
+            ('data.prepare', 'data.sources', True),
+        ],
+    )
+    def test_reads_the_table(self, importer, target, allowed):
+        assert is_allowed(Import(f'lora_sr.{importer}', f'lora_sr.{target}', 1, False)) is allowed
+
+    def test_the_root_may_import_the_hook_alone_of_the_plug(self):
+        assert is_allowed(Import('lora_sr', 'lora_sr.basicsr.hook', 1, False))
+        assert not is_allowed(Import('lora_sr', 'lora_sr.basicsr.models', 1, False))
+
+    def test_finds_circles(self):
+        edges = {'a': {'b'}, 'b': {'c'}, 'c': {'b', 'd'}, 'd': set(), 'e': {'e'}}
+        assert circles(edges) == [['b', 'c'], ['e']]

@@ -75,7 +75,7 @@ FILES = {module_name(file): file for file in sorted(PACKAGE.rglob('*.py'))}
 
 
 def imports_of(module: str, tree: ast.Module, is_package: bool, modules: set[str]) -> list[Import]:
-    """The imports in a module's code; ``from a import b`` is of ``a.b`` where that is a module of ours, else of ``a``."""
+    """The imports in a module's code; ``from a import b`` is of ``a.b`` where that is a module, else of ``a``."""
     for_types = {
         id(inner)
         for node in ast.walk(tree)

@@ -26,7 +26,8 @@ EVERYTHING = FLOOR_0 | FLOOR_1 | FLOOR_2 | FLOOR_3 | FLOOR_4
 
 # A room may import itself and these. The root stands for lora_sr/__init__.py; every room may import it.
 ALLOWED = {
-    '__init__': {'basicsr.hook', 'checkpoints', 'runtime'},  # the last two as types, and on demand
+    '__init__': {'hook', 'basicsr.hook', 'checkpoints', 'runtime'},  # the last two as types, and on demand
+    'hook': {'errors', 'basicsr'},  # it plugs the plug in, once BasicSR is there
     'errors': set(),
     'files': {'errors'},
     'option_file': {'errors', 'files'},
@@ -38,28 +39,33 @@ ALLOWED = {
     **dict.fromkeys(FLOOR_4, EVERYTHING),
 }
 
-# What the rooms that run without BasicSR may import of others.
-THIRD_PARTIES = {
-    'errors': set(),
-    'files': {'torch'},
-    'option_file': {'yaml'},
-    'adapters': {'torch', 'safetensors'},
-    'optim': {'torch', 'adan_pytorch'},
-    'losses': {'torch'},
-    'images': {'numpy', 'cv2', 'PIL'},
-    'archs': {'torch'},
-    'data': {'numpy', 'cv2', 'lmdb', 'tqdm'},
+# What the rooms that run without BasicSR may import of others: anywhere, and inside functions alone.
+THIRD_PARTIES: dict[str, tuple[set[str], set[str]]] = {
+    '__init__': (set(), set()),
+    'hook': (set(), set()),
+    'errors': (set(), {'basicsr'}),
+    'files': (set(), {'torch'}),
+    'option_file': ({'yaml'}, set()),
+    'adapters': ({'torch', 'safetensors'}, set()),
+    'optim': ({'torch', 'adan_pytorch'}, set()),
+    'losses': ({'torch'}, set()),
+    'images': ({'numpy', 'cv2', 'PIL'}, set()),
+    'archs': ({'torch'}, {'basicsr'}),
+    'checkpoints': ({'torch', 'safetensors'}, {'basicsr', 'spandrel'}),
+    'data': ({'numpy', 'cv2', 'lmdb', 'tqdm'}, set()),
+    'runtime': ({'torch', 'numpy'}, set()),
 }
 
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module: by whom, at which line, and whether for types alone."""
+    """One imported module: by whom, at which line, whether for types alone, and whether inside a function."""
 
     importer: str
     target: str
     line: int
-    for_types: bool
+    for_types: bool = False
+    in_function: bool = False
 
     def __str__(self) -> str:
         return f'{self.importer}:{self.line} imports {self.target}'
@@ -76,13 +82,10 @@ FILES = {module_name(file): file for file in sorted(PACKAGE.rglob('*.py'))}
 
 def imports_of(module: str, tree: ast.Module, is_package: bool, modules: set[str]) -> list[Import]:
     """The imports in a module's code; ``from a import b`` is of ``a.b`` where that is a module, else of ``a``."""
-    for_types = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and 'TYPE_CHECKING' in ast.dump(node.test)
-        for statement in node.body
-        for inner in ast.walk(statement)
-    }
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and 'TYPE_CHECKING' in ast.dump(node.test)]
+    for_types = {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    in_function = {inner for function in functions for inner in ast.walk(function)}
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -93,11 +96,14 @@ def imports_of(module: str, tree: ast.Module, is_package: bool, modules: set[str
                 parts = module.split('.')
                 parents = parts[: len(parts) - node.level + is_package]
                 source = '.'.join([*parents, *filter(None, [node.module])])
+            # The root offers names from above: each counts as a room, which no room may import.
+            is_offer = [source == PACKAGE.name and not alias.name.startswith('__') for alias in node.names]
             names = [f'{source}.{alias.name}' for alias in node.names]
-            targets = [name if name in modules else source for name in names]
+            targets = [name if name in modules or offer else source for name, offer in zip(names, is_offer)]
         else:
             continue
-        found += [Import(module, target, node.lineno, id(node) in for_types) for target in dict.fromkeys(targets)]
+        for target in dict.fromkeys(targets):
+            found.append(Import(module, target, node.lineno, node in for_types, node in in_function))
     return found
 
 
@@ -120,7 +126,7 @@ def is_ours(module: str) -> bool:
 def is_allowed(found: Import) -> bool:
     here, there = room_of(found.importer), room_of(found.target)
     inner = found.target.partition('.')[2]
-    return there in ('__init__', here) or bool({there, inner} & ALLOWED[here])
+    return there in ('__init__', here) or bool({there, inner} & ALLOWED.get(here, set()))
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
@@ -166,15 +172,13 @@ def test_rooms_import_only_what_lies_below():
     sys.version_info < (3, 10), reason='the names of the standard library are known from Python 3.10 on'
 )
 def test_low_rooms_do_without_basicsr_and_what_it_brings():
-    foreign = [
-        str(found)
-        for found in IMPORTS
-        for root in [found.target.partition('.')[0]]
-        if room_of(found.importer) in THIRD_PARTIES
-        and not is_ours(found.target)
-        and root not in sys.stdlib_module_names
-        and root not in THIRD_PARTIES[room_of(found.importer)]
-    ]
+    foreign = []
+    for found in IMPORTS:
+        room, root = room_of(found.importer), found.target.partition('.')[0]
+        if room in THIRD_PARTIES and not is_ours(found.target) and root not in sys.stdlib_module_names:
+            anywhere, in_functions = THIRD_PARTIES[room]
+            if root not in anywhere and not (found.in_function and root in in_functions):
+                foreign.append(str(found))
     assert foreign == []
 
 
@@ -191,7 +195,7 @@ class TestTheSearchItself:
     CODE = """
 import os, lora_sr.files
 from typing import TYPE_CHECKING
-from lora_sr import errors, __version__
+from lora_sr import errors, load_network, __version__
 from . import layers
 from .. import cli
 from ..runtime.tiling import Tiler
@@ -202,21 +206,17 @@ def work():
 """
     MODULES = {'lora_sr.errors', 'lora_sr.cli', 'lora_sr.adapters.layers', 'lora_sr.report.tables'}
 
-    def targets(self, module: str, is_package: bool) -> dict[str, bool]:
+    def kinds(self, module: str, is_package: bool) -> dict[str, str]:
         found = imports_of(module, ast.parse(self.CODE), is_package, self.MODULES)
-        return {each.target: each.for_types for each in found if is_ours(each.target)}
+        return {each.target: 't' * each.for_types + 'f' * each.in_function for each in found if is_ours(each.target)}
 
     @pytest.mark.parametrize(('module', 'is_package'), [('lora_sr.adapters', True), ('lora_sr.adapters.config', False)])
     def test_finds_every_kind_of_import(self, module, is_package):
-        assert self.targets(module, is_package) == {
-            'lora_sr': False,
-            'lora_sr.files': False,
-            'lora_sr.errors': False,
-            'lora_sr.adapters.layers': False,
-            'lora_sr.cli': False,
-            'lora_sr.runtime.tiling': False,
-            'lora_sr.report.tables': True,
-            'lora_sr.deploy.merge': False,
+        plain = ('', '.files', '.errors', '.load_network', '.adapters.layers', '.cli', '.runtime.tiling')
+        assert self.kinds(module, is_package) == {
+            **{f'lora_sr{name}': '' for name in plain},
+            'lora_sr.report.tables': 't',
+            'lora_sr.deploy.merge': 'f',
         }
 
     @pytest.mark.parametrize(
@@ -232,14 +232,15 @@ def work():
             ('report.summary', 'runtime', True),
             ('cli.main', 'report.summary', True),
             ('data.prepare', 'data.sources', True),
+            ('data.prepare', 'load_network', False),
         ],
     )
     def test_reads_the_table(self, importer, target, allowed):
-        assert is_allowed(Import(f'lora_sr.{importer}', f'lora_sr.{target}', 1, False)) is allowed
+        assert is_allowed(Import(f'lora_sr.{importer}', f'lora_sr.{target}', 1)) is allowed
 
-    def test_the_root_may_import_the_hook_alone_of_the_plug(self):
-        assert is_allowed(Import('lora_sr', 'lora_sr.basicsr.hook', 1, False))
-        assert not is_allowed(Import('lora_sr', 'lora_sr.basicsr.models', 1, False))
+    def test_the_root_may_import_nothing_of_the_plug_but_its_hook(self):
+        assert is_allowed(Import('lora_sr', 'lora_sr.hook', 1))
+        assert not is_allowed(Import('lora_sr', 'lora_sr.basicsr.models', 1))
 
     def test_finds_circles(self):
         edges = {'a': {'b'}, 'b': {'c'}, 'c': {'b', 'd'}, 'd': set(), 'e': {'e'}}

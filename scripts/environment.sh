@@ -1,5 +1,6 @@
 # Sourced by the other scripts: goes to the root of the repository, makes .venv there if need be, installs the package
-# into it, and puts its programs first. PYTHON names the interpreter to build .venv with (3.9 to 3.12).
+# into it with the extras in EXTRAS, and puts its programs first. PYTHON names the interpreter to build .venv with (3.9
+# to 3.12: BasicSR does not install on later ones).
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 find_python() {
@@ -22,5 +23,5 @@ fi
 echo "installing lora_sr and what it needs into .venv (PyTorch is large: the first time takes minutes)"
 # As a path, not as an import hook: beside a clone called lora_sr, Python would otherwise take that folder for the package.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat \
-  --editable '.[test]'
+  --editable ".[${EXTRAS:-test}]"
 export PATH="$PWD/.venv/bin:$PATH"

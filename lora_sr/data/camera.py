@@ -83,18 +83,18 @@ def camera_degradation(image: np.ndarray, scale: int, seed: int, ranges: CameraR
     """
     if scale != int(scale) or not 2 <= scale <= MAX_SCALE:
         raise InputError(
-            f'camera degradation: the scale is {scale}, where a whole number from 2 to {MAX_SCALE} is right.'
+            f'The scale of the camera degradation must be a whole number from 2 to {MAX_SCALE}, got {scale}.'
         )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise InputError(
-            f'camera degradation: an image of type {image.dtype} and shape {image.shape} was given, where 8-bit '
-            'values of shape (height, width, 3) are right.'
+            'The image of the camera degradation must have 8-bit values of shape (height, width, 3), got '
+            f'{image.dtype} of shape {image.shape}.'
         )
     scale = int(scale)
     if image.shape[0] % scale or image.shape[1] % scale:
         raise InputError(
-            f'camera degradation: the image has {image.shape[0]} x {image.shape[1]} pixels, where multiples of the '
-            f'scale {scale} are right.'
+            f'The sides of the image of the camera degradation must be multiples of the scale {scale}, got '
+            f'{image.shape[0]} x {image.shape[1]} pixels.'
         )
     bits = np.random.Philox(key=seed)
     # The order of the draws is part of the result.

@@ -47,14 +47,14 @@ def degrade_folder(
             already there, or the output cannot be written. LR images come into their places when all are made.
     """
     if not 2 <= scale <= MAX_SCALE:
-        raise InputError(f'--scale: {scale} was given, where a whole number from 2 to {MAX_SCALE} is right.')
+        raise InputError(f'--scale must be a whole number from 2 to {MAX_SCALE}, got {scale}.')
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
-        raise InputError(f'--workers: {workers} was given, where a whole number of at least 1 is right.')
+        raise InputError(f'--workers must be a whole number of at least 1, got {workers}.')
     sources = find_sources([folder], scales=())
     output = Path(output)
     if any(os.path.realpath(source.hr.parent) == os.path.realpath(output) for source in sources):
-        raise InputError(f'{output} is the folder of the HR images, where another folder for the LR images is right.')
+        raise InputError(f'The output must be another folder than that of the HR images, got {output}.')
     names = [f'{source.hr.stem}.png' for source in sources]
     existing = [name for name in names if os.path.lexists(output / name)]
     if existing and not overwrite:
@@ -68,8 +68,7 @@ def degrade_folder(
         height, width = (length // scale * scale for length in image.shape[:2])
         if not height or not width:
             raise InputError(
-                f'{source.hr} has {image.shape[0]} x {image.shape[1]} pixels, where at least {scale} each way are '
-                'needed.'
+                f'{source.hr} must have at least {scale} pixels each way, got {image.shape[0]} x {image.shape[1]}.'
             )
         lr = camera_degradation(image[:height, :width], scale, camera_seed(source.hr.stem, seed))
         path.write_bytes(encode_png(lr).tobytes())

@@ -73,21 +73,21 @@ class Cut:
             ('--threshold', self.threshold, 0),
         ):
             if value < least:
-                raise InputError(f'{name}: {value} was given, where a whole number of at least {least} is right.')
+                raise InputError(f'{name} must be a whole number of at least {least}, got {value}.')
         if (
             not self.scales
             or len(set(self.scales)) < len(self.scales)
             or not all(1 < scale <= MAX_SCALE for scale in self.scales)
         ):
             raise InputError(
-                f'--scale: {" ".join(map(str, self.scales)) or "nothing"} was given, where different '
-                f'whole numbers from 2 to {MAX_SCALE} are right.'
+                f'--scale must be different whole numbers from 2 to {MAX_SCALE}, got '
+                f'{" ".join(map(str, self.scales)) or "none"}.'
             )
         for name, value in (('--size', self.size), ('--step', self.step)):
             if self.size and value % self.multiple:
                 raise InputError(
-                    f'{name}: {value} is not a multiple of {self.multiple}, as it must be for one HR '
-                    f'database to fit scale {" and ".join(map(str, self.scales))}.'
+                    f'{name} must be a multiple of {self.multiple}, for one HR database to fit scale '
+                    f'{" and ".join(map(str, self.scales))}, got {value}.'
                 )
 
     @property
@@ -161,7 +161,7 @@ def prepare_databases(
     cut = Cut(tuple(scales), size, step, threshold)
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
-        raise InputError(f'--workers: {workers} was given, where a whole number of at least 1 is right.')
+        raise InputError(f'--workers must be a whole number of at least 1, got {workers}.')
     sources = find_sources(folders, cut.scales, lr_folders, split)
     output = Path(output)
     names = cut.database_names(captured=any(source.captured for source in sources))
@@ -213,8 +213,7 @@ def _load(source: Source, cut: Cut) -> dict[int, np.ndarray]:
     height, width = (length // cut.multiple * cut.multiple for length in image.shape[:2])
     if not height or not width:
         raise InputError(
-            f'{source.hr} has {image.shape[0]} x {image.shape[1]} pixels, where at least {cut.multiple} '
-            'each way are needed.'
+            f'{source.hr} must have at least {cut.multiple} pixels each way, got {image.shape[0]} x {image.shape[1]}.'
         )
     images = {1: image[:height, :width]}
     for scale in cut.scales:
@@ -224,8 +223,8 @@ def _load(source: Source, cut: Cut) -> dict[int, np.ndarray]:
         lr = read_image(source.lr[scale])
         if lr.shape == image.shape:
             raise InputError(
-                f'{source.lr[scale]} is as large as {source.hr}, where an image {scale} times smaller is right, as in '
-                'version 3 of RealSR, other than versions 1 and 2.'
+                f'{source.lr[scale]} must be {scale} times smaller than {source.hr}, got the same size: version 3 of '
+                'RealSR has it so, other than versions 1 and 2.'
             )
         # MATLAB's imresize rounds a size up, many data sets round it down; the pixels lie in the same places.
         if not all(
@@ -233,9 +232,8 @@ def _load(source: Source, cut: Cut) -> dict[int, np.ndarray]:
             for hr_length, lr_length in zip(image.shape[:2], lr.shape[:2])
         ):
             raise InputError(
-                f'{source.lr[scale]} has {lr.shape[0]} x {lr.shape[1]} pixels, where '
-                f'{image.shape[0] // scale} x {image.shape[1] // scale}, the size of {source.hr} by '
-                f'{scale}, is right.'
+                f'{source.lr[scale]} must have {image.shape[0] // scale} x {image.shape[1] // scale} pixels, the size '
+                f'of {source.hr} by {scale}, got {lr.shape[0]} x {lr.shape[1]}.'
             )
         images[scale] = lr[: height // scale, : width // scale]
     return images

@@ -86,11 +86,11 @@ def find_sources(
     """
     if lr_folders and len(lr_folders) != len(folders):
         raise InputError(
-            f'--lr: {len(lr_folders)} LR folders were given for {len(folders)} HR folders, where one for '
-            'each, in the same order, is right.'
+            f'--lr must be an LR folder for each of the {len(folders)} HR folders, in the same order, got '
+            f'{len(lr_folders)}.'
         )
     if split not in (None, *SPLITS):
-        raise InputError(f'--split: {split} was given, where {" or ".join(SPLITS)} is right.')
+        raise InputError(f'--split must be {" or ".join(SPLITS)}, got {split}.')
     sources: dict[str, Source] = {}
     for number, folder in enumerate(map(Path, folders)):
         lr_folder = Path(lr_folders[number]) if lr_folders else None
@@ -107,7 +107,7 @@ def find_sources(
                 )
             sources[source.key] = source
     if split and not any(source.captured for source in sources.values()):
-        raise InputError(f'--split: {split} was given, but none of the folders is RealSR or DRealSR, which have parts.')
+        raise InputError('--split is for RealSR and DRealSR, which have parts, but none of the folders is one of them.')
     return [sources[key] for key in sorted(sources)]
 
 
@@ -134,12 +134,12 @@ def read_image(path: Path) -> np.ndarray:
     if image is None:
         raise InputError(f'{path} is damaged or is not an image: replace it or take it out of its folder.')
     if image.dtype != np.uint8:
-        raise InputError(f'{path} has values of type {image.dtype}, where 8-bit images are right: convert it first.')
+        raise InputError(f'{path} must have 8-bit values, got {image.dtype}: convert it first.')
     if image.ndim == 2:
         return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
     if image.shape[2] == 4:
         if image[:, :, 3].min() < 255:
-            raise InputError(f'{path} is transparent in places, where opaque images are right: flatten it first.')
+            raise InputError(f'{path} must be opaque, got transparent pixels: flatten it first.')
         image = np.ascontiguousarray(image[:, :, :3])
     return image
 
@@ -194,12 +194,12 @@ def _captured_sources(
     dataset = parts[0].dataset
     if lr_folder or not scales:
         raise InputError(
-            f'{folder} has LR images of its own, those of {dataset}, where a folder of HR images alone is right.'
+            f'{folder} must be a folder of HR images alone, got {dataset}, which has LR images of its own.'
         )
     if len(scales) > 1:
         raise InputError(
-            f'--scale: {" ".join(map(str, scales))} was given, where one scale at a time is right for {folder}: '
-            f'{dataset} has other HR images at each.'
+            f'--scale must be one scale at a time for {folder}, got {" ".join(map(str, scales))}: {dataset} has other '
+            'HR images at each.'
         )
     scale = scales[0]
     wanted = [part for part in parts if part.scale in (None, scale) and (not split or part.split in (None, split))]
@@ -210,7 +210,7 @@ def _captured_sources(
             'wanted.'
         )
     if len({part.split for part in wanted}) > 1:
-        raise InputError(f'--split: nothing was given, where train or test is right for {folder}: it has both.')
+        raise InputError(f'--split must be train or test for {folder}, which has both, got none.')
     sources = []
     for part in wanted:
         if not part.lr.is_dir():
@@ -228,7 +228,7 @@ def _key(name: str) -> str:
 
 def _hr_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise InputError(f'{folder} is not a folder, where a folder of HR images is right.')
+        raise InputError(f'{folder} is not a folder: it must be one of HR images.')
     if _images(folder):
         return [folder]
     published = [folder / name for name in PUBLISHED_HR_FOLDERS if (folder / name).is_dir()]
@@ -286,7 +286,7 @@ def _pair(hr_folder: Path, lr_folder: Path, scale: int) -> dict[Path, Path]:
         raise InputError(
             f'{lr_folder} has no LR image for {len(lonely)} of {those} '
             f'({_some([path.name for path in lonely])}): for the first, '
-            f'{" or ".join(f"`{stem}`" for stem in stems[2:] or stems)} is right.'
+            f'it must be called {" or ".join(f"`{stem}`" for stem in stems[2:] or stems)}.'
         )
     if unused:
         raise InputError(

@@ -61,11 +61,11 @@ def bicubic_upscale(image: np.ndarray, scale: int) -> np.ndarray:
 def _resize(image: np.ndarray, scale: int, shrink: bool) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
         raise InputError(
-            f'bicubic resize: an image of type {image.dtype} and shape {image.shape} was given, '
-            'where 8-bit values of shape (height, width) or (height, width, channels) are right.'
+            'The image to resize must have 8-bit values of shape (height, width) or (height, width, channels), got '
+            f'{image.dtype} of shape {image.shape}.'
         )
     if scale != int(scale) or not 1 <= scale <= MAX_SCALE:
-        raise InputError(f'bicubic resize: the scale is {scale}, where a whole number from 1 to {MAX_SCALE} is right.')
+        raise InputError(f'The scale of a resize must be a whole number from 1 to {MAX_SCALE}, got {scale}.')
     scale = int(scale)
     planes = image.reshape(image.shape[0], image.shape[1], -1)
     planes = _resize_rows(planes, scale, shrink)

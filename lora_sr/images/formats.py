@@ -167,7 +167,7 @@ def encode_picture(picture: Picture, file_format: str, quality: int) -> bytes:
 def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str]) -> Picture:
     frames = getattr(image, 'n_frames', 1)
     if frames > 1 and image.format != 'MPO':  # a JPEG with previews, or both eyes' views
-        raise InputError(f'{path} holds {frames} pictures, where one is right: take them apart first.')
+        raise InputError(f'{path} must hold one picture, got {frames}: take them apart first.')
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     icc_profile = image.info.get('icc_profile')
     orientation, exif = _read_exif(image)
@@ -183,7 +183,7 @@ def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str]) -> Pi
             pixels = pixels[:, :, [0, 3]]
     elif 16 in tags.get(BITS_PER_SAMPLE, ()):
         if tags.get(PLANAR_CONFIGURATION) == 2:
-            raise InputError(f'{path} has 16 bits with each color apart, where interleaved ones are right.')
+            raise InputError(f'{path} must have interleaved colors, got each color apart, in 16 bits.')
         image.load()  # strict where OpenCV is not
         pixels = _decode_16_bits(data, path)  # turned by OpenCV already
         if tags.get(PHOTOMETRIC) == 0:  # white is zero
@@ -197,7 +197,7 @@ def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str]) -> Pi
         pixels = pixels.reshape(*pixels.shape[:2], -1)
     else:
         raise InputError(
-            f'{path} has pixels of the kind {image.mode}, where gray or RGB of 8 or 16 bits is right: convert it first.'
+            f'{path} must be gray or RGB of 8 or 16 bits, got pixels of the kind {image.mode}: convert it first.'
         )
     return Picture(np.ascontiguousarray(pixels), icc_profile, exif)
 

@@ -149,17 +149,17 @@ def check_values(options: dict[str, Any]) -> None:
     for key in ('lr', 'eps', 'weight_decay'):
         value = options.get(key, 0)
         if not is_number(value) or value < 0:
-            raise InputError(f'"{key}" of Adan is {value!r}: it must be a number of at least 0.')
+            raise InputError(f'"{key}" of Adan must be a number of at least 0, got {value!r}.')
     betas = options.get('betas', (0, 0, 0))
     are_three = isinstance(betas, (list, tuple)) and len(betas) == 3
     if not are_three or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):
         raise InputError(
-            f'"betas" of Adan is {betas!r}: it must be three numbers of at least 0 and less than 1, '
-            'e.g. [0.98, 0.92, 0.99].'
+            f'"betas" of Adan must be three numbers of at least 0 and less than 1, e.g. [0.98, 0.92, 0.99], got '
+            f'{betas!r}.'
         )
     foreach = options.get('foreach', True)
     if not isinstance(foreach, bool):
-        raise InputError(f'"foreach" of Adan is {foreach!r}: it must be true or false.')
+        raise InputError(f'"foreach" of Adan must be true or false, got {foreach!r}.')
 
 
 def _update(

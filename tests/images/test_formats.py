@@ -309,11 +309,11 @@ def test_images_of_other_kinds(tmp_path):
     )
     Image.fromarray(pixels()).save(tmp_path / 'other.bmp')
     for name, words in {
-        'animation.webp': 'holds 3 pictures, where one is right',
-        'pages.tif': 'holds 3 pictures, where one is right',
-        'cmyk.jpg': 'of the kind CMYK, where gray or RGB',
-        'float.tif': 'of the kind F, where gray or RGB',
-        'planes.tif': 'with each color apart',
+        'animation.webp': 'must hold one picture, got 3',
+        'pages.tif': 'must hold one picture, got 3',
+        'cmyk.jpg': 'must be gray or RGB of 8 or 16 bits, got pixels of the kind CMYK',
+        'float.tif': 'got pixels of the kind F',
+        'planes.tif': 'got each color apart',
         'other.bmp': 'not a PNG, JPEG, WebP or TIFF image',
         'missing.png': 'cannot be read: No such file',
     }.items():

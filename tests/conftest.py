@@ -5,11 +5,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from tiny_run import TINY_OPTIONS, write_pairs
 
 import lora_sr  # noqa: F401  (plugs into BasicSR, before a test file imports it)
 
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+        pytest.skip('there is no GPU')
 
 
 @pytest.fixture(scope='session')

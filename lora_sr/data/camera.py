@@ -8,7 +8,7 @@ light they would brighten fine texture, a shift that has nothing to do with reso
 Everything that is drawn comes from the seed alone, so an image is the same in every run, whatever the order and the
 number of threads. The random bits are Philox's raw output, which NumPy guarantees to stay the same (its distributions
 may change between versions: NEP 19); uniform and normal values are made of them here. The sums of blur and sampling are
-taken in one fixed order in float64. What may differ between machines is the last bits of `exp`, `log`, `cos` and
+taken in one fixed order in float64. What may differ between machines is the last bits of ``exp``, ``log``, ``cos`` and
 powers, which turn a gray level only where a value lies on the very edge between two, and the JPEG library:
 libjpeg-turbo, which OpenCV's wheels bring along, gives the same on every processor; another library may be some gray
 levels off here and there.
@@ -55,7 +55,7 @@ def camera_seed(name: str, seed: int = 0) -> int:
 
     Args:
         name: the file's name without folder and extension. Composed and decomposed accents are the same.
-        seed: the user's seed: another one gives another data set.
+        seed: the user's seed: another one gives another dataset.
 
     Returns:
         A whole number of 128 bits.
@@ -67,12 +67,12 @@ def camera_seed(name: str, seed: int = 0) -> int:
 def camera_degradation(image: np.ndarray, scale: int, seed: int, ranges: CameraRanges = CameraRanges()) -> np.ndarray:
     """Make the LR image that a camera might have taken of an HR image.
 
-    The pixels lie where bicubic's do: LR pixel i covers HR pixels `scale * i` to `scale * i + scale - 1`.
+    The pixels lie where bicubic's do: LR pixel i covers HR pixels ``scale * i`` to ``scale * i + scale - 1``.
 
     Args:
-        image: uint8 of shape (height, width, 3), BGR, sRGB's curve; both sides are multiples of `scale`.
+        image: uint8 of shape (height, width, 3), BGR, sRGB's curve; both sides are multiples of ``scale``.
         scale: a whole number from 2 to 16.
-        seed: a whole number from 0 to 2^128 - 1; see `camera_seed`.
+        seed: a whole number from 0 to 2^128 - 1; see ``camera_seed``.
         ranges: what the strength of each step is drawn from.
 
     Returns:
@@ -148,7 +148,7 @@ def _sample(image: np.ndarray, scale: int, blur: np.ndarray) -> np.ndarray:
     """Blur and shrink by bicubic in one sum over the HR pixels around each LR pixel; mirrored at the borders.
 
     Args:
-        image: uint8 of shape (height, width, channels), multiples of `scale`.
+        image: uint8 of shape (height, width, channels), multiples of ``scale``.
         scale: the scale.
         blur: a kernel with an odd number of rows and columns.
 

@@ -26,7 +26,7 @@ def degrade_folder(
     overwrite: bool = False,
     progress: bool = True,
 ) -> int:
-    """Write `NAME.png`, the camera's LR image, for each image `NAME` of a folder; see `camera_degradation`.
+    """Write ``NAME.png``, the camera's LR image, for each image ``NAME`` of a folder; see ``camera_degradation``.
 
     An HR image is cropped at its right and bottom edges to a multiple of the scale.
 

@@ -1,4 +1,4 @@
-"""Image databases in BasicSR's form: an LMDB of PNG bytes, and `meta_info.txt` with a line for each key."""
+"""Image databases in BasicSR's form: an LMDB of PNG bytes, and ``meta_info.txt`` with a line for each key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _META_LINE = re.compile(r'([^.]+)\.png \((\d+),(\d+),(\d+)\) \d+')
 
 
 class LmdbWriter:
-    """Writes a new database; `meta_info.txt` appears when `finish` has put everything on the disk.
+    """Writes a new database; ``meta_info.txt`` appears when ``finish`` has put everything on the disk.
 
     Args:
         path: a folder that does not exist yet.
@@ -60,7 +60,7 @@ class LmdbWriter:
         os.rename(self._path / 'meta_info.partial', self._path / 'meta_info.txt')
 
     def close(self) -> None:
-        """Let go of the files. Without `finish` the folder stays unfinished."""
+        """Let go of the files. Without ``finish`` the folder stays unfinished."""
         self._env.close()
         self._meta.close()
 
@@ -78,7 +78,7 @@ class LmdbWriter:
 
 
 def read_meta_info(path: str | os.PathLike[str]) -> dict[str, Shape]:
-    """Read the `meta_info.txt` of a database.
+    """Read the ``meta_info.txt`` of a database.
 
     Args:
         path: the folder of the database.
@@ -87,7 +87,7 @@ def read_meta_info(path: str | os.PathLike[str]) -> dict[str, Shape]:
         {key: (height, width, channels)}, in the file's order.
 
     Raises:
-        InputError: if the file is missing, a line is not of the form `KEY.png (h,w,c) 1`, or a key comes twice.
+        InputError: if the file is missing, a line is not of the form ``KEY.png (h,w,c) 1``, or a key comes twice.
     """
     meta_path = Path(path) / 'meta_info.txt'
     try:
@@ -113,8 +113,8 @@ def check_databases(hr_path: Path, lr_paths: Mapping[int, Path], samples: int = 
     """Check that an HR database and its LR databases are whole and fit together.
 
     Every database must have exactly the keys of its meta file; all must have the same keys in the same order; every
-    value must be a PNG whose header has the size in the meta file and which has its end; an HR image must be `scale`
-    times its LR image. `samples` images of each database, first and last among them, are decoded.
+    value must be a PNG whose header has the size in the meta file and which has its end; an HR image must be ``scale``
+    times its LR image. ``samples`` images of each database, first and last among them, are decoded.
 
     Args:
         hr_path: the folder of the HR database.

@@ -4,9 +4,9 @@ Threads do the work: OpenCV and NumPy let go of the interpreter's lock while the
 has to be copied between processes. At most two images for each worker are in hand at a time, so memory depends on the
 size of an image, not on their number. Results are written in the order of the keys, whichever worker is first.
 
-Everything is written to `.prepare.partial` in the output folder. When it is complete and checked, a file there says so,
-and the databases are moved into place. A run that was stopped before that is done again from the start; one that was
-stopped between two moves is finished by the next run.
+Everything is written to ``.prepare.partial`` in the output folder. When it is complete and checked, a file there says
+so, and the databases are moved into place. A run that was stopped before that is done again from the start; one that
+was stopped between two moves is finished by the next run.
 """
 
 from __future__ import annotations
@@ -104,13 +104,13 @@ class Cut:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare_databases` has made.
+    """What ``prepare_databases`` has made.
 
     Attributes:
         databases: {scale: folder}, with the HR database as scale 1.
         images: number of source images.
         entries: number of keys in each database.
-        smallest: (height, width) of the smallest HR entry by its shorter side: an upper limit for `gt_size`.
+        smallest: (height, width) of the smallest HR entry by its shorter side: an upper limit for ``gt_size``.
     """
 
     databases: dict[int, Path]
@@ -132,27 +132,27 @@ def prepare_databases(
     progress: bool = True,
     split: str | None = None,
 ) -> Prepared:
-    """Make the LMDBs `HR_sub.lmdb` and `LR_bicubic_X{scale}_sub.lmdb` from folders of images.
+    """Make the LMDBs ``HR_sub.lmdb`` and ``LR_bicubic_X{scale}_sub.lmdb`` from folders of images.
 
     Each image is cropped, at its right and bottom edges, to a multiple of all scales. Its LR images come from their
-    files or are made by `bicubic_downscale`, whole, before they are cut. It is cut as in BasicSR's
-    `extract_subimages.py`; the sub-images of `NAME` are `NAME_s001`, `NAME_s002`, ... in rows from the top left. Where
-    an image is smaller than `size`, which that script cannot handle, its sub-images have its whole height or width.
-    With size 0 images stay whole, under their own names, in `HR.lmdb` and `LR_bicubic_X{scale}.lmdb`. Where the LR
-    images come from RealSR or DRealSR the name is `LR_X{scale}`, for they are not bicubic.
+    files or are made by ``bicubic_downscale``, whole, before they are cut. It is cut as in BasicSR's
+    ``extract_subimages.py``; the sub-images of ``NAME`` are ``NAME_s001``, ``NAME_s002``, ... in rows from the top
+    left. Where an image is smaller than ``size``, which that script cannot handle, its sub-images have its whole height
+    or width. With size 0 images stay whole, under their own names, in ``HR.lmdb`` and ``LR_bicubic_X{scale}.lmdb``.
+    Where the LR images come from RealSR or DRealSR the name is ``LR_X{scale}``, for they are not bicubic.
 
     Args:
-        folders: HR folders, or roots of the published data sets; see `find_sources`.
+        folders: HR folders, or roots of the published datasets; see ``find_sources``.
         output: the folder for the databases; made if it is missing.
         scales: the scales of the LR images.
-        lr_folders: the LR folder of each HR folder; see `find_sources`.
+        lr_folders: the LR folder of each HR folder; see ``find_sources``.
         size: side of an HR sub-image in pixels, or 0; a multiple of every scale.
         step: distance between neighbors in HR pixels; a multiple of every scale.
         threshold: a strip of up to this many HR pixels at the right or bottom edge is left out.
         workers: number of threads; the number of cores if None.
         overwrite: replace databases of these names.
         progress: show a progress bar, if stderr is a terminal.
-        split: the part of RealSR or DRealSR, 'train' or 'test'; see `find_sources`.
+        split: the part of RealSR or DRealSR, 'train' or 'test'; see ``find_sources``.
 
     Raises:
         InputError: if an option is out of range, the images cannot be found, read or paired, an image is smaller than
@@ -188,7 +188,7 @@ def prepare_databases(
 
 
 def subimage_starts(length: int, size: int, step: int, threshold: int) -> list[int]:
-    """Where the sub-images start along one dimension, as in BasicSR's `extract_subimages.py`; [0] if too short."""
+    """Where the sub-images start along one dimension, as in BasicSR's ``extract_subimages.py``; [0] if too short."""
     if length <= size:
         return [0]
     starts = list(range(0, length - size + 1, step))
@@ -226,7 +226,7 @@ def _load(source: Source, cut: Cut) -> dict[int, np.ndarray]:
                 f'{source.lr[scale]} must be {scale} times smaller than {source.hr}, got the same size: version 3 of '
                 'RealSR has it so, other than versions 1 and 2.'
             )
-        # MATLAB's imresize rounds a size up, many data sets round it down; the pixels lie in the same places.
+        # MATLAB's imresize rounds a size up, many datasets round it down; the pixels lie in the same places.
         if not all(
             hr_length // scale <= lr_length <= -(-hr_length // scale)
             for hr_length, lr_length in zip(image.shape[:2], lr.shape[:2])
@@ -270,7 +270,7 @@ def _entries(source: Source, cut: Cut, check_only: threading.Event) -> tuple[Inp
 
 
 def _build(sources: Sequence[Source], cut: Cut, paths: Mapping[int, Path], workers: int, progress: bool) -> None:
-    """Write and check the databases at {scale: path}, names without `.lmdb`, which BasicSR does not open."""
+    """Write and check the databases at {scale: path}, names without ``.lmdb``, which BasicSR does not open."""
     check_only = threading.Event()
     errors = []
     with contextlib.ExitStack() as stack:
@@ -297,7 +297,7 @@ def _build(sources: Sequence[Source], cut: Cut, paths: Mapping[int, Path], worke
 def _map_in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Generator[Result, None, None]:
-    """`map` over threads that keeps at most two items for each thread in hand."""
+    """``map`` over threads that keeps at most two items for each thread in hand."""
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[Result]] = deque()
         try:
@@ -314,7 +314,7 @@ def _map_in_order(
 
 @contextlib.contextmanager
 def _partial_folder(output: Path) -> Iterator[Path]:
-    """The folder that a run writes to, held against a second run; afterwards it is gone, and `output` too if empty."""
+    """The folder that a run writes to, held against a second run; then it is gone, and ``output`` too if empty."""
     made = [path for path in (output, *output.parents) if not path.exists()]
     folder = output / PARTIAL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -343,14 +343,14 @@ def _partial_folder(output: Path) -> Iterator[Path]:
 
 
 def _mark_complete(folder: Path, names: Sequence[str], job: str) -> None:
-    """Say, in one step, that the databases in `folder` are complete."""
+    """Say, in one step, that the databases in ``folder`` are complete."""
     written = folder / 'complete.partial'
     written.write_text(json.dumps({'databases': names, 'job': job}), encoding='utf-8')
     os.replace(written, folder / COMPLETE_FILE)
 
 
 def _move_into_place(folder: Path, output: Path) -> None:
-    """Move complete databases from `folder` to `output`. Stopped anywhere, it can be called again."""
+    """Move complete databases from ``folder`` to ``output``. Stopped anywhere, it can be called again."""
     names = json.loads((folder / COMPLETE_FILE).read_text(encoding='utf-8'))['databases']
     replaced = folder / REPLACED_FOLDER
     replaced.mkdir(exist_ok=True)
@@ -366,10 +366,11 @@ def _move_into_place(folder: Path, output: Path) -> None:
 
 
 def _finish_interrupted(folder: Path, output: Path) -> str | None:
-    """Deal with what an interrupted run left in `folder`.
+    """Deal with what an interrupted run left in ``folder``.
 
     Returns:
-        The job of that run if its databases were complete and are now in place; otherwise None, and `folder` is empty.
+        The job of that run if its databases were complete and are now in place; else None, and ``folder`` is
+        empty.
     """
     job = None
     if (folder / COMPLETE_FILE).exists():

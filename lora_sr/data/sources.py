@@ -27,7 +27,7 @@ class Source:
     """An HR image, and what stands for it in the databases.
 
     Attributes:
-        key: the file's name without its extension, with `_` for anything but ASCII letters, digits, `-` and `_`.
+        key: the file's name without its extension, with ``_`` for anything but ASCII letters, digits, ``-`` and ``_``.
         hr: the HR file.
         lr: {scale: LR file}; a scale that is missing is to be made by bicubic.
         captured: HR and LR come from a camera, as in RealSR and DRealSR.
@@ -59,26 +59,26 @@ def find_sources(
     """Find the HR images of some folders, and the LR image of each where there is one.
 
     A folder holds images (its sub-folders are not searched), or it is the root of the published DIV2K or Flickr2K,
-    which holds `DIV2K_train_HR` or `Flickr2K_HR`. Beside a folder `NAME_HR`, `NAME_LR_bicubic/X4` is taken for its LR
-    images at scale 4, as DIV2K and Flickr2K have it. The LR image of `0001.png` is `0001x4.png` or `0001.png`, of
-    any image type.
+    which holds ``DIV2K_train_HR`` or ``Flickr2K_HR``. Beside a folder ``NAME_HR``, ``NAME_LR_bicubic/X4`` is taken for
+    its LR images at scale 4, as DIV2K and Flickr2K have it. The LR image of ``0001.png`` is ``0001x4.png`` or
+    ``0001.png``, of any image type.
 
     Two published sets have HR and LR images from cameras, with other HR images at each scale:
 
-    - RealSR, version 3 (Cai et al., ICCV 2019): `CAMERA/Train/4/NAME_HR.png` and, beside it, `NAME_LR4.png`; likewise
-      `Test` and the scales 2 and 3. The folder is the root, a camera's folder, or `4`.
-    - DRealSR (Wei et al., ECCV 2020): `Train_x4/train_HR/NAME_x4.png` and `Train_x4/train_LR/NAME_x1.png`, likewise
-      `Test_x4/test_HR` and `test_LR`. The folder is `Train_x4` or holds it, or it holds `x4/Train_x4`.
+    - RealSR, version 3 (Cai et al., ICCV 2019): ``CAMERA/Train/4/NAME_HR.png`` and, beside it, ``NAME_LR4.png``;
+      likewise ``Test`` and the scales 2 and 3. The folder is the root, a camera's folder, or ``4``.
+    - DRealSR (Wei et al., ECCV 2020): ``Train_x4/train_HR/NAME_x4.png`` and ``Train_x4/train_LR/NAME_x1.png``, likewise
+      ``Test_x4/test_HR`` and ``test_LR``. The folder is ``Train_x4`` or holds it, or it holds ``x4/Train_x4``.
 
     Args:
         folders: HR folders.
         scales: the scales that LR images are wanted for.
         lr_folders: the LR folder of each HR folder, in the same order, in place of those found by name. With one scale
-            it may hold the images themselves; otherwise it holds a folder `X2`, `X3`, ... for each scale.
+            it may hold the images themselves; otherwise it holds a folder ``X2``, ``X3``, ... for each scale.
         split: 'train' or 'test': the part of RealSR or DRealSR that is wanted, where a folder has both.
 
     Returns:
-        A `Source` for each HR image, sorted by key.
+        A ``Source`` for each HR image, sorted by key.
 
     Raises:
         InputError: if a folder is missing or has no images, HR and LR do not pair, two files make the same key, or a
@@ -264,7 +264,7 @@ def _published_lr_folder(hr_folder: Path, scale: int) -> Path | None:
 
 
 def _pair(hr_folder: Path, lr_folder: Path, scale: int) -> dict[Path, Path]:
-    """{HR file: its LR file}, one to one. Where both are in one folder, `NAME_HR` are the HR files."""
+    """{HR file: its LR file}, one to one. Where both are in one folder, ``NAME_HR`` are the HR files."""
     hr_paths, lr_paths = _images(hr_folder), _images(lr_folder)
     if hr_folder == lr_folder:
         hr_paths = [path for path in hr_paths if path.stem.endswith('_HR')]

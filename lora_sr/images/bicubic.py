@@ -1,10 +1,10 @@
-"""MATLAB's bicubic `imresize`, as it acts on 8-bit images: the resize that made the published LR sets.
+"""MATLAB's bicubic ``imresize``, as it acts on 8-bit images: the resize that made the published LR sets.
 
 The kernel is Keys' cubic convolution with a = -0.5 (R. Keys, "Cubic convolution interpolation for digital image
-processing", IEEE Trans. ASSP 29, 1981). When an image shrinks, MATLAB widens the kernel by the scale (`Antialiasing`,
+processing", IEEE Trans. ASSP 29, 1981). When an image shrinks, MATLAB widens the kernel by the scale (``Antialiasing``,
 on by default); it mirrors the image at its borders, edge pixel included, and resizes the rows first, then the columns.
 On 8-bit images it rounds to 8 bits after each of the two. Leaving out that first rounding is what makes other
-ports of `imresize` differ by one level here and there.
+ports of ``imresize`` differ by one level here and there.
 
 At an integer scale every weight is a fraction of small integers, so the sums below are whole numbers, and rounding a
 half upwards is exact. At scales 2, 3, 4 and 8 that is MATLAB's result bit by bit; at other scales MATLAB's own floating
@@ -26,7 +26,7 @@ BLOCK_BYTES = 1 << 18  # sums held at a time: a block of rows that stays in a co
 
 
 def bicubic_downscale(image: np.ndarray, scale: int) -> np.ndarray:
-    """Shrink an image as MATLAB's `imresize(image, 1 / scale)` does.
+    """Shrink an image as MATLAB's ``imresize(image, 1 / scale)`` does.
 
     Args:
         image: uint8, of shape (height, width) or (height, width, channels), values 0 to 255. The order of the
@@ -43,7 +43,7 @@ def bicubic_downscale(image: np.ndarray, scale: int) -> np.ndarray:
 
 
 def bicubic_upscale(image: np.ndarray, scale: int) -> np.ndarray:
-    """Enlarge an image as MATLAB's `imresize(image, scale)` does: the "bicubic" row of the published tables.
+    """Enlarge an image as MATLAB's ``imresize(image, scale)`` does: the "bicubic" row of the published tables.
 
     Args:
         image: uint8, of shape (height, width) or (height, width, channels), values 0 to 255.
@@ -110,8 +110,9 @@ def _resize_rows(planes: np.ndarray, scale: int, shrink: bool) -> np.ndarray:
 def resampling_weights(scale: int, shrink: bool) -> tuple[tuple[tuple[int, tuple[int, ...]], ...], int]:
     """The taps of one dimension as whole numbers over a common denominator.
 
-    Output row `p + n * len(phases)` is the sum of `taps[t] * input[n * stride + first + t]` over `denominator`, with
-    (first, taps) = phases[p]; the stride is `scale` when shrinking, with one phase, and 1 when enlarging, with `scale`.
+    Output row ``p + n * len(phases)`` is the sum of ``taps[t] * input[n * stride + first + t]`` over ``denominator``,
+    with (first, taps) = phases[p]; the stride is ``scale`` when shrinking, with one phase, and 1 when enlarging, with
+    ``scale``.
 
     Returns:
         (phases, denominator).

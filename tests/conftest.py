@@ -5,11 +5,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from tiny_run import TINY_OPTIONS, write_pairs
 
 import lora_sr  # noqa: F401  (plugs into BasicSR, before a test file imports it)
 
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+        pytest.skip('there is no GPU')
 
 
 @pytest.fixture(scope='session')
@@ -18,22 +25,6 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f'there is no folder {SHARED} with reference data')
     return SHARED
-
-
-@pytest.fixture(scope='session')
-def pairs(tmp_path_factory) -> Path:
-    """A folder with `gt`, `lq`, `gt.lmdb` and `lq.lmdb`: eight 2x pairs of 32x32 and 16x16 pixels. Do not change it."""
-    root = tmp_path_factory.mktemp('pairs')
-    write_pairs(root)
-    return root
-
-
-@pytest.fixture
-def tiny_options(pairs, tmp_path) -> Path:
-    """An option file for six iterations of a tiny network on the CPU; with it goes the folder to run in, its parent."""
-    file = tmp_path / 'tiny.yml'
-    file.write_text(TINY_OPTIONS.format(root=pairs, suffix='', backend='disk'))
-    return file
 
 
 @pytest.fixture
@@ -55,3 +46,19 @@ def make_images():
         return folder
 
     return make
+
+
+@pytest.fixture(scope='session')
+def pairs(tmp_path_factory) -> Path:
+    """A folder with `gt`, `lq`, `gt.lmdb` and `lq.lmdb`: eight 2x pairs of 32x32 and 16x16 pixels. Do not change it."""
+    root = tmp_path_factory.mktemp('pairs')
+    write_pairs(root)
+    return root
+
+
+@pytest.fixture
+def tiny_options(pairs, tmp_path) -> Path:
+    """An option file for six iterations of a tiny network on the CPU; with it goes the folder to run in, its parent."""
+    file = tmp_path / 'tiny.yml'
+    file.write_text(TINY_OPTIONS.format(root=pairs, suffix='', backend='disk'))
+    return file

@@ -97,7 +97,7 @@ def run_python(*arguments, cwd, status=0):
         env=python_environment(),
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=900,  # machines differ, and may be busy
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done

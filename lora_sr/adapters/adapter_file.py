@@ -81,7 +81,6 @@ class Adapter:
         """Name of a parameter of the base -> what is added to it."""
         return {key_of_base(key): value for key, value in self.tensors.items() if is_delta_key(key)}
 
-
     def update_of(self, layer: str) -> tuple[Tensor, Tensor, Tensor]:
         """``lora_A``, ``lora_B`` and ``lora_alpha`` of a layer."""
         lora_A, lora_B, alpha = (self.tensors[join(layer, tensor)] for tensor in LORA_TENSORS)

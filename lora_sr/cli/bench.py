@@ -45,6 +45,10 @@ def add_parser(commands):
     adan = subjects.add_parser('adan', help='a step of Adan against adan_pytorch')
     adan.set_defaults(run=run_adan)
 
+    startup = subjects.add_parser('startup', help='CPU seconds of imports and commands, beside their budgets')
+    startup.add_argument('checkpoint', type=Path, nargs='?', metavar='CHECKPOINT', help='also `lora-sr inspect` it')
+    startup.set_defaults(run=run_startup)
+
 
 def run_runtime(args):
     """Measure the deployed networks."""
@@ -86,3 +90,10 @@ def run_adan(args):
     from lora_sr.benchmarks import adan as adan_benchmark
 
     adan_benchmark.run()
+
+
+def run_startup(args):
+    """Measure what starting costs."""
+    from lora_sr.benchmarks import startup as startup_benchmark
+
+    startup_benchmark.run(args.checkpoint)

@@ -8,11 +8,13 @@ light they would brighten fine texture, a shift that has nothing to do with reso
 Everything that is drawn comes from the seed alone, so an image is the same in every run, whatever the order and the
 number of threads. The random bits are Philox's raw output, which NumPy guarantees to stay the same (its distributions
 may change between versions: NEP 19); uniform and normal values are made of them here. The sums of blur and sampling are
-taken in one fixed order in float64. What may differ between machines is the last bits of `exp`, `log`, `cos` and
-powers, which turn a grey level only where a value lies on the very edge between two, and the JPEG library:
-libjpeg-turbo, which OpenCV's wheels bring along, gives the same on every processor; another library may be some grey
+taken in one fixed order in float64. What may differ between machines is the last bits of ``exp``, ``log``, ``cos`` and
+powers, which turn a gray level only where a value lies on the very edge between two, and the JPEG library:
+libjpeg-turbo, which OpenCV's wheels bring along, gives the same on every processor; another library may be some gray
 levels off here and there.
 """
+
+from __future__ import annotations
 
 import hashlib
 import math
@@ -42,10 +44,10 @@ class CameraRanges:
         jpeg_quality: a whole number, both ends included: from a messenger's files to a camera's.
     """
 
-    blur_sigma: tuple = (0.2, 0.5)
-    shot_gain: tuple = (1e-4, 1e-3)
-    read_sigma: tuple = (1e-4, 1e-3)
-    jpeg_quality: tuple = (80, 95)
+    blur_sigma: tuple[float, float] = (0.2, 0.5)
+    shot_gain: tuple[float, float] = (1e-4, 1e-3)
+    read_sigma: tuple[float, float] = (1e-4, 1e-3)
+    jpeg_quality: tuple[int, int] = (80, 95)
 
 
 def camera_seed(name: str, seed: int = 0) -> int:
@@ -53,7 +55,7 @@ def camera_seed(name: str, seed: int = 0) -> int:
 
     Args:
         name: the file's name without folder and extension. Composed and decomposed accents are the same.
-        seed: the user's seed: another one gives another data set.
+        seed: the user's seed: another one gives another dataset.
 
     Returns:
         A whole number of 128 bits.
@@ -65,12 +67,12 @@ def camera_seed(name: str, seed: int = 0) -> int:
 def camera_degradation(image: np.ndarray, scale: int, seed: int, ranges: CameraRanges = CameraRanges()) -> np.ndarray:
     """Make the LR image that a camera might have taken of an HR image.
 
-    The pixels lie where bicubic's do: LR pixel i covers HR pixels `scale * i` to `scale * i + scale - 1`.
+    The pixels lie where bicubic's do: LR pixel i covers HR pixels ``scale * i`` to ``scale * i + scale - 1``.
 
     Args:
-        image: uint8 of shape (height, width, 3), BGR, sRGB's curve; both sides are multiples of `scale`.
+        image: uint8 of shape (height, width, 3), BGR, sRGB's curve; both sides are multiples of ``scale``.
         scale: a whole number from 2 to 16.
-        seed: a whole number from 0 to 2^128 - 1; see `camera_seed`.
+        seed: a whole number from 0 to 2^128 - 1; see ``camera_seed``.
         ranges: what the strength of each step is drawn from.
 
     Returns:
@@ -81,28 +83,28 @@ def camera_degradation(image: np.ndarray, scale: int, seed: int, ranges: CameraR
     """
     if scale != int(scale) or not 2 <= scale <= MAX_SCALE:
         raise InputError(
-            f'camera degradation: the scale is {scale}, where a whole number from 2 to {MAX_SCALE} is right.'
+            f'The scale of the camera degradation must be a whole number from 2 to {MAX_SCALE}, got {scale}.'
         )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise InputError(
-            f'camera degradation: an image of type {image.dtype} and shape {image.shape} was given, where 8-bit '
-            'values of shape (height, width, 3) are right.'
+            'The image of the camera degradation must have 8-bit values of shape (height, width, 3), got '
+            f'{image.dtype} of shape {image.shape}.'
         )
     scale = int(scale)
     if image.shape[0] % scale or image.shape[1] % scale:
         raise InputError(
-            f'camera degradation: the image has {image.shape[0]} x {image.shape[1]} pixels, where multiples of the '
-            f'scale {scale} are right.'
+            f'The sides of the image of the camera degradation must be multiples of the scale {scale}, got '
+            f'{image.shape[0]} x {image.shape[1]} pixels.'
         )
     bits = np.random.Philox(key=seed)
     # The order of the draws is part of the result.
     sigma_1, sigma_2, angle, shot, read, quality = _uniform(bits, 6)
-    sigmas = [_between(ranges.blur_sigma, draw) * scale for draw in (sigma_1, sigma_2)]
+    sigma_1, sigma_2 = (_between(ranges.blur_sigma, draw) * scale for draw in (sigma_1, sigma_2))
     gain = _log_between(ranges.shot_gain, shot)
     read_sigma = _log_between(ranges.read_sigma, read)
     least, greatest = ranges.jpeg_quality
 
-    small = _sample(image, scale, _gaussian(*sigmas, math.pi * angle)) / 255
+    small = _sample(image, scale, _gaussian(sigma_1, sigma_2, math.pi * angle)) / 255
     light = _srgb_to_linear(np.clip(small, 0, 1))
     # White is some thousand photons: so many that Poisson's distribution is a normal one whose variance is the signal.
     deviation = np.sqrt(gain * light + read_sigma**2)
@@ -124,11 +126,11 @@ def _normal(bits: np.random.Philox, count: int) -> np.ndarray:
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
-def _between(limits: tuple, draw: float) -> float:
+def _between(limits: tuple[float, float], draw: float) -> float:
     return limits[0] + (limits[1] - limits[0]) * draw
 
 
-def _log_between(limits: tuple, draw: float) -> float:
+def _log_between(limits: tuple[float, float], draw: float) -> float:
     return limits[0] * (limits[1] / limits[0]) ** draw
 
 
@@ -146,15 +148,15 @@ def _sample(image: np.ndarray, scale: int, blur: np.ndarray) -> np.ndarray:
     """Blur and shrink by bicubic in one sum over the HR pixels around each LR pixel; mirrored at the borders.
 
     Args:
-        image: uint8 of shape (height, width, channels), multiples of `scale`.
+        image: uint8 of shape (height, width, channels), multiples of ``scale``.
         scale: the scale.
         blur: a kernel with an odd number of rows and columns.
 
     Returns:
         float64 of shape (height / scale, width / scale, channels), on the image's scale of values.
     """
-    ((first, taps),), denominator = resampling_weights(scale, shrink=True)
-    taps = np.array(taps) / denominator
+    ((first, weights),), denominator = resampling_weights(scale, shrink=True)
+    taps = np.array(weights) / denominator
     radius = len(blur) // 2
     kernel = np.zeros([len(blur) + len(taps) - 1] * 2)
     for row, column in np.ndindex(len(taps), len(taps)):
@@ -186,5 +188,8 @@ def _srgb_to_linear(values: np.ndarray) -> np.ndarray:
 
 
 def _jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """Through a JPEG file, and back. Baseline with half the resolution in colour (4:2:0) is what OpenCV writes."""
-    return cv2.imdecode(cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
+    """Through a JPEG file, and back. Baseline with half the resolution in color (4:2:0) is what OpenCV writes."""
+    compressed = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    decoded = cv2.imdecode(compressed, cv2.IMREAD_COLOR)
+    assert decoded is not None  # OpenCV reads what it has written
+    return decoded

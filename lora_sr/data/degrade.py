@@ -1,31 +1,32 @@
 """From a folder of HR images to a folder of LR images as a camera might have taken them."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Optional
 
 from tqdm import tqdm
 
 from lora_sr.data.camera import camera_degradation, camera_seed
-from lora_sr.data.lmdb_store import encode_png
-from lora_sr.data.sources import find_sources, read_image
+from lora_sr.data.sources import Source, find_sources, read_image
 from lora_sr.errors import InputError
 from lora_sr.images.bicubic import MAX_SCALE
+from lora_sr.images.png import encode_png
 
 
 def degrade_folder(
-    folder,
-    output,
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     scale: int,
     seed: int = 0,
-    workers: Optional[int] = None,
+    workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> int:
-    """Write `NAME.png`, the camera's LR image, for each image `NAME` of a folder; see `camera_degradation`.
+    """Write ``NAME.png``, the camera's LR image, for each image ``NAME`` of a folder; see ``camera_degradation``.
 
     An HR image is cropped at its right and bottom edges to a multiple of the scale.
 
@@ -46,14 +47,14 @@ def degrade_folder(
             already there, or the output cannot be written. LR images come into their places when all are made.
     """
     if not 2 <= scale <= MAX_SCALE:
-        raise InputError(f'--scale: {scale} was given, where a whole number from 2 to {MAX_SCALE} is right.')
+        raise InputError(f'--scale must be a whole number from 2 to {MAX_SCALE}, got {scale}.')
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
-        raise InputError(f'--workers: {workers} was given, where a whole number of at least 1 is right.')
+        raise InputError(f'--workers must be a whole number of at least 1, got {workers}.')
     sources = find_sources([folder], scales=())
     output = Path(output)
     if any(os.path.realpath(source.hr.parent) == os.path.realpath(output) for source in sources):
-        raise InputError(f'{output} is the folder of the HR images, where another folder for the LR images is right.')
+        raise InputError(f'The output must be another folder than that of the HR images, got {output}.')
     names = [f'{source.hr.stem}.png' for source in sources]
     existing = [name for name in names if os.path.lexists(output / name)]
     if existing and not overwrite:
@@ -62,13 +63,12 @@ def degrade_folder(
             'folder, or add --overwrite.'
         )
 
-    def write(source, path: Path):
+    def write(source: Source, path: Path) -> None:
         image = read_image(source.hr)
         height, width = (length // scale * scale for length in image.shape[:2])
         if not height or not width:
             raise InputError(
-                f'{source.hr} has {image.shape[0]} x {image.shape[1]} pixels, where at least {scale} each way are '
-                'needed.'
+                f'{source.hr} must have at least {scale} pixels each way, got {image.shape[0]} x {image.shape[1]}.'
             )
         lr = camera_degradation(image[:height, :width], scale, camera_seed(source.hr.stem, seed))
         path.write_bytes(encode_png(lr).tobytes())

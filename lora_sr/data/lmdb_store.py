@@ -1,18 +1,21 @@
-"""Image databases in BasicSR's form: an LMDB of PNG bytes, and `meta_info.txt` with a line for each key."""
+"""Image databases in BasicSR's form: an LMDB of PNG bytes, and ``meta_info.txt`` with a line for each key."""
+
+from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Optional
 
 import cv2
 import lmdb
 import numpy as np
 
 from lora_sr.errors import InputError
+from lora_sr.images.png import PNG_END, PNG_SIGNATURE
 
-PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
-PNG_END = b'\x00\x00\x00\x00IEND\xaeB`\x82'
+Shape = tuple[int, int, int]  # height, width, channels
+
 BATCH_BYTES = 1 << 25  # what waits for one transaction; bounds the memory of a writer
 FIRST_MAP_BYTES = 1 << 28  # doubled whenever the database outgrows it
 CHECKED_AT_ONCE = 500
@@ -20,17 +23,8 @@ CHECKED_AT_ONCE = 500
 _META_LINE = re.compile(r'([^.]+)\.png \((\d+),(\d+),(\d+)\) \d+')
 
 
-def encode_png(image: np.ndarray) -> np.ndarray:
-    """A uint8 image of shape (height, width, 3), BGR, as PNG bytes at compression level 1.
-
-    OpenCV's own setting is that level with the "sub" filter and run lengths. Asked for the level by name, as in
-    BasicSR's scripts, it tries every filter on every row: twice the time, for files a tenth smaller.
-    """
-    return cv2.imencode('.png', image)[1]
-
-
 class LmdbWriter:
-    """Writes a new database; `meta_info.txt` appears when `finish` has put everything on the disk.
+    """Writes a new database; ``meta_info.txt`` appears when ``finish`` has put everything on the disk.
 
     Args:
         path: a folder that does not exist yet.
@@ -39,16 +33,16 @@ class LmdbWriter:
         OSError, lmdb.Error: if the disk is full or cannot be written; from any method.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         path.mkdir()
         self._path = path
         self._meta = open(path / 'meta_info.partial', 'w', encoding='ascii')
         # Nobody reads the database before it is finished, so there are no locks and one sync, at the end.
         self._env = lmdb.open(str(path), map_size=FIRST_MAP_BYTES, lock=False, sync=False)
-        self._batch = []
+        self._batch: list[tuple[bytes, np.ndarray]] = []
         self._batch_bytes = 0
 
-    def put(self, key: str, png: np.ndarray, height: int, width: int):
+    def put(self, key: str, png: np.ndarray, height: int, width: int) -> None:
         """Add a 3-channel image under an ASCII key without full stops."""
         self._meta.write(f'{key}.png ({height},{width},3) 1\n')
         self._batch.append((key.encode('ascii'), png))
@@ -56,7 +50,7 @@ class LmdbWriter:
         if self._batch_bytes >= BATCH_BYTES:
             self._commit()
 
-    def finish(self):
+    def finish(self) -> None:
         """Commit, put everything on the disk, and only then give the meta file its name."""
         self._commit()
         self._env.sync(True)
@@ -65,17 +59,17 @@ class LmdbWriter:
         self.close()
         os.rename(self._path / 'meta_info.partial', self._path / 'meta_info.txt')
 
-    def close(self):
-        """Let go of the files. Without `finish` the folder stays unfinished."""
+    def close(self) -> None:
+        """Let go of the files. Without ``finish`` the folder stays unfinished."""
         self._env.close()
         self._meta.close()
 
-    def _commit(self):
+    def _commit(self) -> None:
         while True:
             try:
                 with self._env.begin(write=True) as transaction:
                     for key, png in self._batch:
-                        transaction.put(key, png)
+                        transaction.put(key, png.data)
                 break
             except lmdb.MapFullError:
                 self._env.set_mapsize(2 * self._env.info()['map_size'])
@@ -83,8 +77,8 @@ class LmdbWriter:
         self._batch_bytes = 0
 
 
-def read_meta_info(path) -> dict:
-    """Read the `meta_info.txt` of a database.
+def read_meta_info(path: str | os.PathLike[str]) -> dict[str, Shape]:
+    """Read the ``meta_info.txt`` of a database.
 
     Args:
         path: the folder of the database.
@@ -93,7 +87,7 @@ def read_meta_info(path) -> dict:
         {key: (height, width, channels)}, in the file's order.
 
     Raises:
-        InputError: if the file is missing, a line is not of the form `KEY.png (h,w,c) 1`, or a key comes twice.
+        InputError: if the file is missing, a line is not of the form ``KEY.png (h,w,c) 1``, or a key comes twice.
     """
     meta_path = Path(path) / 'meta_info.txt'
     try:
@@ -103,7 +97,7 @@ def read_meta_info(path) -> dict:
             f'{meta_path} cannot be read ({error}): a database made by `lora-sr prepare` has this '
             'file, with a line for each key.'
         ) from error
-    shapes = {}
+    shapes: dict[str, Shape] = {}
     for number, line in enumerate(lines, 1):
         match = _META_LINE.fullmatch(line)
         if not match or match[1] in shapes:
@@ -111,16 +105,16 @@ def read_meta_info(path) -> dict:
                 f'{meta_path}, line {number}: "{line}" is not a new key in the form '
                 '`KEY.png (height,width,channels) compression`.'
             )
-        shapes[match[1]] = tuple(int(number) for number in match.groups()[1:])
+        shapes[match[1]] = int(match[2]), int(match[3]), int(match[4])
     return shapes
 
 
-def check_databases(hr_path: Path, lr_paths: dict, samples: int = 4):
+def check_databases(hr_path: Path, lr_paths: Mapping[int, Path], samples: int = 4) -> None:
     """Check that an HR database and its LR databases are whole and fit together.
 
     Every database must have exactly the keys of its meta file; all must have the same keys in the same order; every
-    value must be a PNG whose header has the size in the meta file and which has its end; an HR image must be `scale`
-    times its LR image. `samples` images of each database, first and last among them, are decoded.
+    value must be a PNG whose header has the size in the meta file and which has its end; an HR image must be ``scale``
+    times its LR image. ``samples`` images of each database, first and last among them, are decoded.
 
     Args:
         hr_path: the folder of the HR database.
@@ -147,7 +141,7 @@ def check_databases(hr_path: Path, lr_paths: dict, samples: int = 4):
                 )
 
 
-def _check_values(path: Path, shapes: dict, samples: int):
+def _check_values(path: Path, shapes: Mapping[str, Shape], samples: int) -> None:
     keys = list(shapes)
     decoded = {keys[round(i * (len(keys) - 1) / max(samples - 1, 1))] for i in range(samples)} if keys else set()
     # Pages once looked at stay in the process's memory until the map is closed: it is opened for some keys at a time.
@@ -169,7 +163,7 @@ def _check_values(path: Path, shapes: dict, samples: int):
                     )
 
 
-def _is_png_of_shape(value: Optional[memoryview], shape: tuple, decode: bool) -> bool:
+def _is_png_of_shape(value: memoryview | None, shape: Shape, decode: bool) -> bool:
     # At the start of a PNG are its signature and the IHDR chunk: length, name, width, height.
     if (
         value is None

@@ -4,10 +4,12 @@ Threads do the work: OpenCV and NumPy let go of the interpreter's lock while the
 has to be copied between processes. At most two images for each worker are in hand at a time, so memory depends on the
 size of an image, not on their number. Results are written in the order of the keys, whichever worker is first.
 
-Everything is written to `.prepare.partial` in the output folder. When it is complete and checked, a file there says so,
-and the databases are moved into place. A run that was stopped before that is done again from the start; one that was
-stopped between two moves is finished by the next run.
+Everything is written to ``.prepare.partial`` in the output folder. When it is complete and checked, a file there says
+so, and the databases are moved into place. A run that was stopped before that is done again from the start; one that
+was stopped between two moves is finished by the next run.
 """
+
+from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -17,29 +19,35 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, TypeVar
 
 import lmdb
+import numpy as np
 from tqdm import tqdm
 
-from lora_sr.data.lmdb_store import LmdbWriter, check_databases, encode_png, read_meta_info
+from lora_sr.data.lmdb_store import LmdbWriter, check_databases, read_meta_info
 from lora_sr.data.sources import Source, find_sources, read_image
 from lora_sr.errors import InputError
 from lora_sr.images.bicubic import MAX_SCALE, bicubic_downscale
+from lora_sr.images.png import encode_png
 
 try:
     import fcntl
 except ImportError:  # Windows: two runs at once into one folder go unnoticed there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 PARTIAL_FOLDER = '.prepare.partial'
 COMPLETE_FILE = 'complete.json'
 REPLACED_FOLDER = 'replaced'
+
+Entry = tuple[str, np.ndarray, int, int]  # key, PNG bytes, height, width
+Item = TypeVar('Item')
+Result = TypeVar('Result')
 
 
 @dataclass(frozen=True)
@@ -49,37 +57,37 @@ class Cut:
     Attributes:
         scales: the scales of the LR images.
         size: side of an HR sub-image in pixels; 0 keeps images whole.
-        step: distance between neighbours in pixels.
+        step: distance between neighbors in pixels.
         threshold: a strip at the right or bottom edge of up to this many pixels is left out.
     """
 
-    scales: tuple
+    scales: tuple[int, ...]
     size: int
     step: int
     threshold: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value, least in (
             ('--size', self.size, 0),
             ('--step', self.step, 1),
             ('--threshold', self.threshold, 0),
         ):
             if value < least:
-                raise InputError(f'{name}: {value} was given, where a whole number of at least {least} is right.')
+                raise InputError(f'{name} must be a whole number of at least {least}, got {value}.')
         if (
             not self.scales
             or len(set(self.scales)) < len(self.scales)
             or not all(1 < scale <= MAX_SCALE for scale in self.scales)
         ):
             raise InputError(
-                f'--scale: {" ".join(map(str, self.scales)) or "nothing"} was given, where different '
-                f'whole numbers from 2 to {MAX_SCALE} are right.'
+                f'--scale must be different whole numbers from 2 to {MAX_SCALE}, got '
+                f'{" ".join(map(str, self.scales)) or "none"}.'
             )
         for name, value in (('--size', self.size), ('--step', self.step)):
             if self.size and value % self.multiple:
                 raise InputError(
-                    f'{name}: {value} is not a multiple of {self.multiple}, as it must be for one HR '
-                    f'database to fit scale {" and ".join(map(str, self.scales))}.'
+                    f'{name} must be a multiple of {self.multiple}, for one HR database to fit scale '
+                    f'{" and ".join(map(str, self.scales))}, got {value}.'
                 )
 
     @property
@@ -87,7 +95,7 @@ class Cut:
         """HR sizes and positions are multiples of this, so that they are whole numbers at every scale."""
         return math.lcm(*self.scales)
 
-    def database_names(self, captured: bool) -> dict:
+    def database_names(self, captured: bool) -> dict[int, str]:
         """{scale: name of its database}, the HR database first, as scale 1; no "bicubic" for a camera's LR images."""
         end = '_sub.lmdb' if self.size else '.lmdb'
         kind = '' if captured else '_bicubic'
@@ -96,55 +104,55 @@ class Cut:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare_databases` has made.
+    """What ``prepare_databases`` has made.
 
     Attributes:
         databases: {scale: folder}, with the HR database as scale 1.
         images: number of source images.
         entries: number of keys in each database.
-        smallest: (height, width) of the smallest HR entry by its shorter side: an upper limit for `gt_size`.
+        smallest: (height, width) of the smallest HR entry by its shorter side: an upper limit for ``gt_size``.
     """
 
-    databases: dict
+    databases: dict[int, Path]
     images: int
     entries: int
-    smallest: tuple
+    smallest: tuple[int, int]
 
 
 def prepare_databases(
-    folders: Sequence,
-    output,
+    folders: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
     scales: Sequence[int] = (2, 3, 4),
-    lr_folders: Optional[Sequence] = None,
+    lr_folders: Sequence[str | os.PathLike[str]] | None = None,
     size: int = 480,
     step: int = 240,
     threshold: int = 0,
-    workers: Optional[int] = None,
+    workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
-    split: Optional[str] = None,
+    split: str | None = None,
 ) -> Prepared:
-    """Make the LMDBs `HR_sub.lmdb` and `LR_bicubic_X{scale}_sub.lmdb` from folders of images.
+    """Make the LMDBs ``HR_sub.lmdb`` and ``LR_bicubic_X{scale}_sub.lmdb`` from folders of images.
 
     Each image is cropped, at its right and bottom edges, to a multiple of all scales. Its LR images come from their
-    files or are made by `bicubic_downscale`, whole, before they are cut. It is cut as in BasicSR's
-    `extract_subimages.py`; the sub-images of `NAME` are `NAME_s001`, `NAME_s002`, ... in rows from the top left. Where
-    an image is smaller than `size`, which that script cannot handle, its sub-images have its whole height or width.
-    With size 0 images stay whole, under their own names, in `HR.lmdb` and `LR_bicubic_X{scale}.lmdb`. Where the LR
-    images come from RealSR or DRealSR the name is `LR_X{scale}`, for they are not bicubic.
+    files or are made by ``bicubic_downscale``, whole, before they are cut. It is cut as in BasicSR's
+    ``extract_subimages.py``; the sub-images of ``NAME`` are ``NAME_s001``, ``NAME_s002``, ... in rows from the top
+    left. Where an image is smaller than ``size``, which that script cannot handle, its sub-images have its whole height
+    or width. With size 0 images stay whole, under their own names, in ``HR.lmdb`` and ``LR_bicubic_X{scale}.lmdb``.
+    Where the LR images come from RealSR or DRealSR the name is ``LR_X{scale}``, for they are not bicubic.
 
     Args:
-        folders: HR folders, or roots of the published data sets; see `find_sources`.
+        folders: HR folders, or roots of the published datasets; see ``find_sources``.
         output: the folder for the databases; made if it is missing.
         scales: the scales of the LR images.
-        lr_folders: the LR folder of each HR folder; see `find_sources`.
+        lr_folders: the LR folder of each HR folder; see ``find_sources``.
         size: side of an HR sub-image in pixels, or 0; a multiple of every scale.
-        step: distance between neighbours in HR pixels; a multiple of every scale.
+        step: distance between neighbors in HR pixels; a multiple of every scale.
         threshold: a strip of up to this many HR pixels at the right or bottom edge is left out.
         workers: number of threads; the number of cores if None.
         overwrite: replace databases of these names.
         progress: show a progress bar, if stderr is a terminal.
-        split: the part of RealSR or DRealSR, 'train' or 'test'; see `find_sources`.
+        split: the part of RealSR or DRealSR, 'train' or 'test'; see ``find_sources``.
 
     Raises:
         InputError: if an option is out of range, the images cannot be found, read or paired, an image is smaller than
@@ -153,7 +161,7 @@ def prepare_databases(
     cut = Cut(tuple(scales), size, step, threshold)
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
-        raise InputError(f'--workers: {workers} was given, where a whole number of at least 1 is right.')
+        raise InputError(f'--workers must be a whole number of at least 1, got {workers}.')
     sources = find_sources(folders, cut.scales, lr_folders, split)
     output = Path(output)
     names = cut.database_names(captured=any(source.captured for source in sources))
@@ -179,8 +187,8 @@ def prepare_databases(
     return Prepared(databases, len(sources), len(shapes), smallest)
 
 
-def subimage_starts(length: int, size: int, step: int, threshold: int) -> list:
-    """Where the sub-images start along one dimension, as in BasicSR's `extract_subimages.py`; [0] if too short."""
+def subimage_starts(length: int, size: int, step: int, threshold: int) -> list[int]:
+    """Where the sub-images start along one dimension, as in BasicSR's ``extract_subimages.py``; [0] if too short."""
     if length <= size:
         return [0]
     starts = list(range(0, length - size + 1, step))
@@ -199,14 +207,13 @@ def _fingerprint(sources: Sequence[Source], cut: Cut) -> str:
     return digest.hexdigest()
 
 
-def _load(source: Source, cut: Cut) -> dict:
+def _load(source: Source, cut: Cut) -> dict[int, np.ndarray]:
     """{scale: image}, the HR image as scale 1, cropped to sizes that fit each other exactly."""
     image = read_image(source.hr)
     height, width = (length // cut.multiple * cut.multiple for length in image.shape[:2])
     if not height or not width:
         raise InputError(
-            f'{source.hr} has {image.shape[0]} x {image.shape[1]} pixels, where at least {cut.multiple} '
-            'each way are needed.'
+            f'{source.hr} must have at least {cut.multiple} pixels each way, got {image.shape[0]} x {image.shape[1]}.'
         )
     images = {1: image[:height, :width]}
     for scale in cut.scales:
@@ -216,24 +223,23 @@ def _load(source: Source, cut: Cut) -> dict:
         lr = read_image(source.lr[scale])
         if lr.shape == image.shape:
             raise InputError(
-                f'{source.lr[scale]} is as large as {source.hr}, where an image {scale} times smaller is right, as in '
-                'version 3 of RealSR, other than versions 1 and 2.'
+                f'{source.lr[scale]} must be {scale} times smaller than {source.hr}, got the same size: version 3 of '
+                'RealSR has it so, other than versions 1 and 2.'
             )
-        # MATLAB's imresize rounds a size up, many data sets round it down; the pixels lie in the same places.
+        # MATLAB's imresize rounds a size up, many datasets round it down; the pixels lie in the same places.
         if not all(
             hr_length // scale <= lr_length <= -(-hr_length // scale)
             for hr_length, lr_length in zip(image.shape[:2], lr.shape[:2])
         ):
             raise InputError(
-                f'{source.lr[scale]} has {lr.shape[0]} x {lr.shape[1]} pixels, where '
-                f'{image.shape[0] // scale} x {image.shape[1] // scale}, the size of {source.hr} by '
-                f'{scale}, is right.'
+                f'{source.lr[scale]} must have {image.shape[0] // scale} x {image.shape[1] // scale} pixels, the size '
+                f'of {source.hr} by {scale}, got {lr.shape[0]} x {lr.shape[1]}.'
             )
         images[scale] = lr[: height // scale, : width // scale]
     return images
 
 
-def _entries(source: Source, cut: Cut, check_only: threading.Event):
+def _entries(source: Source, cut: Cut, check_only: threading.Event) -> tuple[InputError | None, dict[int, list[Entry]]]:
     """What one image puts into the databases: (error, {scale: [(key, PNG bytes, height, width)]})."""
     try:
         images = _load(source, cut)
@@ -253,7 +259,7 @@ def _entries(source: Source, cut: Cut, check_only: threading.Event):
         height, width = min(height, cut.size), min(width, cut.size)
     else:
         corners, keys = [(0, 0)], [source.key]
-    entries = {}
+    entries: dict[int, list[Entry]] = {}
     for scale, image in images.items():
         h, w = height // scale, width // scale
         entries[scale] = []
@@ -263,8 +269,8 @@ def _entries(source: Source, cut: Cut, check_only: threading.Event):
     return None, entries
 
 
-def _build(sources: Sequence[Source], cut: Cut, paths: dict, workers: int, progress: bool):
-    """Write and check the databases at {scale: path}, names without `.lmdb`, which BasicSR does not open."""
+def _build(sources: Sequence[Source], cut: Cut, paths: Mapping[int, Path], workers: int, progress: bool) -> None:
+    """Write and check the databases at {scale: path}, names without ``.lmdb``, which BasicSR does not open."""
     check_only = threading.Event()
     errors = []
     with contextlib.ExitStack() as stack:
@@ -288,10 +294,12 @@ def _build(sources: Sequence[Source], cut: Cut, paths: dict, workers: int, progr
     check_databases(paths[1], {scale: path for scale, path in paths.items() if scale > 1})
 
 
-def _map_in_order(function: Callable, items: Sequence, workers: int) -> Iterator:
-    """`map` over threads that keeps at most two items for each thread in hand."""
+def _map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Generator[Result, None, None]:
+    """``map`` over threads that keeps at most two items for each thread in hand."""
     with ThreadPoolExecutor(workers) as pool:
-        pending = deque()
+        pending: deque[Future[Result]] = deque()
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
@@ -305,14 +313,14 @@ def _map_in_order(function: Callable, items: Sequence, workers: int) -> Iterator
 
 
 @contextlib.contextmanager
-def _partial_folder(output: Path):
-    """The folder that a run writes to, held against a second run; afterwards it is gone, and `output` too if empty."""
+def _partial_folder(output: Path) -> Iterator[Path]:
+    """The folder that a run writes to, held against a second run; then it is gone, and ``output`` too if empty."""
     made = [path for path in (output, *output.parents) if not path.exists()]
     folder = output / PARTIAL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
-        if fcntl:
+        if lock is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -330,19 +338,19 @@ def _partial_folder(output: Path):
                 with contextlib.suppress(OSError):
                     path.rmdir()
     finally:
-        if fcntl:
+        if lock is not None:
             os.close(lock)
 
 
-def _mark_complete(folder: Path, names: list, job: str):
-    """Say, in one step, that the databases in `folder` are complete."""
+def _mark_complete(folder: Path, names: Sequence[str], job: str) -> None:
+    """Say, in one step, that the databases in ``folder`` are complete."""
     written = folder / 'complete.partial'
     written.write_text(json.dumps({'databases': names, 'job': job}), encoding='utf-8')
     os.replace(written, folder / COMPLETE_FILE)
 
 
-def _move_into_place(folder: Path, output: Path):
-    """Move complete databases from `folder` to `output`. Stopped anywhere, it can be called again."""
+def _move_into_place(folder: Path, output: Path) -> None:
+    """Move complete databases from ``folder`` to ``output``. Stopped anywhere, it can be called again."""
     names = json.loads((folder / COMPLETE_FILE).read_text(encoding='utf-8'))['databases']
     replaced = folder / REPLACED_FOLDER
     replaced.mkdir(exist_ok=True)
@@ -357,11 +365,12 @@ def _move_into_place(folder: Path, output: Path):
     (folder / COMPLETE_FILE).unlink()
 
 
-def _finish_interrupted(folder: Path, output: Path) -> Optional[str]:
-    """Deal with what an interrupted run left in `folder`.
+def _finish_interrupted(folder: Path, output: Path) -> str | None:
+    """Deal with what an interrupted run left in ``folder``.
 
     Returns:
-        The job of that run if its databases were complete and are now in place; otherwise None, and `folder` is empty.
+        The job of that run if its databases were complete and are now in place; else None, and ``folder`` is
+        empty.
     """
     job = None
     if (folder / COMPLETE_FILE).exists():

@@ -1,18 +1,19 @@
 """Finding the images to prepare, pairing HR with LR, and reading them."""
 
+from __future__ import annotations
+
 import os
 import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import cv2
 import numpy as np
 
-from lora_sr.data.lmdb_store import PNG_SIGNATURE
 from lora_sr.errors import InputError
+from lora_sr.images.png import PNG_SIGNATURE
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 PUBLISHED_HR_FOLDERS = ('DIV2K_train_HR', 'Flickr2K_HR')
@@ -26,7 +27,7 @@ class Source:
     """An HR image, and what stands for it in the databases.
 
     Attributes:
-        key: the file's name without its extension, with `_` for anything but ASCII letters, digits, `-` and `_`.
+        key: the file's name without its extension, with ``_`` for anything but ASCII letters, digits, ``-`` and ``_``.
         hr: the HR file.
         lr: {scale: LR file}; a scale that is missing is to be made by bicubic.
         captured: HR and LR come from a camera, as in RealSR and DRealSR.
@@ -34,7 +35,7 @@ class Source:
 
     key: str
     hr: Path
-    lr: dict
+    lr: dict[int, Path]
     captured: bool = False
 
 
@@ -43,38 +44,41 @@ class _Part:
     """A part of RealSR or DRealSR: its HR and LR folders. The split or the scale is None where no name tells it."""
 
     dataset: str
-    split: Optional[str]
-    scale: Optional[int]
+    split: str | None
+    scale: int | None
     hr: Path
     lr: Path
 
 
 def find_sources(
-    folders: Sequence, scales: Sequence[int], lr_folders: Optional[Sequence] = None, split: Optional[str] = None
-) -> list:
+    folders: Sequence[str | os.PathLike[str]],
+    scales: Sequence[int],
+    lr_folders: Sequence[str | os.PathLike[str]] | None = None,
+    split: str | None = None,
+) -> list[Source]:
     """Find the HR images of some folders, and the LR image of each where there is one.
 
     A folder holds images (its sub-folders are not searched), or it is the root of the published DIV2K or Flickr2K,
-    which holds `DIV2K_train_HR` or `Flickr2K_HR`. Beside a folder `NAME_HR`, `NAME_LR_bicubic/X4` is taken for its LR
-    images at scale 4, as DIV2K and Flickr2K have it. The LR image of `0001.png` is `0001x4.png` or `0001.png`, of
-    any image type.
+    which holds ``DIV2K_train_HR`` or ``Flickr2K_HR``. Beside a folder ``NAME_HR``, ``NAME_LR_bicubic/X4`` is taken for
+    its LR images at scale 4, as DIV2K and Flickr2K have it. The LR image of ``0001.png`` is ``0001x4.png`` or
+    ``0001.png``, of any image type.
 
     Two published sets have HR and LR images from cameras, with other HR images at each scale:
 
-    - RealSR, version 3 (Cai et al., ICCV 2019): `CAMERA/Train/4/NAME_HR.png` and, beside it, `NAME_LR4.png`; likewise
-      `Test` and the scales 2 and 3. The folder is the root, a camera's folder, or `4`.
-    - DRealSR (Wei et al., ECCV 2020): `Train_x4/train_HR/NAME_x4.png` and `Train_x4/train_LR/NAME_x1.png`, likewise
-      `Test_x4/test_HR` and `test_LR`. The folder is `Train_x4` or holds it, or it holds `x4/Train_x4`.
+    - RealSR, version 3 (Cai et al., ICCV 2019): ``CAMERA/Train/4/NAME_HR.png`` and, beside it, ``NAME_LR4.png``;
+      likewise ``Test`` and the scales 2 and 3. The folder is the root, a camera's folder, or ``4``.
+    - DRealSR (Wei et al., ECCV 2020): ``Train_x4/train_HR/NAME_x4.png`` and ``Train_x4/train_LR/NAME_x1.png``, likewise
+      ``Test_x4/test_HR`` and ``test_LR``. The folder is ``Train_x4`` or holds it, or it holds ``x4/Train_x4``.
 
     Args:
         folders: HR folders.
         scales: the scales that LR images are wanted for.
         lr_folders: the LR folder of each HR folder, in the same order, in place of those found by name. With one scale
-            it may hold the images themselves; otherwise it holds a folder `X2`, `X3`, ... for each scale.
+            it may hold the images themselves; otherwise it holds a folder ``X2``, ``X3``, ... for each scale.
         split: 'train' or 'test': the part of RealSR or DRealSR that is wanted, where a folder has both.
 
     Returns:
-        A `Source` for each HR image, sorted by key.
+        A ``Source`` for each HR image, sorted by key.
 
     Raises:
         InputError: if a folder is missing or has no images, HR and LR do not pair, two files make the same key, or a
@@ -82,14 +86,14 @@ def find_sources(
     """
     if lr_folders and len(lr_folders) != len(folders):
         raise InputError(
-            f'--lr: {len(lr_folders)} LR folders were given for {len(folders)} HR folders, where one for '
-            'each, in the same order, is right.'
+            f'--lr must be an LR folder for each of the {len(folders)} HR folders, in the same order, got '
+            f'{len(lr_folders)}.'
         )
     if split not in (None, *SPLITS):
-        raise InputError(f'--split: {split} was given, where {" or ".join(SPLITS)} is right.')
-    sources = {}
-    for number, folder in enumerate(folders):
-        folder, lr_folder = Path(folder), Path(lr_folders[number]) if lr_folders else None
+        raise InputError(f'--split must be {" or ".join(SPLITS)}, got {split}.')
+    sources: dict[str, Source] = {}
+    for number, folder in enumerate(map(Path, folders)):
+        lr_folder = Path(lr_folders[number]) if lr_folders else None
         parts = _captured_parts(folder)
         if parts:
             found = _captured_sources(folder, parts, scales, lr_folder, split)
@@ -103,7 +107,7 @@ def find_sources(
                 )
             sources[source.key] = source
     if split and not any(source.captured for source in sources.values()):
-        raise InputError(f'--split: {split} was given, but none of the folders is RealSR or DRealSR, which have parts.')
+        raise InputError('--split is for RealSR and DRealSR, which have parts, but none of the folders is one of them.')
     return [sources[key] for key in sorted(sources)]
 
 
@@ -111,7 +115,7 @@ def read_image(path: Path) -> np.ndarray:
     """Read an 8-bit image as it is stored: an EXIF orientation is not applied, as in BasicSR's and MATLAB's readers.
 
     Returns:
-        uint8 of shape (height, width, 3), BGR, 0 to 255. Grey becomes three equal channels, which is what BasicSR's
+        uint8 of shape (height, width, 3), BGR, 0 to 255. Gray becomes three equal channels, which is what BasicSR's
         loader makes of it, and an alpha channel that is opaque everywhere is left out.
 
     Raises:
@@ -130,17 +134,17 @@ def read_image(path: Path) -> np.ndarray:
     if image is None:
         raise InputError(f'{path} is damaged or is not an image: replace it or take it out of its folder.')
     if image.dtype != np.uint8:
-        raise InputError(f'{path} has values of type {image.dtype}, where 8-bit images are right: convert it first.')
+        raise InputError(f'{path} must have 8-bit values, got {image.dtype}: convert it first.')
     if image.ndim == 2:
         return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
     if image.shape[2] == 4:
         if image[:, :, 3].min() < 255:
-            raise InputError(f'{path} is transparent in places, where opaque images are right: flatten it first.')
+            raise InputError(f'{path} must be opaque, got transparent pixels: flatten it first.')
         image = np.ascontiguousarray(image[:, :, :3])
     return image
 
 
-def _plain_sources(folder: Path, scales: Sequence[int], lr_folder: Optional[Path]) -> list:
+def _plain_sources(folder: Path, scales: Sequence[int], lr_folder: Path | None) -> list[Source]:
     """The images of a folder, or of the published DIV2K or Flickr2K."""
     sources = []
     for hr_folder in _hr_folders(folder):
@@ -156,7 +160,7 @@ def _plain_sources(folder: Path, scales: Sequence[int], lr_folder: Optional[Path
     return sources
 
 
-def _captured_parts(folder: Path) -> list:
+def _captured_parts(folder: Path) -> list[_Part]:
     """The parts of RealSR or DRealSR at and below a folder; none if it is another folder."""
     here = Path(os.path.abspath(folder))  # `.` has no name
     if not here.is_dir():
@@ -184,29 +188,29 @@ def _has_image(folder: Path, pattern: str) -> bool:
 
 
 def _captured_sources(
-    folder: Path, parts: list, scales: Sequence[int], lr_folder: Optional[Path], split: Optional[str]
-) -> list:
+    folder: Path, parts: list[_Part], scales: Sequence[int], lr_folder: Path | None, split: str | None
+) -> list[Source]:
     """The pairs of the parts that are wanted."""
     dataset = parts[0].dataset
     if lr_folder or not scales:
         raise InputError(
-            f'{folder} has LR images of its own, those of {dataset}, where a folder of HR images alone is right.'
+            f'{folder} must be a folder of HR images alone, got {dataset}, which has LR images of its own.'
         )
     if len(scales) > 1:
         raise InputError(
-            f'--scale: {" ".join(map(str, scales))} was given, where one scale at a time is right for {folder}: '
-            f'{dataset} has other HR images at each.'
+            f'--scale must be one scale at a time for {folder}, got {" ".join(map(str, scales))}: {dataset} has other '
+            'HR images at each.'
         )
     scale = scales[0]
     wanted = [part for part in parts if part.scale in (None, scale) and (not split or part.split in (None, split))]
     if not wanted:
-        there = sorted({part.split + (f' at scale {part.scale}' if part.scale else '') for part in parts})
+        there = sorted({f'{part.split} at scale {part.scale}' if part.scale else str(part.split) for part in parts})
         raise InputError(
             f'{folder} is {dataset} with {", ".join(there)}, where {f"{split} at " if split else ""}scale {scale} is '
             'wanted.'
         )
     if len({part.split for part in wanted}) > 1:
-        raise InputError(f'--split: nothing was given, where train or test is right for {folder}: it has both.')
+        raise InputError(f'--split must be train or test for {folder}, which has both, got none.')
     sources = []
     for part in wanted:
         if not part.lr.is_dir():
@@ -222,9 +226,9 @@ def _key(name: str) -> str:
     return re.sub('[^A-Za-z0-9_-]', '_', name)
 
 
-def _hr_folders(folder: Path) -> list:
+def _hr_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise InputError(f'{folder} is not a folder, where a folder of HR images is right.')
+        raise InputError(f'{folder} is not a folder: it must be one of HR images.')
     if _images(folder):
         return [folder]
     published = [folder / name for name in PUBLISHED_HR_FOLDERS if (folder / name).is_dir()]
@@ -251,7 +255,7 @@ def _given_lr_folder(folder: Path, scale: int, scales: int) -> Path:
     return folder
 
 
-def _published_lr_folder(hr_folder: Path, scale: int) -> Optional[Path]:
+def _published_lr_folder(hr_folder: Path, scale: int) -> Path | None:
     hr_folder = Path(os.path.abspath(hr_folder))  # `.` has no name
     if not hr_folder.name.endswith('_HR'):
         return None
@@ -259,8 +263,8 @@ def _published_lr_folder(hr_folder: Path, scale: int) -> Optional[Path]:
     return lr_folder if lr_folder.is_dir() else None
 
 
-def _pair(hr_folder: Path, lr_folder: Path, scale: int) -> dict:
-    """{HR file: its LR file}, one to one. Where both are in one folder, `NAME_HR` are the HR files."""
+def _pair(hr_folder: Path, lr_folder: Path, scale: int) -> dict[Path, Path]:
+    """{HR file: its LR file}, one to one. Where both are in one folder, ``NAME_HR`` are the HR files."""
     hr_paths, lr_paths = _images(hr_folder), _images(lr_folder)
     if hr_folder == lr_folder:
         hr_paths = [path for path in hr_paths if path.stem.endswith('_HR')]
@@ -282,7 +286,7 @@ def _pair(hr_folder: Path, lr_folder: Path, scale: int) -> dict:
         raise InputError(
             f'{lr_folder} has no LR image for {len(lonely)} of {those} '
             f'({_some([path.name for path in lonely])}): for the first, '
-            f'{" or ".join(f"`{stem}`" for stem in stems[2:] or stems)} is right.'
+            f'it must be called {" or ".join(f"`{stem}`" for stem in stems[2:] or stems)}.'
         )
     if unused:
         raise InputError(
@@ -292,7 +296,7 @@ def _pair(hr_folder: Path, lr_folder: Path, scale: int) -> dict:
     return pairs
 
 
-def _lr_stems(stem: str, scale: int) -> list:
+def _lr_stems(stem: str, scale: int) -> list[str]:
     """What the LR image of an HR image may be called, without extensions."""
     stems = [f'{stem}x{scale}', stem]
     if stem.endswith('_HR'):
@@ -300,7 +304,7 @@ def _lr_stems(stem: str, scale: int) -> list:
     return list(dict.fromkeys([*stems, re.sub(rf'_x{scale}(?=_|$)', '_x1', stem)]))  # DRealSR
 
 
-def _images(folder: Path) -> list:
+def _images(folder: Path) -> list[Path]:
     try:
         return sorted(
             path
@@ -311,14 +315,14 @@ def _images(folder: Path) -> list:
         raise InputError(f'{folder} cannot be read ({error.strerror}).') from error
 
 
-def _some(names: list) -> str:
+def _some(names: Sequence[str]) -> str:
     return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
 
 
 def _is_damaged(data: bytes) -> bool:
     """Whether a PNG or JPEG file is cut short, or a PNG's checksums are wrong.
 
-    OpenCV fills what is missing with grey or black and says so on stderr only; such an image must not be trained on.
+    OpenCV fills what is missing with gray or black and says so on stderr only; such an image must not be trained on.
     """
     view = memoryview(data)
     if data.startswith(PNG_SIGNATURE):

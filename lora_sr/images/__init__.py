@@ -1,1 +1,1 @@
-"""Pictures: their file formats, and MATLAB's bicubic."""
+"""Pictures: their file formats, PNG as bytes, and MATLAB's bicubic."""

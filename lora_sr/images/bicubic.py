@@ -1,15 +1,17 @@
-"""MATLAB's bicubic `imresize`, as it acts on 8-bit images: the resize that made the published LR sets.
+"""MATLAB's bicubic ``imresize``, as it acts on 8-bit images: the resize that made the published LR sets.
 
 The kernel is Keys' cubic convolution with a = -0.5 (R. Keys, "Cubic convolution interpolation for digital image
-processing", IEEE Trans. ASSP 29, 1981). When an image shrinks, MATLAB widens the kernel by the scale (`Antialiasing`,
+processing", IEEE Trans. ASSP 29, 1981). When an image shrinks, MATLAB widens the kernel by the scale (``Antialiasing``,
 on by default); it mirrors the image at its borders, edge pixel included, and resizes the rows first, then the columns.
 On 8-bit images it rounds to 8 bits after each of the two. Leaving out that first rounding is what makes other
-ports of `imresize` differ by one level here and there.
+ports of ``imresize`` differ by one level here and there.
 
 At an integer scale every weight is a fraction of small integers, so the sums below are whole numbers, and rounding a
 half upwards is exact. At scales 2, 3, 4 and 8 that is MATLAB's result bit by bit; at other scales MATLAB's own floating
 point may settle an exact half the other way.
 """
+
+from __future__ import annotations
 
 import math
 from fractions import Fraction
@@ -24,7 +26,7 @@ BLOCK_BYTES = 1 << 18  # sums held at a time: a block of rows that stays in a co
 
 
 def bicubic_downscale(image: np.ndarray, scale: int) -> np.ndarray:
-    """Shrink an image as MATLAB's `imresize(image, 1 / scale)` does.
+    """Shrink an image as MATLAB's ``imresize(image, 1 / scale)`` does.
 
     Args:
         image: uint8, of shape (height, width) or (height, width, channels), values 0 to 255. The order of the
@@ -41,7 +43,7 @@ def bicubic_downscale(image: np.ndarray, scale: int) -> np.ndarray:
 
 
 def bicubic_upscale(image: np.ndarray, scale: int) -> np.ndarray:
-    """Enlarge an image as MATLAB's `imresize(image, scale)` does: the "bicubic" row of the published tables.
+    """Enlarge an image as MATLAB's ``imresize(image, scale)`` does: the "bicubic" row of the published tables.
 
     Args:
         image: uint8, of shape (height, width) or (height, width, channels), values 0 to 255.
@@ -59,11 +61,11 @@ def bicubic_upscale(image: np.ndarray, scale: int) -> np.ndarray:
 def _resize(image: np.ndarray, scale: int, shrink: bool) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
         raise InputError(
-            f'bicubic resize: an image of type {image.dtype} and shape {image.shape} was given, '
-            'where 8-bit values of shape (height, width) or (height, width, channels) are right.'
+            'The image to resize must have 8-bit values of shape (height, width) or (height, width, channels), got '
+            f'{image.dtype} of shape {image.shape}.'
         )
     if scale != int(scale) or not 1 <= scale <= MAX_SCALE:
-        raise InputError(f'bicubic resize: the scale is {scale}, where a whole number from 1 to {MAX_SCALE} is right.')
+        raise InputError(f'The scale of a resize must be a whole number from 1 to {MAX_SCALE}, got {scale}.')
     scale = int(scale)
     planes = image.reshape(image.shape[0], image.shape[1], -1)
     planes = _resize_rows(planes, scale, shrink)
@@ -105,22 +107,23 @@ def _resize_rows(planes: np.ndarray, scale: int, shrink: bool) -> np.ndarray:
 
 
 @cache
-def resampling_weights(scale: int, shrink: bool):
+def resampling_weights(scale: int, shrink: bool) -> tuple[tuple[tuple[int, tuple[int, ...]], ...], int]:
     """The taps of one dimension as whole numbers over a common denominator.
 
-    Output row `p + n * len(phases)` is the sum of `taps[t] * input[n * stride + first + t]` over `denominator`, with
-    (first, taps) = phases[p]; the stride is `scale` when shrinking, with one phase, and 1 when enlarging, with `scale`.
+    Output row ``p + n * len(phases)`` is the sum of ``taps[t] * input[n * stride + first + t]`` over ``denominator``,
+    with (first, taps) = phases[p]; the stride is ``scale`` when shrinking, with one phase, and 1 when enlarging, with
+    ``scale``.
 
     Returns:
         (phases, denominator).
     """
     widening = scale if shrink else 1
-    # Where the centre of an output row falls among the input rows, counted from the stride's start.
-    centres = [Fraction(scale - 1, 2)] if shrink else [Fraction(2 * p + 1 - scale, 2 * scale) for p in range(scale)]
+    # Where the center of an output row falls among the input rows, counted from the stride's start.
+    centers = [Fraction(scale - 1, 2)] if shrink else [Fraction(2 * p + 1 - scale, 2 * scale) for p in range(scale)]
     exact = []
-    for centre in centres:
-        taps = range(math.floor(centre - 2 * widening) + 1, math.ceil(centre + 2 * widening))
-        exact.append((taps.start, [_cubic((tap - centre) / widening) / widening for tap in taps]))
+    for center in centers:
+        taps = range(math.floor(center - 2 * widening) + 1, math.ceil(center + 2 * widening))
+        exact.append((taps.start, [_cubic((tap - center) / widening) / widening for tap in taps]))
     denominator = math.lcm(*(weight.denominator for _, taps in exact for weight in taps))
     phases = tuple((first, tuple(int(weight * denominator) for weight in taps)) for first, taps in exact)
     return phases, denominator

@@ -1,4 +1,4 @@
-"""Images from files and to files: pixels of 8 and 16 bits as they are stored, with what describes their colours."""
+"""Images from files and to files: pixels of 8 and 16 bits as they are stored, with what describes their colors."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import os
 import struct
 import tempfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
-from lora_sr.data.lmdb_store import PNG_SIGNATURE
 from lora_sr.errors import InputError
+from lora_sr.images.png import PNG_SIGNATURE
 
 # Format -> the suffixes of its files; the first is what a new file gets.
 FORMATS = {'png': ('.png',), 'jpeg': ('.jpg', '.jpeg'), 'webp': ('.webp',), 'tiff': ('.tif', '.tiff')}
@@ -29,8 +30,8 @@ LOSSLESS = 100  # the quality at which WebP is lossless
 # Level 1 of zlib: on photographs higher ones take 2 to 7 times as long for files 9 to 16% smaller.
 ZLIB_LEVEL = 1
 
-GREY_MODES, ALPHA_MODES = ('1', 'L', 'LA', 'La'), ('LA', 'La', 'PA', 'RGBA', 'RGBa')
-MODES_OF_8_BITS = (*GREY_MODES, *ALPHA_MODES, 'P', 'RGB', 'RGBX', 'YCbCr')
+GRAY_MODES, ALPHA_MODES = ('1', 'L', 'LA', 'La'), ('LA', 'La', 'PA', 'RGBA', 'RGBa')
+MODES_OF_8_BITS = (*GRAY_MODES, *ALPHA_MODES, 'P', 'RGB', 'RGBX', 'YCbCr')
 
 # EXIF and TIFF tags, by their names in the standards.
 IMAGE_WIDTH, IMAGE_LENGTH, BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
@@ -48,28 +49,28 @@ class Picture:
     """What an image file holds.
 
     Args:
-        pixels: uint8 or uint16 of shape (height, width, channels), over the whole range of the type: grey, grey and
+        pixels: uint8 or uint16 of shape (height, width, channels), over the whole range of the type: gray, gray and
             alpha, RGB, or RGB and alpha (1 to 4 channels). They stand upright: the orientation was applied.
-        icc_profile: The colour profile.
+        icc_profile: The color profile.
         exif: EXIF, tag -> value, with the tags of the inner directories as dictionaries under 34665 and 34853. An
             orientation in it is 1. There is no thumbnail.
     """
 
     pixels: np.ndarray
     icc_profile: bytes | None = None
-    exif: dict = field(default_factory=dict)
+    exif: dict[int, Any] = field(default_factory=dict)
 
 
-def format_of(path: str | os.PathLike) -> str | None:
+def format_of(path: str | os.PathLike[str]) -> str | None:
     """The format that a file's suffix stands for, a key of ``FORMATS``; ``None`` for others."""
     suffix = Path(path).suffix.lower()
     return next((name for name, suffixes in FORMATS.items() if suffix in suffixes), None)
 
 
-def read_picture(path: str | os.PathLike) -> Picture:
+def read_picture(path: str | os.PathLike[str]) -> Picture:
     """Read a PNG, JPEG, WebP or TIFF file; its bytes tell which, not its name.
 
-    Palettes become RGB, images of 1, 2 and 4 bits grey of 8 bits, and a transparent colour an alpha channel.
+    Palettes become RGB, images of 1, 2 and 4 bits gray of 8 bits, and a transparent color an alpha channel.
 
     Raises:
         InputError: The file cannot be read, is none of these, is damaged or cut short; it holds an animation or several
@@ -86,7 +87,8 @@ def read_picture(path: str | os.PathLike) -> Picture:
     except InputError:
         raise
     except Image.DecompressionBombError:
-        raise InputError(f'{path} has more than {2 * Image.MAX_IMAGE_PIXELS} pixels, the most that are read.') from None
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # never 0 here: without a limit there is no such error
+        raise InputError(f'{path} has more than {most} pixels, the most that are read.') from None
     except UnidentifiedImageError:
         raise InputError(f'{path} is not a PNG, JPEG, WebP or TIFF image, or its beginning is damaged.') from None
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, ValueError, struct.error, ...
@@ -125,9 +127,9 @@ def encode_picture(picture: Picture, file_format: str, quality: int) -> bytes:
 
     Args:
         picture: What it shall hold. Sizes in its EXIF are set to those of the pixels.
-        file_format: A key of ``FORMATS``. WebP knows no grey, and gets three equal channels; so does a TIFF of 16 bits
-            with alpha, as few programs read grey there. A grey ICC profile is left out of these.
-        quality: 1 to 100, of JPEG, whose colours have full resolution (4:4:4), and of WebP, which is lossless at 100.
+        file_format: A key of ``FORMATS``. WebP knows no gray, and gets three equal channels; so does a TIFF of 16 bits
+            with alpha, as few programs read gray there. A gray ICC profile is left out of these.
+        quality: 1 to 100, of JPEG, whose colors have full resolution (4:4:4), and of WebP, which is lossless at 100.
 
     Raises:
         InputError: The format cannot hold 16 bits, an alpha channel, or so many pixels.
@@ -139,14 +141,14 @@ def encode_picture(picture: Picture, file_format: str, quality: int) -> bytes:
         file_format == 'tiff' and channels == 2 and pixels.dtype == np.uint16
     ):
         pixels = pixels[:, :, [0, 0, 0, 1][: channels + 2]]
-        if icc_profile and icc_profile[16:20] == b'GRAY':  # the colour space of the data (ICC.1, section 7.2)
+        if icc_profile and icc_profile[16:20] == b'GRAY':  # the color space of the data (ICC.1, section 7.2)
             icc_profile = None
     exif = _with_size(picture.exif, *pixels.shape[:2])
     if file_format == 'png':
         return _encode_png(pixels, icc_profile, exif)
     if file_format == 'tiff':
         return _encode_tiff(pixels, icc_profile, exif)
-    options = {'quality': quality}
+    options: dict[str, Any] = {'quality': quality}
     if file_format == 'jpeg':
         options['subsampling'] = 0
     elif quality == LOSSLESS:
@@ -171,11 +173,11 @@ def _file_in_memory() -> IO[bytes]:
     return tempfile.TemporaryFile()
 
 
-def _decode(image: Image.Image, data: bytes, path: str | os.PathLike) -> Picture:
+def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str]) -> Picture:
     frames = getattr(image, 'n_frames', 1)
     if frames > 1 and image.format != 'MPO':  # a JPEG with previews, or both eyes' views
-        raise InputError(f'{path} holds {frames} pictures, where one is right: take them apart first.')
-    tags = image.tag_v2 if image.format == 'TIFF' else {}
+        raise InputError(f'{path} must hold one picture, got {frames}: take them apart first.')
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     icc_profile = image.info.get('icc_profile')
     orientation, exif = _read_exif(image)
     if image.format == 'PNG':
@@ -183,34 +185,34 @@ def _decode(image: Image.Image, data: bytes, path: str | os.PathLike) -> Picture
     if image.format == 'PNG' and data[24] == 16:
         pixels = _turn(_decode_16_bits(data, path), orientation)
         if image.mode.startswith('I') and 'transparency' in image.info:
-            # In OpenCV a grey that stands for transparent is grey.
+            # In OpenCV a gray that stands for transparent is gray.
             alpha = np.where(pixels == image.info['transparency'], 0, 65535).astype(np.uint16)
             pixels = np.concatenate([pixels, alpha], 2)
-        elif data[25] == 4:  # grey and alpha, which OpenCV gives as BGR and alpha
+        elif data[25] == 4:  # gray and alpha, which OpenCV gives as BGR and alpha
             pixels = pixels[:, :, [0, 3]]
     elif 16 in tags.get(BITS_PER_SAMPLE, ()):
         if tags.get(PLANAR_CONFIGURATION) == 2:
-            raise InputError(f'{path} has 16 bits with each colour apart, where interleaved ones are right.')
+            raise InputError(f'{path} must have interleaved colors, got each color apart, in 16 bits.')
         image.load()  # strict where OpenCV is not
         pixels = _decode_16_bits(data, path)  # turned by OpenCV already
         if tags.get(PHOTOMETRIC) == 0:  # white is zero
             pixels = 65535 - pixels
     elif image.mode in MODES_OF_8_BITS:
         image.load()
-        is_grey = image.mode in GREY_MODES
+        is_gray = image.mode in GRAY_MODES
         has_alpha = image.mode in ALPHA_MODES or 'transparency' in image.info
         image = ImageOps.exif_transpose(image)
-        pixels = np.asarray(image.convert(('L' if is_grey else 'RGB') + ('A' if has_alpha else '')))
+        pixels = np.asarray(image.convert(('L' if is_gray else 'RGB') + ('A' if has_alpha else '')))
         pixels = pixels.reshape(*pixels.shape[:2], -1)
     else:
         raise InputError(
-            f'{path} has pixels of the kind {image.mode}, where grey or RGB of 8 or 16 bits is right: convert it first.'
+            f'{path} must be gray or RGB of 8 or 16 bits, got pixels of the kind {image.mode}: convert it first.'
         )
     return Picture(np.ascontiguousarray(pixels), icc_profile, exif)
 
 
-def _decode_16_bits(data: bytes, path: str | os.PathLike) -> np.ndarray:
-    """uint16 (H, W, C), RGB; Pillow has 8 bits for each of three colours alone."""
+def _decode_16_bits(data: bytes, path: str | os.PathLike[str]) -> np.ndarray:
+    """uint16 (H, W, C), RGB; Pillow has 8 bits for each of three colors alone."""
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16:
         raise InputError(f'{path} is damaged, or has pixels of another kind than whole numbers of 16 bits.')
@@ -230,7 +232,7 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
-def _read_exif(image: Image.Image) -> tuple[int, dict]:
+def _read_exif(image: Image.Image) -> tuple[int, dict[int, Any]]:
     """The orientation, and the tags as :class:`Picture` has them; none where they cannot be read or written again."""
     try:
         exif = image.getexif()
@@ -251,7 +253,7 @@ def _read_exif(image: Image.Image) -> tuple[int, dict]:
     return orientation, tags
 
 
-def _with_size(exif: dict, height: int, width: int) -> dict:
+def _with_size(exif: Mapping[int, Any], height: int, width: int) -> dict[int, Any]:
     """The tags with sizes, where they have any, of these pixels."""
     exif = dict(exif)
     if EXIF_IFD in exif:
@@ -264,17 +266,17 @@ def _with_size(exif: dict, height: int, width: int) -> dict:
     return exif
 
 
-def _exif_block(tags: dict) -> bytes:
+def _exif_block(tags: Mapping[int, Any]) -> bytes:
     exif = Image.Exif()
     for tag, value in tags.items():
         exif[tag] = value
     return exif.tobytes()
 
 
-def _encode_png(pixels: np.ndarray, icc_profile: bytes | None, exif: dict) -> bytes:
+def _encode_png(pixels: np.ndarray, icc_profile: bytes | None, exif: Mapping[int, Any]) -> bytes:
     """A PNG (W3C recommendation, 2003; eXIf of 2017) with the filter "up" in each row.
 
-    OpenCV writes no metadata and no grey with alpha, Pillow no colours of 16 bits and four times as slowly.
+    OpenCV writes no metadata and no gray with alpha, Pillow no colors of 16 bits and four times as slowly.
     """
     height, width, channels = pixels.shape
     chunks = [
@@ -290,7 +292,7 @@ def _encode_png(pixels: np.ndarray, icc_profile: bytes | None, exif: dict) -> by
     filtered[:, 0] = 2
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-    chunks += [(b'IDAT', zlib.compress(filtered, ZLIB_LEVEL)), (b'IEND', b'')]
+    chunks += [(b'IDAT', zlib.compress(filtered.data, ZLIB_LEVEL)), (b'IEND', b'')]
     if max(len(content) for _, content in chunks) >= 1 << 31:
         raise InputError('PNG cannot hold it in one piece: it has 2 GiB or more.')
     parts = [PNG_SIGNATURE]
@@ -300,15 +302,16 @@ def _encode_png(pixels: np.ndarray, icc_profile: bytes | None, exif: dict) -> by
     return b''.join(parts)
 
 
-def _encode_tiff(pixels: np.ndarray, icc_profile: bytes | None, exif: dict) -> bytes:
+def _encode_tiff(pixels: np.ndarray, icc_profile: bytes | None, exif: Mapping[int, Any]) -> bytes:
     """A TIFF 6.0 of one strip, deflated after horizontal differencing (predictor 2).
 
-    Pillow writes no colours of 16 bits, OpenCV no metadata, and tifffile no EXIF.
+    Pillow writes no colors of 16 bits, OpenCV no metadata, and tifffile no EXIF.
     """
     height, width, channels = pixels.shape
     differences = pixels.copy()
     np.subtract(pixels[:, 1:], pixels[:, :-1], out=differences[:, 1:])
-    strip = zlib.compress(np.ascontiguousarray(differences, differences.dtype.newbyteorder('<')), ZLIB_LEVEL)
+    little_endian = np.ascontiguousarray(differences, differences.dtype.newbyteorder('<'))
+    strip = zlib.compress(little_endian.data, ZLIB_LEVEL)
     directory = ImageFileDirectory_v2()
     for tag, value in exif.items():
         directory[tag] = value
@@ -323,7 +326,7 @@ def _encode_tiff(pixels: np.ndarray, icc_profile: bytes | None, exif: dict) -> b
     directory[PLANAR_CONFIGURATION] = 1
     directory[PREDICTOR] = 2
     if channels in (2, 4):
-        directory[EXTRA_SAMPLES] = 2  # alpha, by which the colours are not multiplied
+        directory[EXTRA_SAMPLES] = 2  # alpha, by which the colors are not multiplied
     if icc_profile:
         directory.tagtype[ICC_PROFILE] = 7  # of no defined type
         directory[ICC_PROFILE] = icc_profile

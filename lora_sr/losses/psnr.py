@@ -25,10 +25,10 @@ class PSNRLoss(nn.Module):
         InputError: ``eps`` is not more than 0.
     """
 
-    def __init__(self, loss_weight: float = 1.0, eps: float = 1e-6):
+    def __init__(self, loss_weight: float = 1.0, eps: float = 1e-6) -> None:
         super().__init__()
         if not eps > 0:
-            raise InputError(f'"eps" of PSNRLoss is {eps}: it must be more than 0.')
+            raise InputError(f'"eps" of PSNRLoss must be more than 0, got {eps}.')
         self.loss_weight, self.eps = loss_weight, eps
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:

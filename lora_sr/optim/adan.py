@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from numbers import Real
+from typing import Any, Callable
 
 import adan_pytorch
 import torch
@@ -49,20 +51,20 @@ class Adan(adan_pytorch.Adan):
 
     def __init__(
         self,
-        params,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float = 1e-3,
         betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         foreach: bool = True,
-    ):
+    ) -> None:
         check_values({'lr': lr, 'betas': betas, 'eps': eps, 'weight_decay': weight_decay, 'foreach': foreach})
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         for options in (self.defaults, *self.param_groups):
             options.pop('restart_cond', None)  # a function, which no state dict should hold
             options.setdefault('foreach', foreach)
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own where ``param_group`` has them.
 
         Raises:
@@ -71,7 +73,7 @@ class Adan(adan_pytorch.Adan):
         check_values(param_group)
         super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what ``state_dict()`` gave.
 
         Raises:
@@ -88,7 +90,7 @@ class Adan(adan_pytorch.Adan):
         super().load_state_dict(state_dict)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update all parameters that have a gradient.
 
         Args:
@@ -106,16 +108,18 @@ class Adan(adan_pytorch.Adan):
                 loss = closure()
         for group in self.param_groups:
             for step, tensors in self._batches(group):
-                _update(*tensors, step, group['lr'], group['betas'], group['eps'], group['weight_decay'])
+                params, grads, prev_grads, m, v, n = tensors
+                numbers = group['lr'], group['betas'], group['eps'], group['weight_decay']
+                _update(params, grads, prev_grads, m, v, n, step, *numbers)
         return loss
 
-    def _batches(self, group: dict):
+    def _batches(self, group: dict[str, Any]) -> Iterator[tuple[int, Iterator[tuple[Tensor, ...]]]]:
         """Count a step for each parameter with a gradient, and yield the tensors that can be updated together.
 
         With the number of the step it yields parameters, gradients, and their ``prev_grad``, ``m``, ``v`` and ``n``.
         """
         # Nearly always this is one batch: all tensors of a network have the same device, type and number of steps.
-        batches = defaultdict(list)
+        batches: dict[tuple[Any, ...], list[tuple[Tensor, ...]]] = defaultdict(list)
         for index, param in enumerate(group['params']):
             grad = param.grad
             if grad is None:
@@ -136,26 +140,26 @@ class Adan(adan_pytorch.Adan):
             yield step, zip(*rows)
 
 
-def check_values(options: dict) -> None:
+def check_values(options: dict[str, Any]) -> None:
     """Raise InputError for the first of Adan's options with a value that it cannot have; others are not looked at."""
 
-    def is_number(value) -> bool:
+    def is_number(value: object) -> bool:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
     for key in ('lr', 'eps', 'weight_decay'):
         value = options.get(key, 0)
         if not is_number(value) or value < 0:
-            raise InputError(f'"{key}" of Adan is {value!r}: it must be a number of at least 0.')
+            raise InputError(f'"{key}" of Adan must be a number of at least 0, got {value!r}.')
     betas = options.get('betas', (0, 0, 0))
     are_three = isinstance(betas, (list, tuple)) and len(betas) == 3
     if not are_three or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):
         raise InputError(
-            f'"betas" of Adan is {betas!r}: it must be three numbers of at least 0 and less than 1, '
-            'e.g. [0.98, 0.92, 0.99].'
+            f'"betas" of Adan must be three numbers of at least 0 and less than 1, e.g. [0.98, 0.92, 0.99], got '
+            f'{betas!r}.'
         )
     foreach = options.get('foreach', True)
     if not isinstance(foreach, bool):
-        raise InputError(f'"foreach" of Adan is {foreach!r}: it must be true or false.')
+        raise InputError(f'"foreach" of Adan must be true or false, got {foreach!r}.')
 
 
 def _update(

@@ -65,7 +65,7 @@ def bytes_per_pixel(network: nn.Module, image: Tensor) -> int:
     """
     widest = 0
 
-    def measure(module, inputs, output):
+    def measure(module: nn.Module, inputs: object, output: object) -> None:
         nonlocal widest
         for tensor in output if isinstance(output, (tuple, list)) else [output]:
             if isinstance(tensor, Tensor):

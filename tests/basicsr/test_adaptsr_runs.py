@@ -14,6 +14,8 @@ from lora_sr.checkpoints import Checkpoint
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.option_file import load_options
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = REPOSITORY / 'options'
 SMALL = {'embed_dim': 12, 'depths': [2], 'num_heads': [2], 'img_size': 16}
 

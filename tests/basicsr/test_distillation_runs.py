@@ -14,10 +14,27 @@ from tiny_run import TINY_OPTIONS, logged, python_environment, run_python
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints.content import read_checkpoint
 
+pytestmark = pytest.mark.slow
+
+COMMAND = ['-m', 'lora_sr.train', '-opt', 'run.yml']
+
 
 @pytest.fixture
 def run_folder(pairs, tmp_path):
     """A folder with `run.yml`, 20 iterations of DSCLoRA under a teacher with all three losses, and its checkpoints."""
+    write_run(pairs, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope='module')
+def whole(pairs, tmp_path_factory):
+    """Such a folder after the run, which none may change, and what the run printed."""
+    folder = tmp_path_factory.mktemp('whole')
+    write_run(pairs, folder)
+    return folder, run_python(*COMMAND, cwd=folder)
+
+
+def write_run(pairs, tmp_path):
     torch.manual_seed(0)
     torch.save(SPAN(feature_channels=6, upscale=2, deploy=True).state_dict(), tmp_path / 'student.pth')
     torch.save({'params': SPAN(feature_channels=8, upscale=2).state_dict()}, tmp_path / 'teacher.pth')
@@ -41,18 +58,14 @@ def run_folder(pairs, tmp_path):
     options['val']['val_freq'] = 10
     options['logger']['save_checkpoint_freq'] = 1
     (tmp_path / 'run.yml').write_text(yaml.safe_dump(options, sort_keys=False))
-    return tmp_path
 
 
 def losses(done) -> list:
     return re.findall(r'l_pix: (\S+) l_distill: (\S+) l_affinity: (\S+)', done.stderr)
 
 
-COMMAND = ['-m', 'lora_sr.train', '-opt', 'run.yml']
-
-
-def test_same_seed_gives_the_same_losses_and_both_sets_are_validated(run_folder):
-    first, second = (run_python(*COMMAND, '--force_yml', f'name={name}', cwd=run_folder) for name in 'ab')
+def test_same_seed_gives_the_same_losses_and_both_sets_are_validated(whole, run_folder):
+    first, second = whole[1], run_python(*COMMAND, '--force_yml', 'name=again', cwd=run_folder)
     assert len(losses(first)) == 20 and losses(first) == losses(second)
     for name in ('first', 'second'):
         assert (
@@ -60,9 +73,7 @@ def test_same_seed_gives_the_same_losses_and_both_sets_are_validated(run_folder)
         )  # at 10, at 20, at the end
 
 
-def test_killed_run_resumes_with_its_learning_rate_average_and_losses(run_folder):
-    whole = run_python(*COMMAND, '--force_yml', 'name=whole', cwd=run_folder)
-
+def test_killed_run_resumes_with_its_learning_rate_average_and_losses(whole, run_folder):
     state = run_folder / 'experiments' / 'tiny' / 'training_states' / '12.state'
     process = subprocess.Popen(
         [sys.executable, *COMMAND],
@@ -79,7 +90,7 @@ def test_killed_run_resumes_with_its_learning_rate_average_and_losses(run_folder
     reached = max(int(file.stem) for file in state.parent.glob('*.state'))
 
     rest = run_python(*COMMAND, '--auto_resume', cwd=run_folder)
-    rates = {iteration: rate for iteration, rate in logged(whole).items() if iteration > reached}
+    rates = {iteration: rate for iteration, rate in logged(whole[1]).items() if iteration > reached}
     assert logged(rest) == rates and reached >= 12
     models = run_folder / 'experiments' / 'tiny' / 'models'
     seam, after = (read_checkpoint(models / f'net_g_{iteration}.pth') for iteration in (reached, reached + 1))
@@ -89,7 +100,8 @@ def test_killed_run_resumes_with_its_learning_rate_average_and_losses(run_folder
     # After the seam the images come in another order: the losses are of the same level, not the same.
     for index in range(3):
         levels = [
-            torch.tensor([float(line[index]) for line in losses(run)[reached - 20 :]]).mean() for run in (whole, rest)
+            torch.tensor([float(line[index]) for line in losses(run)[reached - 20 :]]).mean()
+            for run in (whole[1], rest)
         ]
         assert levels[1].item() == pytest.approx(levels[0].item(), rel=0.3)
 
@@ -124,10 +136,9 @@ def test_two_processes_train_the_same_option_file(run_folder):
     assert saved.keys() == {'params', 'params_ema'}
 
 
-def test_merged_network_has_the_adapted_network_s_table(run_folder, pairs):
-    """Train, test the adapted checkpoint, merge it, test the plain one: the tables are the same."""
-    run_python(*COMMAND, cwd=run_folder)
-    checkpoint = run_folder / 'experiments' / 'tiny' / 'models' / 'net_g_latest.pth'
+def test_merged_network_has_the_adapted_network_s_table(whole, run_folder):
+    """Test the adapted checkpoint, merge it, test the plain one: the tables are the same."""
+    checkpoint = whole[0] / 'experiments' / 'tiny' / 'models' / 'net_g_latest.pth'
     run_python('-m', 'lora_sr.cli.main', 'merge', checkpoint, '-o', 'merged.pth', cwd=run_folder)
     options = yaml.safe_load((run_folder / 'run.yml').read_text())
     plain = {'type': 'SPAN', 'feature_channels': 6, 'upscale': 2, 'deploy': True}

@@ -19,6 +19,8 @@ from lora_sr.adapters import is_lora_key
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.option_file import OptionLoader, load_options
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = REPOSITORY / 'options' / 'train' / 'AdaptSR'
 VGG = 'experiments/pretrained_models/vgg19-dcbb9e9d.pth'
 

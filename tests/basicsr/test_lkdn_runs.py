@@ -17,6 +17,8 @@ from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.deploy.merge import merge_checkpoint
 from lora_sr.option_file import load_options
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = REPOSITORY / 'options' / 'train'
 
 

@@ -20,6 +20,7 @@ def listing(folder: Path) -> list:
     return sorted(str(file.relative_to(folder)) for file in folder.rglob('*'))
 
 
+@pytest.mark.slow
 def test_run_and_resume(tiny_options, tmp_path):
     """A run that stops and goes on has the learning rates and the weights of one that never stopped."""
     command = ['-m', 'lora_sr.train', '-opt', tiny_options]
@@ -44,6 +45,7 @@ def test_run_and_resume(tiny_options, tmp_path):
     assert re.search(r'# psnr: \d+\.\d{4}', done.stderr)
 
 
+@pytest.mark.slow
 def test_two_processes_on_the_cpu(tiny_options, tmp_path):
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2]
     command = ['-m', 'lora_sr.train', '--launcher', 'pytorch', '-opt', tiny_options]
@@ -57,6 +59,7 @@ def test_two_processes_on_the_cpu(tiny_options, tmp_path):
     assert not (tmp_path / 'experiments/wrong').exists()
 
 
+@pytest.mark.slow
 def test_two_processes_adapt_a_network(tiny_options, tmp_path):
     base = MSRResNet(num_feat=4, num_block=1, upscale=2)
     torch.save({'params': base.state_dict()}, tmp_path / 'base.pth')

@@ -65,6 +65,7 @@ def parameters_of(ranks):
     return sum(value.numel() for name, value in network.named_parameters() if name.endswith(('lora_A', 'lora_B')))
 
 
+@pytest.mark.slow
 def test_the_new_file_has_ranks_within_the_budget_and_trains(options, capsys, tmp_path):
     base = sum(value.numel() for value in build_network(dict(BASE)).parameters())
     assert allocate('--budget', '12%', '-o', 'new.yml', '--batches', 3, '--max-rank', 3) == 0

@@ -131,11 +131,11 @@ def test_noise_has_the_variance_that_the_ranges_say(no_jpeg):
 def test_wrong_arguments():
     image = photo(48, 48)
     for wrong, scale, part in (
-        (image, 1, 'scale is 1'),
-        (image, 17, 'scale is 17'),
-        (image, 5, '48 x 48 pixels, where multiples of the scale 5'),
-        (image[..., 0], 4, r'shape \(48, 48\)'),
-        (image / 255, 4, 'type float64'),
+        (image, 1, 'from 2 to 16, got 1.'),
+        (image, 17, 'from 2 to 16, got 17.'),
+        (image, 5, 'must be multiples of the scale 5, got 48 x 48 pixels'),
+        (image[..., 0], 4, r'got uint8 of shape \(48, 48\)'),
+        (image / 255, 4, 'got float64'),
     ):
         with pytest.raises(InputError, match=part):
             camera_degradation(wrong, scale, 0)
@@ -188,10 +188,12 @@ def test_command_with_wrong_input(tmp_path, make_images, capsys):
         return err
 
     out = ('-o', tmp_path / 'out')
-    assert '--scale: 1 was given' in refused(hr, *out, '--scale', 1)
-    assert '--workers: 0 was given' in refused(hr, *out, '--scale', 4, '--workers', 0)
+    assert '--scale must be a whole number from 2 to 16, got 1.' in refused(hr, *out, '--scale', 1)
+    assert '--workers must be a whole number of at least 1, got 0.' in refused(hr, *out, '--scale', 4, '--workers', 0)
     assert 'missing is not a folder' in refused(tmp_path / 'missing', *out, '--scale', 4)
-    assert 'is the folder of the HR images' in refused(hr, '-o', f'{hr}/../hr', '--scale', 4)
+    assert 'The output must be another folder than that of the HR images' in refused(
+        hr, '-o', f'{hr}/../hr', '--scale', 4
+    )
     assert degrade(hr, '-o', made, '--scale', 4) == 0
     before = contents(made)
     assert 'already has 2 of these images, 0001.png among them' in refused(hr, '-o', made, '--scale', 4)
@@ -200,7 +202,7 @@ def test_command_with_wrong_input(tmp_path, make_images, capsys):
         assert '0002.png is damaged' in refused(hr, '-o', output, '--scale', 4, '--overwrite')
     assert contents(made) == before
     cv2.imwrite(str(hr / '0002.png'), np.zeros((3, 9, 3), np.uint8))
-    assert '0002.png has 3 x 9 pixels, where at least 4' in refused(hr, *out, '--scale', 4)
+    assert '0002.png must have at least 4 pixels each way, got 3 x 9.' in refused(hr, *out, '--scale', 4)
     cv2.imwrite(str(hr / '0002.png'), photo(48, 48))
     (tmp_path / 'file').write_text('mine')
     assert 'file: the images cannot be written there' in refused(hr, '-o', tmp_path / 'file', '--scale', 4)

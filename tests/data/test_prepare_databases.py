@@ -12,9 +12,10 @@ import pytest
 
 import lora_sr.data.prepare as prepare_module
 from lora_sr.data import bicubic_downscale, prepare_databases, read_meta_info
-from lora_sr.data.lmdb_store import LmdbWriter, check_databases, encode_png
+from lora_sr.data.lmdb_store import LmdbWriter, check_databases
 from lora_sr.data.prepare import subimage_starts
 from lora_sr.errors import InputError
+from lora_sr.images.png import encode_png
 
 SMALL = dict(size=48, step=24, progress=False)
 

@@ -149,27 +149,12 @@ def test_patches_of_one_photograph_pair_by_their_number(tmp_path):
     ]
 
 
-@pytest.fixture
-def refused(tmp_path, capfd):
-    """A function: the one sentence on stderr that these arguments are refused with; nothing is written."""
-
-    def message(*arguments):
-        capfd.readouterr()
-        assert main(['prepare', *map(str, arguments), '-o', str(tmp_path / 'out')]) == 2
-        assert not (tmp_path / 'out').exists()
-        out, err = capfd.readouterr()
-        assert not out and err.startswith('lora-sr: error: ') and err.endswith('.\n') and err.count('\n') == 1, err
-        return err
-
-    return message
-
-
 def test_missing_partners(realsr, drealsr, refused):
     folder = realsr / 'Canon' / 'Train' / '4'
     (folder / 'Canon_002_LR4.png').unlink()
     assert (
-        f'{folder} has no LR image for 1 of its HR images (Canon_002_HR.png): for the first, `Canon_002_LR4` is right.'
-        in refused(realsr, '--scale', 4, '--split', 'train')
+        f'{folder} has no LR image for 1 of its HR images (Canon_002_HR.png): '
+        'for the first, it must be called `Canon_002_LR4`.' in refused(realsr, '--scale', 4, '--split', 'train')
     )
     (folder / 'Canon_001_LR4.png').unlink()
     for given in (realsr, folder):
@@ -183,24 +168,24 @@ def test_missing_partners(realsr, drealsr, refused):
     (folder / 'train_LR' / 'sony_95_x1.png').unlink()
     message = refused(drealsr, '--scale', 4, '--split', 'train')
     assert f'{folder / "train_LR"} has no LR image for 1 of the HR images' in message
-    assert '(sony_95_x4.png): for the first, `sony_95_x1` is right.' in message
+    assert '(sony_95_x4.png): for the first, it must be called `sony_95_x1`.' in message
     shutil.rmtree(folder / 'train_LR')
     assert 'train_LR is not a folder' in refused(drealsr, '--scale', 4, '--split', 'train')
 
 
 def test_what_is_wanted_is_not_told_or_not_there(realsr, drealsr, make_images, tmp_path, refused):
-    assert '--split: nothing was given, where train or test is right' in refused(realsr, '--scale', 4)
-    assert '--split: valid was given, where train or test' in refused(realsr, '--scale', 4, '--split', 'valid')
+    assert '--split must be train or test for ' in refused(realsr, '--scale', 4)
+    assert '--split must be train or test, got valid.' in refused(realsr, '--scale', 4, '--split', 'valid')
     for root, name in ((realsr, 'RealSR'), (drealsr, 'DRealSR')):
         message = refused(root, '--split', 'test')
-        assert f'--scale: 2 3 4 was given, where one scale at a time is right for {root}: {name}' in message
+        assert f'--scale must be one scale at a time for {root}, got 2 3 4: {name}' in message
         assert 'has LR images of its own' in refused(root, '--split', 'test', '--scale', 4, '--lr', root)
     there = 'DRealSR with test at scale 2, test at scale 4, train at scale 2, train at scale 4'
     assert f'{there}, where train at scale 3 is wanted' in refused(drealsr, '--split', 'train', '--scale', 3)
     test_x4 = drealsr / 'x4' / 'Test_x4'
     assert 'DRealSR with test at scale 4, where train' in refused(test_x4, '--split', 'train', '--scale', 4)
     message = refused(make_images(tmp_path / 'photos', [(48, 48)]), '--split', 'test')
-    assert '--split: test was given, but none of the folders is RealSR or DRealSR' in message
+    assert '--split is for RealSR and DRealSR' in message
     assert main(['degrade', str(realsr / 'Canon' / 'Test' / '4'), '-o', str(tmp_path / 'out'), '--scale', '4']) == 2
 
 
@@ -208,7 +193,7 @@ def test_lr_images_as_large_as_their_hr_images(realsr, refused):
     folder = realsr / 'Canon' / 'Test' / '4'
     shutil.copy(folder / 'Canon_001_HR.png', folder / 'Canon_001_LR4.png')
     message = refused(realsr / 'Canon', '--scale', 4, '--split', 'test')
-    assert 'Canon_001_LR4.png is as large as' in message and 'version 3 of RealSR' in message
+    assert 'Canon_001_LR4.png must be 4 times smaller than' in message and 'version 3 of RealSR' in message
 
 
 def test_folders_of_photographs_are_what_they_were(tmp_path, make_images):

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 from lora_sr.errors import InputError
 from lora_sr.images.formats import FORMATS, Picture, encode_picture, read_picture
 
-GREY_ICC = bytes(16) + b'GRAY' + bytes(108)  # a header (ICC.1, section 7.2) without tags
+GRAY_ICC = bytes(16) + b'GRAY' + bytes(108)  # a header (ICC.1, section 7.2) without tags
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 MAKE, ORIENTATION, EXIF_IFD, GPS_IFD = 0x010F, 0x0112, 0x8769, 0x8825
 EXPOSURE, WIDTH, HEIGHT, LATITUDE = 0x829A, 0xA002, 0xA003, 2
@@ -72,11 +72,11 @@ def test_what_is_written_is_read_by_others(file_format, dtype, channels):
     if file_format == 'tiff':
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page = file.pages[0]
-            has_colours = channels > 2 or (channels == 2 and dtype == np.uint16)
-            expected = image[:, :, [0, 0, 0, 1]] if channels == 2 and has_colours else image
+            has_colors = channels > 2 or (channels == 2 and dtype == np.uint16)
+            expected = image[:, :, [0, 0, 0, 1]] if channels == 2 and has_colors else image
             # tifffile undoes the predictor of 16 bits itself, and that of interleaved channels as well
             assert np.array_equal(page.asarray().reshape(expected.shape), expected)
-            assert page.photometric == (tifffile.PHOTOMETRIC.RGB if has_colours else tifffile.PHOTOMETRIC.MINISBLACK)
+            assert page.photometric == (tifffile.PHOTOMETRIC.RGB if has_colors else tifffile.PHOTOMETRIC.MINISBLACK)
             assert page.tags['InterColorProfile'].value == ICC
             assert page.tags['Make'].value == 'Camera'
             inner = page.tags['ExifTag'].value
@@ -85,7 +85,7 @@ def test_what_is_written_is_read_by_others(file_format, dtype, channels):
         return
     read = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     expected = {1: image[:, :, 0], 3: image[:, :, ::-1]}.get(channels)
-    if expected is None:  # OpenCV has BGR and alpha for grey and alpha as well
+    if expected is None:  # OpenCV has BGR and alpha for gray and alpha as well
         expected = image[:, :, [0, 0, 0, 1] if channels == 2 else [2, 1, 0, 3]]
     assert read.dtype == dtype and np.array_equal(read, expected)
     with Image.open(io.BytesIO(data)) as other:
@@ -104,7 +104,7 @@ def test_what_is_written_is_read_again(tmp_path, file_format, dtype, channels):
     image = pixels(dtype, channels)
     (tmp_path / 'image').write_bytes(encode_picture(Picture(image, ICC), file_format, 95))
     picture = read_picture(tmp_path / 'image')
-    if (file_format, dtype, channels) == ('tiff', np.uint16, 2):  # as grey and alpha neither Pillow nor OpenCV read it
+    if (file_format, dtype, channels) == ('tiff', np.uint16, 2):  # as gray and alpha neither Pillow nor OpenCV read it
         image = image[:, :, [0, 0, 0, 1]]
     assert picture.pixels.dtype == dtype and np.array_equal(picture.pixels, image)
     assert picture.icc_profile == ICC and picture.exif == {}
@@ -136,17 +136,17 @@ def test_webp_and_jpeg(tmp_path):
     assert sizes == sorted(set(sizes))
 
 
-def test_a_grey_profile_goes_where_grey_goes(tmp_path):
+def test_a_gray_profile_goes_where_gray_goes(tmp_path):
     for file_format, dtype, channels, profile, kept in (
-        ('webp', np.uint8, 1, GREY_ICC, None),
-        ('webp', np.uint8, 2, GREY_ICC, None),
+        ('webp', np.uint8, 1, GRAY_ICC, None),
+        ('webp', np.uint8, 2, GRAY_ICC, None),
         ('webp', np.uint8, 1, ICC, ICC),
-        ('tiff', np.uint16, 2, GREY_ICC, None),
-        ('tiff', np.uint8, 2, GREY_ICC, GREY_ICC),
-        ('jpeg', np.uint8, 1, GREY_ICC, GREY_ICC),
-        ('png', np.uint16, 2, GREY_ICC, GREY_ICC),
+        ('tiff', np.uint16, 2, GRAY_ICC, None),
+        ('tiff', np.uint8, 2, GRAY_ICC, GRAY_ICC),
+        ('jpeg', np.uint8, 1, GRAY_ICC, GRAY_ICC),
+        ('png', np.uint16, 2, GRAY_ICC, GRAY_ICC),
     ):
-        image = pixels(dtype, channels) | 1  # nothing is transparent: there WebP changes colours
+        image = pixels(dtype, channels) | 1  # nothing is transparent: there WebP changes colors
         (tmp_path / 'image').write_bytes(encode_picture(Picture(image, profile), file_format, 100))
         picture = read_picture(tmp_path / 'image')
         assert picture.icc_profile == kept, (file_format, channels)
@@ -312,11 +312,11 @@ def test_images_of_other_kinds(tmp_path):
     )
     Image.fromarray(pixels()).save(tmp_path / 'other.bmp')
     for name, words in {
-        'animation.webp': 'holds 3 pictures, where one is right',
-        'pages.tif': 'holds 3 pictures, where one is right',
-        'cmyk.jpg': 'of the kind CMYK, where grey or RGB',
-        'float.tif': 'of the kind F, where grey or RGB',
-        'planes.tif': 'with each colour apart',
+        'animation.webp': 'must hold one picture, got 3',
+        'pages.tif': 'must hold one picture, got 3',
+        'cmyk.jpg': 'must be gray or RGB of 8 or 16 bits, got pixels of the kind CMYK',
+        'float.tif': 'got pixels of the kind F',
+        'planes.tif': 'got each color apart',
         'other.bmp': 'not a PNG, JPEG, WebP or TIFF image',
         'missing.png': 'cannot be read: No such file',
     }.items():

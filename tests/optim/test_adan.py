@@ -242,6 +242,7 @@ def test_resumes_bit_for_bit(dtype):
     assert are_equal(params, whole)
 
 
+@pytest.mark.slow
 def test_run_resumes_bit_for_bit(tmp_path):
     """Six iterations of a BasicSR model equal four that are resumed; one whole image makes all batches the same."""
     write_pairs(tmp_path, count=1)
@@ -281,6 +282,7 @@ def test_state_of_another_optimizer_without_a_step_is_refused():
         Adan(params).load_state_dict(torch.optim.Adam(params).state_dict())
 
 
+@pytest.mark.slow
 def test_run_with_adan_is_not_resumed_with_adam(tiny_options):
     text = tiny_options.read_text().replace('type: AdamW, lr: 1e-3, betas: [0.9, 0.99]', 'type: Adan, lr: 1e-3')
     tiny_options.write_text(text)
@@ -302,19 +304,23 @@ def test_is_registered():
 @pytest.mark.parametrize(
     ('key', 'value', 'sentence'),
     [
-        ('betas', [0.98, 0.92], r'"betas" of Adan is \[0.98, 0.92\]: it must be three numbers of at least 0 and less '),
-        ('betas', (0.98, 0.92, 1), r'"betas" of Adan is \(0.98, 0.92, 1\)'),
+        (
+            'betas',
+            [0.98, 0.92],
+            r'"betas" of Adan must be three numbers of at least 0 and .* got \[0.98, 0.92\]',
+        ),
+        ('betas', (0.98, 0.92, 1), r'"betas" of Adan must be .* got \(0.98, 0.92, 1\)'),
         ('betas', (-0.1, 0.92, 0.99), '"betas" of Adan'),
         ('betas', (0.98, '0.92', 0.99), '"betas" of Adan'),
-        ('betas', 0.98, '"betas" of Adan is 0.98'),
-        ('lr', -1e-3, '"lr" of Adan is -0.001: it must be a number of at least 0'),
-        ('lr', '5e-3', '"lr" of Adan is \'5e-3\''),
-        ('lr', torch.tensor(5e-3), '"lr" of Adan is tensor'),
-        ('lr', float('nan'), '"lr" of Adan is nan'),
-        ('eps', float('inf'), '"eps" of Adan is inf'),
-        ('weight_decay', -0.02, '"weight_decay" of Adan is -0.02'),
-        ('weight_decay', True, '"weight_decay" of Adan is True'),
-        ('foreach', None, '"foreach" of Adan is None: it must be true or false'),
+        ('betas', 0.98, '"betas" of Adan must be .* got 0.98'),
+        ('lr', -1e-3, '"lr" of Adan must be a number of at least 0, got -0.001'),
+        ('lr', '5e-3', '"lr" of Adan must be .* got \'5e-3\''),
+        ('lr', torch.tensor(5e-3), '"lr" of Adan must be .* got tensor'),
+        ('lr', float('nan'), '"lr" of Adan must be .* got nan'),
+        ('eps', float('inf'), '"eps" of Adan must be .* got inf'),
+        ('weight_decay', -0.02, '"weight_decay" of Adan must be .* got -0.02'),
+        ('weight_decay', True, '"weight_decay" of Adan must be .* got True'),
+        ('foreach', None, '"foreach" of Adan must be true or false, got None'),
     ],
 )
 def test_wrong_values(key, value, sentence):

@@ -1,6 +1,6 @@
 // The layers of SPAN and LKDN on a CPU, several of them fused, without a copy between them.
 //
-// Features ("maps") are stored as rows of planes, (height, planes, width): the lanes of a vector are neighbouring pixels,
+// Features ("maps") are stored as rows of planes, (height, planes, width): the lanes of a vector are neighboring pixels,
 // so that no channel is wasted on padding whatever the width of the network, and a row of all planes is contiguous. A
 // plane is one channel in float32, or two channels side by side in bfloat16, one 32-bit word a pixel either way. Left
 // and right of each row are zeros, which nothing writes to: convolutions need no special case at the edges of the image.
@@ -203,8 +203,8 @@ static inline Vector first_lanes(Vector value, int count) {
     return select(lane < count, value, Vector{});
 }
 
-// The pixel shuffle: channels are a colour, a row and a column of the scale * scale pixels that one becomes. RUN channels
-// at a time are neighbours in the image.
+// The pixel shuffle: channels are a color, a row and a column of the scale * scale pixels that one becomes. RUN channels
+// at a time are neighbors in the image.
 template <int RUN>
 static void store_shuffled(const Operation &op, const Size &size, const Vector *sums, int first, int count, int y, int x) {
     const int scale = op.scale, lanes = size.width - x < LANES ? size.width - x : LANES;

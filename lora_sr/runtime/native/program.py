@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -77,26 +78,26 @@ class Map:
 @dataclass
 class _Step:
     kind: int
-    inputs: list[Map]
+    inputs: Sequence[Map]
     output: Map
     weight: Tensor
     bias: Tensor
     other: Map | None = None
-    numbers: dict = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
     to_image: bool = False
 
     @property
     def reach(self) -> int:
         """How many rows above and below the one that it makes it reads."""
         if self.kind == DEPTHWISE:
-            return self.numbers['kernel'] // 2 * self.numbers['dilation']
+            return int(self.numbers['kernel'] // 2 * self.numbers['dilation'])
         return 1 if self.kind == CONV3X3 else 0
 
     @property
     def reads(self) -> list[tuple[Map, int]]:
         """Each map that it reads, and how far above and below."""
-        others = [] if self.other is None else [(self.other, 0)]
-        return [(source, self.reach) for source in self.inputs] + others
+        reads = [(source, self.reach) for source in self.inputs]
+        return reads if self.other is None else [*reads, (self.other, 0)]
 
 
 class Program:
@@ -112,7 +113,7 @@ class Program:
             Sums are float32 in any case.
     """
 
-    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype = torch.float32):
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype = torch.float32) -> None:
         self.library = library
         library.scratch.restype = library.operation_bytes.restype = ctypes.c_int64
         of_library = library.operation_bytes(), library.most_inputs(), library.most_planes()
@@ -147,7 +148,7 @@ class Program:
 
     def conv(
         self,
-        inputs: list[Map],
+        inputs: Sequence[Map],
         weight: Tensor,
         bias: Tensor | None,
         activation: str | None = None,
@@ -170,7 +171,7 @@ class Program:
         output = self._map(len(weight), dtype)
         return self._convolve(inputs, weight, bias, activation, combination, other, output)
 
-    def conv_to_image(self, inputs: list[Map], weight: Tensor, bias: Tensor, scale: int) -> None:
+    def conv_to_image(self, inputs: Sequence[Map], weight: Tensor, bias: Tensor, scale: int) -> None:
         """A convolution as in :meth:`conv`, whose channels a pixel shuffle takes to the image that is the result."""
         self.scale = scale
         self._convolve(inputs, weight, bias, None, None, None, Map(len(weight), False))
@@ -212,7 +213,7 @@ class Program:
         )
 
     def channel_norm(self, source: Map, weight: Tensor, bias: Tensor, epsilon: float, other: Map) -> Map:
-        """Each pixel normalised over its channels, times ``weight`` plus ``bias``, plus ``other``."""
+        """Each pixel normalized over its channels, times ``weight`` plus ``bias``, plus ``other``."""
         numbers = {'combination': COMBINATIONS['add'], 'epsilon': epsilon}
         output = self._map(source.channels, None)
         return self._add(CHANNEL_NORM, [source], output, weight, bias, other, **numbers)
@@ -227,7 +228,7 @@ class Program:
         is_image = image.is_floating_point() and image.ndim == 4 and image.shape[1] == expected
         if image.device.type != 'cpu' or not is_image:
             raise InputError(
-                f'The network takes images (N, {expected}, H, W) of floating point on the CPU, where it was optimised, '
+                f'The network takes images (N, {expected}, H, W) of floating point on the CPU, where it was optimized, '
                 f'not {tuple(image.shape)} of {image.dtype} on {image.device}.'
             )
         image = image.float().resolve_neg().contiguous()
@@ -252,7 +253,16 @@ class Program:
     def _map(self, channels: int, dtype: torch.dtype | None) -> Map:
         return Map(channels, (self.dtype if dtype is None else dtype) == torch.bfloat16)
 
-    def _add(self, kind, inputs, output, weight, bias, other=None, **numbers) -> Map:
+    def _add(
+        self,
+        kind: int,
+        inputs: Sequence[Map],
+        output: Map,
+        weight: Tensor,
+        bias: Tensor,
+        other: Map | None = None,
+        **numbers: float,
+    ) -> Map:
         weight, bias = (value.detach().contiguous().clone() for value in (weight, bias))
         if weight.dtype != torch.bfloat16:
             weight = weight.float()
@@ -260,7 +270,16 @@ class Program:
         self.steps.append(_Step(kind, inputs, output, weight, bias.float(), other, numbers))
         return output
 
-    def _convolve(self, inputs, weight, bias, activation, combination, other, output) -> Map:
+    def _convolve(
+        self,
+        inputs: Sequence[Map],
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        combination: str | None,
+        other: Map | None,
+        output: Map,
+    ) -> Map:
         most = self.library.most_outputs()
         blocks = -(-len(weight) // most)
         outputs = -(-len(weight) // blocks)
@@ -412,7 +431,7 @@ def pack(weight: Tensor, channels: list[int], in_pairs: bool, blocks: int, outpu
 def round_keeping_sums(weight: Tensor) -> Tensor:
     """Values of bfloat16 near ``weight`` (…, taps), whose sums over the taps are nearer to its sums than rounding's.
 
-    Neighbouring pixels are much alike, so it is the sum that a flat part of an image meets, with the same sign
+    Neighboring pixels are much alike, so it is the sum that a flat part of an image meets, with the same sign
     everywhere, while the errors of single taps average out. Each tap takes over what the larger ones before it lost.
     """
     order = weight.abs().argsort(-1, descending=True)

@@ -576,10 +576,10 @@ def test_network_that_needs_an_absent_file_is_one_sentence(options, tmp_path):
     ('key', 'value', 'sentence'),
     [
         ('foreach', True, None),
-        ('betas', [0.98, 0.92], '"betas" of Adan is [0.98, 0.92]: it must be three numbers'),
-        ('betas', [0.98, 0.92, 1], '"betas" of Adan is [0.98, 0.92, 1]: it must be three numbers'),
-        ('betas', 0.98, '"betas" of Adan is 0.98: it must be three numbers'),
-        ('weight_decay', -1, '"weight_decay" of Adan is -1: it must be'),
+        ('betas', [0.98, 0.92], '"betas" of Adan must be three numbers'),
+        ('betas', [0.98, 0.92, 1], '"betas" of Adan must be three numbers'),
+        ('betas', 0.98, '"betas" of Adan must be three numbers'),
+        ('weight_decay', -1, '"weight_decay" of Adan must be a number of at least 0, got -1'),
     ],
 )
 def test_adan(options, tmp_path, key, value, sentence):
@@ -793,7 +793,7 @@ def test_mistakes_of_distillation_without_gt_that_would_train(without_gt, tmp_pa
     without_gt['train']['optim_g']['betas'] = [0.98, 0.92, 0.99]
     assert check(without_gt, tmp_path) == [
         'train.optim_g.betas has 3 values; Adam takes 2, e.g. [0.9, 0.999]',
-        'train.distill_pixel_opt: "eps" of PSNRLoss is 0: it must be more than 0.',
+        'train.distill_pixel_opt: "eps" of PSNRLoss must be more than 0, got 0.',
     ]
 
 

@@ -25,6 +25,7 @@ def test_nothing_but_the_data_is_missing(file, tmp_path):
 PLAIN = ['path:param_key_g=~']  # the file is a plain state dict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'option_file', 'overrides'),
     [

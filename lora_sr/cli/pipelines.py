@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Any
-
-import torch.distributed as dist
-from basicsr.test import test_pipeline
-from basicsr.train import train_pipeline
-
-from lora_sr.basicsr.patches.options import mistakes, tell
-from lora_sr.errors import InputError
 
 
 def add_parser(commands: Any) -> None:
@@ -49,39 +41,11 @@ def run_command(args: argparse.Namespace, is_train: bool) -> None:
 
 
 def main(is_train: bool, argv: list[str] | None = None) -> int:
-    """Run BasicSR's pipeline in the current folder, which begins with the check of the option file.
-
-    Returns the exit status: 0; 2 after mistakes in the input, each told in a line on the standard error by the first
-    process of each machine; or 130 after Ctrl-C.
-    """
+    """Run a pipeline with that command line; returns the exit status, see :func:`lora_sr.basicsr.pipelines.run`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        run_pipeline(is_train, argv)
-    except InputError as error:
-        tell(error)
-        return 2
-    except KeyboardInterrupt:
-        hint = '; --auto_resume goes on from its last checkpoint' if is_train else ''
-        print(f'interrupted{hint}', file=sys.stderr, flush=True)
-        return 130
-    return 0
-
-
-def run_pipeline(is_train: bool, argv: list[str]) -> None:
-    """Run BasicSR's `train_pipeline` or `test_pipeline` with that command line.
-
-    Raises:
-        InputError: something is wrong with the input; before the run starts, all that is wrong, a sentence a line.
-    """
     parser = argparse.ArgumentParser(prog=f'python -m lora_sr.{"train" if is_train else "test"}')
     add_arguments(parser)
     parser.parse_args(argv)  # for a usage of its own, and a help with every argument
-    before = sys.argv
-    sys.argv = [before[0], *argv]  # BasicSR reads it, and copies it into the experiment's option file
-    try:
-        with mistakes('raise'):
-            (train_pipeline if is_train else test_pipeline)(os.getcwd())
-    finally:
-        sys.argv = before
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    from lora_sr.basicsr import pipelines
+
+    return pipelines.run(is_train, argv)

@@ -43,6 +43,7 @@ def apply() -> None:
         degradations.patch_degradation_device,
         degradations.patch_views,
         losses.patch_perceptual_criterion,
+        options.patch_copy_opt_file,
         options.patch_parse_options,
     ):
         try:

@@ -6,13 +6,16 @@ import functools
 import logging
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lora_sr.adapters import is_lora_key
+from lora_sr.basicsr import provenance
 from lora_sr.basicsr.patches.tools import is_defective, patch
-from lora_sr.checkpoints.content import load_weights, read_checkpoint, without_module_prefix
+from lora_sr.checkpoints.content import forget, load_weights, read_checkpoint, without_module_prefix
+from lora_sr.checkpoints.origin import KEY, fingerprint
 from lora_sr.files import save_atomically
 
 
@@ -34,9 +37,14 @@ def patch_load_network() -> None:
         content = read_checkpoint(load_path)
         if net is getattr(self, 'net_g_ema', None) and not {'params', 'params_ema'} & content.keys():
             param_key = None
-        load_weights(
-            self.get_bare_model(net), content, load_path, param_key, strict, self._print_different_keys_loading
-        )
+        bare = self.get_bare_model(net)
+        load_weights(bare, content, load_path, param_key, strict, self._print_different_keys_loading)
+        if not self.is_train:
+            forget()  # in training the average may be in the same file
+        elif net is getattr(self, 'net_g', None):
+            resumed = content.origin if Path(load_path).parent == Path(self.opt['path'].get('models', '')) else None
+            known = None if resumed is None else resumed.base
+            self.base_fingerprint = known or fingerprint(bare.state_dict())
 
     BaseModel.load_network = load_network
 
@@ -58,9 +66,11 @@ def patch_saving() -> None:
         nets = net if isinstance(net, list) else [net]
         keys = param_key if isinstance(param_key, list) else [param_key]
         assert len(nets) == len(keys), 'The lengths of net and param_key should be the same.'
-        content = {}
+        content: dict[str, Any] = {}
         for one, key in zip(nets, keys):
             content[key] = without_module_prefix(self.get_bare_model(one).state_dict())
+        origin = provenance.origin(self, net_label, current_iter, content[keys[0]])
+        content[KEY] = origin.to_dict()
         iteration = 'latest' if current_iter == -1 else current_iter
         save_atomically(content, os.path.join(self.opt['path']['models'], f'{net_label}_{iteration}.pth'))
 
@@ -74,6 +84,7 @@ def patch_saving() -> None:
             'iter': current_iter,
             'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
             'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
+            KEY: provenance.origin(self, 'net_g', current_iter, {}).to_dict(),
         }
         save_atomically(state, os.path.join(self.opt['path']['training_states'], f'{current_iter}.state'))
 

@@ -12,9 +12,12 @@ from typing import Any
 
 import yaml
 
+from lora_sr.basicsr import provenance
 from lora_sr.basicsr.patches.distributed import start_distributed
 from lora_sr.basicsr.patches.resume import patch_load_resume_state
-from lora_sr.basicsr.patches.tools import patch, replace_everywhere, swapped
+from lora_sr.basicsr.patches.tools import is_defective, patch, replace_everywhere, swapped
+from lora_sr.checkpoints.content import forget, remember
+from lora_sr.checkpoints.imports import import_modules
 from lora_sr.errors import InputError
 from lora_sr.option_file import OptionDumper, OptionLoader, apply_overrides, load_options
 
@@ -83,9 +86,13 @@ def patch_parse_options() -> None:
         try:
             opt = load_options(path)
             apply_overrides(opt, entries)
+            provenance.begin(opt, entries)
+            import_modules(_modules_to_import(opt))
+            remember()  # until the networks have been set up
             if _mode != 'skip' and os.environ.get(CHECK_VARIABLE) != '0':
                 _check(opt, is_train, root_path, rest)
         except InputError as error:
+            forget()
             if _mode != 'exit':
                 raise
             tell(error)
@@ -106,6 +113,28 @@ def patch_parse_options() -> None:
         return opt, args
 
     replace_everywhere(original, parse_options)
+
+
+def _modules_to_import(opt: dict) -> list[str]:
+    """The option `imports`; of what is no list of names, nothing, which the check tells."""
+    names = opt.get('imports')
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+
+
+def patch_copy_opt_file() -> None:
+    """`copy_opt_file` copies the file as it is, without what `--force_yml` changed: no record of the run."""
+    from basicsr.utils import options
+
+    original = options.copy_opt_file
+    if not is_defective(original, 'copyfile'):
+        return
+
+    @patch
+    @functools.wraps(original)
+    def copy_opt_file(opt_file: str, experiments_root: str) -> None:
+        provenance.write_options(opt_file, experiments_root)
+
+    replace_everywhere(original, copy_opt_file)
 
 
 def _check(opt: dict, is_train: bool, root_path: str, argv: list[str]) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from lora_sr.errors import InputError
 
 
-def import_modules(names: Iterable[str]) -> None:
+def import_modules(names: Iterable[str], beside: str | os.PathLike[str] | None = None) -> None:
     """Import modules, each once.
 
     Args:
         names: Names as in an import statement, or paths of ``.py`` files. The folder of a file joins ``sys.path``, so
             that it may import its neighbors, and that worker processes find it.
+        beside: The option file that names them, if one does: a file that is not here is looked for beside it.
 
     Raises:
         InputError: A module is not there, or fails to import.
@@ -25,7 +26,7 @@ def import_modules(names: Iterable[str]) -> None:
     for name in names:
         try:
             if os.fspath(name).endswith('.py'):
-                _import_file(Path(name).resolve())
+                _import_file(_find(Path(name), beside))
             else:
                 importlib.import_module(name)
         except InputError:
@@ -33,6 +34,11 @@ def import_modules(names: Iterable[str]) -> None:
         except Exception as error:  # whatever a module of somebody's raises
             reason = f'{type(error).__name__}: {error}'.splitlines()[0]
             raise InputError(f'The module {name} cannot be imported: {reason}.') from error
+
+
+def _find(file: Path, beside: str | os.PathLike[str] | None) -> Path:
+    there = file if beside is None else Path(beside).parent / file
+    return (file if file.is_file() or not there.is_file() else there).resolve()
 
 
 def _import_file(file: Path) -> None:

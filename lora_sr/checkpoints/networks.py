@@ -193,7 +193,10 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
         raise InputError(f'{path} is an adapter, not a network: put it onto its base with `lora-sr adapter merge`.')
     if checkpoint.family is None:
         if origin is not None and origin.network is not None:
-            return _open_by_section(checkpoint, origin.network, f'{path}: the network of its run')
+            try:
+                return _open_by_section(checkpoint, origin.network, 'network_g')
+            except InputError as error:
+                raise UnknownNetwork(f'{path} names the network of its run, but {error}', checkpoint) from None
         raise UnknownNetwork(
             f'{path} belongs to no network known here ({", ".join(FAMILIES)}): its first keys are '
             f'{", ".join(list(state)[:3])}. Name the option file of its network with -opt, and the module of a network '
@@ -225,7 +228,7 @@ def network_of_options(options: PathLike, imports: Sequence[str] = ()) -> nn.Mod
 
 def _load(options: PathLike) -> dict[str, Any]:
     opt: dict[str, Any] = load_options(options)
-    import_modules(opt.get('imports') or ())
+    import_modules(opt.get('imports') or (), options)
     return opt
 
 

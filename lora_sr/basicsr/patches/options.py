@@ -87,7 +87,7 @@ def patch_parse_options() -> None:
             opt = load_options(path)
             apply_overrides(opt, entries)
             provenance.begin(opt, entries)
-            import_modules(_modules_to_import(opt))
+            import_modules(_modules_to_import(opt), path)
             remember()  # until the networks have been set up
             if _mode != 'skip' and os.environ.get(CHECK_VARIABLE) != '0':
                 _check(opt, is_train, root_path, rest)

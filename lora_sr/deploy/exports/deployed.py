@@ -19,6 +19,7 @@ from lora_sr.archs.reparam import deploy_form
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints import NetworkLike, Origin, open_network
 from lora_sr.checkpoints.origin import KEY
+from lora_sr.deploy.exports.attention import use_plain_attention
 from lora_sr.deploy.merge import merged_origin
 from lora_sr.errors import InputError
 from lora_sr.runtime.half_range import fit_half_range
@@ -140,6 +141,7 @@ def deployed_network(source: NetworkLike, param_key: str | None = None) -> Deplo
     except InputError as error:
         raise InputError(f'{opened.name} cannot be folded: {error}') from None
     take_any_size(network, 1)  # padding is Python, which no file can hold
+    use_plain_attention(network)
     info = network_info(network)
     if info is None or info.fixed_size is not None:
         raise InputError(
@@ -159,7 +161,9 @@ def deployed_network(source: NetworkLike, param_key: str | None = None) -> Deplo
 
 @contextlib.contextmanager
 def tracing():
-    """What the tracer needs: no gradients, no warnings, and a SwinIR that does not make a constant of the batch size.
+    """What the tracer needs: no gradients, no warnings, plain operators.
+
+    A SwinIR does not make a constant of the batch size in it.
 
     Whether what was traced is right for other sizes is found out by trying, so its warnings say nothing new.
     """
@@ -167,6 +171,11 @@ def tracing():
     original = getattr(swinir, 'window_reverse', None)
     if swinir is not None:
         swinir.window_reverse = _window_reverse
+    # Whole layers of transformers in one operator of torch's own, which 2.2 and later lets one switch off.
+    mha = getattr(torch.backends, 'mha', None)
+    fast = mha is not None and mha.get_fastpath_enabled()
+    if mha is not None:
+        mha.set_fastpath_enabled(False)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter('ignore')
@@ -174,6 +183,8 @@ def tracing():
     finally:
         if swinir is not None:
             swinir.window_reverse = original
+        if mha is not None:
+            mha.set_fastpath_enabled(fast)
 
 
 def _window_reverse(windows: Tensor, window_size: int, height: int, width: int) -> Tensor:

@@ -1,0 +1,151 @@
+"""Where files say they come from, and adapters that know their base."""
+
+import hashlib
+import json
+
+import onnx
+import pytest
+import safetensors
+import torch
+import yaml
+from tiny_run import TINY_OPTIONS, run_python, write_pairs
+
+import lora_sr
+from lora_sr.adapters import lora_layers
+from lora_sr.archs import SPAN, DSCLoRA
+from lora_sr.checkpoints import Checkpoint, Origin
+from lora_sr.checkpoints.origin import fingerprint
+from lora_sr.cli.main import main
+from lora_sr.option_file import load_options
+
+
+def test_fingerprint_is_of_names_types_shapes_and_values():
+    state = {'b.weight': torch.arange(6.0).view(2, 3), 'a': torch.ones((), dtype=torch.float16)}
+    digest = hashlib.sha256()
+    digest.update(b'a torch.float16 ()\n' + state['a'].numpy().tobytes())
+    digest.update(b'b.weight torch.float32 (2, 3)\n' + state['b.weight'].numpy().tobytes())
+    assert fingerprint(state) == digest.hexdigest()
+    assert fingerprint({**dict(reversed(state.items())), 'b.lora_A': torch.rand(1)}) == digest.hexdigest()
+    for other in (
+        {**state, 'b.weight': state['b.weight'].view(3, 2)},
+        {**state, 'b.weight': state['b.weight'] + 1e-6},
+        {'c': state['a'], 'b.weight': state['b.weight']},
+    ):
+        assert fingerprint(other) != digest.hexdigest()
+
+
+def test_origin_reads_what_it_writes():
+    origin = Origin(
+        run='a', iteration=7, options='0' * 64, network={'type': 'SPAN'}, base='1' * 64, adapters=('2' * 64,)
+    )
+    assert Origin.parse(origin.to_json()) == Origin.parse(origin.to_dict()) == origin
+    assert origin.version == lora_sr.__version__
+    for other in ('{', '3', 3, None, []):
+        assert Origin.parse(other) is None
+    assert Origin.parse({'run': 'a', 'of a later version': 1}) == Origin(run='a')
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """The folder of a run of DSCLoRA with EMA, four iterations, with an override."""
+    folder = tmp_path_factory.mktemp('run')
+    write_pairs(folder / 'pairs')
+    torch.manual_seed(0)
+    torch.save({'params': SPAN(feature_channels=4, upscale=2, deploy=True).state_dict()}, folder / 'base.pth')
+    options = yaml.safe_load(TINY_OPTIONS.format(root=folder / 'pairs', suffix='', backend='disk'))
+    options.update(val=None, network_g={'type': 'DSCLoRA', 'feature_channels': 4, 'upscale': 2, 'rank': 2})
+    options['datasets'].pop('val')
+    options['path']['pretrain_network_g'] = 'base.pth'
+    options['train']['ema_decay'] = 0.5
+    (folder / 'tiny.yml').write_text('# mine\n' + yaml.safe_dump(options))
+    run_python('-m', 'lora_sr.train', '-opt', 'tiny.yml', '--force_yml', 'train:total_iter=4', cwd=folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_says_what_it_was(run, capsys, monkeypatch):
+    monkeypatch.chdir(run)
+    experiment = run / 'experiments/tiny'
+    effective = load_options(experiment / 'tiny.yml')
+    expected = load_options(run / 'tiny.yml')
+    expected['train']['total_iter'] = 4
+    assert effective == expected
+    head = (experiment / 'tiny.yml').read_text().splitlines()
+    assert head[1] == '# python -m lora_sr.train -opt tiny.yml --force_yml train:total_iter=4'
+
+    digest = hashlib.sha256(json.dumps(effective, sort_keys=True).encode()).hexdigest()
+    base = fingerprint(torch.load('base.pth', weights_only=True)['params'])
+    for name, iteration in (('models/net_g_2.pth', 2), ('models/net_g_latest.pth', None)):
+        written = torch.load(experiment / name, weights_only=True)
+        assert list(written) == ['params', 'params_ema', 'lora_sr']
+        assert Origin.parse(written['lora_sr']) == Origin(
+            run='tiny', iteration=iteration, options=digest, network=dict(expected['network_g']), base=base
+        )
+    state = torch.load(experiment / 'training_states/2.state', weights_only=True)
+    assert Origin.parse(state['lora_sr']).iteration == 2
+
+    # It goes on from there, and knows its base still.
+    again = ['-m', 'lora_sr.train', '-opt', 'tiny.yml', '--auto_resume', '--force_yml', 'train:total_iter=6']
+    run_python(*again, cwd=run)
+    resumed = Checkpoint.read(experiment / 'models/net_g_6.pth').origin
+    assert (resumed.base, resumed.iteration) == (base, 6) and resumed.options != digest
+
+    assert main(['inspect', str(experiment / 'models/net_g_2.pth')]) == 0
+    assert f'run tiny, iteration 2, options {digest[:12]}, base {base[:12]}' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_commands_hand_it_on(run, tmp_path, capsys):
+    trained = run / 'experiments/tiny/models/net_g_2.pth'
+    origin = Checkpoint.read(trained).origin
+    assert main(['merge', str(trained), '-o', str(tmp_path / 'merged.safetensors')]) == 0
+    assert main(['export', 'onnx', str(trained), '-o', str(tmp_path / 'net.onnx')]) == 0
+    assert main(['export', 'torchscript', str(trained), '-o', str(tmp_path / 'net.pt')]) == 0
+    assert main(['adapter', 'extract', str(trained), '-o', str(tmp_path / 'a.safetensors')]) == 0
+    found = {}
+    for name in ('merged', 'a'):
+        with safetensors.safe_open(tmp_path / f'{name}.safetensors', 'pt') as file:
+            found[name] = Origin.parse(file.metadata()['lora_sr'])
+    properties = {entry.key: entry.value for entry in onnx.load(tmp_path / 'net.onnx').metadata_props}
+    found['onnx'] = Origin.parse(properties['lora_sr'])
+    extra = {'metadata.json': ''}
+    torch.jit.load(tmp_path / 'net.pt', _extra_files=extra)
+    found['torchscript'] = Origin.parse(json.loads(extra['metadata.json'])['lora_sr'])
+    for one in found.values():
+        assert (one.run, one.iteration, one.options, one.base) == ('tiny', 2, origin.options, origin.base)
+    assert found['merged'].adapters == found['onnx'].adapters == found['torchscript'].adapters != ()
+    assert found['a'].adapters == ()
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A base, another of the same shapes, and an adapter of the first."""
+    monkeypatch.chdir(tmp_path)
+    for name in ('base', 'other'):
+        network = SPAN(feature_channels=4, upscale=2, deploy=True)
+        torch.save({'params': network.state_dict()}, f'{name}.pth')
+    adapted = DSCLoRA(feature_channels=4, upscale=2)
+    adapted.load_state_dict(torch.load('base.pth', weights_only=True)['params'])
+    for _, layer in lora_layers(adapted):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    torch.save({'params': adapted.state_dict()}, 'adapted.pth')
+    assert main(['adapter', 'extract', 'adapted.pth', '-o', 'a.safetensors']) == 0
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    'command', ['adapter merge {} a.safetensors', 'adapter apply {} a.safetensors', 'merge {} --adapter a.safetensors']
+)
+def test_another_base_and_an_adapter_put_on_twice_are_told(files, capsys, command):
+    capsys.readouterr()
+    assert main([*command.format('other.pth').split(), '-o', 'x.pth']) == 2
+    assert 'was trained on another base than other.pth' in capsys.readouterr().err
+    assert main([*command.format('other.pth').split(), '-o', 'x.pth', '--force']) == 0
+    assert main(['adapter', 'merge', 'base.pth', 'a.safetensors', '-o', 'once.pth']) == 0
+    capsys.readouterr()
+    assert main([*command.format('once.pth').split(), '-o', 'twice.pth']) == 2
+    assert 'carries the adapter a.safetensors already' in capsys.readouterr().err
+    assert main([*command.format('once.pth').split(), '-o', 'twice.pth', '--force']) == 0
+    if 'apply' in command:  # it leaves the weights of the base alone
+        return
+    assert not torch.equal(*(Checkpoint.read(f'{n}.pth').state['conv_2.eval_conv.weight'] for n in ('once', 'twice')))

@@ -514,7 +514,6 @@ for name in ('span', 'lkdn'):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason='lora_sr.archs, checkpoints and runtime still import BasicSR', strict=False)
 def test_networks_need_no_basicsr(tmp_path: Path) -> None:
     torch.save({'params': SPAN(feature_channels=4, upscale=2).state_dict()}, tmp_path / 'span.pth')
     torch.save({'params': LKDN(num_feat=4, num_block=1, upscale=2).state_dict()}, tmp_path / 'lkdn.pth')

@@ -28,9 +28,11 @@ def option_faults(opt: dict) -> dict[str, str]:
     Returns:
         The sentences, each under the keys that it is about, with a space between them.
     """
-    path, train, dataset = (section if isinstance(section, dict) else {} for section in (
-        opt.get('path'), opt.get('train'), (opt.get('datasets') or {}).get('train')
-    ))  # fmt: skip
+
+    def section(parent: dict, key: str) -> dict:
+        return parent[key] if isinstance(parent.get(key), dict) else {}
+
+    path, train, dataset = section(opt, 'path'), section(opt, 'train'), section(section(opt, 'datasets'), 'train')
     faults = {}
     if opt.get('network_t') is None:
         faults['network_t'] = 'network_t, the teacher of a DistillationModel, is missing'

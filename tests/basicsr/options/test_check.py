@@ -1,5 +1,6 @@
 """The check of option files: each mistake gives its one sentence, and correct files give none."""
 
+import copy
 import importlib.util
 import shutil
 import sys
@@ -305,6 +306,24 @@ def test_unknown_key_hides_no_other_mistake(options, tmp_path):
     unknown, large = check(options, tmp_path)
     assert unknown.startswith('datasets.train.use_shuffle is not a known key')
     assert large.startswith('datasets.train.gt_size: 64 is larger than')
+
+
+def paths_of(section: dict, start: str = '') -> list[str]:
+    """Every key of an option file, as `a.b.c`."""
+    found = []
+    for key, value in section.items():
+        found += [f'{start}{key}', *(paths_of(value, f'{start}{key}.') if isinstance(value, dict) else [])]
+    return found
+
+
+@pytest.mark.slow
+def test_no_value_is_too_strange(distillation, tmp_path):
+    """Whatever stands somewhere, the check ends, and tells it or finds nothing."""
+    for path in paths_of(distillation):
+        for value in (None, 'x', -1, ['x'], {}):
+            options = copy.deepcopy(distillation)
+            change(options, path, value)
+            assert all(isinstance(problem, str) for problem in check(options, tmp_path))
 
 
 @pytest.mark.parametrize('section', ['', 'path', 'train', 'val', 'logger', 'datasets.train'])

@@ -94,6 +94,7 @@ def test_features_that_do_not_fit():
         SpatialAffinityLoss()([torch.zeros(1, 4, 5, 6)], [])
 
 
+@pytest.mark.slow
 def test_memory_stays_within_100_mb_beyond_the_inputs():
     from lora_sr.benchmarks.affinity import measure_peak_memory
 
@@ -101,6 +102,7 @@ def test_memory_stays_within_100_mb_beyond_the_inputs():
     assert ours <= 100e6 < whole
 
 
+@pytest.mark.slow
 def test_benchmark_prints_the_ratios():
     result = subprocess.run(
         [sys.executable, '-m', 'lora_sr.cli.main', 'bench', 'affinity', '--size', '16'],

@@ -19,8 +19,6 @@ from lora_sr.adapters import is_lora_key
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.option_file import OptionLoader, load_options
 
-pytestmark = pytest.mark.slow
-
 OPTIONS = REPOSITORY / 'options' / 'train' / 'AdaptSR'
 VGG = 'experiments/pretrained_models/vgg19-dcbb9e9d.pth'
 
@@ -88,6 +86,7 @@ def moved(models: Path, before: dict) -> dict:
     return counts
 
 
+@pytest.mark.slow
 def test_shipped_swinir_degraded_on_the_fly(data, vgg_file, tmp_path):
     torch.manual_seed(0)
     base = SwinIR(**TINY_SWINIR)
@@ -105,6 +104,7 @@ def test_shipped_swinir_degraded_on_the_fly(data, vgg_file, tmp_path):
         assert len(losses(log, loss)) == 10 and all(0 < value < 100 for value in losses(log, loss)), loss
 
 
+@pytest.mark.slow
 def test_shipped_rrdb_goes_on_from_an_adapted_network(data, tmp_path):
     torch.manual_seed(0)
     section = {'base': {'type': 'RRDBNet', **TINY_RRDB}, 'lora': {'groups': ['all'], 'rank': 2}}
@@ -127,6 +127,7 @@ def test_shipped_rrdb_goes_on_from_an_adapted_network(data, tmp_path):
 # --- option files of one's own ---
 
 
+@pytest.mark.slow
 def test_degraded_images_without_a_discriminator(data, tmp_path):
     """From a folder, with its list of names and a worker."""
     (tmp_path / 'tiny.yml').write_text(tiny_gan_options('RealESRNetModel', data))
@@ -135,6 +136,7 @@ def test_degraded_images_without_a_discriminator(data, tmp_path):
     assert done.stderr.count('# psnr: ') == 3  # at both iterations, and after the last
 
 
+@pytest.mark.slow
 def test_gan_resumes(data, tmp_path):
     (tmp_path / 'tiny.yml').write_text(tiny_gan_options('SRGANModel', data))
     command = ['-m', 'lora_sr.train', '-opt', 'tiny.yml', '--auto_resume']

@@ -6,6 +6,7 @@ from lora_sr.benchmarks import prepare as prepare_benchmark
 from lora_sr.errors import InputError
 
 
+@pytest.mark.slow
 def test_prints_its_ratio(tmp_path, make_images, capsys):
     folder = make_images(tmp_path / 'photos', [(500, 490), (480, 720), (100, 700)])
     (tmp_path / 'work').mkdir()

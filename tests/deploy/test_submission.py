@@ -172,6 +172,7 @@ def test_all_of_the_files_or_none(checkpoint, tmp_path, monkeypatch):
     assert (clone / 'models/team07_Mine.py').read_text() == 'former'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('edit', 'sentence'),
     [
@@ -263,6 +264,7 @@ def test_lkdn_s_is_told_by_its_sizes():
     assert family_name(DSCLoRA(feature_channels=4)) == 'SPAN'
 
 
+@pytest.mark.slow
 def test_the_code_runs_without_anything_but_torch(checkpoint, tmp_path):
     write_submission(checkpoint, tmp_path / 'out', 7, 'Mine')
     torch.manual_seed(0)

@@ -116,6 +116,7 @@ def test_blocks_fill_the_memory_they_may_use(samples, side, is_gpu, expected):
     assert affinity_loss._block_size(samples, side**2, is_gpu) == expected
 
 
+@pytest.mark.slow
 def test_memory_stays_within_100_mb_beyond_the_inputs():
     from lora_sr.benchmarks.affinity import measure_peak_memory
 
@@ -123,6 +124,7 @@ def test_memory_stays_within_100_mb_beyond_the_inputs():
     assert ours <= 100e6 < whole
 
 
+@pytest.mark.slow
 def test_benchmark_prints_the_ratios():
     result = subprocess.run(
         [sys.executable, '-m', 'lora_sr.cli.main', 'bench', 'affinity', '--size', '16'],

@@ -38,6 +38,7 @@ def psnr_of_checkpoint(root, iteration):
     return np.mean(values)
 
 
+@pytest.mark.slow
 def test_values_are_those_of_the_saved_networks(trained):
     curves = read_curves(trained / 'experiments' / 'tiny')
     assert list(curves) == ['val'] and list(curves['val']) == [2, 4, 6]
@@ -120,6 +121,7 @@ def test_a_panel_for_each_set_and_a_line_for_each_run(tmp_path):
     assert content(['B'], 'other') == {'B': {'first': (100, 0.5)}}
 
 
+@pytest.mark.slow
 def test_the_picture_is_written(trained, tmp_path, capsys):
     pytest.importorskip('matplotlib')
     picture = tmp_path / 'curves.png'
@@ -140,6 +142,7 @@ def test_an_argument_needs_a_name(argument, capsys):
     assert f"'{argument}' should be NAME=FOLDER" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_wrong_input_is_one_sentence(trained, tmp_path, capsys):
     with pytest.raises(InputError, match='has no training log'):
         read_curves(tmp_path)

@@ -134,7 +134,13 @@ def test_without_a_compiler(monkeypatch, tmp_path, caplog):
         assert torch.allclose(optimized(image), network(image), atol=1e-5)
 
 
-def test_kernels_are_compiled_once(needs_kernels, monkeypatch, tmp_path):
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Kernels that are compiled in a third of the time, for tests in which they do not run."""
+    monkeypatch.setattr(library_module, 'FLAGS', ['-O0' if flag == '-O3' else flag for flag in library_module.FLAGS])
+
+
+def test_kernels_are_compiled_once(needs_kernels, quick_compiler, monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     assert library_module._load_library.__wrapped__() is not None
     (compiled,) = (tmp_path / 'lora_sr').iterdir()
@@ -143,7 +149,7 @@ def test_kernels_are_compiled_once(needs_kernels, monkeypatch, tmp_path):
     assert [path.stat().st_mtime_ns for path in (tmp_path / 'lora_sr').iterdir()] == [before]
 
 
-def test_a_damaged_cache_is_made_anew(needs_kernels, monkeypatch, tmp_path):
+def test_a_damaged_cache_is_made_anew(needs_kernels, quick_compiler, monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     library_module._load_library.__wrapped__()
     (compiled,) = (tmp_path / 'lora_sr').iterdir()
@@ -152,7 +158,7 @@ def test_a_damaged_cache_is_made_anew(needs_kernels, monkeypatch, tmp_path):
     assert library_module._load_library.__wrapped__().most_outputs() > 0
 
 
-def test_no_home_and_a_compiler_with_arguments(needs_kernels, monkeypatch):
+def test_no_home_and_a_compiler_with_arguments(needs_kernels, quick_compiler, monkeypatch):
     def no_home():
         raise RuntimeError('Could not determine home directory.')
 

@@ -20,9 +20,12 @@ ROWS = 512  # at a time on a CPU
 def _block_size(samples: int, positions: int, is_gpu: bool) -> tuple[int, int]:
     """How many samples, and how many rows of the affinity matrix of each, are formed at a time.
 
-    On a GPU half of the rows: the buffers are then a quarter of what the naive form keeps, if not less.
+    On a GPU all rows where the buffer holds all matrices, as small blocks are bound by launches there; else half of the
+    rows: the buffers are then a quarter of what the naive form keeps, if not less.
     """
     elements = GPU_BUFFER_ELEMENTS if is_gpu else BUFFER_ELEMENTS
+    if is_gpu and samples * positions**2 <= elements:
+        return samples, positions
     rows = min((positions + 1) // 2 if is_gpu else ROWS, positions, max(1, elements // positions))
     return min(samples, max(1, elements // (rows * positions))), rows
 

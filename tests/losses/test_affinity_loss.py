@@ -104,6 +104,7 @@ def test_features_that_do_not_fit():
     'samples, side, is_gpu, expected',
     [
         (4, 64, False, (2, 512)),
+        (4, 48, True, (4, 2304)),  # all of them
         (4, 64, True, (4, 2048)),  # half of all rows
         (64, 48, True, (12, 1152)),
         (2, 128, True, (1, 2048)),  # as many as the buffer holds

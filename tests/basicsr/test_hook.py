@@ -326,7 +326,6 @@ def test_pipelines_without_basicsr(command: str, tmp_path: Path) -> None:
     assert_basicsr_is_wanted(code, f'error: lora_sr.{command}', tmp_path)
 
 
-@pytest.mark.xfail(reason='lora_sr.cli.pipelines still imports BasicSR at its top', strict=False)
 @pytest.mark.parametrize('command', ['train', 'test', 'allocate'])
 def test_commands_without_basicsr(command: str, tmp_path: Path) -> None:
     arguments = [command, '-opt', 'run.yml', *(['--budget', '5%', '-o', 'new.yml'] if command == 'allocate' else [])]
@@ -522,7 +521,6 @@ def test_networks_need_no_basicsr(tmp_path: Path) -> None:
     assert not modules_after(NETWORKS, tmp_path) & {*HEAVY}
 
 
-@pytest.mark.xfail(reason='lora_sr.cli.pipelines still imports BasicSR at its top', strict=False)
 def test_help_is_quick(tmp_path: Path) -> None:
     """The parsers of all sub-commands import nothing heavy."""
     code = "import sys\nfrom lora_sr.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"

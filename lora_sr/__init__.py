@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from lora_sr.basicsr import hook
+from lora_sr import hook
 
 if TYPE_CHECKING:
     from lora_sr.checkpoints import load_network

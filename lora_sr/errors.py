@@ -1,9 +1,37 @@
 """The one exception that stands for a user's mistake."""
 
+from __future__ import annotations
+
+import importlib
+import sys
+
 
 class InputError(ValueError):
-    """Wrong input: an option, a path, a checkpoint or a data set that cannot be used.
+    """Wrong input: an option, a path, a checkpoint or a dataset that cannot be used.
 
     Its message is one sentence for the user that names the key or the file, its value, and what would be right.
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def import_basicsr(needed_by: str) -> None:
+    """Import BasicSR, and so plug into it.
+
+    Args:
+        needed_by: What needs it, for the message.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    try:
+        # A folder of that name is imported as well, as a package without a file of its own.
+        if getattr(importlib.import_module('basicsr'), '__file__', None) is not None:
+            return
+    except ModuleNotFoundError as error:
+        if error.name != 'basicsr':
+            raise
+    remedy = 'pip install basicsr'
+    if sys.version_info >= (3, 13):
+        version = '.'.join(map(str, sys.version_info[:2]))
+        remedy = f'it does not install on Python 3.13 and later, and this is {version}; use Python 3.9 to 3.12'
+    raise InputError(f'{needed_by} needs BasicSR, which is not installed: {remedy}.')

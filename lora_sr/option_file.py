@@ -1,7 +1,12 @@
 """Option files: read safely, and changed from the command line without running code."""
 
+from __future__ import annotations
+
+import os
 import re
 from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
 
 import yaml
 
@@ -14,7 +19,7 @@ _EXPONENT_FLOAT = re.compile(r'^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0
 _INTEGER = re.compile(r'^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+|0o?[0-7]+|0b[01]+)$')
 
 
-class OptionLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
+class OptionLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):  # type: ignore[misc]
     """A safe YAML loader that keeps the order of keys, reads `1e-4` as a float and refuses a key given twice."""
 
     def construct_options(self, node: yaml.MappingNode) -> OrderedDict:
@@ -33,7 +38,7 @@ class OptionLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
     def construct_tuple(self, node: yaml.Node) -> tuple:
         return tuple(self.construct_sequence(node, deep=True))
 
-    def construct_refused(self, node: yaml.Node):
+    def construct_refused(self, node: yaml.Node) -> None:
         tag = node.tag.replace('tag:yaml.org,2002:', '!!')
         raise yaml.constructor.ConstructorError(
             problem=f"the tag '{tag}' is refused, since an option file holds plain values only",
@@ -60,7 +65,7 @@ class OptionDumper(yaml.SafeDumper):
 OptionDumper.add_representer(OrderedDict, lambda dumper, data: dumper.represent_dict(data.items()))
 
 
-def load_options(path) -> OrderedDict:
+def load_options(path: str | os.PathLike) -> dict:
     """Read an option file.
 
     Raises:
@@ -79,7 +84,7 @@ def load_options(path) -> OrderedDict:
     return options
 
 
-def apply_overrides(options: dict, entries) -> None:
+def apply_overrides(options: dict, entries: Iterable[str] | None) -> None:
     """Set each `a:b=value` of `entries` in `options`, in place; the value is YAML, and `none` stands for null.
 
     A data set that is set to null is left out.
@@ -109,7 +114,7 @@ def apply_overrides(options: dict, entries) -> None:
             place[key] = value
 
 
-def _what_exists(place, parents: list, key: str) -> str:
+def _what_exists(place: Any, parents: list[str], key: str) -> str:
     where = f"'{':'.join(parents)}'" if parents else 'the option file'
     if not isinstance(place, dict):
         return f"{where} is a single value and has no key '{key}'"
@@ -117,7 +122,7 @@ def _what_exists(place, parents: list, key: str) -> str:
     return f"{where} has no key '{key}'; the keys there are {keys} (others have to stand in the file first)"
 
 
-def _parse(text: str, source: str):
+def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=OptionLoader)
     except yaml.YAMLError as error:

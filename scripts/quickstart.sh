@@ -2,6 +2,7 @@
 # The main job on a small scale, on a CPU in a few minutes: photographs -> LMDB -> SPAN -> DSCLoRA under a teacher ->
 # merged SPAN -> test -> a table and a picture. Everything is written to quickstart/.
 set -euo pipefail
+trains=yes
 source "$(dirname "$0")/environment.sh"
 options=$PWD/options/quickstart
 photos=$PWD/scripts/quickstart_photos.py

@@ -1,4 +1,4 @@
-"""What several test files share: the folder of reference data beside the repository, images, a tiny paired data set."""
+"""What several test files share: reference data beside the repository, a tiny paired dataset, small images."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""LoRA for convolutional and linear layers: layers, configuration, verbs and adapter files.
+"""LoRA for convolutions, linear layers, embeddings and attention: layers, configuration, verbs and adapter files.
 
 Of other packages these modules import torch and safetensors only; they work on any network.
 """
@@ -11,10 +11,11 @@ from lora_sr.adapters.adapter_file import (
     load_adapter,
     merge_adapter,
     mix_adapters,
+    parse_adapter,
     read_adapter,
     save_adapter,
 )
-from lora_sr.adapters.allocation import LayerImportance, allocate_ranks, layer_importance
+from lora_sr.adapters.allocation import LayerImportance, allocate_ranks, base_weight, layer_importance
 from lora_sr.adapters.checkpoint import (
     describe_lora,
     infer_lora_config,
@@ -24,12 +25,27 @@ from lora_sr.adapters.checkpoint import (
 )
 from lora_sr.adapters.config import LoRAConfig
 from lora_sr.adapters.groups import GROUPS, layer_groups
-from lora_sr.adapters.layers import AdaptedModule, LoRAConv2d, LoRALayer, LoRALinear
+from lora_sr.adapters.layers import (
+    AdaptedModule,
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
+    LoRAConvTranspose1d,
+    LoRAConvTranspose2d,
+    LoRAConvTranspose3d,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+    LoRAMultiheadAttention,
+    delta_kind,
+)
 from lora_sr.adapters.verbs import (
+    LeftAlone,
     ParameterCount,
     adapted_modules,
     add_lora,
     count_parameters,
+    left_alone,
     lora_layers,
     mark_trainable,
     merge_lora,
@@ -42,16 +58,26 @@ __all__ = [
     'AdaptedModule',
     'Adapter',
     'LayerImportance',
+    'LeftAlone',
     'LoRAConfig',
+    'LoRAConv1d',
     'LoRAConv2d',
+    'LoRAConv3d',
+    'LoRAConvTranspose1d',
+    'LoRAConvTranspose2d',
+    'LoRAConvTranspose3d',
+    'LoRAEmbedding',
     'LoRALayer',
     'LoRALinear',
+    'LoRAMultiheadAttention',
     'ParameterCount',
     'adapted_modules',
     'add_lora',
     'allocate_ranks',
     'apply_adapter',
+    'base_weight',
     'count_parameters',
+    'delta_kind',
     'describe_lora',
     'describe_misfit',
     'extract_adapter',
@@ -59,6 +85,7 @@ __all__ = [
     'is_lora_key',
     'layer_groups',
     'layer_importance',
+    'left_alone',
     'load_adapter',
     'lora_layers',
     'lora_state_dict',
@@ -67,6 +94,7 @@ __all__ = [
     'merge_lora',
     'merge_state_dict',
     'mix_adapters',
+    'parse_adapter',
     'read_adapter',
     'remove_lora',
     'save_adapter',

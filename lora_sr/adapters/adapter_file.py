@@ -9,17 +9,25 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Mapping
+from typing import Hashable, Iterable, Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lora_sr.adapters.checkpoint import exact_config, infer_lora_config, is_lora_key, lora_state_dict, merge_state_dict
+from lora_sr.adapters.checkpoint import (
+    exact_config,
+    infer_lora_config,
+    is_delta_key,
+    is_lora_key,
+    key_of_base,
+    lora_state_dict,
+    merge_state_dict,
+)
 from lora_sr.adapters.config import LoRAConfig
-from lora_sr.adapters.layers import LORA_TENSORS, SHIFT_PREFIX
-from lora_sr.adapters.verbs import add_lora, remove_lora
+from lora_sr.adapters.layers import LORA_TENSORS, join, matrix_shape, weight_key
+from lora_sr.adapters.verbs import attach_updates, remove_lora
 from lora_sr.errors import InputError
 from lora_sr.files import check_output, write_whole
 
@@ -33,10 +41,10 @@ class Adapter:
     """The updates of a network without the network.
 
     Args:
-        config: What gives a base these layers, with their ranks: one exact name a layer.
+        config: What gives a base these layers, with their ranks: an exact name for each.
         tensors: Name in the adapted network's state dict -> tensor: ``lora_A``, ``lora_B`` and ``lora_alpha`` of every
-            layer with LoRA (for shapes see :class:`lora_sr.adapters.LoRAConv2d` and ``LoRALinear``), and
-            ``lora_shift_<parameter>``, of the parameter's shape. The adapter that changes nothing has none.
+            layer with LoRA (for shapes see :class:`lora_sr.adapters.LoRALayer`), and ``lora_shift_<parameter>``, of the
+            parameter's shape. The adapter that changes nothing has none.
 
     Raises:
         InputError: A layer lacks some of its tensors, or their shapes do not go with each other and with its rank.
@@ -45,13 +53,12 @@ class Adapter:
     config: LoRAConfig
     tensors: dict[str, Tensor]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in self.layers:
-            tensors = [self.tensors.get(f'{name}.{tensor}') for tensor in LORA_TENSORS]
-            missing = [tensor for tensor, value in zip(LORA_TENSORS, tensors) if value is None]
+            missing = [tensor for tensor in LORA_TENSORS if join(name, tensor) not in self.tensors]
             if missing:
                 raise InputError(f'The adapter lacks {" and ".join(missing)} of the layer "{name}".')
-            (lora_A, lora_B, alpha), rank = tensors, self.rank_of(name)
+            (lora_A, lora_B, alpha), rank = self.update_of(name), self.rank_of(name)
             if not (
                 lora_A.ndim == lora_B.ndim == 2
                 and alpha.ndim == 0
@@ -67,12 +74,17 @@ class Adapter:
     @property
     def layers(self) -> list[str]:
         """The names of the layers with LoRA."""
-        return list(dict.fromkeys(key.rpartition('.')[0] for key in self.tensors if not self._is_shift(key)))
+        return list(dict.fromkeys(key.rpartition('.')[0] for key in self.tensors if not is_delta_key(key)))
 
     @property
-    def shifts(self) -> dict[str, Tensor]:
+    def deltas(self) -> dict[str, Tensor]:
         """Name of a parameter of the base -> what is added to it."""
-        return {key.replace(SHIFT_PREFIX, ''): value for key, value in self.tensors.items() if self._is_shift(key)}
+        return {key_of_base(key): value for key, value in self.tensors.items() if is_delta_key(key)}
+
+    def update_of(self, layer: str) -> tuple[Tensor, Tensor, Tensor]:
+        """``lora_A``, ``lora_B`` and ``lora_alpha`` of a layer."""
+        lora_A, lora_B, alpha = (self.tensors[join(layer, tensor)] for tensor in LORA_TENSORS)
+        return lora_A, lora_B, alpha
 
     def rank_of(self, layer: str) -> int:
         """The rank of a layer's update."""
@@ -80,11 +92,7 @@ class Adapter:
 
     def alpha_of(self, layer: str) -> float:
         """The numerator of a layer's scale alpha / rank."""
-        return self.tensors[f'{layer}.lora_alpha'].item()
-
-    @staticmethod
-    def _is_shift(key: str) -> bool:
-        return key.rpartition('.')[2].startswith(SHIFT_PREFIX)
+        return self.update_of(layer)[2].item()
 
 
 def extract_adapter(adapted: nn.Module | Mapping[str, Tensor]) -> Adapter:
@@ -107,7 +115,7 @@ def extract_adapter(adapted: nn.Module | Mapping[str, Tensor]) -> Adapter:
 def apply_adapter(base: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
     """The state dict of the base network -> that of the adapted one: its tensors and, beside them, the adapter's.
 
-    It needs no network, so it serves any that has convolutions or linear layers of those names.
+    It needs no network, so it serves any that has layers of those names.
 
     Raises:
         InputError: ``base`` carries LoRA already, or the adapter does not fit it: the layers that differ are named.
@@ -119,9 +127,8 @@ def apply_adapter(base: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Ten
         raise InputError(f'The adapter does not fit the base: {misfit}.')
     adapted = dict(base)
     for key, value in adapter.tensors.items():
-        name, _, last = key.rpartition('.')
-        parameter = last[len(SHIFT_PREFIX) :] if last.startswith(SHIFT_PREFIX) else 'weight'
-        adapted[key] = value.to(base[f'{name}.{parameter}' if name else parameter].dtype)
+        parameter = key_of_base(key) if is_delta_key(key) else weight_key(key.rpartition('.')[0], base)
+        adapted[key] = value.to(base[parameter].dtype)
     return adapted
 
 
@@ -131,7 +138,7 @@ def merge_adapter(base: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Ten
     Where the adapter changes nothing, the tensors are the base's own.
 
     Raises:
-        InputError: As :func:`apply_adapter` does.
+        InputError: As :func:`apply_adapter` does, and as :func:`lora_sr.adapters.merge_state_dict` does.
     """
     adapted = apply_adapter(base, adapter)
     return merge_state_dict(adapted) if adapter.tensors else adapted
@@ -143,7 +150,7 @@ def mix_adapters(parts: Iterable[tuple[Adapter, float]]) -> Adapter:
 
     This is exact, since B_1 A_1 + B_2 A_2 is the product of the matrices put side by side: the rank of a layer is the
     sum of its ranks, its alpha equals it, and the weights are in ``lora_B``. A layer that only one adapter has keeps
-    its tensors, and its alpha is multiplied by the weight. Shifts add up likewise.
+    its tensors, and its alpha is multiplied by the weight. Deltas add up likewise.
 
     Args:
         parts: Adapters of one base, each with its weight: any finite number, also negative or beyond 1. With 0 an
@@ -155,17 +162,18 @@ def mix_adapters(parts: Iterable[tuple[Adapter, float]]) -> Adapter:
     parts = [(adapter, float(weight)) for adapter, weight in parts]
     for _, weight in parts:
         if not math.isfinite(weight):
-            raise InputError(f'The weight of an adapter is {weight}: it must be a finite number.')
+            raise InputError(f'The weight of an adapter must be a finite number, got {weight}.')
     parts = [(adapter, weight) for adapter, weight in parts if weight]
-    tensors, ranks_and_alphas = {}, {}
+    tensors: dict[str, Tensor] = {}
+    ranks_and_alphas = {}
     for name in dict.fromkeys(name for adapter, _ in parts for name in adapter.layers):
         update, rank = _mix_layer(name, [part for part in parts if name in part[0].layers])
-        tensors.update((f'{name}.{tensor}', value) for tensor, value in zip(LORA_TENSORS, update))
+        tensors.update((join(name, tensor), value) for tensor, value in zip(LORA_TENSORS, update))
         ranks_and_alphas[name] = rank, update[-1].item()
     for key in dict.fromkeys(key for adapter, _ in parts for key in adapter.tensors if key not in tensors):
-        shifts = [adapter.tensors[key] * weight for adapter, weight in parts if key in adapter.tensors]
-        _check_same_shape(key, [shift.shape for shift in shifts])
-        tensors[key] = sum(shifts[1:], shifts[0])
+        deltas = [adapter.tensors[key] * weight for adapter, weight in parts if key in adapter.tensors]
+        _check_same_shape(key, [delta.shape for delta in deltas])
+        tensors[key] = sum(deltas[1:], deltas[0])
     if not tensors:
         return Adapter(LoRAConfig(['.*'], rank_pattern={'.*': 0}), {})
     return Adapter(exact_config(ranks_and_alphas, tensors), tensors)
@@ -173,7 +181,7 @@ def mix_adapters(parts: Iterable[tuple[Adapter, float]]) -> Adapter:
 
 def _mix_layer(name: str, parts: list[tuple[Adapter, float]]) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
     """``lora_A``, ``lora_B`` and ``lora_alpha`` of a mixed layer, and its rank."""
-    updates = [[adapter.tensors[f'{name}.{tensor}'] for tensor in LORA_TENSORS] for adapter, _ in parts]
+    updates = [adapter.update_of(name) for adapter, _ in parts]
     ranks = [adapter.rank_of(name) for adapter, _ in parts]
     _check_same_shape(name, [(a.shape[0] // rank, a.shape[1], b.shape[0]) for (a, b, _), rank in zip(updates, ranks)])
     if len(parts) == 1:
@@ -185,7 +193,7 @@ def _mix_layer(name: str, parts: list[tuple[Adapter, float]]) -> tuple[tuple[Ten
     return (lora_A, lora_B, torch.tensor(float(sum(ranks)), dtype=lora_B.dtype)), sum(ranks)
 
 
-def _check_same_shape(name: str, shapes: list) -> None:
+def _check_same_shape(name: str, shapes: Sequence[Hashable]) -> None:
     if len(set(shapes)) > 1:
         raise InputError(f'The adapters are not of one base: they are for different shapes of "{name}".')
 
@@ -201,36 +209,39 @@ def describe_misfit(adapter: Adapter, base: Mapping[str, Tensor]) -> str | None:
         E.g. ``2 of its 20 layers differ: conv is 30x3x3x3 here, the adapter is for 60x3x3x3; tail is not there``;
         ``None`` if it fits.
     """
-    wanted = [f'{name}.weight' for name in adapter.layers] + list(adapter.shifts)
+    wanted = {weight_key(name, base): name for name in adapter.layers}
     differing: dict[str, str] = {}  # layer -> how
-    for key in wanted:
-        name = key.rpartition('.')[0]
-        here = base.get(key)
-        what = key if key in adapter.shifts else name
+    for key in [*wanted, *adapter.deltas]:
+        here, layer = base.get(key), wanted.get(key)
+        what = key if layer is None else layer
+        shape = adapter.deltas[key].shape if layer is None else _shape_of_weight(adapter, layer, here)
         if here is None:
-            differing.setdefault(name, f'{what} is not there')
-            continue
-        shape = adapter.shifts[key].shape if key in adapter.shifts else _shape_of_weight(adapter, name, here)
-        if here.shape != shape:
-            differing.setdefault(name, f'{what} is {_text(here.shape)} here, the adapter is for {_text(shape)}')
+            differing.setdefault(key.rpartition('.')[0], f'{what} is not there')
+        elif here.shape != shape:
+            how = f'{what} is {_text(here.shape)} here, the adapter is for {_text(shape)}'
+            differing.setdefault(key.rpartition('.')[0], how)
     if not differing:
         return None
     colon = ':' if len(differing) <= SHOWN else ', e.g.'
-    count = len({key.rpartition('.')[0] for key in wanted})
+    count = len({key.rpartition('.')[0] for key in [*wanted, *adapter.deltas]})
     return f'{len(differing)} of its {count} layers differ{colon} {"; ".join(list(differing.values())[:SHOWN])}'
 
 
-def _shape_of_weight(adapter: Adapter, name: str, weight: Tensor) -> tuple[int, ...]:
+def _shape_of_weight(adapter: Adapter, name: str, weight: Tensor | None) -> tuple[int, ...]:
     """The shape of the weight that a layer of an adapter is for.
 
-    The tensors tell out / groups, the kernel's height, and in * the kernel's width. The rest is taken from ``weight``,
-    the layer of that name in the base, where it can be; else for a square kernel and one group.
+    For a weight (m, n, kh, kw) the tensors tell m / groups, kh and n * groups * kw. The rest is taken from ``weight``,
+    the layer of that name in the base, where it can be; else for a square kernel and one group. Of all other weights
+    they tell m and the product of the rest.
     """
-    lora_A, lora_B = (adapter.tensors[f'{name}.{tensor}'] for tensor in ('lora_A', 'lora_B'))
+    lora_A, lora_B, _ = adapter.update_of(name)
     height = lora_A.shape[0] // adapter.rank_of(name)
     out_of_group, columns = lora_B.shape[0] // height, lora_A.shape[1]
-    if weight.ndim != 4:
-        return (out_of_group, columns) if height == 1 else (out_of_group, columns // height, height, height)
+    if weight is None or weight.ndim != 4:
+        if height > 1:
+            return out_of_group, columns // height, height, height
+        is_flattened = weight is not None and weight.ndim > 2 and matrix_shape(weight.shape) == (out_of_group, columns)
+        return tuple(weight.shape) if weight is not None and is_flattened else (out_of_group, columns)
     out_here, in_of_group_here, height_here, width_here = weight.shape
     width = width_here if height == height_here and columns % width_here == 0 else height
     in_channels = columns // width
@@ -241,8 +252,15 @@ def _shape_of_weight(adapter: Adapter, name: str, weight: Tensor) -> tuple[int, 
     return out_of_group, in_channels, height, width
 
 
-def save_adapter(adapter: Adapter | nn.Module, path: str | os.PathLike, overwrite: bool = False) -> None:
+def save_adapter(
+    adapter: Adapter | nn.Module,
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write an adapter, or that of an adapted network, to a ``.safetensors`` file with its configuration inside.
+
+    ``metadata`` is what else the file says of itself.
 
     Raises:
         InputError: The network carries no LoRA; ``path`` has another suffix, is there and ``overwrite`` is not given,
@@ -252,10 +270,10 @@ def save_adapter(adapter: Adapter | nn.Module, path: str | os.PathLike, overwrit
     if isinstance(adapter, nn.Module):
         adapter = extract_adapter(adapter)
     tensors = {key: value.detach().cpu().contiguous() for key, value in adapter.tensors.items()}
-    write_whole(path, save(tensors, metadata={CONFIG_KEY: adapter.config.to_json()}))
+    write_whole(path, save(tensors, metadata={CONFIG_KEY: adapter.config.to_json(), **(metadata or {})}))
 
 
-def read_adapter(path: str | os.PathLike) -> Adapter:
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """Read an adapter file.
 
     Raises:
@@ -269,6 +287,15 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise InputError(f'{path} cannot be read as a safetensors file: {error}.') from None
+    return parse_adapter(tensors, metadata, path)
+
+
+def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: object) -> Adapter:
+    """The adapter of a safetensors file that has been read: its tensors and its metadata.
+
+    Raises:
+        InputError: It holds no adapter; ``path`` names it.
+    """
     if not all(map(is_lora_key, tensors)):
         kind = 'an adapted checkpoint: extract its adapter' if any(map(is_lora_key, tensors)) else 'a base checkpoint'
         raise InputError(f'{path} is no adapter but {kind}.')
@@ -284,7 +311,7 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
         raise InputError(f'{path} cannot be used: {error}') from None
 
 
-def load_adapter(model: nn.Module, adapter: Adapter | str | os.PathLike) -> None:
+def load_adapter(model: nn.Module, adapter: Adapter | str | os.PathLike[str]) -> None:
     """Put an adapter into a live network, in the place of whatever LoRA that has. The base stays as it is.
 
     The new tensors are on the device and of the type of the base's, and the scale of the updates is 1. An optimizer
@@ -319,11 +346,10 @@ def _replace_lora(model: nn.Module, adapter: Adapter) -> None:
     # A module that stands under several names has tensors under each, but is adapted once.
     names = {name for name, _ in model.named_modules()}
     layers = {name: (adapter.rank_of(name), adapter.alpha_of(name)) for name in adapter.layers if name in names}
-    add_lora(model, exact_config(layers, adapter.tensors))
+    deltas = {key: value for key, value in adapter.tensors.items() if is_delta_key(key)}
+    attach_updates(model, exact_config(layers, deltas))
     own = lora_state_dict(model)
     for key, value in adapter.tensors.items():
-        if key not in own:
-            raise InputError(f'what it adds to {key.replace(SHIFT_PREFIX, "")} has no place there.')
         own[key].copy_(value)
 
 

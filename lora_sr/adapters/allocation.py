@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_sr.adapters.layers import AdaptedModule
+from lora_sr.adapters.layers import matrix_shape, rows_of_unit, weight_name
 from lora_sr.errors import InputError
 
 
@@ -26,20 +27,17 @@ class LayerImportance:
 
 
 def base_weight(layer: nn.Module) -> nn.Parameter:
-    """The weight of a convolution or linear layer; of one with LoRA, the frozen weight without its update."""
-    return layer.base_parameter('weight') if isinstance(layer, AdaptedModule) else layer.weight
+    """The weight that LoRA updates in a layer (in attention ``in_proj_weight``), without its update if it has one."""
+    return cast(nn.Parameter, layer._parameters[weight_name(layer)])
 
 
 def update_shape(layer: nn.Module) -> tuple[int, int]:
     """Rows and columns of the matrix B @ A that is viewed as the weight of ``layer``."""
-    if isinstance(layer, nn.Conv2d):
-        kh, kw = layer.kernel_size
-        return layer.out_channels // layer.groups * kh, layer.in_channels * kw
-    return layer.out_features, layer.in_features
+    return matrix_shape(base_weight(layer).shape, getattr(layer, 'groups', 1))
 
 
 def rank_cost(layer: nn.Module) -> int:
-    """Parameters of one unit of rank in ``layer``, which are kh rows of A and kh columns of B in a convolution."""
+    """Parameters of one unit of rank in ``layer``, which are kh rows of A and kh columns of B if the kernel is 2-D."""
     return _rows_of_unit(layer) * sum(update_shape(layer))
 
 
@@ -57,11 +55,11 @@ def layer_importance(layer: nn.Module, gradient: Tensor) -> LayerImportance:
     """What each unit of rank in a layer is worth, by the gradient of the loss with respect to its weight.
 
     To first order the loss falls with an update along the gradient G. Seen as the matrix B @ A, an update of rank r
-    reaches the r largest singular directions of G (r * kh in a convolution, see :class:`LoRAConv2d`), and a step along
+    reaches the r largest singular directions of G (r * kh of a 2-D kernel, see :class:`LoRAConv2d`), and a step along
     them lowers the loss by the sum of their squared singular values, times the step.
 
     Args:
-        layer: A convolution or linear layer, with LoRA or without.
+        layer: A layer that can carry LoRA, with it or without.
         gradient: G, in the shape of the weight.
 
     Returns:
@@ -120,4 +118,4 @@ def allocate_ranks(importance: dict[str, LayerImportance], budget: int, max_rank
 
 
 def _rows_of_unit(layer: nn.Module) -> int:
-    return layer.kernel_size[0] if isinstance(layer, nn.Conv2d) else 1
+    return rows_of_unit(base_weight(layer).shape)

@@ -3,108 +3,138 @@
 from __future__ import annotations
 
 import re
+from typing import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from lora_sr.adapters.config import LoRAConfig
-from lora_sr.adapters.layers import LORA_TENSORS, SHIFT_PREFIX, kind_of_shift, low_rank_update
-from lora_sr.adapters.verbs import lora_layers
+from lora_sr.adapters.layers import DELTA_PREFIX, LORA_TENSORS, join, low_rank_update, rows_of_unit, weight_key
+from lora_sr.adapters.verbs import adapted_modules, lora_layers
 from lora_sr.errors import InputError
 
 
 def is_lora_key(key: str) -> bool:
-    """Whether a state dict's key names a tensor of LoRA, or the shift of a parameter beside it."""
-    name = key.rsplit('.', 1)[-1]
-    return name in LORA_TENSORS or name.startswith(SHIFT_PREFIX)
+    """Whether a state dict's key names a tensor of LoRA, or the delta of a parameter beside it."""
+    return key.rpartition('.')[2] in LORA_TENSORS or is_delta_key(key)
+
+
+def is_delta_key(key: str) -> bool:
+    """Whether a state dict's key names the delta of a parameter."""
+    return key.rpartition('.')[2].startswith(DELTA_PREFIX)
+
+
+def key_of_base(delta: str) -> str:
+    """The key of the parameter that a delta is added to."""
+    name, _, last = delta.rpartition('.')
+    return join(name, last[len(DELTA_PREFIX) :])
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The LoRA tensors of ``model`` alone, under their names in its state dict."""
+    """The LoRA tensors and the deltas of ``model`` alone, under their names in its state dict."""
     return {key: value for key, value in model.state_dict().items() if is_lora_key(key)}
 
 
 def describe_lora(model: nn.Module) -> LoRAConfig:
-    """The configuration that gives the base of ``model`` the same LoRA layers: one exact name a layer.
+    """The configuration that gives the base of ``model`` the same updates: an exact name for each.
 
     Raises:
         InputError: No layer carries LoRA.
     """
-    layers = dict(lora_layers(model))
-    if not layers:
+    if not any(True for _ in adapted_modules(model)):
         raise InputError(f'No layer of {type(model).__name__} carries LoRA.')
-    ranks_and_alphas = {name: (layer.rank, layer.lora_alpha.item()) for name, layer in layers.items()}
-    return exact_config(ranks_and_alphas, lora_state_dict(model))
+    layers = {name: (layer.rank, layer.lora_alpha.item()) for name, layer in lora_layers(model)}
+    return exact_config(layers, lora_state_dict(model))
 
 
-def infer_lora_config(state: dict[str, Tensor]) -> LoRAConfig:
-    """The configuration of the LoRA layers in an adapted state dict: ranks from shapes, alphas from ``lora_alpha``.
+def infer_lora_config(state: Mapping[str, Tensor]) -> LoRAConfig:
+    """The configuration of an adapted state dict: ranks from shapes, alphas from ``lora_alpha``, deltas from keys.
 
     Raises:
         InputError: There are no LoRA tensors, or a layer lacks some of its tensors.
     """
-    return exact_config(_lora_of_layers(state), state)
+    _check_adapted(state)
+    layers = _layers_with_lora(state)
+    ranks_and_alphas = {name: (rank, state[join(name, 'lora_alpha')].item()) for name, rank in layers.items()}
+    return exact_config(ranks_and_alphas, state)
 
 
-def _lora_of_layers(state: dict[str, Tensor]) -> dict[str, tuple[int, float]]:
-    """Name -> rank and alpha of every layer with LoRA in an adapted state dict."""
-    layers = {}
-    for name in dict.fromkeys(key.rpartition('.')[0] for key in state if key.rsplit('.', 1)[-1] in LORA_TENSORS):
-        missing = [tensor for tensor in (*LORA_TENSORS, 'weight') if f'{name}.{tensor}' not in state]
+def _check_adapted(state: Mapping[str, Tensor]) -> None:
+    if not any(map(is_lora_key, state)):
+        raise InputError('no layer carries LoRA')
+
+
+def _layers_with_lora(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Name -> rank of every layer with LoRA in an adapted state dict."""
+    ranks = {}
+    for name in dict.fromkeys(key.rpartition('.')[0] for key in state if key.rpartition('.')[2] in LORA_TENSORS):
+        keys = [*(join(name, tensor) for tensor in LORA_TENSORS), weight_key(name, state)]
+        missing = [key.rpartition('.')[2] for key in keys if key not in state]
         if missing:
             raise InputError(f'the layer "{name}" carries LoRA but lacks {" and ".join(missing)}')
-        weight = state[f'{name}.weight']
-        kernel_height = weight.shape[2] if weight.ndim == 4 else 1
-        layers[name] = state[f'{name}.lora_A'].shape[0] // kernel_height, state[f'{name}.lora_alpha'].item()
-    if not layers:
-        raise InputError('no layer carries LoRA')
-    return layers
+        ranks[name] = state[keys[0]].shape[0] // rows_of_unit(state[keys[-1]].shape)
+    return ranks
 
 
-def merge_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def merge_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapted state dict with every update added to its weight: the base's keys, as :func:`merge_lora` gives them.
 
-    It needs no network, so it serves any that has layers with LoRA.
+    It needs no network, so it serves any that has layers with LoRA. Entries that are one tensor stay one, and those
+    that nothing updates are the very tensors of ``state``.
 
     Raises:
-        InputError: There are no LoRA tensors, or a layer lacks some of its tensors.
+        InputError: There are no LoRA tensors, a layer lacks some of its tensors, or of entries that are one tensor
+            some are updated and others are not, or otherwise.
     """
+    _check_adapted(state)
     merged = {key: value for key, value in state.items() if not is_lora_key(key)}
-    for name, (rank, _) in _lora_of_layers(state).items():
-        lora_A, lora_B, alpha, weight = (state[f'{name}.{tensor}'] for tensor in (*LORA_TENSORS, 'weight'))
-        merged[f'{name}.weight'] = weight + low_rank_update(lora_A, lora_B, alpha * (1.0 / rank), weight.shape)
-    for key in state:
-        path, dot, last = key.rpartition('.')
-        if last.startswith(SHIFT_PREFIX):
-            shifted = f'{path}{dot}{last[len(SHIFT_PREFIX) :]}'
-            merged[shifted] = merged[shifted] + state[key]
+    ties = _tied_keys(merged)
+    updates: dict[str, tuple[Tensor, ...]] = {}
+    for name, rank in _layers_with_lora(state).items():
+        key = weight_key(name, state)
+        lora_A, lora_B, alpha = updates[key] = tuple(state[join(name, tensor)] for tensor in LORA_TENSORS)
+        merged[key] = state[key] + low_rank_update(lora_A, lora_B, alpha * (1.0 / rank), state[key].shape)
+    for key, delta in state.items():
+        if is_delta_key(key):
+            updates[key_of_base(key)] = (delta,)
+            merged[key_of_base(key)] = merged[key_of_base(key)] + delta
+    for keys in ties:
+        first, *others = (updates.get(key, ()) for key in keys)
+        if not all(len(other) == len(first) and all(map(torch.equal, other, first)) for other in others):
+            raise InputError(f'{" and ".join(keys)} are one tensor, but are not updated alike')
+        if first:
+            merged.update(dict.fromkeys(keys, merged[keys[0]]))
     return merged
 
 
-def _kinds_of_shifts(state: dict[str, Tensor]) -> list[str]:
-    """What ``also_train`` was, from the keys of the shifts."""
-    kinds = set()
-    for key in state:
-        name, _, last = key.rpartition('.')
-        if last.startswith(SHIFT_PREFIX):
-            kinds.add(kind_of_shift(last[len(SHIFT_PREFIX) :], has_lora=f'{name}.lora_A' in state))
-    return sorted(kinds)
+def _tied_keys(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """The keys of every tensor that has several, as in the state dict of a network with tied weights."""
+    places: dict[tuple[object, ...], list[str]] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.data_ptr():  # a tensor on the device meta has none
+            places.setdefault((value.device, value.data_ptr(), value.shape, value.stride()), []).append(key)
+    return [keys for keys in places.values() if len(keys) > 1]
 
 
-def exact_config(layers: dict[str, tuple[int, float]], state: dict[str, Tensor]) -> LoRAConfig:
+def exact_config(layers: Mapping[str, tuple[int, float]], state: Mapping[str, Tensor]) -> LoRAConfig:
     """A configuration that names each layer; what most of them have is the rule, the rest are exceptions.
 
     Args:
         layers: Name -> rank and alpha of every layer with LoRA.
-        state: A state dict with its tensors; which parameters carry shifts is read from its keys.
+        state: A state dict with the deltas, whose parameters are named likewise.
     """
-    layers = {re.escape(name): values for name, values in layers.items()}
-    ranks, alphas = ([values[i] for values in layers.values()] for i in (0, 1))
-    rank, alpha = max(ranks, key=ranks.count), max(alphas, key=alphas.count)
+    target_parameters = sorted(re.escape(key_of_base(key)) for key in state if is_delta_key(key))
+    if not layers:
+        return LoRAConfig(target_parameters=target_parameters)
+    ranks = {re.escape(name): rank for name, (rank, _) in layers.items()}
+    alphas = {re.escape(name): alpha for name, (_, alpha) in layers.items()}
+    rank = max(ranks.values(), key=list(ranks.values()).count)
+    alpha = max(alphas.values(), key=list(alphas.values()).count)
     return LoRAConfig(
-        target_modules=list(layers),
+        target_modules=list(ranks),
         rank=rank,
         alpha=alpha,
-        rank_pattern={name: r for name, (r, _) in layers.items() if r != rank},
-        alpha_pattern={name: a for name, (_, a) in layers.items() if a != alpha},
-        also_train=_kinds_of_shifts(state),
+        rank_pattern={name: r for name, r in ranks.items() if r != rank},
+        alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
+        target_parameters=target_parameters,
     )

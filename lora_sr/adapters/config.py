@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import re
 from dataclasses import dataclass, field
+from typing import Any, Iterable
 
 from lora_sr.adapters.groups import GROUPS
 from lora_sr.errors import InputError
 
-ALSO_TRAIN = ('bias', 'norm', 'position')
+ALSO_TRAIN = ('bias', 'norm', 'position', 'parameters', 'depthwise')
 
 
 @dataclass
@@ -24,15 +26,24 @@ class LoRAConfig:
     Args:
         target_modules: Patterns of the layers that receive LoRA.
         groups: Groups of layers that receive LoRA besides: ``conv``, ``attention``, ``mlp``, ``upsampler``, or ``all``;
-            see :func:`lora_sr.adapters.layer_groups`. At least one pattern or group is needed.
+            see :func:`lora_sr.adapters.layer_groups`. At least one pattern (also of a parameter) or group is needed.
         rank: Rank r of the update, at least 1.
         alpha: Numerator of the update's scale alpha / r. ``None`` stands for the rank, i.e. a scale of 1.
         exclude_modules: Patterns of layers that stay as they are although a target matches them.
         rank_pattern: Pattern -> rank, for layers that differ from ``rank``. The first match counts. A rank of 0
             leaves a layer as it is.
         alpha_pattern: Pattern -> alpha, likewise.
-        also_train: What trains besides, as a shift beside its frozen value: ``bias`` (the biases of the layers with
-            LoRA), ``norm`` (scale and offset of all normalisation layers), ``position`` (tables of relative positions).
+        also_train: What trains besides, as a delta beside its frozen value:
+
+            - ``bias``: the biases of the adapted layers;
+            - ``norm``: scale and offset of all normalization layers;
+            - ``position``: tables of relative positions;
+            - ``parameters``: what the network registers outside of layers (layer scales, learned tokens, scalars) and
+              the weights of ``PReLU``, but not what it freezes itself;
+            - ``depthwise``: the weights of depth-wise convolutions, which then receive no LoRA.
+
+            ``exclude_modules`` and ranks of 0 hold for the last two also.
+        target_parameters: Patterns of parameters that train as a delta besides, by their whole names in the network.
 
     Raises:
         InputError: A rank below 1, an alpha of 0, a pattern that is no regular expression, or an unknown group or word.
@@ -46,12 +57,13 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     groups: list[str] = field(default_factory=list)
     also_train: list[str] = field(default_factory=list)
+    target_parameters: list[str] = field(default_factory=list)
 
-    def __post_init__(self):
-        for name in ('target_modules', 'exclude_modules', 'groups', 'also_train'):
+    def __post_init__(self) -> None:
+        for name in ('target_modules', 'exclude_modules', 'groups', 'also_train', 'target_parameters'):
             value = getattr(self, name)
             if not isinstance(value, (str, list, tuple, type(None))):
-                raise InputError(f'"{name}" of LoRA is {value!r}: it must be a list.')
+                raise InputError(f'"{name}" of LoRA must be a list, got {value!r}.')
             setattr(self, name, [value] if isinstance(value, str) else list(value or []))
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
@@ -61,18 +73,19 @@ class LoRAConfig:
                     near = difflib.get_close_matches(str(word), known, n=1)
                     hint = f'did you mean "{near[0]}"?' if near else f'known are {", ".join(known)}.'
                     raise InputError(f'{name} of LoRA has no "{word}": {hint}')
-        if not self.target_modules and not self.groups:
+        if not self.target_modules and not self.groups and not self.target_parameters:
             raise InputError('LoRA has neither groups nor target_modules: say what to adapt, e.g. groups: [all].')
         for key, rank in [('rank', self.rank), *self.rank_pattern.items()]:
             least = 1 if key == 'rank' else 0
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < least:
-                raise InputError(f'LoRA rank of "{key}" is {rank!r}: it must be an integer of at least {least}.')
+                raise InputError(f'LoRA rank of "{key}" must be an integer of at least {least}, got {rank!r}.')
         for key, alpha in [('alpha', self.alpha), *self.alpha_pattern.items()]:
             if alpha is None and key == 'alpha':
                 continue
             if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or alpha == 0:
-                raise InputError(f'LoRA alpha of "{key}" is {alpha!r}: it must be a number other than 0.')
-        for pattern in [*self.target_modules, *self.exclude_modules, *self.rank_pattern, *self.alpha_pattern]:
+                raise InputError(f'LoRA alpha of "{key}" must be a number other than 0, got {alpha!r}.')
+        patterns = [*self.target_modules, *self.exclude_modules, *self.target_parameters]
+        for pattern in [*patterns, *self.rank_pattern, *self.alpha_pattern]:
             try:
                 re.compile(pattern)
             except (re.error, TypeError) as error:
@@ -81,7 +94,11 @@ class LoRAConfig:
     def is_target(self, name: str, group: str) -> bool:
         """Whether the layer called ``name``, of that group, is to receive LoRA."""
         is_wanted = bool({group, 'all'} & set(self.groups)) or _first_match(self.target_modules, name) is not None
-        return is_wanted and _first_match(self.exclude_modules, name) is None and self.rank_of(name) > 0
+        return is_wanted and not self.is_excluded(name)
+
+    def is_excluded(self, name: str) -> bool:
+        """Whether the module called ``name`` stays as it is, whatever targets it."""
+        return _first_match(self.exclude_modules, name) is not None or self.rank_of(name) == 0
 
     def rank_of(self, name: str) -> int:
         """The rank for the layer called ``name``."""
@@ -105,7 +122,7 @@ class LoRAConfig:
         return cls.from_dict(json.loads(text))
 
     @classmethod
-    def from_dict(cls, options: dict) -> LoRAConfig:
+    def from_dict(cls, options: dict[str, Any]) -> LoRAConfig:
         """A configuration from a mapping, e.g. a section of an option file.
 
         Raises:
@@ -120,5 +137,16 @@ class LoRAConfig:
         return cls(**options)
 
 
-def _first_match(patterns, name: str):
-    return next((pattern for pattern in patterns if re.fullmatch(pattern, name)), None)
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a whole name."""
+    return _compiled(pattern).fullmatch(name) is not None
+
+
+@functools.lru_cache(maxsize=None)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    # An exact configuration has a pattern a layer, often more than the 512 that `re` itself remembers.
+    return re.compile(pattern)
+
+
+def _first_match(patterns: Iterable[str], name: str) -> str | None:
+    return next((pattern for pattern in patterns if matches(pattern, name)), None)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
-from lora_sr.adapters import LoRAConfig, add_lora, layer_groups, mark_trainable
-from lora_sr.archs.any_size import take_any_size
+from lora_sr.adapters import LoRAConfig, add_lora, base_weight, layer_groups, mark_trainable
+from lora_sr.archs.info import take_any_size
+from lora_sr.archs.registry import find_arch
 from lora_sr.errors import InputError
 
 
-def AdaptSR(base: dict, lora: dict) -> nn.Module:
+def AdaptSR(base: dict[str, Any], lora: dict[str, Any]) -> nn.Module:
     """The network ``base`` with LoRA on its convolutions, attention and MLPs. Only the updates train.
 
     It is of the base's class, and its state dict is the base's with the updates beside. So a checkpoint of the base
@@ -32,22 +33,18 @@ def AdaptSR(base: dict, lora: dict) -> nn.Module:
     Raises:
         InputError: As LoRAConfig, ``add_lora`` and the base network do.
     """
-    if not isinstance(base, dict) or base.get('type') not in _names():
+    arch = find_arch(base['type']) if isinstance(base, dict) and isinstance(base.get('type'), str) else None
+    if arch is None:
         raise InputError(f'"base" of AdaptSR has to be the section of a registered network, not {base!r}.')
     if not isinstance(lora, dict):
         raise InputError(f'"lora" of AdaptSR has to be a section, e.g. {{groups: [all], rank: 8}}, not {lora!r}.')
-    arguments = dict(base)
     # Not BasicSR's `build_network`: it logs, and a logger that exists before a run gets no file in it.
-    network = ARCH_REGISTRY.get(arguments.pop('type'))(**arguments)
+    network = arch(**{key: value for key, value in base.items() if key != 'type'})
     config = LoRAConfig.from_dict(lora)
     # What a network freezes itself it also writes itself, as a folded copy of branches: past any update.
-    own = [re.escape(name) for name in layer_groups(network) if not network.get_submodule(name).weight.requires_grad]
+    own = [
+        re.escape(name) for name in layer_groups(network) if not base_weight(network.get_submodule(name)).requires_grad
+    ]
     add_lora(network, replace(config, exclude_modules=[*config.exclude_modules, *own]))
     mark_trainable(network)
     return take_any_size(network)
-
-
-def _names() -> set[str]:
-    """The names that the registry finds; what Real-ESRGAN registers too stands there with a suffix of BasicSR's."""
-    names = {name for name, _ in ARCH_REGISTRY}
-    return names | {name[: -len('_basicsr')] for name in names if name.endswith('_basicsr')}

@@ -11,11 +11,11 @@ from collections import Counter
 from copy import deepcopy
 
 import torch
-from basicsr.archs.ecbsr_arch import ECB
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_sr.adapters import adapted_modules, merge_lora
+from lora_sr.archs.info import is_a
 
 OUTPUT_HEIGHT, OUTPUT_WIDTH = 720, 1280  # the output of which the papers' tables give the multiply-adds
 CHALLENGE_SIDE = 256  # pixels of the input of which the challenge's tables give the FLOPs
@@ -121,7 +121,7 @@ def _run_copy(network: nn.Module, height: int, width: int, device: str) -> tuple
         merge_lora(copy)
     for module in list(copy.modules()):
         for name, child in module.named_children():
-            if isinstance(child, ECB):
+            if is_a(child, 'basicsr.archs.ecbsr_arch.ECB'):
                 setattr(module, name, nn.Sequential(child.conv3x3, getattr(child, 'act', nn.Identity())))
     # The device is also for what a forward pass makes without naming one.
     with torch.device(device), _OperationCounter() as counter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -57,14 +58,14 @@ class DSCLoRA(SPAN):
         mark_trainable(self)
 
 
-def is_dsclora(state: dict[str, Tensor]) -> bool:
+def is_dsclora(state: Mapping[str, Tensor]) -> bool:
     """Whether ``state`` is a state dict of DSCLoRA: SPAN in deploy form with LoRA on just its layers."""
     layers = [key[: -len('.lora_A')] for key in state if key.endswith('.lora_A')]
     targets = [layer for layer in layers if any(re.fullmatch(target, layer) for target in DSCLORA_TARGETS)]
     return is_span(state) and len(layers) == len(targets) == 3 * SPAN.num_blocks + 2
 
 
-def build_dsclora(state: dict[str, Tensor]) -> DSCLoRA:
+def build_dsclora(state: Mapping[str, Tensor]) -> DSCLoRA:
     """The DSCLoRA that a state dict belongs to, not loaded yet, with the file's ranks and alphas.
 
     Raises:

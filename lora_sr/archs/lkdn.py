@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -222,12 +223,18 @@ class LKDN(nn.Module):
             if value not in known:
                 raise InputError(f'"{key}" of LKDN is {value!r}: it must be one of {", ".join(known)}.')
         self.num_in, self.num_block, self.upscale = num_in, num_block, upscale
+        self.num_feat, self.num_atten = num_feat, num_atten
         self.fea_conv = BSConvU(num_in_ch * num_in, num_feat)
         for i in range(num_block):
             setattr(self, f'B{i + 1}', LKDB(num_feat, num_atten, CONVS[conv]))
         self.c1 = nn.Conv2d(num_feat * num_block, num_feat, 1)
         self.c2 = BSConvU(num_feat, num_feat)
         self.upsampler = UPSAMPLERS[upsampler](num_feat, num_out_ch, upscale)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What tells LKDN from LKDN-S: width of the blocks, channels of the attention, number of blocks."""
+        return {'num_feat': self.num_feat, 'num_atten': self.num_atten, 'num_block': self.num_block}
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, num_in_ch, H, W), RGB in [0, 1] -> (N, num_out_ch, upscale * H, upscale * W)."""
@@ -254,14 +261,14 @@ def LKDN_S(
     return LKDN(num_in_ch, num_out_ch, num_feat, num_atten, num_block, upscale, num_in, conv, upsampler)
 
 
-def is_lkdn(state: dict[str, Tensor]) -> bool:
+def is_lkdn(state: Mapping[str, Tensor]) -> bool:
     """Whether ``state`` is a state dict of LKDN, of any size and form, with or without LoRA."""
     has_last = 'upsampler.0.weight' in state or 'upsampler.conv3.weight' in state
     others = {'fea_conv.pw.weight', 'B1.c1_d.weight', 'B1.atten.pointwise.weight', 'c1.weight'}
     return has_last and others <= state.keys()
 
 
-def build_lkdn(state: dict[str, Tensor]) -> LKDN:
+def build_lkdn(state: Mapping[str, Tensor]) -> LKDN:
     """The LKDN that a state dict belongs to, not loaded yet, for RGB images: sizes and forms are read from it.
 
     ``BSConvU_idt`` is recognised in checkpoints of ours alone, by its tensor ``identity``.

@@ -7,7 +7,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from lora_sr.adapters import LoRALayer, adapted_modules, merge_lora
+from lora_sr.adapters import AdaptedModule, adapted_modules, merge_lora
 from lora_sr.errors import InputError
 
 # The largest relative difference between outputs that are to be the same up to rounding in float32.
@@ -62,7 +62,7 @@ def fold(network: nn.Module) -> nn.Module:
     for name, module in network.named_modules():
         if isinstance(module, Foldable) and module.is_training_form:
             where = f'{name} ({type(module).__name__})' if name else type(module).__name__
-            if any(isinstance(part, LoRALayer) for part in module.modules()):
+            if any(isinstance(part, AdaptedModule) for part in module.modules()):
                 raise InputError(f'A branch of {where} carries LoRA: merge the LoRA before folding the branches.')
             for parameter in module.parameters():
                 if parameter.dtype not in (torch.float32, torch.float64):

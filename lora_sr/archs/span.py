@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ class Conv3XC(Foldable):
         )
 
 
-def _fold_branches(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _fold_branches(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Weight (out, in, 3, 3) and bias (out,) of the one convolution that equals the branches of a Conv3XC."""
     first, middle, last, skip = (state[f'{name}.weight'].double() for name in ('conv.0', 'conv.1', 'conv.2', 'sk'))
     first, last, skip = (weight.flatten(1) for weight in (first, last, skip))
@@ -182,13 +183,13 @@ class SPAN(nn.Module):
         return self.upsampler(fused)
 
 
-def is_span(state: dict[str, Tensor]) -> bool:
+def is_span(state: Mapping[str, Tensor]) -> bool:
     """Whether ``state`` is a state dict of SPAN, in training or in deploy form, with or without LoRA."""
     has_first = 'conv_1.eval_conv.weight' in state or 'conv_1.sk.weight' in state
     return has_first and {'conv_cat.weight', 'upsampler.0.weight'} <= state.keys()
 
 
-def build_span(state: dict[str, Tensor]) -> SPAN:
+def build_span(state: Mapping[str, Tensor]) -> SPAN:
     """The SPAN that a state dict belongs to, not loaded yet: width, scale and form are read from names and shapes."""
     return SPAN(
         feature_channels=state['conv_cat.weight'].shape[0],

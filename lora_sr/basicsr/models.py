@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import OrderedDict
 from copy import deepcopy
 from functools import partial
@@ -17,64 +16,13 @@ from torch.nn import functional as F
 from torch.nn.parallel import DataParallel
 
 from lora_sr.archs import fold
-from lora_sr.checkpoints import read_state_dict
+from lora_sr.basicsr.options.distillation import DATA_PARALLEL_REFUSED, affinity_layers, find_modules, option_faults
+from lora_sr.basicsr.options.schema import TRAIN
+from lora_sr.checkpoints import Checkpoint
 from lora_sr.checkpoints.content import load_weights
 from lora_sr.errors import InputError
 
-DATA_PARALLEL_REFUSED = (
-    'train.affinity_opt does not work with several GPUs in one process: start a process for each (--launcher pytorch, '
-    'see scripts/dist_train.sh), or set num_gpu: 1'
-)
-NO_GROUND_TRUTH = (
-    'train.pixel_opt compares with the ground truth, which an LRImageDataset does not have: leave it out, or train '
-    'on a PairedImageDataset'
-)
 MEMORY_FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
-
-
-def affinity_layers(layers) -> dict[str, list[str]]:
-    """The modules that ``train.affinity_opt.layers`` names, as ``{'student': [...], 'teacher': [...]}``.
-
-    Args:
-        layers: The option: one list of names for both networks, or a mapping of two such lists.
-
-    Raises:
-        InputError: It is neither, or the lists differ in length.
-    """
-    pair = layers if isinstance(layers, dict) else {'student': layers, 'teacher': layers}
-    if set(pair) != {'student', 'teacher'} or not all(isinstance(names, list) and names for names in pair.values()):
-        raise InputError(
-            'train.affinity_opt.layers has to be a list of module names, or {student: [...], teacher: [...]}, '
-            f'not {layers!r}'
-        )
-    if len(pair['student']) != len(pair['teacher']):
-        raise InputError(
-            f'train.affinity_opt.layers has {len(pair["student"])} layers of the student, but {len(pair["teacher"])} '
-            'of the teacher; they are compared one by one'
-        )
-    return pair
-
-
-def find_modules(network: nn.Module, layers: list[str], role: str) -> list[nn.Module]:
-    """The modules of ``network`` that bear these names.
-
-    Args:
-        network: The network to look in; a teacher in the form in which it runs, i.e. folded.
-        layers: Names, as ``named_modules`` gives them.
-        role: What the network is, for the message: 'student' or 'teacher'.
-
-    Raises:
-        InputError: A name that the network does not have; near names are listed.
-    """
-    modules = {name: module for name, module in network.named_modules() if name}
-    for layer in layers:
-        if layer not in modules:
-            near = difflib.get_close_matches(str(layer), modules, n=4, cutoff=0.3) or list(modules)[:4]
-            raise InputError(
-                f"train.affinity_opt.layers: there is no module '{layer}' in the {role}, {type(network).__name__}; "
-                f'near names are {", ".join(near)}'
-            )
-    return [modules[layer] for layer in layers]
 
 
 class FeatureTap:
@@ -123,16 +71,20 @@ class DistillationModel(SRModel):
     """
 
     def __init__(self, opt):
-        name = (opt.get('train') or {}).get('memory_format') or 'contiguous'
-        if name not in MEMORY_FORMATS:
-            raise InputError(f'train.memory_format is "{name}": it must be one of {", ".join(MEMORY_FORMATS)}.')
-        self.memory_format = MEMORY_FORMATS[name]
+        name = (opt.get('train') or {}).get('memory_format')
+        fault = TRAIN['memory_format'].kind.fault('train.memory_format', name)
+        if fault:
+            raise InputError(fault)
+        self.memory_format = MEMORY_FORMATS[name or 'contiguous']
         super().__init__(opt)
 
     def model_to_device(self, net):
         return super().model_to_device(net.to(memory_format=self.memory_format))
 
     def init_training_settings(self):
+        faults = option_faults(self.opt)
+        if faults:
+            raise InputError('\n'.join(faults.values()))
         train_opt, path_opt = self.opt['train'], self.opt['path']
         self.ema_decay = train_opt.get('ema_decay', 0)
         if self.ema_decay > 0:
@@ -151,13 +103,9 @@ class DistillationModel(SRModel):
 
     def _build_teacher(self):
         path_opt = self.opt['path']
-        if not self.opt.get('network_t') or not path_opt.get('pretrain_network_t'):
-            raise InputError(
-                'DistillationModel needs a trained teacher: give "network_t" and "path: pretrain_network_t".'
-            )
         teacher = build_network(self.opt['network_t'])
         path = path_opt['pretrain_network_t']
-        state = read_state_dict(path, path_opt.get('param_key_t'))
+        state = Checkpoint.read(path, path_opt.get('param_key_t')).state
         load_weights(teacher, state, path, strict=path_opt.get('strict_load_t', True))
         fold(teacher).eval().requires_grad_(False)
         self.net_t = teacher.to(self.device, memory_format=self.memory_format)
@@ -173,13 +121,6 @@ class DistillationModel(SRModel):
         self.cri_pix = build('pixel_opt')
         self.cri_distill_pix = build('distill_pixel_opt')
         self.cri_affinity = build('affinity_opt')
-        if self.cri_pix is not None and self.opt['datasets']['train'].get('type') == 'LRImageDataset':
-            raise InputError(NO_GROUND_TRUTH)
-        if self.cri_distill_pix is None and self.cri_affinity is None:
-            raise InputError(
-                'DistillationModel learns nothing from its teacher: give "train: distill_pixel_opt", '
-                '"train: affinity_opt", or both (or use SRModel).'
-            )
         if self.cri_affinity is not None:
             self._tap_features(layers)
 

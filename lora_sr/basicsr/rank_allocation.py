@@ -26,6 +26,7 @@ from lora_sr.adapters import LoRAConfig, count_parameters, layer_groups
 from lora_sr.adapters.allocation import allocate_ranks, base_weight, layer_importance
 from lora_sr.archs.adaptsr import AdaptSR
 from lora_sr.basicsr.options import check_options
+from lora_sr.basicsr.patches.options import mistakes
 from lora_sr.errors import InputError
 from lora_sr.option_file import load_options
 
@@ -105,7 +106,7 @@ def allocate(
     counts = count_parameters(net)
     base = counts.total - counts.lora
     ranked = sum(value.numel() for name, value in net.named_parameters() if name.endswith(('.lora_A', '.lora_B')))
-    allowed = parse_budget(budget, base) - (counts.lora - ranked)  # shifts train whatever the ranks
+    allowed = parse_budget(budget, base) - (counts.lora - ranked)  # deltas train whatever the ranks
 
     config = LoRAConfig.from_dict(network['lora'])
     left_out = {layer: 0 for layer, rank in config.rank_pattern.items() if rank == 0}
@@ -209,7 +210,7 @@ def _build(option_file: str | os.PathLike):
     argv = sys.argv
     sys.argv = [argv[0], '-opt', os.fspath(option_file)]
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), mistakes('skip'):  # it has been checked
             opt, _ = parse_options(os.getcwd(), is_train=True)
     finally:
         sys.argv = argv

@@ -70,15 +70,16 @@ def run(
         for job in jobs:
             job.target.parent.mkdir(parents=True, exist_ok=True)
         steps, overlapped = [], []
-        for _ in range(repeats + 1):
-            steps.append(in_turn(jobs, upscaler))
+        for repeat in range(repeats + 1):
             start = time.perf_counter()
             failures.update(run_jobs(jobs, upscaler))
-            overlapped.append(time.perf_counter() - start)
             if failures:
                 raise InputError(next(iter(failures.values())))
-    middle = sorted(steps[1:], key=sum)[repeats // 2]
-    at_once = statistics.median(overlapped[1:])
+            if repeat:  # the first pass chooses algorithms and records graphs
+                overlapped.append(time.perf_counter() - start)
+                steps.append(in_turn(jobs, upscaler))
+    middle = sorted(steps, key=sum)[repeats // 2]
+    at_once = statistics.median(overlapped)
     threads = '' if upscaler.device.type == 'cuda' else f', {torch.get_num_threads()} threads'
     precision = str(dtype).rpartition('.')[2]
     print(f'{upscaler.name} x{upscaler.scale}, {precision}, {len(jobs)} images, {upscaler.device.type}{threads}')

@@ -1,28 +1,87 @@
-"""Checkpoint files: read without running code, and written whole or not at all."""
+"""The content of checkpoint files, read without running code, and weights from it into networks."""
+
+from __future__ import annotations
 
 import logging
 import os
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
+from torch import Tensor, nn
 
 from lora_sr.adapters import is_lora_key
+from lora_sr.checkpoints.origin import KEY, Origin
 from lora_sr.errors import InputError
 
 LOG = logging.getLogger('basicsr')
 
+PARAM_KEYS = ('params_ema', 'params')
 
-def read_checkpoint(path) -> dict:
-    """Read a checkpoint or a training state onto the CPU, from torch's format (`weights_only=True`) or safetensors.
+
+class Content(dict[str, Any]):
+    """What a file holds: of a ``.pth`` file whatever was saved, of a safetensors file its tensors by name.
+
+    ``metadata`` is that of a safetensors file.
+    """
+
+    metadata: dict[str, str]
+
+    def __init__(self, values: Mapping[str, Any], metadata: Mapping[str, str] | None = None):
+        super().__init__(values)
+        self.metadata = dict(metadata or {})
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where the file says that it comes from."""
+        return Origin.parse(self.metadata.get(KEY, self.get(KEY)))
+
+
+_remembered: dict[tuple[int, ...], Content] | None = None
+
+
+def remember() -> None:
+    """Keep what is read from now on, and give it again to whoever reads the same file, until :func:`forget`.
+
+    A run reads its checkpoints when its options are checked, for its networks, and for their averages.
+    """
+    global _remembered
+    if _remembered is None:
+        _remembered = {}
+
+
+def forget() -> None:
+    """Let go of what was read since :func:`remember`."""
+    global _remembered
+    _remembered = None
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Content:
+    """Read a checkpoint or a training state onto the CPU, from torch's format (``weights_only=True``) or safetensors.
 
     Raises:
-        InputError: the file is missing, damaged, or holds anything but tensors and plain values.
+        InputError: The file is missing, damaged, or holds anything but tensors and plain values.
     """
+    if _remembered is None:
+        return _read(path)
+    try:
+        status = os.stat(path)
+    except OSError:
+        return _read(path)  # which tells what is wrong
+    key = status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+    if key not in _remembered:
+        _remembered[key] = _read(path)
+    return _remembered[key]
+
+
+def _read(path: str | os.PathLike[str]) -> Content:
     try:
         if os.fspath(path).endswith('.safetensors'):
-            return safetensors.torch.load_file(path)
+            with safetensors.safe_open(os.fspath(path), framework='pt') as file:
+                return Content({key: file.get_tensor(key) for key in file.keys()}, file.metadata())
         content = torch.load(path, map_location='cpu', weights_only=True)
     except OSError as error:
         raise InputError(f'the checkpoint {path} cannot be read: {error.strerror or error}') from error
@@ -32,19 +91,29 @@ def read_checkpoint(path) -> dict:
         raise InputError(f'the checkpoint {path} is damaged, or holds more than tensors and plain values') from error
     if not isinstance(content, dict):
         raise InputError(f'the checkpoint {path} holds a {type(content).__name__}, not a dictionary of tensors')
-    return content
+    return Content(content)
 
 
-def load_weights(net, content: dict, path, param_key=None, strict=True, tell_differences=None) -> None:
-    """Load weights into a network as BasicSR does: from under `param_key`, else `params`; all of it if it is None.
+def load_weights(
+    net: nn.Module,
+    content: Mapping[str, Any],
+    path: object,
+    param_key: str | None = None,
+    strict: bool = True,
+    tell_differences: Callable[[nn.Module, Mapping[str, Tensor], bool], None] | None = None,
+) -> None:
+    """Load weights into a network as BasicSR does: from under ``param_key``, else ``params``; all of it if it is None.
 
     Args:
-        content: what `read_checkpoint` gave.
-        path: the file that it came from, for messages.
-        tell_differences: a function of the network, the weights and `strict` that logs where they differ.
+        net: The network.
+        content: What :func:`read_checkpoint` gave, or a state dict.
+        path: The file that it came from, for messages.
+        param_key: Where the weights are in it.
+        strict: Whether all keys have to match.
+        tell_differences: A function of the network, the weights and ``strict`` that logs where they differ.
 
     Raises:
-        InputError: there are no such weights in `content`, or they do not fit.
+        InputError: There are no such weights in ``content``, or they do not fit.
     """
     if param_key is not None:
         if param_key not in content and 'params' in content:
@@ -68,26 +137,26 @@ def load_weights(net, content: dict, path, param_key=None, strict=True, tell_dif
         LOG.info(f'Loading {type(net).__name__} model from {path}, with param key: [{param_key}].')
         tell_differences(net, weights, strict)
     elif not strict:
-        weights = {
-            k: v for k, v in weights.items() if k not in net.state_dict() or net.state_dict()[k].shape == v.shape
-        }
+        own = net.state_dict()
+        for key in [key for key, value in weights.items() if key in own and own[key].shape != value.shape]:
+            del weights[key]
     try:
         net.load_state_dict(weights, strict=strict)
     except RuntimeError as error:
         raise InputError(f'{path} does not fit {type(net).__name__}: {_misfit(net, weights) or error}') from error
 
 
-def without_module_prefix(weights: dict) -> OrderedDict:
-    """Weights on the CPU, without the `module.` that DataParallel puts before their names."""
-    renamed = OrderedDict()
+def without_module_prefix(weights: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """Weights on the CPU, without the ``module.`` that DataParallel puts before their names."""
+    renamed: OrderedDict[str, Tensor] = OrderedDict()
     for key, value in weights.items():
         renamed[key[len('module.') :] if key.startswith('module.') else key] = value.cpu()
     if hasattr(weights, '_metadata'):  # the versions of the modules, which some of them look at when they load
-        renamed._metadata = weights._metadata
+        renamed._metadata = weights._metadata  # type: ignore[attr-defined]
     return renamed
 
 
-def _misfit(net: torch.nn.Module, weights: dict) -> str:
+def _misfit(net: nn.Module, weights: Mapping[str, Tensor]) -> str:
     own = net.state_dict()
     has_lora = any(map(is_lora_key, weights))
     parts = []

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Callable
+from importlib import import_module
+from typing import Any
 
-from basicsr.archs.ecbsr_arch import ECBSR
-from basicsr.archs.edsr_arch import EDSR
-from basicsr.archs.rcan_arch import RCAN
-from basicsr.archs.ridnet_arch import RIDNet
-from basicsr.archs.rrdbnet_arch import RRDBNet
-from basicsr.archs.srresnet_arch import MSRResNet
-from basicsr.archs.srvgg_arch import SRVGGNetCompact
-from basicsr.archs.swinir_arch import SwinIR
 from torch import Tensor, nn
 
 from lora_sr.adapters import is_lora_key
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, import_basicsr
+
+State = Mapping[str, Tensor]
+Arguments = dict[str, Any]
 
 
-def build_swinir(state: dict[str, Tensor]) -> SwinIR:
+def _swinir(state: State) -> Arguments:
     """SwinIR with any upsampler. ``img_range`` is 255 for windows of 7 without an upsampler, else 1."""
     width, channels = state['conv_first.weight'].shape[:2]
     depths = [
@@ -46,7 +43,7 @@ def build_swinir(state: dict[str, Tensor]) -> SwinIR:
         upsampler, upscale = 'pixelshuffle', _upscale_of_steps(state)
     elif 'upsample.0.weight' in state:
         upsampler, upscale = 'pixelshuffledirect', math.isqrt(state['upsample.0.weight'].shape[0] // channels)
-    return SwinIR(
+    return dict(
         img_size=_swinir_size(state, window),
         in_chans=channels,
         embed_dim=width,
@@ -64,7 +61,7 @@ def build_swinir(state: dict[str, Tensor]) -> SwinIR:
     )
 
 
-def _swinir_size(state: dict[str, Tensor], window: int) -> tuple[int, int]:
+def _swinir_size(state: State, window: int) -> tuple[int, int]:
     """Height and width of the images that SwinIR was built for, of which only its buffers tell."""
     mask = next((value for key, value in state.items() if key.endswith('.attn_mask')), None)
     if mask is not None:
@@ -76,7 +73,7 @@ def _swinir_size(state: dict[str, Tensor], window: int) -> tuple[int, int]:
     return (side, side) if side**2 == pixels else (window, pixels // window)
 
 
-def build_rrdbnet(state: dict[str, Tensor]) -> RRDBNet:
+def _rrdbnet(state: State) -> Arguments:
     """RRDBNet for x4, for x2 and for x1, which unshuffle the pixels of the image."""
     inputs, outputs = state['conv_first.weight'].shape[1], state['conv_last.weight'].shape[0]
     scales = {outputs: 4, 4 * outputs: 2, 16 * outputs: 1}
@@ -85,7 +82,7 @@ def build_rrdbnet(state: dict[str, Tensor]) -> RRDBNet:
             f'it is no RRDBNet with as many channels in as out: conv_last gives {outputs}, and conv_first takes '
             f'{inputs}, which should be {", ".join(f"{key} for x{scale}" for key, scale in scales.items())}.'
         )
-    return RRDBNet(
+    return dict(
         num_in_ch=outputs,
         num_out_ch=outputs,
         scale=scales[inputs],
@@ -95,10 +92,10 @@ def build_rrdbnet(state: dict[str, Tensor]) -> RRDBNet:
     )
 
 
-def build_edsr(state: dict[str, Tensor]) -> EDSR:
+def _edsr(state: State) -> Arguments:
     """EDSR for RGB images; ``res_scale`` is 0.1 from 256 channels on, else 1."""
     width = _width_for_rgb('EDSR', state)
-    return EDSR(
+    return dict(
         num_in_ch=3,
         num_out_ch=state['conv_last.weight'].shape[0],
         num_feat=width,
@@ -108,11 +105,11 @@ def build_edsr(state: dict[str, Tensor]) -> EDSR:
     )
 
 
-def build_rcan(state: dict[str, Tensor]) -> RCAN:
+def _rcan(state: State) -> Arguments:
     """RCAN for RGB images, with a ``res_scale`` of 1."""
     width = _width_for_rgb('RCAN', state)
     squeezed = state['body.0.residual_group.0.rcab.3.attention.1.weight'].shape[0]
-    return RCAN(
+    return dict(
         num_in_ch=3,
         num_out_ch=state['conv_last.weight'].shape[0],
         num_feat=width,
@@ -123,10 +120,10 @@ def build_rcan(state: dict[str, Tensor]) -> RCAN:
     )
 
 
-def build_msrresnet(state: dict[str, Tensor]) -> MSRResNet:
+def _msrresnet(state: State) -> Arguments:
     """MSRResNet for x2, x3 and x4."""
     width, channels = state['conv_first.weight'].shape[:2]
-    return MSRResNet(
+    return dict(
         num_in_ch=channels,
         num_out_ch=state['conv_last.weight'].shape[0],
         num_feat=width,
@@ -135,12 +132,12 @@ def build_msrresnet(state: dict[str, Tensor]) -> MSRResNet:
     )
 
 
-def build_srvggnet(state: dict[str, Tensor]) -> SRVGGNetCompact:
+def _srvggnet(state: State) -> Arguments:
     """SRVGGNetCompact with as many channels in as out; ``act_type`` is relu where the activations have no weights."""
     width, channels = state['body.0.weight'].shape[:2]
     last = max(int(key.split('.')[1]) for key in state)
     outputs = state[f'body.{last}.weight'].shape[0]
-    return SRVGGNetCompact(
+    return dict(
         num_in_ch=channels,
         num_out_ch=channels,
         num_feat=width,
@@ -150,18 +147,23 @@ def build_srvggnet(state: dict[str, Tensor]) -> SRVGGNetCompact:
     )
 
 
-def build_ridnet(state: dict[str, Tensor]) -> RIDNet:
+def _ridnet(state: State) -> Arguments:
     """RIDNet; mean and range of the images are among the weights."""
     width, channels = state['head.weight'].shape[:2]
-    return RIDNet(channels, width, state['tail.weight'].shape[0], num_block=_count(state, r'body\.\d+\.'))
+    return dict(
+        in_channels=channels,
+        mid_channels=width,
+        out_channels=state['tail.weight'].shape[0],
+        num_block=_count(state, r'body\.\d+\.'),
+    )
 
 
-def build_ecbsr(state: dict[str, Tensor]) -> ECBSR:
+def _ecbsr(state: State) -> Arguments:
     """ECBSR with as many channels in as out, without identities; ``act_type`` is relu where there are no weights."""
     width, channels = state['backbone.0.conv3x3.weight'].shape[:2]
     blocks = _count(state, r'backbone\.\d+\.')
     outputs = state[f'backbone.{blocks - 1}.conv3x3.weight'].shape[0]
-    return ECBSR(
+    return dict(
         num_in_ch=channels,
         num_out_ch=channels,
         num_block=blocks - 2,
@@ -172,12 +174,12 @@ def build_ecbsr(state: dict[str, Tensor]) -> ECBSR:
     )
 
 
-def _count(state: dict[str, Tensor], prefix: str) -> int:
+def _count(state: State, prefix: str) -> int:
     """How many different beginnings of keys match."""
     return len({match.group() for match in (re.match(prefix, key) for key in state) if match})
 
 
-def _upscale_of_steps(state: dict[str, Tensor]) -> int:
+def _upscale_of_steps(state: State) -> int:
     """The factor of BasicSR's ``Upsample``: one step of 3, or steps of 2."""
     steps = [value for key, value in state.items() if re.fullmatch(r'upsample\.\d+\.weight', key)]
     return 3 if steps and steps[0].shape[0] == 9 * steps[0].shape[1] else 2 ** len(steps)
@@ -194,7 +196,7 @@ def _upscale_of_shuffle(name: str, channels: int, outputs: int) -> int:
     return upscale
 
 
-def _width_for_rgb(name: str, state: dict[str, Tensor]) -> int:
+def _width_for_rgb(name: str, state: State) -> int:
     width, channels = state['conv_first.weight'].shape[:2]
     if channels != 3:
         raise InputError(f'it is no {name} for RGB images: conv_first takes {channels} channels, not 3.')
@@ -206,32 +208,45 @@ class StockNetwork:
     """How one network is told from its state dict, and built from it, with or without LoRA.
 
     Args:
-        arch: Its class.
-        build: Its builder: from a state dict to the network that it belongs to, not loaded yet, whose sizes are read
-            from names and shapes. It raises InputError where numbers of channels cannot be told.
-        needed: Keys that the builder reads, which every state dict of the network has.
+        name: Its class.
+        module: The module of BasicSR that has the class, below ``basicsr.archs``.
+        arguments: From a state dict to the arguments of the class, read from names and shapes. It raises InputError
+            where numbers of channels cannot be told.
+        needed: Keys that are read, which every state dict of the network has.
         layers: An expression for the names of all its layers with ``weight`` and ``bias``.
         tensors: An expression for the keys of all its other tensors.
     """
 
-    arch: type[nn.Module]
-    build: Callable[[dict[str, Tensor]], nn.Module]
+    name: str
+    module: str
+    arguments: Callable[[State], Arguments]
     needed: tuple[str, ...]
     layers: str
     tensors: str = ''
 
-    def recognise(self, state: dict[str, Tensor]) -> bool:
+    def recognize(self, state: State) -> bool:
         """Whether ``state`` is a state dict of this network, of any size."""
         keys = {key for key in state if not is_lora_key(key)}
         expression = re.compile(rf'({self.layers})\.(weight|bias)|{self.tensors}')
         return keys >= set(self.needed) and all(map(expression.fullmatch, keys))
 
+    def build(self, state: State) -> nn.Module:
+        """The network that a state dict belongs to, not loaded yet.
+
+        Raises:
+            InputError: Its sizes cannot be told, or BasicSR is not installed.
+        """
+        import_basicsr(f'{self.name}, a network of BasicSR,')
+        network: nn.Module = getattr(import_module(f'basicsr.archs.{self.module}'), self.name)(**self.arguments(state))
+        return network
+
 
 SWINIR_BLOCK = r'layers\.\d+\.residual_group\.blocks\.\d+'
 STOCK_NETWORKS = (
     StockNetwork(
-        SwinIR,
-        build_swinir,
+        'SwinIR',
+        'swinir_arch',
+        _swinir,
         (
             'conv_first.weight',
             'layers.0.residual_group.blocks.0.attn.relative_position_bias_table',
@@ -243,41 +258,49 @@ STOCK_NETWORKS = (
         rf'absolute_pos_embed|{SWINIR_BLOCK}\.(attn_mask|attn\.relative_position_(bias_table|index))',
     ),
     StockNetwork(
-        RRDBNet,
-        build_rrdbnet,
+        'RRDBNet',
+        'rrdbnet_arch',
+        _rrdbnet,
         ('conv_first.weight', 'body.0.rdb1.conv1.weight', 'conv_last.weight'),
         r'conv_first|body\.\d+\.rdb[123]\.conv[1-5]|conv_body|conv_up[12]|conv_hr|conv_last',
     ),
     StockNetwork(
-        EDSR,
-        build_edsr,
+        'EDSR',
+        'edsr_arch',
+        _edsr,
         ('conv_first.weight', 'body.0.conv1.weight', 'conv_after_body.weight', 'conv_last.weight'),
         r'conv_first|body\.\d+\.conv[12]|conv_after_body|upsample\.[0246]|conv_last',
     ),
     StockNetwork(
-        RCAN,
-        build_rcan,
+        'RCAN',
+        'rcan_arch',
+        _rcan,
         ('conv_first.weight', 'body.0.residual_group.0.rcab.3.attention.1.weight', 'conv_last.weight'),
         r'conv_first|body\.\d+\.(conv|residual_group\.\d+\.rcab\.([02]|3\.attention\.[13]))|'
         r'conv_after_body|upsample\.[0246]|conv_last',
     ),
     StockNetwork(
-        MSRResNet,
-        build_msrresnet,
+        'MSRResNet',
+        'srresnet_arch',
+        _msrresnet,
         ('conv_first.weight', 'body.0.conv1.weight', 'upconv1.weight', 'conv_last.weight'),
         r'conv_first|body\.\d+\.conv[12]|upconv[12]|conv_hr|conv_last',
     ),
-    StockNetwork(SRVGGNetCompact, build_srvggnet, ('body.0.weight', 'body.0.bias', 'body.2.weight'), r'body\.\d+'),
     StockNetwork(
-        RIDNet,
-        build_ridnet,
+        'SRVGGNetCompact', 'srvgg_arch', _srvggnet, ('body.0.weight', 'body.0.bias', 'body.2.weight'), r'body\.\d+'
+    ),
+    StockNetwork(
+        'RIDNet',
+        'ridnet_arch',
+        _ridnet,
         ('sub_mean.weight', 'head.weight', 'body.0.merge.aggregation.0.weight', 'tail.weight'),
         r'sub_mean|add_mean|head|tail|body\.\d+\.(merge\.(dilation[12]\.[02]|aggregation\.0)|'
         r'block1\.conv[12]|block2\.body\.[024]|ca\.attention\.[13])',
     ),
     StockNetwork(
-        ECBSR,
-        build_ecbsr,
+        'ECBSR',
+        'ecbsr_arch',
+        _ecbsr,
         ('backbone.0.conv3x3.weight', 'backbone.1.conv3x3.weight', 'backbone.0.conv1x1_3x3.k0'),
         r'backbone\.\d+\.conv3x3',
         r'backbone\.\d+\.(act\.weight|conv1x1_3x3\.[kb][01]|conv1x1_(sbx|sby|lpl)\.(k0|b0|scale|bias|mask))',

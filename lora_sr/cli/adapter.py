@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
-import os
+
+from lora_sr.cli.arguments import add_network_options, network_source, weighted
 
 EPILOG = """\
 examples:
@@ -63,7 +63,7 @@ def add_parser(commands):
         fit.add_argument('--gt', metavar='FOLDER', help='original images')
         fit.add_argument('--lr', metavar='FOLDER', help='LR images of the same names')
         fit.add_argument('--scale', type=int, metavar='N', help='scale factor')
-        fit.add_argument('-opt', metavar='FILE', help='option file whose network_g is the base, if it is not known')
+        add_network_options(mix, with_adapters=False)
         mix.set_defaults(run=run)
 
     info = verbs.add_parser(
@@ -73,20 +73,6 @@ def add_parser(commands):
     )
     info.add_argument('file', metavar='FILE', help='adapter file or adapted checkpoint')
     info.set_defaults(run=run_info)
-
-
-def weighted(argument: str) -> tuple[str, float | None]:
-    """A type for argparse: ``ADAPTER`` or ``ADAPTER=WEIGHT`` to (path, weight or None)."""
-    path, equals, text = argument.rpartition('=')
-    if not equals or os.path.exists(argument):
-        return argument, None
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not path or not math.isfinite(weight):
-        raise argparse.ArgumentTypeError(f'{argument!r} should be ADAPTER or ADAPTER=WEIGHT, with a number for WEIGHT')
-    return path, weight
 
 
 def run_extract(args):
@@ -101,7 +87,7 @@ def run_apply(args):
     """Apply, and print the weights."""
     from lora_sr.deploy.adapters import apply_adapters
 
-    print(apply_adapters(args.base, args.adapters, args.output, args.overwrite, _pairs(args)))
+    print(apply_adapters(network_source(args, args.base), args.adapters, args.output, args.overwrite, _pairs(args)))
     print(f'wrote {args.output}')
 
 
@@ -109,7 +95,7 @@ def run_merge(args):
     """Merge, and print the weights."""
     from lora_sr.deploy.adapters import merge_adapters
 
-    print(merge_adapters(args.base, args.adapters, args.output, args.overwrite, _pairs(args)))
+    print(merge_adapters(network_source(args, args.base), args.adapters, args.output, args.overwrite, _pairs(args)))
     print(f'wrote {args.output}')
 
 
@@ -126,11 +112,11 @@ def _pairs(args):
 
     given = {'--gt': args.gt, '--lr': args.lr, '--scale': args.scale}
     if not args.fit:
-        for name, value in {**given, '-opt': args.opt}.items():
+        for name, value in given.items():
             if value is not None:
                 raise InputError(f'{name} is for --fit, which is not given.')
         return None
     missing = [name for name, value in given.items() if value is None]
     if missing:
         raise InputError(f'--fit needs --gt, --lr and --scale, but {" and ".join(missing)} is not given.')
-    return Pairs(args.gt, args.lr, args.scale, args.opt)
+    return Pairs(args.gt, args.lr, args.scale)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import Callable
+import math
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from lora_sr.errors import InputError
+
+if TYPE_CHECKING:
+    from lora_sr.checkpoints import NetworkSource
+
+CHECKPOINT = 'checkpoint (.pth or .safetensors) in any form; without it the one that the option file of -opt names'
 
 
 def named(path: str) -> Callable[[str], tuple[str, str]]:
@@ -31,3 +39,58 @@ def by_name(pairs: list[tuple[str, str]]) -> dict[str, str]:
         if names.count(name) > 1:
             raise InputError(f'The name "{name}" is given {names.count(name)} times: give each its own.')
     return dict(pairs)
+
+
+def weighted(argument: str) -> tuple[str, float | None]:
+    """A type for argparse: ``FILE`` or ``FILE=WEIGHT`` to (path, weight or None)."""
+    path, equals, text = argument.rpartition('=')
+    if not equals or os.path.exists(argument):
+        return argument, None
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not path or not math.isfinite(weight):
+        raise argparse.ArgumentTypeError(f'{argument!r} should be FILE or FILE=WEIGHT, with a number for WEIGHT')
+    return path, weight
+
+
+def add_network_options(parser: argparse.ArgumentParser, with_adapters: bool = True) -> None:
+    """Add what makes a network of a checkpoint; :func:`network_source` reads it."""
+    group = parser.add_argument_group('network', 'What makes a network of a checkpoint, if more is needed.')
+    group.add_argument('-opt', dest='options', metavar='FILE', help='option file whose network_g the checkpoint is of')
+    group.add_argument(
+        '--import',
+        dest='imports',
+        action='append',
+        default=[],
+        metavar='MODULE',
+        help='module, or .py file, that registers a network of your own; may be repeated',
+    )
+    group.add_argument('--param-key', metavar='KEY', help='state dict in the file (default: params_ema, else params)')
+    if with_adapters:
+        group.add_argument(
+            '--adapter',
+            dest='adapters',
+            action='append',
+            default=[],
+            type=weighted,
+            metavar='FILE[=WEIGHT]',
+            help='adapter to put on top (default weight: 1); may be repeated',
+        )
+    add_force(group)
+
+
+def add_force(parser: argparse._ActionsContainer) -> None:
+    """Add ``--force``."""
+    parser.add_argument(
+        '--force', action='store_true', help='put an adapter on another base than its own, or twice on one'
+    )
+
+
+def network_source(args: argparse.Namespace, checkpoint: str | None) -> NetworkSource:
+    """What the arguments of :func:`add_network_options` name, with a checkpoint."""
+    from lora_sr.checkpoints import NetworkSource
+
+    adapters = [(path, 1.0 if weight is None else weight) for path, weight in getattr(args, 'adapters', [])]
+    return NetworkSource(checkpoint, args.options, args.imports, adapters, args.param_key, args.force)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from lora_sr.cli.arguments import by_name, named
+from lora_sr.cli.arguments import add_network_options, by_name, named, network_source
 
 
 def add_parser(commands):
@@ -21,7 +21,8 @@ def add_parser(commands):
         nargs='+',
         type=named('FILE'),
         metavar='NAME=FILE',
-        help="checkpoint, or option file of BasicSR (.yml) with any registered network and its path's weights",
+        help="checkpoint, or option file of BasicSR (.yml) with any registered network and its path's weights; "
+        '-opt serves the checkpoints that belong to no known network',
     )
     parser.add_argument(
         '--set',
@@ -53,6 +54,7 @@ def add_parser(commands):
     parser.add_argument('--plot', metavar='FILE', help='draw PSNR over multiply-adds (.png, .svg, .pdf; matplotlib)')
     parser.add_argument('--picture', metavar='PNG', help='write details of all versions side by side')
     parser.add_argument('--overwrite', action='store_true', help='replace files that exist')
+    add_network_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -62,7 +64,7 @@ def run(args):
     from lora_sr.report.tables import format_table
 
     compare(
-        by_name(args.networks),
+        {name: network_source(args, file) for name, file in by_name(args.networks).items()},
         {name: _folders(value) for name, value in by_name(args.sets).items()},
         rgb=args.rgb,
         runtime=args.runtime,

@@ -1,5 +1,7 @@
 """`lora-sr export`: a deployed network as a file for other programs."""
 
+from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source
+
 
 def add_parser(commands):
     """Add the sub-command, with a sub-command for each format, to `lora-sr`."""
@@ -16,7 +18,7 @@ def add_parser(commands):
         ('chainner', 'a checkpoint that chaiNNer and spandrel load', '.pth or .safetensors'),
     ):
         command = formats.add_parser(name, help=summary, description=f'Write a network as {summary}.')
-        command.add_argument('checkpoint', help='checkpoint, trained or merged (.pth or .safetensors)')
+        command.add_argument('checkpoint', nargs='?', metavar='CHECKPOINT', help=CHECKPOINT)
         command.add_argument('-o', '--output', required=True, metavar='FILE', help=f'file to write ({suffixes})')
         if name == 'onnx':
             command.add_argument(
@@ -25,8 +27,8 @@ def add_parser(commands):
                 default='float32',
                 help='of weights and features; images are float32 (default: float32)',
             )
-        command.add_argument('--param-key', help='state dict in the checkpoint (default: params_ema, else params)')
         command.add_argument('--overwrite', action='store_true', help='replace the output where it exists')
+        add_network_options(command)
         command.set_defaults(run=run)
 
 
@@ -36,5 +38,5 @@ def run(args):
 
     export = getattr(exports, f'export_{args.format}')
     options = {'dtype': args.dtype} if args.format == 'onnx' else {}
-    print(export(args.checkpoint, args.output, param_key=args.param_key, overwrite=args.overwrite, **options))
+    print(export(network_source(args, args.checkpoint), args.output, overwrite=args.overwrite, **options))
     print(f'wrote {args.output}')

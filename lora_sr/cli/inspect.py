@@ -1,5 +1,7 @@
 """`lora-sr inspect`: what a checkpoint is, the layers of a network, what adapts them, and what that costs."""
 
+from lora_sr.cli.arguments import add_network_options, network_source
+
 
 def add_parser(commands):
     """Add the sub-command to `lora-sr`."""
@@ -11,8 +13,11 @@ def add_parser(commands):
         'option file these are the layers of network_g as the run would build it, and neither data nor weights are '
         'needed. Equal layers of repeated blocks share a line, which has their sums.',
     )
-    parser.add_argument('file', metavar='FILE', help='option file (.yml), checkpoint (.pth, .safetensors) or .state')
+    parser.add_argument(
+        'file', nargs='?', metavar='FILE', help='option file (.yml), checkpoint (.pth, .safetensors) or .state'
+    )
     parser.add_argument('--all', action='store_true', help='a line for every layer')
+    add_network_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -20,4 +25,4 @@ def run(args):
     """Print the summary and the table."""
     from lora_sr.report.summary import inspect_file
 
-    print(inspect_file(args.file, fold=not args.all))
+    print(inspect_file(network_source(args, args.file), fold=not args.all))

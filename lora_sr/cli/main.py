@@ -1,47 +1,100 @@
-"""`lora-sr`: one command, a sub-command for each step of the work."""
+"""``lora-sr``: one command, a sub-command for each step of the work."""
+
+from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Callable
 
-from lora_sr.cli import (
-    adapter,
-    allocate,
-    bench,
-    compare,
-    curves,
-    degrade,
-    export,
-    inspect,
-    merge,
-    pipelines,
-    prepare,
-    submission,
-    upscale,
-)
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, import_basicsr
 
-PREPARING, TRAINING = (prepare, degrade), (inspect, allocate, pipelines)
-DEPLOYING, MEASURING = (merge, adapter, upscale, export, submission), (compare, curves, bench)
+if TYPE_CHECKING:
+    from types import FrameType
+
+PREPARING, TRAINING = ('prepare', 'degrade'), ('inspect', 'allocate', 'pipelines')
+DEPLOYING, MEASURING = ('merge', 'adapter', 'upscale', 'export', 'submission'), ('compare', 'curves', 'bench')
+NEED_BASICSR = ('train', 'test', 'allocate')
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `lora-sr`; each sub-command sets `run`, a function of the parsed arguments."""
+    """The parser of ``lora-sr``; each sub-command sets ``run``, a function of the parsed arguments."""
     parser = argparse.ArgumentParser(prog='lora-sr', description='LoRA and distillation for SR, on BasicSR.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for module in (*PREPARING, *TRAINING, *DEPLOYING, *MEASURING):
-        module.add_parser(commands)
+    for name in (*PREPARING, *TRAINING, *DEPLOYING, *MEASURING):
+        importlib.import_module(f'lora_sr.cli.{name}').add_parser(commands)
     return parser
 
 
-def main(argv=None) -> int:
-    """Run `lora-sr`. Returns the exit status: 0, or 2 after a mistake in the input, told in one sentence a line."""
-    args = build_parser().parse_args(argv)
-    try:
+def main(argv: list[str] | None = None) -> int:
+    """Run ``lora-sr``.
+
+    Returns:
+        The exit status: 0; 2 after a mistake in the input, told in one sentence a line; 130 after Ctrl-C.
+    """
+
+    def run() -> None:
+        args = build_parser().parse_args(argv)
+        if args.command in NEED_BASICSR:
+            import_basicsr(f'lora-sr {args.command}')
         args.run(args)
-    except InputError as error:
-        print(f'lora-sr: error: {error}', file=sys.stderr)
-        return 2
-    return 0
+
+    return _tell(run, 'lora-sr: ')
+
+
+def run_pipeline(is_train: bool) -> int:
+    """Run ``python -m lora_sr.train`` or ``lora_sr.test``. Returns the exit status, as ``main`` does."""
+
+    def run() -> int:
+        import_basicsr(f'lora_sr.{"train" if is_train else "test"}')
+        from lora_sr.cli import pipelines
+
+        return pipelines.main(is_train)
+
+    # Of several processes on a machine, the first tells what is wrong.
+    return _tell(run, '', is_quiet=int(os.environ.get('LOCAL_RANK', 0)) > 0)
+
+
+def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False) -> int:
+    """Run something, its imports included, and turn what stops it into a line and an exit status."""
+    with _noted_interrupts() as interrupts:
+        try:
+            return run() or 0
+        except InputError as error:
+            message, status = f'error: {error}', 2
+        except BaseException as error:
+            # NumPy and torch turn Ctrl-C into an ImportError where it meets their first lines.
+            if not (isinstance(error, KeyboardInterrupt) or (interrupts and isinstance(error, Exception))):
+                raise
+            message, status = 'interrupted', 130
+    if not is_quiet:
+        print(f'{prefix}{message}', file=sys.stderr, flush=True)
+    return status
+
+
+@contextlib.contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """A list that grows with each Ctrl-C, which still raises KeyboardInterrupt."""
+    interrupts: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    is_main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield interrupts
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if __name__ == '__main__':

@@ -1,19 +1,13 @@
-"""`lora-sr train` and `lora-sr test`: BasicSR's own pipelines, after a check of the option file."""
+"""`lora-sr train` and `lora-sr test`: BasicSR's own pipelines, in which the patches check the option file."""
+
+from __future__ import annotations
 
 import argparse
-import os
 import sys
-
-import torch.distributed as dist
-from basicsr.test import test_pipeline
-from basicsr.train import train_pipeline
-
-from lora_sr.basicsr.options import check_options
-from lora_sr.errors import InputError
-from lora_sr.option_file import apply_overrides, load_options
+from typing import Any
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Any) -> None:
     """Add `train` and `test` to `lora-sr`."""
     for name, is_train, summary in (
         ('train', True, 'train a network as an option file says (BasicSR)'),
@@ -46,54 +40,12 @@ def run_command(args: argparse.Namespace, is_train: bool) -> None:
         sys.exit(status)
 
 
-def main(is_train: bool, argv=None) -> int:
-    """Check the option file, then run BasicSR's pipeline in the current folder.
-
-    Returns the exit status: 0; 2 after mistakes in the input, each told in a line on the standard error by the first
-    process of each machine; or 130 after Ctrl-C.
-    """
+def main(is_train: bool, argv: list[str] | None = None) -> int:
+    """Run a pipeline with that command line; returns the exit status, see :func:`lora_sr.basicsr.pipelines.run`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        run_pipeline(is_train, argv)
-    except InputError as error:
-        if int(os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', 0))) == 0:
-            for line in str(error).splitlines():
-                print(f'error: {line}', file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        hint = '; --auto_resume goes on from its last checkpoint' if is_train else ''
-        print(f'interrupted{hint}', file=sys.stderr, flush=True)
-        return 130
-    return 0
-
-
-def run_pipeline(is_train: bool, argv: list) -> None:
-    """Check the option file named in `argv`, then run BasicSR's `train_pipeline` or `test_pipeline`.
-
-    Raises:
-        InputError: something is wrong with the input; before the run starts, all that is wrong, a sentence a line.
-    """
     parser = argparse.ArgumentParser(prog=f'python -m lora_sr.{"train" if is_train else "test"}')
     add_arguments(parser)
-    args = parser.parse_args(argv)
-    opt = load_options(args.opt)
-    apply_overrides(opt, args.force_yml)
-    opt['auto_resume'] = args.auto_resume
-    problems = check_options(opt, is_train, os.getcwd(), _processes(args.launcher))
-    if problems:
-        raise InputError('\n'.join(problems))
+    parser.parse_args(argv)  # for a usage of its own, and a help with every argument
+    from lora_sr.basicsr import pipelines
 
-    before = sys.argv
-    sys.argv = [before[0], *argv]  # BasicSR reads it, and copies it into the experiment's option file
-    try:
-        (train_pipeline if is_train else test_pipeline)(os.getcwd())
-    finally:
-        sys.argv = before
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _processes(launcher: str) -> int:
-    """How many processes the launcher has started, on all machines."""
-    variable = {'pytorch': 'WORLD_SIZE', 'slurm': 'SLURM_NTASKS'}.get(launcher)
-    return int(os.environ.get(variable, 1)) if variable else 1
+    return pipelines.run(is_train, argv)

@@ -1,5 +1,7 @@
 """`lora-sr submission`: a checkpoint to what a team hands in to a NTIRE efficient SR challenge."""
 
+from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source
+
 
 def add_parser(commands):
     """Add the sub-command to `lora-sr`."""
@@ -8,10 +10,10 @@ def add_parser(commands):
         help='write what a NTIRE efficient SR team hands in, and verify it',
         description='Write models/teamNN_NAME.py, one file that imports torch alone, its weights to model_zoo/, the '
         "branch for the organisers' select_model, and a factsheet with the counts. Before the files appear, the "
-        'network is run in a process without this package, and its images compared. SPAN, DSCLoRA, LKDN and LKDN-S, '
-        'trained or merged.',
+        'network is run in a process without this package, and its images compared. SPAN, DSCLoRA, LKDN and LKDN-S '
+        'are written out as they run; of a network of your own the module of its class is taken.',
     )
-    parser.add_argument('-m', '--model', required=True, metavar='CHECKPOINT', help='checkpoint (.pth or .safetensors)')
+    parser.add_argument('-m', '--model', metavar='CHECKPOINT', help=CHECKPOINT)
     parser.add_argument('--team', required=True, type=int, metavar='N', help='number of the team')
     parser.add_argument('--name', required=True, help='name of the entry, e.g. DSCF')
     parser.add_argument(
@@ -21,8 +23,8 @@ def add_parser(commands):
         metavar='DIR',
         help="folder to write, or a clone of the organisers' repository, in which nothing else changes",
     )
-    parser.add_argument('--param-key', help='state dict in the checkpoint (default: params_ema, else params)')
     parser.add_argument('--overwrite', action='store_true', help='replace files of the submission that exist')
+    add_network_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -32,7 +34,9 @@ def run(args):
 
     from lora_sr.deploy.submission import write_submission
 
-    report = write_submission(args.model, args.output, args.team, args.name, args.param_key, args.overwrite)
+    report = write_submission(
+        network_source(args, args.model), args.output, args.team, args.name, overwrite=args.overwrite
+    )
     print(report)
     for file in report.files:
         print(f'wrote {Path(args.output, file)}')

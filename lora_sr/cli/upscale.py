@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import math
-import os
 import sys
+
+from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source
 
 EPILOG = """\
 examples:
   lora-sr upscale photos -m SPAN_x4.pth -o photos_x4
   lora-sr upscale 'scans/*.tif' cover.png -m SPAN_x4.pth -o upscaled --format png
-  lora-sr upscale photo.jpg -m SwinIR.pth --adapter phone.safetensors:0.7 -o photo_x4.png --tile 256
+  lora-sr upscale photo.jpg -m SwinIR.pth --adapter phone.safetensors=0.7 -o photo_x4.png --tile 256
 """
 
 
@@ -22,21 +22,13 @@ def add_parser(commands):
         help='upscale images with a trained network',
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Upscale PNG, JPEG, WebP and TIFF images of 8 and 16 bits: grey or RGB, with or without alpha.\n'
+        description='Upscale PNG, JPEG, WebP and TIFF images of 8 and 16 bits: gray or RGB, with or without alpha.\n'
         'Names, sub-folders, ICC profiles and EXIF are kept. Exit status: 0; 1 if some images failed, which are\n'
         'named at the end; 2 if the call is wrong, or the output cannot be written.',
     )
     parser.add_argument('inputs', nargs='+', metavar='INPUT', help='image, folder, or quoted pattern')
-    parser.add_argument('-m', '--model', required=True, metavar='CHECKPOINT', help='.pth or .safetensors, of any form')
+    parser.add_argument('-m', '--model', metavar='CHECKPOINT', help=CHECKPOINT)
     parser.add_argument('-o', '--output', required=True, metavar='OUT', help='folder; or file, for one image')
-    parser.add_argument(
-        '--adapter',
-        action='append',
-        default=[],
-        type=weighted,
-        metavar='FILE[:WEIGHT]',
-        help='adapter to put onto the checkpoint (default weight: 1); may be repeated',
-    )
     parser.add_argument(
         '--tile',
         type=int,
@@ -62,21 +54,8 @@ def add_parser(commands):
         help='of JPEG and WebP, 1 to 100; at 100 WebP is lossless (default: 95)',
     )
     parser.add_argument('--overwrite', action='store_true', help='replace outputs that exist')
+    add_network_options(parser)
     parser.set_defaults(run=run)
-
-
-def weighted(argument: str) -> tuple[str, float]:
-    """A type for argparse: ``FILE`` or ``FILE:WEIGHT`` to (path, weight)."""
-    path, colon, text = argument.rpartition(':')
-    if not colon or os.path.exists(argument):
-        return argument, 1.0
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not path or not math.isfinite(weight):
-        raise argparse.ArgumentTypeError(f'{argument!r} should be FILE or FILE:WEIGHT, with a number for WEIGHT')
-    return path, weight
 
 
 def run(args):
@@ -86,9 +65,8 @@ def run(args):
     try:
         report = upscale(
             args.inputs,
-            args.model,
+            network_source(args, args.model),
             args.output,
-            args.adapter,
             args.tile,
             DTYPES[args.dtype],
             args.format,

@@ -4,37 +4,31 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Sequence
 
-from basicsr.utils.registry import ARCH_REGISTRY
 from torch import Tensor, nn
 
 from lora_sr.adapters import (
     Adapter,
     apply_adapter,
-    describe_misfit,
     extract_adapter,
-    is_lora_key,
     merge_adapter,
     mix_adapters,
-    read_adapter,
-    remove_lora,
     save_adapter,
 )
 from lora_sr.adapters.adapter_file import SUFFIX
 from lora_sr.archs import is_training_form
-from lora_sr.archs.adaptsr import AdaptSR
-from lora_sr.archs.any_size import take_any_size
-from lora_sr.checkpoints import load_network, read_state_dict
-from lora_sr.checkpoints.content import load_weights
-from lora_sr.checkpoints.loading import OURS, family_of
-from lora_sr.checkpoints.writing import SUFFIXES, writing
+from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkSource, Origin, open_network
+from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
+from lora_sr.checkpoints.families import OURS
+from lora_sr.checkpoints.networks import UnknownNetwork
+from lora_sr.checkpoints.origin import KEY
+from lora_sr.checkpoints.writing import SUFFIXES, write_state
 from lora_sr.deploy.mixing import FittedMix, fit_mix
 from lora_sr.errors import InputError
 from lora_sr.files import check_output
-from lora_sr.option_file import load_options
 
 
 @dataclass(frozen=True)
@@ -45,14 +39,11 @@ class Pairs:
         gt: Folder of the original images.
         lr: Folder of the LR images of the same names (or with ``x{scale}`` behind).
         scale: Scale factor.
-        options: An option file whose ``network_g`` is the base's network, or AdaptSR on it: for a base that
-            :func:`lora_sr.load_network` does not know.
     """
 
-    gt: str | os.PathLike
-    lr: str | os.PathLike
+    gt: str | os.PathLike[str]
+    lr: str | os.PathLike[str]
     scale: int
-    options: str | os.PathLike | None = None
 
 
 @dataclass(frozen=True)
@@ -93,21 +84,24 @@ def extract_to_file(
             another suffix, or cannot be written.
     """
     check_output(output, (SUFFIX,), overwrite)
-    save_adapter(_adapter_of(checkpoint, read_state_dict(checkpoint, param_key)), output, overwrite)
+    found = Checkpoint.read(checkpoint, param_key)
+    origin = replace(found.origin or Origin(), base=found.fingerprint)
+    save_adapter(_adapter_of(found), output, overwrite, {KEY: origin.to_json()})
     return describe_file(output)
 
 
 def apply_adapters(
-    base: str | os.PathLike,
-    adapters: Sequence[tuple[str | os.PathLike, float | None]],
-    output: str | os.PathLike,
+    base: str | os.PathLike[str] | NetworkSource,
+    adapters: Sequence[tuple[str | os.PathLike[str], float | None]],
+    output: str | os.PathLike[str],
     overwrite: bool = False,
     pairs: Pairs | None = None,
 ) -> MixReport:
     """Put adapters onto a base checkpoint, of any network: the checkpoint of the adapted network.
 
     Args:
-        base: A checkpoint of the base, see :func:`lora_sr.checkpoints.read_state_dict`.
+        base: A checkpoint of the base, of any network; or a :class:`lora_sr.checkpoints.NetworkSource` for a base that
+            no family knows, or to put adapters on another base than their own.
         adapters: Adapter files, each with its weight, see :func:`lora_sr.adapters.mix_adapters`. ``None`` is 1, or an
             equal share with ``pairs``.
         output: The file to write, ``.pth`` (state dict under ``params``) or ``.safetensors``.
@@ -123,9 +117,9 @@ def apply_adapters(
 
 
 def merge_adapters(
-    base: str | os.PathLike,
-    adapters: Sequence[tuple[str | os.PathLike, float | None]],
-    output: str | os.PathLike,
+    base: str | os.PathLike[str] | NetworkSource,
+    adapters: Sequence[tuple[str | os.PathLike[str], float | None]],
+    output: str | os.PathLike[str],
     overwrite: bool = False,
     pairs: Pairs | None = None,
 ) -> MixReport:
@@ -140,22 +134,22 @@ def describe_file(path: str | os.PathLike) -> str:
     """What is in an adapter file, or in the adapter of an adapted checkpoint, as text for the terminal.
 
     Layers of the same shapes, rank and alpha whose names differ in numbers alone are one line of its table; so are
-    the parameters that are shifted besides.
+    the parameters with a delta besides.
 
     Raises:
         InputError: The file cannot be read, or there is no LoRA in it.
     """
-    state = read_state_dict(path)
-    is_adapter = all(map(is_lora_key, state))
-    adapter = read_adapter(path) if is_adapter else _adapter_of(path, state)
+    checkpoint = Checkpoint.read(path)
+    is_adapter = checkpoint.form == ADAPTER
+    adapter = AdapterFile.of(checkpoint).adapter if is_adapter else _adapter_of(checkpoint)
     rows: dict[tuple, list[str]] = {}
     for name in adapter.layers:
         lora_A, lora_B = (adapter.tensors[f'{name}.{tensor}'] for tensor in ('lora_A', 'lora_B'))
         kind = f'{_shape(lora_A)}, {_shape(lora_B)}', adapter.rank_of(name), f'{adapter.alpha_of(name):g}'
         rows.setdefault((re.sub(r'\d+', '*', name), *kind, lora_A.numel() + lora_B.numel()), []).append(name)
-    for name, shift in adapter.shifts.items():
-        rows.setdefault((re.sub(r'\d+', '*', name), _shape(shift), '-', '-', shift.numel()), []).append(name)
-    table = [('layer or shifted parameter', 'count', 'tensors', 'rank', 'alpha', 'parameters')]
+    for name, delta in adapter.deltas.items():
+        rows.setdefault((re.sub(r'\d+', '*', name), _shape(delta), '-', '-', delta.numel()), []).append(name)
+    table = [('layer, or parameter with a delta', 'count', 'tensors', 'rank', 'alpha', 'parameters')]
     for (_, shapes, rank, alpha, size), names in rows.items():
         table.append((_pattern(names), str(len(names)), shapes, str(rank), alpha, f'{size * len(names):,}'))
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -163,108 +157,87 @@ def describe_file(path: str | os.PathLike) -> str:
         '  '.join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))])
         for first, *rest in table
     ]
-    in_shifts = sum(shift.numel() for shift in adapter.shifts.values())
-    in_layers = sum(size * len(names) for (*_, size), names in rows.items()) - in_shifts
+    in_deltas = sum(delta.numel() for delta in adapter.deltas.values())
+    in_layers = sum(size * len(names) for (*_, size), names in rows.items()) - in_deltas
     lines += [
         '',
         f'{"adapter" if is_adapter else "adapted checkpoint"}, {Path(path).stat().st_size:,} bytes',
         f'{len(adapter.layers)} layers with LoRA, {in_layers:,} parameters',
-        f'{len(adapter.shifts)} shifted parameters besides, {in_shifts:,} values' if in_shifts else 'nothing besides',
+        f'{len(adapter.deltas)} parameters with a delta besides, {in_deltas:,} values'
+        if in_deltas
+        else 'nothing besides',
     ]
+    if checkpoint.origin is not None:
+        lines.append(f'from {checkpoint.origin}')
     return '\n'.join(lines)
 
 
-def _mix(base, adapters, output, overwrite: bool, pairs: Pairs | None, finish) -> MixReport:
+def _mix(
+    base: str | os.PathLike[str] | NetworkSource,
+    adapters: Sequence[tuple[str | os.PathLike[str], float | None]],
+    output: str | os.PathLike[str],
+    overwrite: bool,
+    pairs: Pairs | None,
+    finish: Callable[[Mapping[str, Tensor], Adapter], dict[str, Tensor]],
+) -> MixReport:
     check_output(output, SUFFIXES, overwrite)
-    state = _read_base(base)
-    loaded = [_read_adapter(path) for path, _ in adapters]
-    network = _network(base, state, pairs)
-    for (path, _), adapter in zip(adapters, loaded):
-        misfit = describe_misfit(adapter, state if network is None else network.state_dict())
-        if misfit:
-            hint = ''
-            if network is not None and is_training_form(network):
-                hint = ' (the base has branches, which `lora-sr merge` folds)'
-            raise InputError(f'The adapter {path} does not fit the base {base}: {misfit}{hint}.')
-        for key, value in adapter.tensors.items():
-            if not value.isfinite().all():
-                raise InputError(f'The adapter {path} has values that are not finite, in {key}.')
+    source = base if isinstance(base, NetworkSource) else NetworkSource(base)
+    checkpoint = _read_base(source)
+    files = [AdapterFile.read(path) for path, _ in adapters]
+    network = _network(source, checkpoint, pairs)
+    state = checkpoint.state if network is None else network.state_dict()
+    for file in files:
+        file.check_fit(state, checkpoint.path, network is not None and is_training_form(network))
+        file.check_base(state, checkpoint.origin, checkpoint.path, source.force)
     unsaid = 1 / len(adapters) if pairs else 1.0
     weights = [unsaid if weight is None else weight for _, weight in adapters]
     fitted = None
     if pairs:
-        fitted = fit_mix(network, loaded, weights, pairs.gt, pairs.lr, pairs.scale)
+        assert network is not None
+        fitted = fit_mix(network, [file.adapter for file in files], weights, pairs.gt, pairs.lr, pairs.scale)
         weights = fitted.weights
-    mixed = mix_adapters(zip(loaded, weights))
-    with writing(finish(state, mixed), Path(output)):
-        pass  # what is written is exact: there is nothing to prove
+    mixed = mix_adapters((file.adapter, weight) for file, weight in zip(files, weights))
+    origin = (checkpoint.origin or Origin()).with_adapters(state, [file.fingerprint for file in files])
+    write_state(finish(checkpoint.state, mixed), Path(output), origin)  # it is exact: there is nothing to prove
     return MixReport([os.fspath(path) for path, _ in adapters], weights, len(mixed.layers), fitted)
 
 
-def _read_base(path: str | os.PathLike) -> dict[str, Tensor]:
-    state = read_state_dict(path)
-    if all(map(is_lora_key, state)):
+def _read_base(source: NetworkSource) -> Checkpoint:
+    path = source.checkpoint
+    assert path is not None and not isinstance(path, nn.Module)  # the command line asks for a file
+    checkpoint = Checkpoint.read(path, source.param_key)
+    if checkpoint.form == ADAPTER:
         raise InputError(f'{path} is an adapter, where a checkpoint of the base is right.')
-    if any(map(is_lora_key, state)):
+    if checkpoint.form == ADAPTED:
         raise InputError(
             f'{path} carries LoRA already, where a checkpoint of the base is right: merge it with `lora-sr merge`, or '
             'take its adapter out with `lora-sr adapter extract`.'
         )
-    return state
+    return checkpoint
 
 
-def _read_adapter(path: str | os.PathLike) -> Adapter:
-    if Path(path).suffix != SUFFIX and Path(path).is_file():
-        carries_lora = any(map(is_lora_key, read_state_dict(path)))
-        kind = 'an adapted checkpoint: take its adapter out with `lora-sr adapter extract`'
-        raise InputError(f'{path} is no adapter but {kind if carries_lora else "a base checkpoint"}.')
-    return read_adapter(path)
-
-
-def _adapter_of(path: str | os.PathLike, state: dict[str, Tensor]) -> Adapter:
-    if all(map(is_lora_key, state)):
-        raise InputError(f'{path} is an adapter already, where an adapted checkpoint is right.')
+def _adapter_of(checkpoint: Checkpoint) -> Adapter:
+    if checkpoint.form == ADAPTER:
+        raise InputError(f'{checkpoint.path} is an adapter already, where an adapted checkpoint is right.')
     try:
-        return extract_adapter(state)
+        return extract_adapter(checkpoint.state)
     except InputError as error:
-        raise InputError(f'{path} cannot be used: {error}') from None
+        raise InputError(f'{checkpoint.path} cannot be used: {error}') from None
 
 
-def _network(base: str | os.PathLike, state: dict[str, Tensor], pairs: Pairs | None) -> nn.Module | None:
+def _network(source: NetworkSource, checkpoint: Checkpoint, pairs: Pairs | None) -> nn.Module | None:
     """The base network with its weights; ``None`` where it is not known and not needed."""
-    if pairs and pairs.options is not None:
-        return _build(pairs.options, state, base)
-    if family_of(state) is not None:
-        try:
-            return load_network(base)
-        except InputError:  # a network of one's own may look like a stock one
-            if pairs or family_of(state) in OURS:
-                raise
-    if pairs:
-        raise InputError(
-            f'{base} belongs to no network known here, so --fit cannot run it: give an option file whose network_g is '
-            'that network, with -opt.'
-        )
-    return None
-
-
-def _build(options: str | os.PathLike, state: dict[str, Tensor], base: str | os.PathLike) -> nn.Module:
-    section = load_options(options).get('network_g')
-    if isinstance(section, dict) and section.get('type') == AdaptSR.__name__:
-        section = section.get('base')
-    if not isinstance(section, dict) or 'type' not in section:
-        raise InputError(f'{options} has no network_g with a type, of which {base} would be a checkpoint.')
-    arguments = dict(section)
-    name = arguments.pop('type')
     try:
-        network = ARCH_REGISTRY.get(name)(**arguments)
-    except KeyError:
-        raise InputError(f'{options}: there is no registered network "{name}".') from None
-    except Exception as error:  # whatever a constructor, also one of others, makes of wrong values
-        raise InputError(f'{options}: {name} cannot be built from these values: {error}') from error
-    remove_lora(network)
-    load_weights(network, state, base)
-    return take_any_size(network.eval())
+        return open_network(replace(source, checkpoint=checkpoint, adapters=())).network
+    except UnknownNetwork as error:  # a network of one's own may look like a stock one
+        if checkpoint.family in OURS or (pairs and checkpoint.family is not None):
+            raise
+        if pairs:
+            raise InputError(
+                f'{checkpoint.path} belongs to no network known here, so --fit cannot run it: give '
+                'an option file whose network_g is that network, with -opt.'
+            ) from error
+    return None
 
 
 def _shape(tensor: Tensor) -> str:

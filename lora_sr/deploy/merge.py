@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from basicsr.archs.swinir_arch import SwinIR
 from torch import Tensor, nn
 
-from lora_sr.adapters import count_parameters, is_lora_key, lora_layers, merge_state_dict
-from lora_sr.archs.any_size import accepted_input
-from lora_sr.archs.reparam import TOLERANCE, Foldable, deploy_form, relative_difference
-from lora_sr.checkpoints import load_network, read_state_dict
-from lora_sr.checkpoints.loading import OURS, family_of
-from lora_sr.checkpoints.writing import SUFFIXES, writing
+from lora_sr.adapters import adapted_modules, count_parameters, is_lora_key, lora_layers, merge_state_dict
+from lora_sr.archs import deploy_form, network_info
+from lora_sr.archs.reparam import TOLERANCE, Foldable, relative_difference
+from lora_sr.checkpoints import Checkpoint, NetworkLike, OpenedNetwork, Origin, open_network
+from lora_sr.checkpoints.building import base_section
+from lora_sr.checkpoints.checkpoint import ADAPTED
+from lora_sr.checkpoints.families import OURS
+from lora_sr.checkpoints.networks import UnknownNetwork, reopen
+from lora_sr.checkpoints.origin import adapter_fingerprint, fingerprint
+from lora_sr.checkpoints.writing import SUFFIXES, write_state, writing
 from lora_sr.errors import InputError
 from lora_sr.files import check_output
 
@@ -51,58 +55,54 @@ class MergeReport:
 
 
 def merge_checkpoint(
-    checkpoint: str | os.PathLike, output: str | os.PathLike, param_key: str | None = None, overwrite: bool = False
+    source: NetworkLike, output: str | os.PathLike[str], param_key: str | None = None, overwrite: bool = False
 ) -> MergeReport:
-    """Take a training checkpoint to its deploy form: merge the LoRA, then fold the re-parameterised branches.
+    """Take a training checkpoint to its deploy form: merge the LoRA, then fold the re-parameterized branches.
 
     Either may be absent. The written file is loaded again, into the stock network, and compared with the trained
     network on random images. Merging is exact to the bit, and is compared in float32, as it runs. Folding rounds
     differently, so there both networks are evaluated in float64, which leaves the rounding of the written weights.
 
-    A checkpoint with LoRA of a network that is not known here is merged without the network: each update is added to
-    the weight that it stands beside. No outputs are compared then, and no branches folded.
+    A checkpoint with LoRA of a network that is not known is merged without the network: each update is added to the
+    weight that it stands beside. No outputs are compared then, and no branches folded.
 
     Args:
-        checkpoint: A checkpoint with LoRA or with branches, see :func:`lora_sr.load_network`; with LoRA, of any
-            network.
+        source: A checkpoint with LoRA or with branches, or whatever else :func:`lora_sr.load_network` takes.
         output: The file to write, ``.pth`` (state dict under ``params``) or ``.safetensors``.
-        param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``.
+        param_key: Where the state dict is in the checkpoint; by default ``params_ema``, else ``params``.
         overwrite: Replace ``output`` where it exists.
 
     Raises:
-        InputError: ``checkpoint`` cannot be read, or there is nothing to merge or fold; ``output`` exists, has another
+        InputError: ``source`` cannot be read, or there is nothing to merge or fold; ``output`` exists, has another
             suffix or cannot be written; or the outputs differ by more than 1e-5 of the largest. No file is left behind
             then.
     """
     output = Path(output)
     check_output(output, SUFFIXES, overwrite)
-    state = read_state_dict(checkpoint, param_key)
-    if all(map(is_lora_key, state)):
-        raise InputError(f'{checkpoint} is an adapter: `lora-sr adapter merge` puts it onto its base.')
-    if any(map(is_lora_key, state)) and family_of(state) is None:
-        return _merge_unknown(checkpoint, state, output)
     try:
-        trained = load_network(checkpoint, param_key)
-    except InputError:  # a network of one's own may look like a stock one; those of this package may have branches
-        if not any(map(is_lora_key, state)) or family_of(state) in OURS:
+        opened = open_network(source, param_key)
+    except UnknownNetwork as error:
+        # A network of one's own may look like a stock one; those of this package may have branches.
+        if error.checkpoint.form != ADAPTED or error.checkpoint.family in OURS:
             raise
-        return _merge_unknown(checkpoint, state, output)
+        return _merge_unknown(error.checkpoint, output)
+    trained = opened.network
     layers = sum(1 for _ in lora_layers(trained))
     folded = sum(1 for module in trained.modules() if isinstance(module, Foldable) and module.is_training_form)
-    if not layers and not folded:
-        raise InputError(f'{checkpoint} is a deploy-form checkpoint already: nothing to merge or fold.')
+    if not any(True for _ in adapted_modules(trained)) and not folded:
+        raise InputError(f'{opened.name} is a deploy-form checkpoint already: nothing to merge or fold.')
     try:
         plain = deploy_form(trained)
     except InputError as error:
-        raise InputError(f'{checkpoint} cannot be folded: {error}') from None
+        raise InputError(f'{opened.name} cannot be folded: {error}') from None
 
-    with writing(plain.state_dict(), output) as partial:
-        written = load_network(partial)
+    with writing(plain.state_dict(), output, merged_origin(opened)) as partial:
+        written = reopen(opened, partial)
         difference = _difference(trained, written, torch.float64 if folded else torch.float32)
         if not difference <= TOLERANCE:
             raise InputError(
                 f'The written network differs from the trained one by {difference:.1e} of the largest output, more '
-                f'than {TOLERANCE:.0e}: {checkpoint} has weights too large for float32, or NaN.'
+                f'than {TOLERANCE:.0e}: {opened.name} has weights too large for float32, or NaN.'
             )
     before = count_parameters(trained)
     return MergeReport(
@@ -116,16 +116,29 @@ def merge_checkpoint(
     )
 
 
-def _merge_unknown(checkpoint: str | os.PathLike, state: dict[str, Tensor], output: Path) -> MergeReport:
+def merged_origin(opened: OpenedNetwork) -> Origin:
+    """Where the merged form of a network comes from."""
+    origin, network = opened.origin, opened.origin.network
+    state = opened.network.state_dict() if opened.checkpoint is None else opened.checkpoint.state
+    if opened.checkpoint is None or opened.checkpoint.form == ADAPTED:
+        origin = _with_own_adapter(origin, state)
+    return origin if network is None else replace(origin, network=dict(base_section(network)))
+
+
+def _with_own_adapter(origin: Origin, state: Mapping[str, Tensor]) -> Origin:
+    return replace(origin, base=fingerprint(state), adapters=(*origin.adapters, adapter_fingerprint(state)))
+
+
+def _merge_unknown(checkpoint: Checkpoint, output: Path) -> MergeReport:
+    state = checkpoint.state
     try:
         merged = merge_state_dict(state)
     except InputError as error:
-        raise InputError(f'{checkpoint} cannot be used: {error}') from None
+        raise InputError(f'{checkpoint.path} cannot be used: {error}') from None
     for key, value in merged.items():
         if value is not state[key] and not value.isfinite().all():
-            raise InputError(f'{checkpoint} has weights too large for float32, or NaN: {key}.')
-    with writing(merged, output):
-        pass  # there is nothing to run it with
+            raise InputError(f'{checkpoint.path} has weights too large for float32, or NaN: {key}.')
+    write_state(merged, output, _with_own_adapter(checkpoint.origin or Origin(), state))
     updates = [key for key in state if is_lora_key(key) and not key.endswith('lora_alpha')]
     return MergeReport(
         network=None,
@@ -140,11 +153,7 @@ def _merge_unknown(checkpoint: str | os.PathLike, state: dict[str, Tensor], outp
 
 @torch.no_grad()
 def _difference(trained: nn.Module, written: nn.Module, dtype: torch.dtype) -> float:
-    height, width = 32, 40
-    if isinstance(trained, SwinIR) and trained.ape:  # an absolute position embedding is for images of one size
-        channels, (height, width) = trained.conv_first.in_channels, trained.patches_resolution
-    else:
-        accepted = accepted_input(trained)
-        channels = 3 if accepted is None else accepted.channels
-    images = torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    info = network_info(trained)
+    channels, size = (3, (32, 40)) if info is None else (info.in_channels, info.size(32, 40))
+    images = torch.rand(2, channels, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
     return relative_difference(*(network.to(dtype)(images) for network in (trained, written)))

@@ -8,13 +8,13 @@ from typing import Sequence
 
 import numpy as np
 import torch
-from basicsr.metrics import calculate_psnr
-from basicsr.utils import img2tensor, tensor2img
 from torch import Tensor, nn
 
 from lora_sr.adapters import Adapter, merge_adapter, mix_adapters
 from lora_sr.data.sources import Source, find_sources, read_image
 from lora_sr.errors import InputError
+from lora_sr.images.luma import psnr
+from lora_sr.runtime.pixels import image_to_tensor, tensor_to_image
 
 MAX_STEPS = 6
 SHRINKS = (1.0, 0.5, 0.25)  # of a step, tried in turn until one is better
@@ -102,7 +102,7 @@ class _Search:
     def _psnr(self, source: Source) -> float:
         original, lr = self._pair(source)
         output = self._run(source, original, lr)
-        return calculate_psnr(tensor2img(output), original, crop_border=self.scale, test_y_channel=True)
+        return psnr(tensor_to_image(output), original, self.scale)
 
     def step(self, weights: Tensor) -> Tensor:
         """The change of the weights for which the mean log(MSE), with outputs linear in the weights, is least."""
@@ -110,7 +110,7 @@ class _Search:
         hessian, gradient = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
         for source in self.sources:
             original, lr = self._pair(source)
-            truth = img2tensor(original / np.float32(255), bgr2rgb=True, float32=True)
+            truth = image_to_tensor(original)[0]
 
             def run(at: Tensor, source=source, original=original, lr=lr) -> Tensor:
                 self._set(at)
@@ -137,7 +137,7 @@ class _Search:
         """The original, uint8 of shape (H, W, 3), BGR, cropped to a multiple of the scale; and its LR (1, 3, h, w)."""
         original, small = read_image(source.hr), read_image(source.lr[self.scale])
         height, width = (length - length % self.scale for length in original.shape[:2])
-        lr = img2tensor(small / np.float32(255), bgr2rgb=True, float32=True)[None]
+        lr = image_to_tensor(small)
         return np.ascontiguousarray(original[:height, :width]), lr
 
     def _run(self, source: Source, original: np.ndarray, lr: Tensor) -> Tensor:

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_sr.adapters import count_parameters, is_lora_key
+from lora_sr.adapters import count_parameters
+from lora_sr.archs import LKDN, SPAN, NetworkInfo, network_info
 from lora_sr.archs.complexity import CHALLENGE_SIDE, count_activations, count_convolutions, count_flops
 from lora_sr.archs.reparam import deploy_form, relative_difference
-from lora_sr.checkpoints import load_network, read_state_dict
-from lora_sr.checkpoints.loading import OURS, family_of
-from lora_sr.deploy.submitted_networks import class_name_for, describe, name_of, submitted_state, write_source
+from lora_sr.checkpoints import NetworkLike, OpenedNetwork, open_network
+from lora_sr.deploy.own_source import write_own_source
+from lora_sr.deploy.submitted_networks import class_name_for, describe, submitted_state, write_source
 from lora_sr.errors import InputError
 
 CHALLENGE_SCALE = 4
@@ -70,7 +71,7 @@ _FACTSHEET = """\
 | FLOPs, as multiply-adds, input 256x256 | {flops:.2f} G |
 | Activations, input 256x256 | {activations:.2f} M |
 | Convolutions | {convolutions} |
-| Input and output | RGB in [0, 1] (`data_range` 1.0), any size |
+| Input and output | RGB in [0, {data_range:g}] (`data_range` {data_range}), any size |
 
 Counted as the challenge does: by fvcore's `FlopCountAnalysis`, and by the organisers' `get_model_activation`.
 
@@ -142,8 +143,8 @@ class SubmissionReport:
 
 
 def write_submission(
-    checkpoint: str | os.PathLike,
-    output: str | os.PathLike,
+    source: NetworkLike,
+    output: str | os.PathLike[str],
     team: int,
     name: str,
     param_key: str | None = None,
@@ -157,13 +158,15 @@ def write_submission(
     its network's images of odd sizes are compared with those of the checkpoint.
 
     Args:
-        checkpoint: SPAN, DSCLoRA, LKDN or LKDN-S. What carries LoRA or branches is merged and folded first.
+        source: Whatever :func:`lora_sr.load_network` takes, with LoRA and branches or without: SPAN, DSCLoRA, LKDN and
+            LKDN-S are written out as they run; of other networks the module of their class is taken, which has to stand
+            alone: it may import torch and Python's own modules, and BasicSR's registry, which is left out.
         output: A folder. One that is there, such as a clone of the organisers' repository, gets the files beside its
             own; one that is not appears whole or not at all.
         team: Number of the team, 1 to 999.
         name: Of the entry, up to 40 letters, digits, and ``.``, ``_``, ``+``, ``-``. In names of files and of the class
             what Python does not allow becomes ``_``.
-        param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``, else the top.
+        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``, else the top.
         overwrite: Replace files of these names that are there.
 
     Raises:
@@ -173,48 +176,48 @@ def write_submission(
     """
     output = Path(output)
     _check_team_and_name(team, name)
-    state = read_state_dict(checkpoint, param_key)
-    family = family_of(state)
-    if family not in OURS and not all(map(is_lora_key, state)):
-        what = 'of no network known here' if family is None else f'of {family}'
-        raise InputError(f'{checkpoint} is {what}: a submission is made of SPAN, DSCLoRA, LKDN and LKDN-S.')
-    network = load_network(checkpoint, param_key)
+    opened = open_network(source, param_key)
     try:
-        network = deploy_form(network)
+        network = deploy_form(opened.network)
     except InputError as error:
-        raise InputError(f'{checkpoint} cannot be folded: {error}') from None
+        raise InputError(f'{opened.name} cannot be folded: {error}') from None
+    info = network_info(network)
+    if info is None or info.fixed_size is not None or (info.in_channels, info.out_channels) != (3, 3):
+        raise InputError(f'{opened.name} does not take RGB images of any size, as a submission has to.')
 
-    class_name = class_name_for(network, name)
+    class_name = class_name_for(_write(opened, network, info, '', '_'), name)
     stem = f'team{team:02}_{re.sub(r"[^A-Za-z0-9_]", "_", name)}'
     code, weights = f'models/{stem}.py', f'model_zoo/{stem}.pth'
     branch_file, factsheet = f'{stem}_select_model.txt', f'{stem}_factsheet.md'
     files = (code, weights, branch_file, factsheet)
     _check_folder(output, files, overwrite)
-    branch = _branch(team, name, stem, class_name)
+    branch = _branch(team, name, stem, class_name, float(info.value_range))
     with _staging(output) as staging:
         for folder in ('models', 'model_zoo'):
             (staging / folder).mkdir()
-        (staging / code).write_text(write_source(network, f'Team {team:02}, {name}', class_name), encoding='utf-8')
+        text = _write(opened, network, info, f'Team {team:02}, {name}', class_name)
+        (staging / code).write_text(text, encoding='utf-8')
         _save(submitted_state(network), staging / weights)
         (staging / branch_file).write_text(branch, encoding='utf-8')
         report = SubmissionReport(
             description=describe(network),
-            scale=network.upscale,
+            scale=info.scale,
             parameters=count_parameters(network).total,
             flops=count_flops(network),
             activations=count_activations(network),
             convolutions=count_convolutions(network),
             sha256=hashlib.sha256((staging / weights).read_bytes()).hexdigest(),
-            difference=_verify(network, staging, branch, team, checkpoint),
+            difference=_verify(network, staging, branch, team, opened.name),
             branch=branch,
             files=files,
         )
         text = _FACTSHEET.format(
             number=f'{team:02}',
             name=name,
-            description=f'{report.description}{_source_of(network)}',
+            description=f'{report.description}{_paper(network)}',
             scale=report.scale,
             scale_note='' if report.scale == CHALLENGE_SCALE else f': the challenge is x{CHALLENGE_SCALE}',
+            data_range=float(info.value_range),
             parameters=report.parameters,
             parameters_m=report.parameters / 1e6,
             flops=report.flops / 1e9,
@@ -245,15 +248,29 @@ def _check_team_and_name(team: int, name: str) -> None:
         )
 
 
-def _source_of(network: nn.Module) -> str:
-    return ' (arXiv:2311.12770)' if name_of(network) == 'SPAN' else ' (LKDN, CVPR Workshops 2023)'
+def _write(opened: OpenedNetwork, network: nn.Module, info: NetworkInfo, title: str, class_name: str) -> str:
+    """The source of the network's file."""
+    if isinstance(network, (SPAN, LKDN)):
+        return write_source(network, title, class_name)
+    if opened.arguments is None:
+        raise InputError(
+            f'{opened.name} cannot be submitted: with which arguments {type(network).__name__} was built is not known; '
+            'name its option file with -opt.'
+        )
+    return write_own_source(network, opened.arguments, info, title, class_name)
 
 
-def _branch(team: int, name: str, stem: str, class_name: str) -> str:
+def _paper(network: nn.Module) -> str:
+    if isinstance(network, SPAN):
+        return ' (arXiv:2311.12770)'
+    return ' (LKDN, CVPR Workshops 2023)' if isinstance(network, LKDN) else ''
+
+
+def _branch(team: int, name: str, stem: str, class_name: str, data_range: float) -> str:
     return (
         f'    elif model_id == {team}:\n'
         f'        from models.{stem} import {class_name}\n'
-        f'        name, data_range = f"{{model_id:02}}_{name}", 1.0\n'
+        f'        name, data_range = f"{{model_id:02}}_{name}", {data_range}\n'
         f"        model_path = os.path.join('model_zoo', '{stem}.pth')\n"
         f'        model = {class_name}()\n'
         '        model.load_state_dict(torch.load(model_path), strict=True)\n'
@@ -294,7 +311,7 @@ def _save(state: dict[str, torch.Tensor], path: Path) -> None:
 
 
 @torch.no_grad()
-def _verify(network: nn.Module, folder: Path, branch: str, team: int, checkpoint: str | os.PathLike) -> float:
+def _verify(network: nn.Module, folder: Path, branch: str, team: int, name: str) -> float:
     """Run what was written by itself, and return how far its images are from the network's; see ``difference``."""
     generator = torch.Generator().manual_seed(0)
     images = [torch.rand(shape, generator=generator) for shape in VERIFIED_SHAPES]
@@ -322,7 +339,7 @@ def _verify(network: nn.Module, folder: Path, branch: str, team: int, checkpoint
         if not difference <= TOLERANCE:
             raise InputError(
                 f'The submission was not written, as its images differ by {difference:.1e} of the largest output from '
-                f'those of {checkpoint}, more than {TOLERANCE:.0e}: its weights are too large for float32, or NaN.'
+                f'those of {name}, more than {TOLERANCE:.0e}: its weights are too large for float32, or NaN.'
             )
     return max(differences)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import inspect
 import keyword
 import re
 from string import Template
@@ -12,8 +11,9 @@ from string import Template
 import torch
 from torch import Tensor, nn
 
-from lora_sr.archs.lkdn import LKDN, LKDN_S, BSConvU_idt
+from lora_sr.archs.lkdn import LKDN, BSConvU_idt
 from lora_sr.archs.span import SPAN
+from lora_sr.checkpoints.families import family_name
 
 # What `select_model` of the organisers calls other things by.
 BRANCH_NAMES = {'args', 'data_range', 'device', 'model', 'model_id', 'model_path', 'name', 'os', 'tile', 'torch'}
@@ -196,32 +196,26 @@ class BSConvU_idt(BSConvU):
 '''
 
 
-def name_of(network: SPAN | LKDN) -> str:
-    """``SPAN``, ``LKDN``, or ``LKDN-S`` where an LKDN has the sizes of that; a merged DSCLoRA is a SPAN."""
-    if isinstance(network, SPAN):
-        return 'SPAN'
-    small = inspect.signature(LKDN_S).parameters
-    return 'LKDN-S' if all(small[key].default == value for key, value in _sizes(network).items()) else 'LKDN'
-
-
-def describe(network: SPAN | LKDN) -> str:
+def describe(network: nn.Module) -> str:
     """The network and its size in words."""
+    if not isinstance(network, (SPAN, LKDN)):
+        return family_name(network)
     if isinstance(network, SPAN):
         return f'SPAN with {network.feature_channels} channels'
-    return f'{name_of(network)} with {network.num_block} blocks of {network.c1.out_channels} channels'
+    return f'{family_name(network)} with {network.num_block} blocks of {network.c1.out_channels} channels'
 
 
-def class_name_for(network: SPAN | LKDN, name: str) -> str:
+def class_name_for(source: str, name: str) -> str:
     """An identifier made of ``name`` that Python, the network's file and the branch do not use for something else.
 
     Args:
-        network: See :func:`write_source`.
+        source: That of the network's file, whatever its class is called there.
         name: Letters, digits and other characters of ASCII.
     """
     class_name = re.sub(r'\W', '_', name, flags=re.ASCII)
     if class_name[0].isdigit():
         class_name = f'_{class_name}'
-    tree = ast.parse(write_source(network, '', '_'))
+    tree = ast.parse(source)
     taken = BRANCH_NAMES | {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     taken |= {node.name for node in ast.walk(tree) if isinstance(node, (ast.ClassDef, ast.alias))}
     is_taken = class_name in taken or keyword.iskeyword(class_name) or hasattr(builtins, class_name)
@@ -255,7 +249,7 @@ def write_source(network: SPAN | LKDN, title: str, class_name: str) -> str:
             blocks='\n'.join(f'        self.block_{i} = SPAB(feature_channels)' for i in numbers),
             calls='\n'.join(f'        {call}' for call in calls),
         )
-    sizes = {**_sizes(network), 'upscale': network.upscale, 'num_in': network.num_in}
+    sizes = {**network.sizes, 'upscale': network.upscale, 'num_in': network.num_in}
     has_identity = isinstance(network.B1.c1_r, BSConvU_idt)
     return _LKDN_SOURCE.substitute(
         names,
@@ -271,12 +265,4 @@ def submitted_state(network: nn.Module) -> dict[str, Tensor]:
         key.replace('.eval_conv.', '.'): value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in network.state_dict().items()
         if not key.endswith('.identity')
-    }
-
-
-def _sizes(network: LKDN) -> dict[str, int]:
-    return {
-        'num_feat': network.c1.out_channels,
-        'num_atten': network.B1.atten.pointwise.in_channels,
-        'num_block': network.num_block,
     }

@@ -16,12 +16,9 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from lora_sr.adapters import describe_misfit, load_adapter, lora_layers, mix_adapters, read_adapter
-from lora_sr.archs import is_training_form
-from lora_sr.checkpoints import load_network
+from lora_sr.checkpoints import NetworkLike, load_network
 from lora_sr.errors import InputError
 from lora_sr.files import write_whole
 from lora_sr.images.formats import FORMATS, SUFFIXES, Picture, check_format, encode_picture, format_of, read_picture
@@ -66,9 +63,8 @@ class Job(NamedTuple):
 
 def upscale(
     inputs: Sequence[str | os.PathLike],
-    model: str | os.PathLike,
+    model: NetworkLike,
     output: str | os.PathLike,
-    adapters: Sequence[tuple[str | os.PathLike, float]] = (),
     tile: int | None = None,
     dtype: torch.dtype = torch.float32,
     file_format: str | None = None,
@@ -84,9 +80,8 @@ def upscale(
     Args:
         inputs: Image files, folders and glob patterns. Folders are searched with their sub-folders, which the output
             gets as well; hidden files are left out, and so is the output.
-        model: Checkpoint, see :func:`lora_sr.load_network`.
+        model: See :func:`lora_sr.load_network`.
         output: A folder, made if it is missing; or a file, for one image.
-        adapters: Adapter files of that base, each with its weight, see :func:`lora_sr.adapters.mix_adapters`.
         tile: See :class:`Upscaler`.
         dtype: See :class:`Upscaler`.
         file_format: A key of ``FORMATS``: what is written; by default each image's own.
@@ -112,7 +107,7 @@ def upscale(
     folder = output.parent if jobs and jobs[0].target == output else output
     with _writable(folder), warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='PIL')  # of files that are reported, or read none the less
-        upscaler = Upscaler(load_with_adapters(model, adapters), tile, dtype)
+        upscaler = Upscaler(load_network(model), tile, dtype)
         start = time.perf_counter()
         with tqdm(total=len(jobs), unit='image', disable=None if progress else True) as bar:
             failures.update(run_jobs(jobs, upscaler, quality, bar))
@@ -125,31 +120,6 @@ def upscale(
         )
     unread = [job for job in jobs if str(job.source) in failures]
     return UpscaleReport(len(jobs) - len(unread), seconds, failures, notes)
-
-
-def load_with_adapters(model: str | os.PathLike, adapters: Sequence[tuple[str | os.PathLike, float]] = ()) -> nn.Module:
-    """The network of a checkpoint with adapters mixed onto it, as `lora-sr adapter merge` does.
-
-    Args:
-        model: Checkpoint, see :func:`lora_sr.load_network`; with adapters that of a base, without LoRA.
-        adapters: Adapter files, each with its weight.
-
-    Raises:
-        InputError: A file cannot be read or is of another kind, or an adapter does not fit the base.
-    """
-    network = load_network(model)
-    if not adapters:
-        return network
-    if any(True for _ in lora_layers(network)):
-        raise InputError(f'{model} carries LoRA already, where adapters need a base: merge it with `lora-sr merge`.')
-    loaded = [(read_adapter(path), weight) for path, weight in adapters]
-    for (path, _), (adapter, _) in zip(adapters, loaded):
-        misfit = describe_misfit(adapter, network.state_dict())
-        if misfit:
-            hint = ' (the base has branches, which `lora-sr merge` folds)' if is_training_form(network) else ''
-            raise InputError(f'The adapter {path} does not fit the base {model}: {misfit}{hint}.')
-    load_adapter(network, mix_adapters(loaded))
-    return network
 
 
 def plan(

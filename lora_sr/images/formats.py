@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -156,12 +157,20 @@ def encode_picture(picture: Picture, file_format: str, quality: int) -> bytes:
         options['icc_profile'] = icc_profile
     if exif:
         options['exif'] = _exif_block(exif)
-    file = io.BytesIO()
-    try:
-        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, file_format, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f'{NAMES[file_format]} cannot hold it: {str(error).rstrip(".")}.') from None
-    return file.getvalue()
+    with _file_in_memory() as file:
+        try:
+            Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, file_format, **options)
+        except (OSError, ValueError) as error:
+            raise InputError(f'{NAMES[file_format]} cannot hold it: {str(error).rstrip(".")}.') from None
+        file.seek(0)
+        return file.read()
+
+
+def _file_in_memory() -> IO[bytes]:
+    """A file without a name: Pillow lets other threads run while it encodes JPEG into a file, not into ``BytesIO``."""
+    if hasattr(os, 'memfd_create'):  # Linux
+        return os.fdopen(os.memfd_create('image'), 'w+b')
+    return tempfile.TemporaryFile()
 
 
 def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str]) -> Picture:

@@ -11,10 +11,20 @@ from torch.nn import functional as F
 
 from lora_sr.errors import InputError
 
-# Rows of an affinity matrix that are formed at a time, and the size of each of the two buffers that hold them, over as
-# many samples as fit: 16 MB of float32. Larger blocks gain nothing on a processor and little on a GPU.
-ROWS = 512
-BUFFER_ELEMENTS = 4 * 2**20
+# Elements of each of the two buffers that hold rows of affinity matrices: 16 MB of float32 on a CPU, where larger ones
+# gain nothing, and 128 MB on a GPU, which products of small blocks leave idle.
+BUFFER_ELEMENTS, GPU_BUFFER_ELEMENTS = 2**22, 2**25
+ROWS = 512  # at a time on a CPU
+
+
+def _block_size(samples: int, positions: int, is_gpu: bool) -> tuple[int, int]:
+    """How many samples, and how many rows of the affinity matrix of each, are formed at a time.
+
+    On a GPU half of the rows: the buffers are then a quarter of what the naive form keeps, if not less.
+    """
+    elements = GPU_BUFFER_ELEMENTS if is_gpu else BUFFER_ELEMENTS
+    rows = min((positions + 1) // 2 if is_gpu else ROWS, positions, max(1, elements // positions))
+    return min(samples, max(1, elements // (rows * positions))), rows
 
 
 class _AffinityDistance(torch.autograd.Function):
@@ -30,8 +40,7 @@ class _AffinityDistance(torch.autograd.Function):
         samples, _, positions = student.shape
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         grad = torch.zeros_like(student) if needs_grad else None
-        rows = min(ROWS, positions, max(1, BUFFER_ELEMENTS // positions))
-        group = min(samples, max(1, BUFFER_ELEMENTS // (rows * positions)))
+        group, rows = _block_size(samples, positions, student.is_cuda)
         buffers = student.new_empty(2, group * rows * positions)
         for first in range(0, samples, group):
             s, t = student[first : first + group], teacher[first : first + group]
@@ -63,8 +72,8 @@ def spatial_affinity_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean absolute difference of two feature maps' spatial affinity matrices.
 
     Each position's channel vector is brought to unit length; A = FᵀF (HW, HW) holds the cosine similarities of all
-    pairs of positions; the distance is the mean of |A_student - A_teacher|. No (HW, HW) matrix is ever stored: extra
-    memory is O(HW) per block of rows, in the forward and in the backward pass.
+    pairs of positions; the distance is the mean of |A_student - A_teacher|. Of the (HW, HW) matrices a block of rows
+    is stored at a time, in the forward pass, and nothing of them for the backward pass.
 
     Source: spatial affinity distillation of DSCLoRA (arXiv:2504.11271).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,47 +13,43 @@ from typing import Callable
 import cv2
 import numpy as np
 import torch
-from basicsr.archs.ridnet_arch import RIDNet
-from basicsr.utils import img2tensor, tensor2img
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from lora_sr.adapters import count_parameters
-from lora_sr.archs.any_size import accepted_input, take_any_size
+from lora_sr.archs import deploy_form, network_info, take_any_size
 from lora_sr.archs.complexity import (
     CHALLENGE_SIDE,
     count_activations,
     count_convolutions,
     count_flops,
     count_multi_adds_720p,
-    run_for_shapes,
 )
-from lora_sr.archs.reparam import deploy_form
-from lora_sr.checkpoints.content import load_weights, read_checkpoint
+from lora_sr.checkpoints import NetworkLike, NetworkSource, OpenedNetwork, open_network
+from lora_sr.checkpoints.networks import UnknownNetwork
 from lora_sr.data.sources import IMAGE_SUFFIXES, Source, find_sources, read_image
 from lora_sr.errors import InputError
 from lora_sr.files import check_output, write_whole
 from lora_sr.images.bicubic import bicubic_downscale, bicubic_upscale
-from lora_sr.option_file import load_options
 from lora_sr.report.cost import measure_peak_memory, measure_runtimes, ntire_score
 from lora_sr.report.fidelity import WINDOW, Fidelity, mean_fidelity, measure_fidelity
-from lora_sr.report.inspection import read_network
 from lora_sr.report.plot import PLOT_SUFFIXES, check_matplotlib, draw_comparison
 from lora_sr.report.tables import TABLE_SUFFIXES, Comparison, Cost, Row, write_table
 from lora_sr.runtime.deployed import optimize
+from lora_sr.runtime.pixels import image_to_tensor, tensor_to_image
 
 BICUBIC, ORIGINAL = 'bicubic', 'original'
-OPTION_SUFFIXES = ('.yml', '.yaml')
 PATCH, ZOOM = 64, 3  # the picture shows patches of 64x64 pixels, each pixel 3x3
 READ_AHEAD = 2  # images that are read while the networks run
 
 
 @dataclass
 class _Contestant:
-    """A network in deploy form, and whether it has weights or only costs."""
+    """A network in deploy form, its scale, and whether it has weights or only costs."""
 
     network: nn.Module
+    scale: int
     has_weights: bool
 
 
@@ -66,7 +62,7 @@ class _Versions:
 
 
 def compare(
-    networks: dict[str, str | os.PathLike],
+    networks: Mapping[str, NetworkLike],
     sets: dict[str, tuple[str | os.PathLike, str | os.PathLike | None]] | None = None,
     rgb: bool = False,
     runtime: bool = False,
@@ -86,8 +82,8 @@ def compare(
     while the networks run.
 
     Args:
-        networks: Name -> checkpoint, see :func:`lora_sr.load_network`, or option file of BasicSR: its
-            ``network_g`` with the weights that its ``path`` names. Without weights its costs alone are given.
+        networks: Name -> whatever :func:`lora_sr.load_network` takes. An option file that names no weights is measured
+            for its costs alone.
         sets: Name -> folder of the original images, and that of the LR images of the same names (or with ``x{scale}``
             behind); with ``None`` they are made by MATLAB's bicubic. Without any set costs alone are given.
         rgb: Measure PSNR and SSIM on RGB too, beside those on Y.
@@ -167,13 +163,13 @@ def super_resolve(network: nn.Module, image: np.ndarray) -> np.ndarray:
         InputError: It gives values that are not finite.
     """
     device = next((parameter.device for parameter in network.parameters()), torch.device('cpu'))
-    lr = img2tensor(image / np.float32(255), bgr2rgb=True, float32=True)[None].to(device)
+    lr = image_to_tensor(image).to(device)
     # TF32 would cost the last digits of PSNR.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         output = network.eval()(lr.contiguous(memory_format=torch.channels_last))
     if not output.isfinite().all():  # 8 bits would hide it
         raise InputError('The network gives values that are not finite: it has weights that are NaN or too large.')
-    return tensor2img(output)
+    return tensor_to_image(output)
 
 
 def _check_request(networks, sets, rgb, runtime, baseline, size, plot, picture) -> None:
@@ -202,44 +198,39 @@ def _check_distinct(paths: list[str | os.PathLike]) -> None:
         seen.add(real)
 
 
-def _read_contestant(name: str, file: str | os.PathLike) -> _Contestant:
-    """A network of a checkpoint or an option file, in deploy form, that takes RGB images of any size."""
-    has_weights = True
+def _read_contestant(name: str, source: NetworkLike) -> _Contestant:
+    """A network in deploy form that takes RGB images of any size."""
     try:
-        network = read_network(file)
-        if Path(file).suffix in OPTION_SUFFIXES:
-            has_weights = _load_weights_of_options(network, load_options(file))
-        network = deploy_form(network)
+        opened = _open(source)
+        network = deploy_form(opened.network)
     except InputError as error:
         raise InputError(f'"{name}": {error}') from None
-    if isinstance(network, RIDNet):
+    info = network_info(network)
+    if info is not None and info.value_range != 1:
         raise InputError(
-            f'"{name}" is a RIDNet, for values from 0 to 255: compare measures networks for values in [0, 1].'
+            f'"{name}" is a {type(network).__name__}, for values from 0 to {info.value_range}: compare measures '
+            'networks for values in [0, 1].'
         )
-    accepted = accepted_input(network)
-    if accepted is None or accepted.channels != 3:
+    if info is None or info.fixed_size is not None or info.in_channels != 3:
         raise InputError(f'"{name}" does not take RGB images of any size: compare measures networks that do.')
-    return _Contestant(take_any_size(network, accepted.multiple), has_weights)
+    if info.out_channels != 3:
+        raise InputError(f'"{name}" gives images of {info.out_channels} channels: compare measures networks of RGB.')
+    has_weights = opened.checkpoint is not None or opened.section is None  # a live network has some
+    return _Contestant(take_any_size(network), info.scale, has_weights)
 
 
-def _load_weights_of_options(network: nn.Module, options: dict) -> bool:
-    """Load the weights that an option file names, as a run does. Returns whether it names any."""
-    paths = options.get('path') or {}
-    file = paths.get('pretrain_network_g')
-    if file is None:
-        return False
-    strict = paths.get('strict_load_g', True)
-    load_weights(network, read_checkpoint(file), file, paths.get('param_key_g', 'params'), strict)
-    return True
+def _open(source: NetworkLike) -> OpenedNetwork:
+    """The network that is named; of several, an option file given beside them serves those that no family knows."""
+    if not isinstance(source, NetworkSource) or source.options is None or source.checkpoint is None:
+        return open_network(source, needs_weights=False)
+    try:
+        return open_network(replace(source, options=None), needs_weights=False)
+    except UnknownNetwork as error:
+        return open_network(replace(source, checkpoint=error.checkpoint))
 
 
 def _common_scale(contestants: dict[str, _Contestant]) -> int:
-    scales = {}
-    for name, one in contestants.items():
-        output = run_for_shapes(one.network, 64, 64)
-        if output.shape[1] != 3:
-            raise InputError(f'"{name}" gives images of {output.shape[1]} channels: compare measures networks of RGB.')
-        scales[name] = output.shape[-1] // 64
+    scales = {name: one.scale for name, one in contestants.items()}
     if len(set(scales.values())) > 1:
         listed = ', '.join(f'"{name}" x{scale}' for name, scale in scales.items())
         raise InputError(f'The networks have different scales ({listed}): compare those of one scale at a time.')

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from basicsr.metrics.metric_util import to_y_channel
+
+from lora_sr.images.luma import luma
 
 WINDOW = 11  # pixels of the Gaussian window of SSIM, whose standard deviation is 1.5
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # what keeps SSIM's quotients finite
@@ -45,11 +46,11 @@ def measure_fidelity(
     Returns:
         Name -> measures. PSNR of an equal image is infinite.
     """
-    luma = _Original(_luma(original, border))
+    y = _Original(_luma(original, border))
     colours = [_Original(plane) for plane in _planes(original, border)] if rgb else []
     found = {}
     for name, version in versions.items():
-        psnr, ssim = _measure([luma], [_luma(version, border)])
+        psnr, ssim = _measure([y], [_luma(version, border)])
         found[name] = Fidelity(psnr, ssim, *(_measure(colours, _planes(version, border)) if rgb else ()))
     return found
 
@@ -93,7 +94,7 @@ def _blur(plane: np.ndarray) -> np.ndarray:
 
 def _luma(image: np.ndarray, border: int) -> np.ndarray:
     """The Y channel within the border, float64, rounded nowhere; it is BasicSR's, which works it out in float32."""
-    return to_y_channel(_within(image, border))[:, :, 0].astype(np.float64)
+    return luma(_within(image, border))
 
 
 def _planes(image: np.ndarray, border: int) -> list[np.ndarray]:

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from torch import nn
 
-from lora_sr.adapters import LoRALayer, count_parameters, layer_groups, lora_layers
-from lora_sr.adapters.allocation import base_weight, full_rank, largest_useful_rank
-from lora_sr.adapters.layers import SHIFT_PREFIX, kind_of_shift
-from lora_sr.basicsr.options.check import Check
-from lora_sr.basicsr.options.networks import check_networks
-from lora_sr.checkpoints import load_network
-from lora_sr.errors import InputError
-from lora_sr.option_file import load_options
+from lora_sr.adapters import (
+    LeftAlone,
+    LoRALayer,
+    adapted_modules,
+    base_weight,
+    count_parameters,
+    delta_kind,
+    layer_groups,
+    left_alone,
+)
+from lora_sr.adapters.allocation import full_rank, largest_useful_rank
+from lora_sr.adapters.layers import DELTA_PREFIX
 
 OTHER = 'other'
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a layer, or a parameter that carries a shift.
+    """A line of the table: a layer, or a parameter that carries a delta.
 
     Args:
-        name: Name of the layer, or of the shifted parameter.
-        kind: Group of the layer, see :func:`lora_sr.adapters.layer_groups`; of a shift ``bias``, ``norm`` or
-            ``position``.
-        shape: Shape of the weight, or of the shifted parameter.
+        name: Name of the layer, or of the parameter with a delta.
+        kind: Group of the layer, see :func:`lora_sr.adapters.layer_groups`; of a delta its word
+            in ``also_train``, see :func:`lora_sr.adapters.delta_kind`.
+        shape: Shape of the weight, or of the parameter with a delta.
         rank: Rank of its LoRA, or None.
         parameters: Parameters of the base network in it.
         trainable: Parameters in it that train.
@@ -52,29 +54,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What :func:`inspect_network` found: the lines, and the parameters of the base network and those that train."""
+    """What :func:`inspect_network` found.
+
+    Args:
+        rows: The lines. What several layers share is counted in the first of them.
+        base: Parameters of the base network.
+        trainable: Parameters that train.
+        left_alone: Modules that can carry neither LoRA nor a delta.
+    """
 
     rows: list[Row]
     base: int
     trainable: int
-
-
-def read_network(file: str | os.PathLike) -> nn.Module:
-    """The network of an option file, ``network_g`` as a run builds it, without weights; or that of a checkpoint.
-
-    Raises:
-        InputError: The file cannot be read, or its network cannot be built.
-    """
-    if Path(file).suffix not in ('.yml', '.yaml'):
-        return load_network(file)
-    options = load_options(file)
-    if 'network_g' not in options:
-        raise InputError(f'The option file {file} has no network_g.')
-    check = Check({key: options[key] for key in ('network_g', 'scale') if key in options}, True, Path(), 1)
-    check_networks(check)
-    if check.problems:
-        raise InputError('\n'.join(check.problems))
-    return check.networks['network_g']
+    left_alone: list[LeftAlone]
 
 
 def inspect_network(network: nn.Module) -> Inspection:
@@ -82,15 +74,21 @@ def inspect_network(network: nn.Module) -> Inspection:
 
     Where nothing is adapted, what trains are the parameters that require a gradient, otherwise the updates alone.
     """
-    is_adapted = any(True for _ in lora_layers(network))
+    is_adapted = any(True for _ in adapted_modules(network))
     groups = layer_groups(network)
     rows = []
+    counted: set[int] = set()
+
+    def count(values: list[nn.Parameter]) -> int:
+        new = [value for value in values if id(value) not in counted]
+        return sum(value.numel() for value in new)
+
     for name, module in network.named_modules():
         own = {key: value for key, value in module._parameters.items() if value is not None}
-        shifted = [key[len(SHIFT_PREFIX) :] for key in own if key.startswith(SHIFT_PREFIX)]
+        with_delta = [key[len(DELTA_PREFIX) :] for key in own if key.startswith(DELTA_PREFIX)]
         if name in groups:
             updates = [value for key, value in own.items() if key in ('lora_A', 'lora_B')]
-            base = [value for key, value in own.items() if not key.startswith('lora_') and key not in shifted]
+            base = [value for key, value in own.items() if not key.startswith('lora_') and key not in with_delta]
             trains = updates if is_adapted else [value for value in base if value.requires_grad]
             rows.append(
                 Row(
@@ -98,18 +96,20 @@ def inspect_network(network: nn.Module) -> Inspection:
                     groups[name],
                     tuple(base_weight(module).shape),
                     module.rank if isinstance(module, LoRALayer) else None,
-                    sum(value.numel() for value in base),
-                    sum(value.numel() for value in trains),
+                    count(base),
+                    count(trains),
                     largest_useful_rank(module),
                     full_rank(module),
                 )
             )
-        for key in shifted:
-            kind = kind_of_shift(key, isinstance(module, LoRALayer))
-            count = own[key].numel()
-            rows.append(Row(f'{name}.{key}', kind, tuple(own[key].shape), None, count, count))
+        for key in with_delta:
+            delta = [own[key]]
+            kind = delta_kind(module, key) or OTHER
+            rows.append(Row(f'{name}.{key}', kind, tuple(own[key].shape), None, count(delta), count(delta)))
+        counted.update(map(id, own.values()))
     counts = count_parameters(network)
-    return Inspection(rows, counts.total - counts.lora, counts.lora if is_adapted else counts.trainable)
+    trainable = counts.lora if is_adapted else counts.trainable
+    return Inspection(rows, counts.total - counts.lora, trainable, left_alone(network))
 
 
 def fold_rows(rows: list[Row]) -> list[Row]:
@@ -167,7 +167,7 @@ def format_inspection(inspection: Inspection, fold: bool = True) -> str:
                 '-' if row.rank is None else f'{row.rank}{"*" if is_too_large else ""}',
                 f'{row.parameters:,}',
                 f'{row.trainable:,}',
-                f'{row.trainable / row.parameters:.1%}',
+                f'{row.trainable / row.parameters:.1%}' if row.parameters else '-',
                 f'{row.trainable / base:.2%}',
             )
         )
@@ -184,7 +184,9 @@ def format_inspection(inspection: Inspection, fold: bool = True) -> str:
         sums.append((OTHER, '', f'{rest:,}', f'{trained:,}', f'{trained / base:.2%}'))
     share = f'{inspection.trainable:,} of {base:,} parameters train ({inspection.trainable / base:.1%})'
     marked = '\n'.join(f'* {note}: {", ".join(names)}' for note, names in notes.items())
-    return '\n\n'.join(filter(None, (_align(table, left=(0, 2, 3)), marked, _align(sums, left=(0,)), share)))
+    untouched = ', '.join(f'{one.name} ({one.kind}, {one.parameters:,})' for one in inspection.left_alone)
+    alone = f'left alone, as neither LoRA nor a delta can be there: {untouched}' if untouched else ''
+    return '\n\n'.join(filter(None, (_align(table, left=(0, 2, 3)), marked, _align(sums, left=(0,)), alone, share)))
 
 
 def _note(row: Row) -> str:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from basicsr.archs.ridnet_arch import RIDNet
 from torch import Tensor, nn
 
-from lora_sr.adapters import Adapter, adapted_modules, count_parameters, extract_adapter, is_lora_key, read_adapter
-from lora_sr.archs import is_training_form
-from lora_sr.archs.any_size import AcceptedInput, accepted_input
-from lora_sr.archs.dsclora import DSCLoRA
-from lora_sr.archs.lkdn import LKDN
+from lora_sr.adapters import Adapter, adapted_modules, count_parameters, extract_adapter, is_lora_key
+from lora_sr.archs import DSCLoRA, NetworkInfo, is_training_form, network_info
 from lora_sr.archs.reparam import Foldable
-from lora_sr.archs.span import SPAN
-from lora_sr.checkpoints import load_network, read_state_dict
-from lora_sr.checkpoints.content import read_checkpoint, without_module_prefix
-from lora_sr.checkpoints.loading import FAMILIES, OURS, PARAM_KEYS, family_of
-from lora_sr.deploy.exports.chainner import is_for_chainner
-from lora_sr.deploy.submitted_networks import name_of
+from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkLike, NetworkSource, OpenedNetwork, open_network
+from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, is_state_dict
+from lora_sr.checkpoints.content import PARAM_KEYS, Content, read_checkpoint
+from lora_sr.checkpoints.families import FAMILIES, OURS, family_name, is_for_chainner
+from lora_sr.checkpoints.networks import OPTION_SUFFIXES, UnknownNetwork, network_of_options
+from lora_sr.checkpoints.origin import KEY
 from lora_sr.errors import InputError
-from lora_sr.report.inspection import format_inspection, inspect_network, read_network
+from lora_sr.report.inspection import format_inspection, inspect_network
 
 # Discriminators of BasicSR -> keys by which they are told.
 DISCRIMINATORS = {
@@ -37,12 +31,11 @@ DISCRIMINATORS = {
     'StyleGAN2Discriminator': {'conv_body.0.0.weight', 'final_conv.0.weight', 'final_linear.1.weight'},
 }
 SHOWN_TENSORS = 8  # of a network that is not known
-SMALLEST_SIDE = 16  # pixels of the image that tells the scale
 
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """What :func:`summarise_checkpoint` found.
+    """What :func:`summarize_checkpoint` found.
 
     Args:
         rows: Label -> value, in the order in which they are shown; a value may have several lines.
@@ -64,85 +57,89 @@ class CheckpointSummary:
         )
 
 
-def inspect_file(file: str | os.PathLike, fold: bool = True) -> str:
+def inspect_file(source: NetworkLike, fold: bool = True) -> str:
     """What `lora-sr inspect` shows: of a checkpoint its summary, and of a network the table of its layers.
 
     Args:
-        file: An option file (``.yml``), of whose ``network_g`` the table is, or a checkpoint.
+        source: Whatever :func:`lora_sr.load_network` takes, an option file without weights as well; or a file that
+            holds no network: an adapter, a discriminator, the state of a training.
         fold: Show equal layers of repeated blocks in one line.
 
     Raises:
-        InputError: The file cannot be read, or the network of an option file cannot be built.
+        InputError: A file cannot be read, or the network of an option file cannot be built.
     """
-    if Path(file).suffix in ('.yml', '.yaml'):
-        return format_inspection(inspect_network(read_network(file)), fold)
-    summary = summarise_checkpoint(file)
+    source = source if isinstance(source, NetworkSource) else NetworkSource(source)
+    path = source.checkpoint
+    if isinstance(path, nn.Module):
+        return format_inspection(inspect_network(path), fold)
+    options = source.options if path is None else path if isinstance(path, (str, os.PathLike)) else None
+    if options is not None and Path(options).suffix in OPTION_SUFFIXES:
+        return format_inspection(inspect_network(network_of_options(options, source.imports)), fold)
+    summary = summarize_checkpoint(source)
     if summary.network is None:
         return str(summary)
     return f'{summary}\n\n{format_inspection(inspect_network(summary.network), fold)}'
 
 
-def summarise_checkpoint(path: str | os.PathLike) -> CheckpointSummary:
+def summarize_checkpoint(source: str | os.PathLike[str] | NetworkSource) -> CheckpointSummary:
     """Tell what a file of weights is: a network in any form, an adapter, a discriminator, or the state of a training.
 
     Of several state dicts the one is looked at that the other commands read: ``params_ema``, else ``params``, else the
     file itself; where there are others alone, the first of them.
 
     Args:
-        path: A ``.pth``, ``.safetensors`` or ``.state`` file.
+        source: A ``.pth``, ``.safetensors`` or ``.state`` file, and what it takes to make a network of it.
 
     Raises:
         InputError: The file cannot be read, or holds no tensors by name.
     """
-    path = Path(path)
+    source = source if isinstance(source, NetworkSource) else NetworkSource(source)
+    assert isinstance(source.checkpoint, (str, os.PathLike))
+    path = Path(source.checkpoint)
     content = read_checkpoint(path)
     rows = {'file': f'{path}, {path.stat().st_size:,} bytes'}
     if isinstance(content.get('optimizers'), list) or {'state', 'param_groups'} <= content.keys():
-        return _summarise_training_state(path, content, rows)
-    param_key, state, found = _choose_state_dict(path, content)
+        return _summarize_training_state(path, content, rows)
+    checkpoint, found = _choose_state_dict(path, content, source.param_key)
     rows['state dicts'] = found
-    if all(map(is_lora_key, state)):
-        return _summarise_adapter(path, state, rows)
-    family = family_of(state)
-    network, obstacle = None, ''
-    if family is not None:
-        try:
-            network = load_network(path, param_key)
-        except InputError as error:  # a network of one's own may look like one that is known
-            obstacle = f'looks like {family}, but {error}'
+    if content.origin is not None:
+        rows['from'] = str(content.origin)
+    if checkpoint.form == ADAPTER:
+        return _summarize_adapter(checkpoint, rows)
+    opened, obstacle = None, ''
+    try:
+        opened = open_network(replace(source, checkpoint=checkpoint))
+    except UnknownNetwork as error:  # a network of one's own may look like one that is known
+        if checkpoint.family is not None:
+            obstacle = f'looks like {checkpoint.family}, but {error}'
     rows['iteration'] = _iteration(path, content)
-    if network is None:
-        return _summarise_unknown(path, state, rows, param_key, obstacle)
-    return _summarise_network(path, network, state, rows, param_key)
+    if opened is None:
+        return _summarize_unknown(checkpoint, rows, obstacle)
+    return _summarize_network(checkpoint, opened, rows)
 
 
-def _choose_state_dict(path: Path, content: dict) -> tuple[str | None, dict[str, Tensor], str]:
-    """The key of the state dict that is read (``None`` for the file itself), the state dict, and all that there are."""
-    nested = {key: value for key, value in content.items() if _is_state_dict(value)}
+def _choose_state_dict(path: Path, content: Content, param_key: str | None) -> tuple[Checkpoint, str]:
+    """The state dict that is read, and all that there are, in words."""
+    nested = {key: value for key, value in content.items() if is_state_dict(value)}
     if not nested:
-        state = read_state_dict(path)
-        return None, state, f'the file itself ({len(state)} tensors)'
-    param_key = next((key for key in (*PARAM_KEYS, *nested) if key in nested))
-    others = ', '.join(str(key) for key in content if key not in nested)
+        checkpoint = Checkpoint.of(path, content, param_key)
+        return checkpoint, f'the file itself ({len(checkpoint.state)} tensors)'
+    if param_key is None:
+        param_key = next(key for key in (*PARAM_KEYS, *nested) if key in nested)
+    others = ', '.join(str(key) for key in content if key not in nested and key != KEY)
     found = (
         f'{key} ({len(value)} tensors{"; this one is read" if key == param_key and len(nested) > 1 else ""})'
         for key, value in nested.items()
     )
     beside = f'; beside {others}' if others else ''
-    return param_key, without_module_prefix(nested[param_key]), ', '.join(found) + beside
+    return Checkpoint.of(path, content, param_key), ', '.join(found) + beside
 
 
-def _is_state_dict(value: object) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
-
-
-def _summarise_network(
-    path: Path, network: nn.Module, state: dict[str, Tensor], rows: dict[str, str], param_key: str | None
-) -> CheckpointSummary:
+def _summarize_network(checkpoint: Checkpoint, opened: OpenedNetwork, rows: dict[str, str]) -> CheckpointSummary:
+    path, param_key, network = checkpoint.path, checkpoint.param_key, opened.network
     is_adapted, has_branches = any(True for _ in adapted_modules(network)), is_training_form(network)
     family = _family(network, is_adapted)
-    accepted = accepted_input(network)
-    inputs, outputs, scale = _images(network, accepted)
+    info = network_info(network)
     counts = count_parameters(network)
     parameters = f'{counts.total:,}'
     if is_adapted:
@@ -151,10 +148,10 @@ def _summarise_network(
     described = {
         'family': family,
         'form': _form(network, is_adapted, has_branches),
-        'scale': f'x{scale}',
-        'channels': f'{inputs} in, {outputs} out, {_width(network, inputs)} wide',
+        'scale': '' if info is None else f'x{info.scale}',
+        'channels': '' if info is None else _channels(network, info),
         'blocks': _blocks(network),
-        'LoRA': _lora(extract_adapter(state)) if is_adapted else '',
+        'LoRA': _lora(extract_adapter(checkpoint.state)) if checkpoint.form == ADAPTED else '',
         'parameters': parameters,
     }
     rows = {'file': rows.pop('file'), **{key: value for key, value in described.items() if value}, **rows}
@@ -164,12 +161,14 @@ def _summarise_network(
         if is_adapted:
             commands.append(_extract(path, param_key))
         return CheckpointSummary(rows, commands, network)
-    takes_any_size = accepted is not None
+    takes_any_size = info is not None and info.fixed_size is None
+    channels = (info.in_channels, info.out_channels) if info is not None else None
+    more = _teaching(opened)
     if takes_any_size and (param_key is None or param_key in PARAM_KEYS):  # else the two would not find it
-        if inputs == outputs and inputs in (1, 3):
-            commands.append(_command('lora-sr upscale', 'INPUT', '-m', path, '-o', 'OUTPUT'))
-        if inputs == outputs == 3 and not isinstance(network, RIDNet):  # its values are those of 0 to 255
-            commands.append(_command('lora-sr compare', f'{path.stem.replace("=", "_")}={path}'))
+        if channels in ((1, 1), (3, 3)):
+            commands.append(_command('lora-sr upscale', 'INPUT', '-m', path, '-o', 'OUTPUT', *more))
+        if channels == (3, 3) and info is not None and info.value_range == 1:
+            commands.append(_command('lora-sr compare', f'{path.stem.replace("=", "_")}={path}', *more))
     if type(network).__name__ in OURS:
         target = ('--team', 'N', '--name', 'NAME', '-o', 'FOLDER')
         commands.append(_command('lora-sr submission', '-m', path, *target, param_key=param_key))
@@ -182,9 +181,8 @@ def _summarise_network(
     return CheckpointSummary(rows, commands, network)
 
 
-def _summarise_unknown(
-    path: Path, state: dict[str, Tensor], rows: dict[str, str], param_key: str | None, obstacle: str
-) -> CheckpointSummary:
+def _summarize_unknown(checkpoint: Checkpoint, rows: dict[str, str], obstacle: str) -> CheckpointSummary:
+    path, state, param_key = checkpoint.path, checkpoint.state, checkpoint.param_key
     rows = {'file': rows.pop('file'), **rows}
     values = sum(value.numel() for value in state.values())
     discriminator = next((name for name, keys in DISCRIMINATORS.items() if keys <= state.keys()), None)
@@ -198,7 +196,8 @@ def _summarise_unknown(
         commands = [_command('lora-sr inspect', generator)] if generator != path and generator.is_file() else []
         return CheckpointSummary({'file': rows.pop('file'), **described, **rows}, commands)
     has_lora = any(map(is_lora_key, state))
-    described = {'family': obstacle or f'none of those known here ({", ".join(FAMILIES)})', 'form': 'no LoRA'}
+    unknown = f'none of those known here ({", ".join(FAMILIES)}); -opt names the option file of its network'
+    described = {'family': obstacle or unknown, 'form': 'no LoRA'}
     commands = []
     if has_lora:
         described['form'] = 'with LoRA beside some layers'
@@ -218,15 +217,16 @@ def _summarise_unknown(
     return CheckpointSummary({'file': rows.pop('file'), **described, **rows, 'tensors': '\n'.join(shown)}, commands)
 
 
-def _summarise_adapter(path: Path, state: dict[str, Tensor], rows: dict[str, str]) -> CheckpointSummary:
-    values = sum(value.numel() for key, value in state.items() if not key.endswith('lora_alpha'))
+def _summarize_adapter(checkpoint: Checkpoint, rows: dict[str, str]) -> CheckpointSummary:
+    path = checkpoint.path
+    values = sum(value.numel() for key, value in checkpoint.state.items() if not key.endswith('lora_alpha'))
     try:
-        adapter = read_adapter(path)
+        adapter = AdapterFile.of(checkpoint).adapter
     except InputError as error:
         form = f'LoRA without a network, and no adapter file: {error}'
         return CheckpointSummary({**rows, 'form': form, 'parameters': f'{values:,}'}, [])
     described = {
-        'form': 'adapter only: it goes onto a base of which the file says nothing but the names of layers',
+        'form': 'adapter only: it goes onto its base',
         'LoRA': _lora(adapter),
         'layers': ', '.join([*adapter.layers[:3], *(['…'] if len(adapter.layers) > 3 else [])]),
         'parameters': f'{values:,}',
@@ -238,7 +238,7 @@ def _summarise_adapter(path: Path, state: dict[str, Tensor], rows: dict[str, str
     return CheckpointSummary({**rows, **described}, commands)
 
 
-def _summarise_training_state(path: Path, content: dict, rows: dict[str, str]) -> CheckpointSummary:
+def _summarize_training_state(path: Path, content: dict, rows: dict[str, str]) -> CheckpointSummary:
     optimizers = content.get('optimizers', [content])
     values = sum(
         tensor.numel()
@@ -264,7 +264,7 @@ def _summarise_training_state(path: Path, content: dict, rows: dict[str, str]) -
 def _family(network: nn.Module, is_adapted: bool) -> str:
     if isinstance(network, DSCLoRA):
         return 'DSCLoRA, i.e. ConvLoRA on SPAN'
-    name = name_of(network) if isinstance(network, (SPAN, LKDN)) else type(network).__name__
+    name = family_name(network)
     return f'AdaptSR on {name}' if is_adapted else name
 
 
@@ -278,16 +278,13 @@ def _form(network: nn.Module, is_adapted: bool, has_branches: bool) -> str:
     return '; '.join(forms) or 'plain: a base, or merged, which cannot be told apart'
 
 
-@torch.no_grad()
-def _images(network: nn.Module, accepted: AcceptedInput | None) -> tuple[int, int, int]:
-    """Channels of the input and of the output, and scale."""
-    if accepted is None:  # SwinIR with an absolute position embedding: for images of one size
-        channels, (height, width) = network.conv_first.in_channels, network.patches_resolution
-    else:
-        channels = accepted.channels
-        height = width = accepted.multiple * math.ceil(SMALLEST_SIDE / accepted.multiple)
-    output = network(torch.zeros(1, channels, height, width))
-    return channels, output.shape[1], output.shape[-1] // width
+def _teaching(opened: OpenedNetwork) -> tuple[str, ...]:
+    """What further commands need to know the network."""
+    return () if opened.section is None else ('-opt', 'OPTION_FILE')
+
+
+def _channels(network: nn.Module, info: NetworkInfo) -> str:
+    return f'{info.in_channels} in, {info.out_channels} out, {_width(network, info.in_channels)} wide'
 
 
 def _width(network: nn.Module, channels: int) -> int:
@@ -314,12 +311,12 @@ def _blocks(network: nn.Module) -> str:
 
 
 def _lora(adapter: Adapter) -> str:
-    """Layers, ranks, alphas and shifts in words."""
+    """Layers, ranks, alphas and deltas in words."""
     layers = adapter.layers
     ranks = _spread('rank', (adapter.rank_of(layer) for layer in layers))
     alphas = _spread('alpha', (adapter.alpha_of(layer) for layer in layers))
-    shifts = f'; shifts of {len(adapter.shifts)} parameters' if adapter.shifts else ''
-    return f'{len(layers)} layers' + (f', {ranks}, {alphas}' if layers else '') + shifts
+    deltas = f'; deltas of {len(adapter.deltas)} parameters' if adapter.deltas else ''
+    return f'{len(layers)} layers' + (f', {ranks}, {alphas}' if layers else '') + deltas
 
 
 def _spread(what: str, values: Iterable[float]) -> str:

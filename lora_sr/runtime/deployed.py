@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections import OrderedDict
 from itertools import chain
+from typing import Callable
 
 import torch
 from torch import Tensor, nn
 
-from lora_sr.archs.any_size import accepted_input
+from lora_sr.archs.info import network_info
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.reparam import deploy_form
 from lora_sr.errors import InputError
 from lora_sr.runtime.half_range import fit_half_range
 from lora_sr.runtime.native.networks import compile_network
+from lora_sr.runtime.native.program import round_keeping_sums
 from lora_sr.runtime.synthetic import soft_image
 
 LOG = logging.getLogger(__name__)
@@ -35,7 +38,7 @@ def optimize(network: nn.Module, dtype: torch.dtype = torch.float32) -> Deployed
       channels-last format.
     - On a CUDA GPU, the network is compiled by ``torch.compile`` at its first pass, for all heights and widths
       at once, in the channels-last format. The second pass of a size is recorded as a CUDA graph, and replayed from
-      then on; the last 8 sizes are kept. What cannot be compiled or recorded runs without. One thread at a time.
+      then on; the last 8 sizes are kept. What cannot be compiled or recorded runs without. Threads take turns.
 
     Args:
         network: Any network, (N, C, H, W) -> (N, C', s * H, s * W), in training or in deploy form, with LoRA or
@@ -60,7 +63,7 @@ def optimize(network: nn.Module, dtype: torch.dtype = torch.float32) -> Deployed
         raise InputError('float16 is for GPUs: on a CPU the half precision is bfloat16.')
     network = deploy_form(network).float()
     if dtype == torch.float16 and any(isinstance(module, LKDN) for module in network.modules()):
-        fit_half_range(network, [soft_image(1, accepted_input(network).channels, 64, 64).to(device)])
+        fit_half_range(network, [soft_image(1, network_info(network).in_channels, 64, 64).to(device)])
     return DeployedNetwork(network, dtype)
 
 
@@ -87,9 +90,11 @@ class DeployedNetwork(nn.Module):
         if device.type == 'cpu':
             self._program = compile_network(self.network, self.dtype)
         if self._program is None:
+            if self.dtype == torch.bfloat16:
+                _round_kernels(self.network)
             self.network.to(dtype=self.dtype, memory_format=torch.channels_last)
         if device.type == 'cuda':
-            self._graphs = _GraphPerSize(self.network)
+            self._graphs = _GraphPerSize(self.network, self.dtype)
 
     def _apply(self, *args, **kwargs) -> DeployedNetwork:
         super()._apply(*args, **kwargs)
@@ -119,8 +124,19 @@ class DeployedNetwork(nn.Module):
         """(N, C, H, W) -> (N, C', s * H, s * W), in float32."""
         if self._program is not None:
             return self._program(image)
-        image = image.to(dtype=self.dtype).contiguous(memory_format=torch.channels_last)
-        return (self.network if self._graphs is None else self._graphs)(image).float()
+        return _run(self.network, image, self.dtype) if self._graphs is None else self._graphs(image)
+
+
+def _run(network: nn.Module, image: Tensor, dtype: torch.dtype) -> Tensor:
+    return network(image.to(dtype=dtype, memory_format=torch.channels_last)).float()
+
+
+@torch.no_grad()
+def _round_kernels(network: nn.Module) -> None:
+    """Round the kernels of convolutions to bfloat16 such that their sums are kept. Rounded ones stay as they are."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.copy_(round_keeping_sums(module.weight.flatten(2)).view_as(module.weight))
 
 
 def _prepare_again(module: DeployedNetwork, keys) -> None:
@@ -134,15 +150,22 @@ def _device(network: nn.Module) -> torch.device:
 
 
 class _GraphPerSize:
-    """Runs a network on a GPU, compiled, and records the passes that come again as CUDA graphs."""
+    """Runs a network on a GPU, compiled, and records the passes that come again as CUDA graphs.
 
-    def __init__(self, network: nn.Module):
-        self.plain, self.network = network, torch.compile(network, dynamic=True)
+    Args:
+        network: It takes images in the channels-last format.
+        dtype: What it takes and gives; images are float32.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype):
+        self.plain, self.network = network, _compile(network)
+        self.dtype = dtype
         self.graphs: OrderedDict[torch.Size, tuple | str] = OrderedDict()
+        self.lock = threading.Lock()  # a graph has one source and one result
 
     def __call__(self, image: Tensor) -> Tensor:
         size = image.shape
-        with torch.cuda.device(image.device), _fastest_algorithms():
+        with self.lock, torch.cuda.device(image.device), _fastest_algorithms():
             if size not in self.graphs:
                 if len(self.graphs) == MOST_GRAPHS:
                     self.graphs.popitem(last=False)
@@ -154,32 +177,34 @@ class _GraphPerSize:
             if self.graphs[size] == CANNOT_BE_RECORDED:
                 return self._run(image)
             graph, source, result = self.graphs[size]
-            source.copy_(image)
+            source.copy_(image)  # in the dtype and the format of the source, at once
             graph.replay()
-            return result.clone()
+            return result.to(torch.float32, copy=True)
 
     def _run(self, image: Tensor) -> Tensor:
         try:
-            return self.network(image)
+            return _run(self.network, image, self.dtype)
         except Exception as error:  # whatever the compiler makes of a network, or of a machine without one
             if self.network is self.plain:
                 raise
             LOG.warning(f'torch.compile cannot compile {type(self.plain).__name__}, which runs without: {error}')
             self.network = self.plain
-            return self.network(image)
+            return _run(self.network, image, self.dtype)
 
     def _record(self, image: Tensor) -> tuple | str:
-        source = image.clone(memory_format=torch.preserve_format)
-        side = torch.cuda.Stream()
+        source = image.to(dtype=self.dtype, memory_format=torch.channels_last, copy=True)
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
         try:
-            side.wait_stream(torch.cuda.current_stream())
+            side.wait_stream(current)
             with torch.cuda.stream(side):  # what is allocated or chosen at a first pass must not be recorded
                 self.network(source)
-            torch.cuda.current_stream().wait_stream(side)
+            current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=side):
+            # A recording that fails leaves its stream as the current one. Other threads may go on meanwhile.
+            with torch.cuda.stream(current), torch.cuda.graph(graph, stream=side, capture_error_mode='thread_local'):
                 result = self.network(source)
-        except RuntimeError as error:  # too little memory, or a copy from the CPU on the way, as in SwinIR
+        except (RuntimeError, TypeError) as error:
+            # Too little memory, a copy from the CPU on the way, as in SwinIR, or torch 2.0, which knows no such mode.
             LOG.info(f'a pass of size {tuple(image.shape)} cannot be recorded: {error}')
             return CANNOT_BE_RECORDED
         return graph, source, result
@@ -194,3 +219,21 @@ def _fastest_algorithms():
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def _compile(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A network compiled at its first pass, for all heights and widths."""
+    compiled = torch.compile(network, dynamic=True)
+    try:
+        from torch.fx.experimental import _config as config
+    except ImportError:  # torch 2.0
+        return compiled
+    if not hasattr(config, 'use_duck_shape'):
+        return compiled
+
+    def run(image: Tensor) -> Tensor:
+        # Else a square image at first is compiled for squares, and all other sizes, for seconds again, when they come.
+        with config.patch(use_duck_shape=False):
+            return compiled(image)
+
+    return run

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Callable
 
 import numpy as np
 import torch
-from basicsr.archs.ridnet_arch import RIDNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_sr.archs.any_size import accepted_input
+from lora_sr.archs.info import NetworkInfo, network_info
+from lora_sr.archs.receptive_field import receptive_radius
 from lora_sr.errors import InputError
 from lora_sr.runtime.deployed import optimize
-from lora_sr.runtime.tiling import bytes_per_pixel, cut_axis, find_overlap, largest_tile, smallest_tile
+from lora_sr.runtime.tiling import bytes_per_pixel, cut_axis, largest_tile, smallest_tile
 
 LUMA = (0.299, 0.587, 0.114)  # of R, G and B in grey (BT.601)
 BLIND_OVERLAP = 32  # LR pixels, for networks that look at the whole image
@@ -28,7 +29,7 @@ class Upscaler:
     Args:
         network: Any network for RGB or for grey images, (N, C, H, W) -> (N, C, scale * H, scale * W), e.g. from
             :func:`lora_sr.load_network`; LoRA in it is merged, and branches are folded. It takes and gives values in
-            [0, 1]; RIDNet's, of 0 to 255, are converted. It is not changed.
+            [0, 1]; those of a network for 0 to 255 are converted. It is not changed.
         tile: Side of the tiles in LR pixels, overlap included. By default the image is run whole if that needs no more
             than half of the free memory by a cautious estimate, else in the largest tiles that need no more.
         dtype: What the network computes in. Its results are float32 in any case.
@@ -40,24 +41,25 @@ class Upscaler:
 
     def __init__(self, network: nn.Module, tile: int | None = None, dtype: torch.dtype = torch.float32):
         self.name = type(network).__name__
-        network = _UnitRange(network) if isinstance(network, RIDNet) else network
-        accepted = accepted_input(network)
-        if accepted is None or accepted.channels not in (1, 3):
-            raise InputError(f'{self.name} does not take RGB or grey images of any size, as upscaling needs it.')
-        self.channels, self.multiple = accepted
+        info = network_info(network)
+        if info is None or info.fixed_size is not None or info.in_channels not in (1, 3):
+            raise InputError(f'{self.name} does not take RGB or gray images of any size, as upscaling needs it.')
+        self.info = info
+        self.channels, self.multiple, self.scale = info.in_channels, info.size_multiple, info.scale
+        if info.out_channels != self.channels:
+            raise InputError(
+                f'{self.name} makes {info.out_channels} channels of {self.channels}, where equally many are right.'
+            )
+        network = _UnitRange(network, info) if info.value_range != 1 else network
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         self.network = deepcopy(network).eval().requires_grad_(False).to(self.device)
-        side = -(-32 // self.multiple) * self.multiple
+        side = info.side(32)
         # Not of zeros, which weights that are too large leave zeros.
         image = torch.rand(1, self.channels, side, side, generator=torch.Generator().manual_seed(0)).to(self.device)
         with torch.inference_mode():
             trial = self.network(image)
         if not torch.isfinite(trial).all():
             raise InputError(self._not_finite(torch.float32))
-        shape = trial.shape
-        self.scale = shape[2] // side
-        if shape[1] != self.channels:
-            raise InputError(f'{self.name} makes {shape[1]} channels of {self.channels}, where equally many are right.')
         # What is written is made of it as well: float32 of all channels, and what is rounded from it.
         batch = 3 if self.channels == 1 else 1
         self._bytes_per_pixel = batch * (bytes_per_pixel(self.network, image) + 8 * self.channels * self.scale**2)
@@ -73,7 +75,7 @@ class Upscaler:
     def overlap(self) -> int:
         """LR pixels on each inner side of a tile that are not kept, measured when they are first needed."""
         if self._overlap is None:
-            found = find_overlap(self.network, self.channels, self.multiple)
+            found = receptive_radius(self.network, replace(self.info, value_range=1))
             self.looks_everywhere = found is None
             self._overlap = BLIND_OVERLAP if found is None else found
         return self._overlap
@@ -188,14 +190,14 @@ def upscale_image(
 
 
 class _UnitRange(nn.Module):
-    """A network for values of 0 to 255 as one for values of 0 to 1."""
+    """A network for values from 0 to 255 as one for values from 0 to 1."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, info: NetworkInfo):
         super().__init__()
-        self.network = network
+        self.network, self.top = network, info.value_range
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.network(x * 255) / 255
+        return self.network(x * self.top) / self.top
 
 
 def _rounded(image: Tensor, dtype: np.dtype) -> np.ndarray:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_sr.adapters import LayerImportance, LoRAConv2d, LoRALinear, allocate_ranks, layer_importance
+from lora_sr.adapters import LayerImportance, allocate_ranks, base_weight, layer_importance
 from lora_sr.adapters.allocation import full_rank, largest_useful_rank, rank_cost
+from lora_sr.adapters.layers import LORA_LAYERS
 from lora_sr.errors import InputError
 
 LAYERS = {
@@ -20,6 +21,12 @@ LAYERS = {
     'tall': (lambda: nn.Conv2d(6, 9, (3, 1)), 3),
     'uneven': (lambda: nn.Conv2d(2, 9, (3, 2)), 3),
     'linear': (lambda: nn.Linear(9, 7), 1),
+    '1-D': (lambda: nn.Conv1d(6, 5, 3, groups=1), 1),
+    '3-D': (lambda: nn.Conv3d(2, 9, (3, 1, 2)), 1),
+    'transposed': (lambda: nn.ConvTranspose2d(8, 6, (3, 2), groups=2), 3),
+    'transposed 1-D': (lambda: nn.ConvTranspose1d(8, 6, 4), 1),
+    'embedding': (lambda: nn.Embedding(9, 7), 1),
+    'attention': (lambda: nn.MultiheadAttention(6, 2), 1),
 }
 
 
@@ -33,8 +40,7 @@ def layer(request):
 
 
 def adapted(layer, rank):
-    kind = LoRALinear if isinstance(layer, nn.Linear) else LoRAConv2d
-    return kind(layer, rank, rank)
+    return LORA_LAYERS[type(layer)](layer, rank, rank)
 
 
 def lora_size(layer, rank):
@@ -45,7 +51,7 @@ def lora_size(layer, rank):
 def test_costs_and_limits_are_those_of_the_layers(layer):
     assert [rank * rank_cost(layer) for rank in (1, 2, 5)] == [lora_size(layer, rank) for rank in (1, 2, 5)]
     assert rank_cost(adapted(layer, 3)) == rank_cost(layer)
-    useful = [rank for rank in range(1, 40) if lora_size(layer, rank) <= layer.weight.numel()]
+    useful = [rank for rank in range(1, 40) if lora_size(layer, rank) <= base_weight(layer).numel()]
     assert largest_useful_rank(layer) == max(useful, default=1)
 
     def rank_of_update(rank):
@@ -65,7 +71,7 @@ def lora_shape(layer):
 
 
 def test_gains_are_the_squared_singular_values_of_each_unit(layer):
-    gradient = torch.randn_like(layer.weight)
+    gradient = torch.randn_like(base_weight(layer))
     importance = layer_importance(layer, gradient)
     values = np.linalg.svd(gradient.numpy().reshape(lora_shape(layer)), compute_uv=False) ** 2
     expected = [values[unit * layer.rows : (unit + 1) * layer.rows].sum() for unit in range(largest_useful_rank(layer))]

@@ -17,8 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_sr.adapters import LoRAConfig, add_lora
-from lora_sr.archs import take_any_size
-from lora_sr.archs.any_size import AcceptedInput, accepted_input, size_multiple
+from lora_sr.archs import NetworkInfo, network_info, take_any_size
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints import load_network
@@ -140,19 +139,25 @@ class Classifier(nn.Module):
 def test_what_a_network_takes(build, channels, multiple):
     network = build().train()
     state = copy.deepcopy(network.state_dict())
+    vars(network).pop('_network_info', None)  # of a network that was padded before
     attributes = dict(vars(network))
     random_state = torch.get_rng_state()
-    assert accepted_input(network) == AcceptedInput(channels, multiple)
-    assert size_multiple(network) == multiple
+    info = network_info(network)
+    assert (info.in_channels, info.size_multiple) == (channels, multiple)
+    assert network_info(network) is info and vars(network).pop('_network_info') is info
     assert torch.equal(torch.get_rng_state(), random_state)
     assert network.training and vars(network) == attributes
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    height, width = info.size(24, 40)
+    with torch.no_grad():
+        shape = network.eval()(torch.zeros(1, channels, height, width)).shape
+    assert shape == (1, info.out_channels, height * info.scale, width * info.scale)
 
 
 def test_networks_that_take_nothing_in_multiples():
     for network in (Classifier(), Shuffled(65), nn.Linear(3, 3)):
-        assert accepted_input(network) is None and size_multiple(network) == 1
-    assert accepted_input(UNet()) == AcceptedInput(3, 8)
+        assert network_info(network) is None
+    assert network_info(UNet()) == NetworkInfo(3, 3, 1, 8)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from lora_sr.adapters import LoRAConfig, add_lora, count_parameters, lora_layers
 from lora_sr.archs import fold, is_training_form
 from lora_sr.archs.lkdn import CONVS, LKDN, UPSAMPLERS, BSConvU, BSConvU_idt
 from lora_sr.archs.reparam import Foldable
-from lora_sr.checkpoints import read_state_dict
+from lora_sr.checkpoints import Checkpoint
 from lora_sr.errors import InputError
 
 OFFICIAL = ['LKDN_x4', 'LKDN-S_x4', 'LKDN-S_del_rep_x4']
@@ -65,7 +65,7 @@ def test_official_weights_give_the_authors_output(shared, name):
 def test_every_kind_of_block_gives_the_authors_output(shared, conv, upsampler):
     name = f'lkdns_{conv}_{upsampler}_f12a10_x3'
     network = LKDN(num_feat=12, num_atten=10, num_in=2, num_block=5, upscale=3, conv=conv, upsampler=upsampler)
-    network.load_state_dict(read_state_dict(shared / f'golden/networks/{name}.pth'), strict=True)
+    network.load_state_dict(Checkpoint.read(shared / f'golden/networks/{name}.pth').state, strict=True)
     truth = golden(shared, name)
     assert (network(truth['lr']) - truth['sr']).abs().max() <= 1e-4
     assert (fold(network)(truth['lr']) - truth['sr']).abs().max() <= 1e-4
@@ -75,7 +75,7 @@ def test_every_kind_of_block_gives_the_authors_output(shared, conv, upsampler):
 def test_folding_the_official_training_form_gives_the_official_deploy_form(shared):
     network, truth = load_network(shared / 'weights/LKDN/LKDN-S_x4.pth'), golden(shared, 'LKDN-S_del_rep_x4')
     fold(network)
-    official = read_state_dict(shared / 'weights/LKDN/LKDN-S_del_rep_x4.pth')
+    official = Checkpoint.read(shared / 'weights/LKDN/LKDN-S_del_rep_x4.pth').state
     assert network.state_dict().keys() == official.keys()
     for key, value in network.state_dict().items():
         torch.testing.assert_close(value, official[key], rtol=1e-4, atol=1e-5)

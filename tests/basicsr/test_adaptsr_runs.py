@@ -10,7 +10,7 @@ from tiny_run import REPOSITORY, run_python, write_pairs
 
 from lora_sr import load_network
 from lora_sr.adapters import is_lora_key
-from lora_sr.checkpoints import read_state_dict
+from lora_sr.checkpoints import Checkpoint
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.option_file import load_options
 
@@ -59,7 +59,7 @@ def test_swinir_trains_validates_resumes_and_is_tested_at_odd_sizes(folder):
     assert re.search(r'Resuming training from epoch: \d+, iter: 3', log)
     assert [int(i) for i in re.findall(r'iter:\s+(\d+), lr', log)] == [4, 5, 6]
 
-    base, sixth = read_state_dict(folder / 'base.pth'), read_checkpoint(checkpoint)['params']
+    base, sixth = Checkpoint.read(folder / 'base.pth').state, read_checkpoint(checkpoint)['params']
     assert all(torch.equal(sixth[key], base[key]) for key in base)
     assert {key for key in sixth if not is_lora_key(key)} == base.keys()
     moved = [key for key in sixth if key.endswith('lora_B') and not torch.equal(sixth[key], third[key])]

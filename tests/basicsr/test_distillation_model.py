@@ -192,12 +192,15 @@ def set_key(path, value):
 @pytest.mark.parametrize(
     'change, message',
     [
-        (set_key(['network_t'], None), 'needs a trained teacher'),
-        (set_key(['path', 'pretrain_network_t'], None), 'needs a trained teacher'),
+        (set_key(['network_t'], None), 'network_t, the teacher of a DistillationModel, is missing'),
+        (set_key(['path', 'pretrain_network_t'], None), 'pretrain_network_t, the trained weights of the teacher, is'),
         (set_key(['path', 'pretrain_network_t'], 'absent.pth'), 'checkpoint absent.pth cannot be read'),
         (set_key(['network_t', 'feature_channels'], 10), 'teacher.pth does not fit SPAN'),
         (set_key(['scale'], 3), r'"scale" is 3, but network_g \(DSCLoRA\) makes 16x16 of 8x8'),
-        (set_key(['train', 'memory_format'], 'channels_lats'), 'memory_format is "channels_lats"'),
+        (
+            set_key(['train', 'memory_format'], 'channels_lats'),
+            "train.memory_format: there is no 'channels_lats'; it is one of contig",
+        ),
         (
             set_key(['train', 'affinity_opt', 'layers'], ['block_7']),
             "'block_7' in the student, DSCLoRA; .*block_",
@@ -231,7 +234,7 @@ def test_networks_of_different_channels_are_refused(options):
 
 def test_no_loss_from_the_teacher_is_refused(options):
     del options['train']['distill_pixel_opt'], options['train']['affinity_opt']
-    with pytest.raises(InputError, match='learns nothing from its teacher'):
+    with pytest.raises(InputError, match='are both missing; without one of them nothing is learned from the teacher'):
         build_model(options)
 
 

@@ -12,7 +12,7 @@ from lora_sr.adapters import is_lora_key
 from lora_sr.archs import is_training_form
 from lora_sr.archs.lkdn import LKDN, LKDN_S
 from lora_sr.archs.span import SPAN
-from lora_sr.checkpoints import read_state_dict
+from lora_sr.checkpoints import Checkpoint
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.deploy.merge import merge_checkpoint
 from lora_sr.option_file import load_options
@@ -77,7 +77,7 @@ def assert_falls(values: list) -> None:
 
 def lora_and_rest(checkpoint, start) -> tuple:
     """How many `lora_B` of a checkpoint have left zero, and whether all but LoRA is as in the file at the start."""
-    before, after = read_state_dict(start), read_checkpoint(checkpoint)['params']
+    before, after = Checkpoint.read(start).state, read_checkpoint(checkpoint)['params']
     moved = sum(bool(value.any()) for key, value in after.items() if key.endswith('lora_B'))
     return moved, all(torch.equal(after[key], before[key]) for key in after if not is_lora_key(key))
 
@@ -102,10 +102,10 @@ def test_lkdn_s_in_two_stages_and_folded(train, tmp_path):
 
     _, second = train('LKDN/train_LKDN-S_x4_stage2.yml')
     # It begins with the average of stage 1 and goes slowly: at 2e-5 nothing is far from it after 20 iterations.
-    weights = read_state_dict(second, 'params')
+    weights = Checkpoint.read(second, 'params').state
 
     def distance_from(key):
-        start = read_state_dict(first, key)
+        start = Checkpoint.read(first, key).state
         return max((weights[name] - start[name]).abs().max() for name in weights)
 
     assert 0 < distance_from('params_ema') < 20 * 2e-4
@@ -165,7 +165,7 @@ def test_start_from_another_scale(train, tmp_path):
     changes = [f'path:pretrain_network_g={start}', 'path:strict_load_g=false', 'train:optim_g:lr=0']
     log, checkpoint = train('LKDN/train_LKDN_x2.yml', *changes, scale=2, iterations=1)
     assert set(re.findall(r'Size different, ignore \[(\S+)\]', log)) == {'upsampler.0.weight', 'upsampler.0.bias'}
-    before, after = read_state_dict(start), read_checkpoint(checkpoint)
+    before, after = Checkpoint.read(start).state, read_checkpoint(checkpoint)
     for key, value in after['params'].items():  # the upsampler too: the average starts as a copy of what is random
         torch.testing.assert_close(after['params_ema'][key], value)
     for weights in after.values():

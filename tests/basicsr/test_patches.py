@@ -1,5 +1,6 @@
-"""Each mend of BasicSR: that it mends, that it leaves alone what is not defective, and that it can be applied again."""
+"""Each patch of BasicSR: the defect, its repair, and that what is not defective is left alone."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,18 +12,20 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+import yaml
 from basicsr.archs import discriminator_arch
 from basicsr.losses import basic_loss
 from basicsr.models import base_model, build_model, realesrgan_model, realesrnet_model
 from basicsr.models.base_model import BaseModel
 from basicsr.models.lr_scheduler import MultiStepRestartLR
+from basicsr.models.sr_model import SRModel
 from basicsr.utils import DiffJPEG, dist_util, img_process_util, misc, options
 from basicsr.utils.file_client import LmdbBackend
 from basicsr.utils.registry import Registry
 from scipy import ndimage
 from tiny_run import REPOSITORY
 
-from lora_sr import files
+from lora_sr import files, hook
 from lora_sr.basicsr import patches
 from lora_sr.basicsr.patches.optimizers import optimizer_registry
 from lora_sr.checkpoints.content import read_checkpoint
@@ -42,7 +45,7 @@ def run_python(*arguments, cwd, path=REPOSITORY):
 
 
 def stock(module, name):
-    """A function as BasicSR's file has it: its source, run again where the mends do not reach."""
+    """A function as BasicSR's file has it: its source, run again where the patches do not reach."""
     namespace = dict(vars(module))
     namespace['__name__'] = 'stock'
     with open(module.__file__, encoding='utf-8') as file:
@@ -52,7 +55,7 @@ def stock(module, name):
 
 @pytest.fixture
 def stock_methods(monkeypatch):
-    """BaseModel with BasicSR's own methods in place of the mended ones, for the length of a test."""
+    """BaseModel with BasicSR's own methods in place of the patched ones, for the length of a test."""
     original = stock(base_model, 'BaseModel')
     for name in ('get_optimizer', 'load_network', 'save_network', 'save_training_state', 'model_to_device'):
         monkeypatch.setattr(BaseModel, name, vars(original)[name])
@@ -77,7 +80,7 @@ def test_basicsr_needs_the_import_patch(tmp_path):
 def test_import_patch_leaves_an_existing_module(monkeypatch):
     present = types.ModuleType('present')
     monkeypatch.setitem(sys.modules, 'torchvision.transforms.functional_tensor', present)
-    patches.imports.patch_torchvision_import()
+    hook.patch_torchvision_import()
     assert sys.modules['torchvision.transforms.functional_tensor'] is present
 
 
@@ -131,15 +134,6 @@ def test_registered_optimizer_comes_first(monkeypatch):
     assert type(model().get_optimizer('Adam', [torch.nn.Parameter(torch.zeros(1))], lr=1e-3)) is Adam
 
 
-def test_better_get_optimizer_is_left(monkeypatch):
-    def get_optimizer(self, optim_type, params, lr, **kwargs):
-        return getattr(torch.optim, optim_type)(params, lr, **kwargs)
-
-    monkeypatch.setattr(BaseModel, 'get_optimizer', get_optimizer)
-    patches.optimizers.patch_get_optimizer()
-    assert BaseModel.get_optimizer is get_optimizer
-
-
 # --- databases ---
 
 
@@ -157,8 +151,6 @@ def test_database_is_shared_within_a_process(pairs):
 
 
 def test_yaml_tag_does_not_run_code(tmp_path):
-    import yaml
-
     text = "name: x\nlr: 1e-4\nbad: !!python/object/apply:os.system ['touch {}']\n"
     stock_loader = stock(options, 'ordered_yaml')()[0]
     yaml.load(text.format(tmp_path / 'stock'), Loader=stock_loader)
@@ -244,9 +236,10 @@ def test_parse_options(tiny_options, monkeypatch):
 
 
 def test_stock_parse_options_runs_code(tiny_options, monkeypatch, tmp_path):
-    """The defect that `patch_parse_options` is there for."""
+    """The defect that ``patch_parse_options`` is there for."""
     entry = f'train:optim_g=[__import__("pathlib").Path("{tmp_path}/ran").touch()]'
     monkeypatch.setattr(sys, 'argv', ['train.py', '-opt', str(tiny_options), '--force_yml', entry])
+    monkeypatch.setenv('LORA_SR_CHECK', '0')  # which would tell that this is no optimizer
     stock(options, 'parse_options')('/root')
     assert (tmp_path / 'ran').exists()
     (tmp_path / 'ran').unlink()
@@ -268,7 +261,7 @@ def test_stock_start_needs_a_gpu(monkeypatch):
     dist_util._init_dist_pytorch('gloo')
     patches.distributed.start_distributed('pytorch', {'num_gpu': 0, 'dist_params': {'backend': 'gloo', 'port': 29500}})
     assert started == ['gloo', 'gloo']
-    with pytest.raises(InputError, match='backend is nccl, which needs GPUs'):
+    with pytest.raises(InputError, match='backend must be gloo for a run on CPUs, got nccl'):
         patches.distributed.start_distributed('pytorch', {'num_gpu': 0})
 
 
@@ -304,7 +297,7 @@ def test_training_state_with_a_counter_can_be_read(tmp_path):
     assert read_checkpoint(tmp_path / '1.state')['schedulers'][0]['milestones'] == Counter([2])
 
 
-def test_mend_of_training_state_types_where_it_is_refused(monkeypatch):
+def test_patch_of_training_state_types_where_they_are_refused(monkeypatch):
     allowed = []
     monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError('refused')))
     monkeypatch.setattr(torch.serialization, 'add_safe_globals', allowed.extend, raising=False)
@@ -470,14 +463,14 @@ def test_load_resume_state_of_a_script_is_replaced(monkeypatch):
 
 @pytest.mark.parametrize('place', ['first', 'last'])
 def test_training_script_of_a_clone(place, tiny_options, tmp_path):
-    """BasicSR's own train.py with the one line `import lora_sr`, interrupted and resumed without a GPU."""
+    """BasicSR's own train.py with the one line ``import lora_sr``, interrupted and resumed without a GPU."""
     from basicsr import train
 
     source = Path(train.__file__).read_text(encoding='utf-8')
     if place == 'first':
         source = 'import lora_sr\n' + source
     else:
-        # Without the mend BasicSR's imports may not get that far: a clone that does has its torchvision import mended.
+        # Without the patch BasicSR's imports may not get that far: a clone that does has repaired its own.
         source = SHIM + source.replace('\n\ndef init_tb_loggers', '\nimport lora_sr\n\ndef init_tb_loggers', 1)
     script = tmp_path / 'basicsr' / 'train.py'
     script.parent.mkdir()
@@ -592,7 +585,7 @@ def test_pool_of_no_whole_batches(no_gpu, module, name):
 
 
 def test_filter_of_images_with_their_channels_last():
-    """As `DiffJPEG` gives them. A kernel for each image, against SciPy."""
+    """As ``DiffJPEG`` gives them. A kernel for each image, against SciPy."""
     torch.manual_seed(0)
     images, kernels = torch.rand(2, 3, 30, 40), torch.rand(2, 5, 5)
     compressed = DiffJPEG(differentiable=False)(images, quality=torch.tensor([40.0, 90.0])).detach()
@@ -643,10 +636,15 @@ def test_squared_criterion_of_the_perceptual_loss(stock_module, monkeypatch):
         assert style is None
 
 
-# --- what a later BasicSR may have mended itself ---
+# --- what a later BasicSR may have repaired itself ---
 
 
-def test_good_versions_are_left_alone(monkeypatch):
+class Good:
+    """Functions of BasicSR without the defects, as far as the patches look at them."""
+
+    def get_optimizer(self, optim_type, params, lr, **kwargs):
+        return getattr(torch.optim, optim_type)(params, lr, **kwargs)
+
     def load_network(self, net, load_path, strict=True, param_key='params'):
         net.load_state_dict(torch.load(load_path, weights_only=True)[param_key], strict=strict)
 
@@ -654,29 +652,137 @@ def test_good_versions_are_left_alone(monkeypatch):
         torch.save({param_key: net.state_dict()}, 'new')
         os.replace('new', net_label)
 
-    for good in (load_network, save_network):
-        monkeypatch.setattr(BaseModel, good.__name__, good)
-    patches.checkpoints.patch_load_network()
-    patches.checkpoints.patch_saving()
-    assert BaseModel.load_network is load_network and BaseModel.save_network is save_network
+    def save_training_state(self, epoch, current_iter):
+        torch.save({'epoch': epoch}, 'new')
+        os.replace('new', f'{current_iter}.state')
 
+    def model_to_device(self, net):
+        return net.to(torch.cuda.current_device() if self.device.type == 'cuda' else 'cpu')
 
-def test_good_models_are_left_alone(monkeypatch):
+    def resume_training(self, resume_state):
+        for optimizer, state in zip(self.optimizers, resume_state['optimizers']):
+            if len(optimizer.param_groups[0]['betas']) == len(state['param_groups'][0]['betas']):
+                optimizer.load_state_dict(state)
+
+    def _print_different_keys_loading(self, crt_net, load_net, strict=True):
+        pass
+
     def model_ema(self, decay=0.999):
         for own, average in zip(self.net_g.parameters(), self.net_g_ema.parameters()):
             average.data.mul_(decay if own.requires_grad else 1)
 
-    def __init__(self, opt):
+    def init_training_settings(self):
+        self.net_g_ema = copy.deepcopy(self.net_g)
+        self.setup_schedulers()
+
+    def setup_optimizers(self):
+        self.optimizers = [torch.optim.Adam(value for value in self.net_g.parameters() if value.requires_grad)]
+
+    def degrade(self, opt):
         self.jpeger = DiffJPEG(differentiable=False).to(self.device)
 
     def _dequeue_and_enqueue(self):
         self.queue_lr = torch.zeros(1, device=self.device)
 
-    monkeypatch.setattr(BaseModel, 'model_ema', model_ema)
-    gan = realesrgan_model.RealESRGANModel
-    monkeypatch.setattr(gan, '__init__', __init__)
-    monkeypatch.setattr(gan, '_dequeue_and_enqueue', _dequeue_and_enqueue)
-    patches.average.patch_average_of_frozen()
-    patches.degradations.patch_degradation_device()
-    assert BaseModel.model_ema is model_ema
-    assert gan.__init__ is __init__ and gan._dequeue_and_enqueue is _dequeue_and_enqueue
+    def open_database(self, db_paths):
+        self.db_paths = db_paths
+
+    def perceptual_loss(self, layer_weights, criterion='l1'):
+        self.criterion = {'l1': torch.nn.L1Loss, 'l2': torch.nn.MSELoss}[criterion]()
+
+    def forward(self, x):
+        return self.linear2(self.linear1(x.flatten(1)))
+
+    @staticmethod
+    def filter2D(img, kernel):
+        return img.contiguous().view(1, -1) * kernel
+
+    @staticmethod
+    def _init_dist_pytorch(backend, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ['RANK']) % torch.cuda.device_count())
+
+    @staticmethod
+    def check_resume(opt, resume_iter):
+        opt['path']['pretrain_network_g'] = f'net_g_{resume_iter}.pth'
+
+    @staticmethod
+    def ordered_yaml():
+        return yaml.SafeLoader, yaml.SafeDumper
+
+    @staticmethod
+    def parse_options(root_path, is_train=True):
+        return load_options(sys.argv[2]), None
+
+
+NET, GAN = realesrnet_model.RealESRNetModel, realesrgan_model.RealESRGANModel
+LEFT_ALONE = [
+    (patches.optimizers.patch_get_optimizer, [(BaseModel, 'get_optimizer')]),
+    (patches.checkpoints.patch_load_network, [(BaseModel, 'load_network')]),
+    (patches.checkpoints.patch_saving, [(BaseModel, 'save_network'), (BaseModel, 'save_training_state')]),
+    (patches.checkpoints.patch_frozen_warnings, [(SRModel, 'setup_optimizers')]),
+    (patches.checkpoints.patch_missing_lora_warnings, [(BaseModel, '_print_different_keys_loading')]),
+    (patches.distributed.patch_model_to_device, [(BaseModel, 'model_to_device')]),
+    (
+        patches.distributed.patch_distributed_start,
+        [(dist_util, '_init_dist_pytorch'), (dist_util, '_init_dist_slurm', '_init_dist_pytorch')],
+    ),
+    (patches.resume.patch_resume_training, [(BaseModel, 'resume_training')]),
+    (patches.resume.patch_check_resume, [(misc, 'check_resume')]),
+    (patches.average.patch_average_of_frozen, [(BaseModel, 'model_ema')]),
+    (
+        patches.degradations.patch_degradation_device,
+        [
+            (NET, '__init__', 'degrade'),
+            (GAN, '__init__', 'degrade'),
+            (NET, '_dequeue_and_enqueue'),
+            (GAN, '_dequeue_and_enqueue'),
+        ],
+    ),
+    (
+        patches.degradations.patch_views,
+        [(img_process_util, 'filter2D'), (discriminator_arch.VGGStyleDiscriminator, 'forward')],
+    ),
+    (patches.lmdb.patch_lmdb_backend, [(LmdbBackend, '__init__', 'open_database')]),
+    (patches.losses.patch_perceptual_criterion, [(basic_loss.PerceptualLoss, '__init__', 'perceptual_loss')]),
+    (patches.options.patch_ordered_yaml, [(options, 'ordered_yaml')]),
+    (patches.options.patch_parse_options, [(options, 'parse_options')]),
+]
+
+
+@pytest.mark.parametrize(('apply', 'places'), LEFT_ALONE, ids=lambda value: getattr(value, '__name__', ''))
+def test_what_is_not_defective_is_left_alone(apply, places, monkeypatch):
+    for owner, name, *other in places:
+        monkeypatch.setattr(owner, name, getattr(Good, other[0] if other else name))
+    apply()
+    for owner, name, *other in places:
+        assert vars(owner)[name] is getattr(Good, other[0] if other else name)
+
+
+def test_an_average_that_is_copied_is_left_alone(monkeypatch):
+    scheduled = vars(stock(base_model, 'BaseModel'))['setup_schedulers']
+    monkeypatch.setattr(BaseModel, 'setup_schedulers', scheduled)
+    monkeypatch.setattr(SRModel, 'init_training_settings', Good.init_training_settings)
+    patches.average.patch_average()
+    assert BaseModel.setup_schedulers is scheduled
+
+
+def test_types_that_are_allowed_are_left_alone(monkeypatch):
+    allowed = []
+    monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: Counter())
+    monkeypatch.setattr(torch.serialization, 'add_safe_globals', allowed.extend, raising=False)
+    patches.resume.patch_training_state_types()
+    assert not allowed
+
+
+def test_every_patch_has_such_a_test():
+    rooms = [getattr(patches, name) for name in vars(patches)]
+    rooms = [room for room in rooms if isinstance(room, types.ModuleType)]
+    found = {value for room in rooms for name, value in vars(room).items() if name.startswith('patch_')}
+    elsewhere = {
+        patches.average.patch_average,
+        patches.resume.patch_training_state_types,
+        patches.resume.patch_load_resume_state,  # test_load_resume_state_of_a_script_is_replaced
+        patches.options.patch_network_options,  # sections without a base, in tests/basicsr/test_adaptsr_runs.py
+    }
+    assert {apply for apply, _ in LEFT_ALONE} | elsewhere == found

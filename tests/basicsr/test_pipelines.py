@@ -10,6 +10,7 @@ import torch
 from basicsr.archs.srresnet_arch import MSRResNet
 from tiny_run import TINY_OPTIONS, logged, run_python, write_pairs
 
+from lora_sr.basicsr import options
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.cli import pipelines
 from lora_sr.cli.pipelines import add_parser, main
@@ -171,3 +172,11 @@ def test_output_folder_that_cannot_be_written(tiny_options, tmp_path, capfd, mon
     monkeypatch.chdir(read_only)
     assert main(True, ['-opt', str(tiny_options)]) == 2
     assert capfd.readouterr().err.startswith('error: the output folder /proc/experiments cannot be written: /proc: ')
+
+
+def test_the_check_runs_once(tiny_options, tmp_path, monkeypatch):
+    counted, run = [], options.check_options
+    monkeypatch.setattr(options, 'check_options', lambda *args: counted.append(args) or run(*args))
+    monkeypatch.chdir(tmp_path)
+    assert main(True, ['-opt', 'tiny.yml', '--force_yml', 'val:val_freq=0']) == 2
+    assert len(counted) == 1

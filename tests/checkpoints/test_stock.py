@@ -15,7 +15,7 @@ from basicsr.archs.swinir_arch import SwinIR
 from lora_sr import load_network
 from lora_sr.adapters import LoRAConfig, add_lora, is_lora_key, lora_layers
 from lora_sr.archs.complexity import count_multi_adds
-from lora_sr.checkpoints.loading import FAMILIES, family_of
+from lora_sr.checkpoints.families import FAMILIES, family_of
 from lora_sr.errors import InputError
 from lora_sr.report.comparison import super_resolve
 
@@ -194,7 +194,7 @@ def test_an_adapted_checkpoint_tells_the_network_too(tmp_path, arch, arguments):
 def test_published_sizes(arch, arguments, parameters):
     network = arch(**arguments)
     state = network.state_dict()
-    (build,) = [build for recognise, build in FAMILIES.values() if recognise(state)]
+    (build,) = [build for recognize, build in FAMILIES.values() if recognize(state)]
     built = build(state)
     assert sum(parameter.numel() for parameter in built.parameters()) == parameters
     shapes = {key: value.shape for key, value in built.state_dict().items()}

@@ -23,7 +23,7 @@ from lora_sr.adapters import (
     save_adapter,
 )
 from lora_sr.archs.span import SPAN
-from lora_sr.checkpoints import read_state_dict
+from lora_sr.checkpoints import Checkpoint
 from lora_sr.cli.main import main
 from lora_sr.deploy import mixing
 from lora_sr.report.comparison import compare
@@ -119,11 +119,11 @@ def test_extract_apply_merge_give_the_adapted_networks_images(files, suffix):
     assert run('merge', folder / 'base.pth', folder / 'a.safetensors', '-o', plain) == 0
     assert {path.name for path in (folder / 'out').iterdir()} == {adapted.name, plain.name}
     trained = torch.load(folder / 'net_a.pth', weights_only=True)['params_ema']
-    written = read_state_dict(adapted)
+    written = Checkpoint.read(adapted).state
     assert written.keys() == trained.keys() and all(torch.equal(trained[key], value) for key, value in written.items())
     x = torch.rand(1, 3, 9, 12)
     before = base(x)
-    base.load_state_dict(read_state_dict(plain), strict=True)
+    base.load_state_dict(Checkpoint.read(plain).state, strict=True)
     merged = base.requires_grad_(False)(x)
     network = type(base)(**({'num_feat': 8, 'num_block': 1, 'upscale': 2} if type(base) is MSRResNet else {}))
     load_adapter(load(network.eval(), folder / 'base.pth'), folder / 'a.safetensors')
@@ -134,7 +134,8 @@ def test_extract_apply_merge_give_the_adapted_networks_images(files, suffix):
         assert torch.equal(load_network(plain).requires_grad_(False)(x), merged)
     again = folder / f'again{suffix}'
     assert main(['merge', str(adapted), '-o', str(again)]) == 0
-    assert all(torch.equal(value, read_state_dict(plain)[key]) for key, value in read_state_dict(again).items())
+    expected = Checkpoint.read(plain).state
+    assert all(torch.equal(value, expected[key]) for key, value in Checkpoint.read(again).state.items())
     assert run('extract', adapted, '-o', folder / 'once_more.safetensors') == 0
     first, second = (read_adapter(folder / f'{name}.safetensors') for name in ('a', 'once_more'))
     assert sorted(first.config.target_modules) == sorted(second.config.target_modules)
@@ -214,8 +215,9 @@ def test_fit_finds_the_weights_that_made_the_images(files, capsys):
         half = [f'{path}=0.5' for path in adapters]
         assert run('merge', folder / 'base.pth', *half, '-o', folder / 'half.pth') == 0
         checkpoints = {name: folder / f'{name}.pth' for name in ('half', 'fitted')}
+        # Another memory format rounds differently, which a PSNR of 80 dB shows.
         rows = compare(checkpoints, {'pairs': (folder / 'gt', folder / 'lr')}).rows
-        assert [row.quality['pairs'].psnr for row in rows[1:]] == pytest.approx([before, after], abs=1e-3)
+        assert [row.quality['pairs'].psnr for row in rows[1:]] == pytest.approx([before, after], rel=3e-4)
 
 
 def test_fit_is_never_worse_than_its_start(files, capsys):
@@ -366,9 +368,12 @@ def test_base_in_training_form_is_sent_to_merge(tmp_path, capsys):
         ('merge base.pth a.safetensors -o m.pth --fit --gt gt --lr lr --scale 2 -opt none.yml', 'has no network_g'),
         (
             'merge base.pth a.safetensors -o m.pth --fit --gt gt --lr lr --scale 2 -opt name.yml',
-            'no .* network "Fast"',
+            "no network 'Fast'",
         ),
-        ('merge base.pth a.safetensors -o m.pth --fit --gt gt --lr lr --scale 2 -opt key.yml', 'cannot be built from'),
+        (
+            'merge base.pth a.safetensors -o m.pth --fit --gt gt --lr lr --scale 2 -opt key.yml',
+            "depth is not a known key; did you mean 'width'",
+        ),
         ('merge base.pth a.safetensors -o m.pth --fit --gt gt --lr lr --scale 2 -opt size.yml', 'does not fit'),
     ],
 )
@@ -407,7 +412,7 @@ def test_weights_on_the_command_line(files, monkeypatch, capsys):
     for text in ('a.safetensors=half', 'a.safetensors=nan', '=0.5', 'a.safetensors='):
         with pytest.raises(SystemExit, match='2'):
             run('merge', 'base.pth', text, '-o', 'm.pth')
-        assert 'should be ADAPTER or ADAPTER=WEIGHT' in capsys.readouterr().err
+        assert 'should be FILE or FILE=WEIGHT' in capsys.readouterr().err
     (folder / 'a.safetensors').rename('a=1.safetensors')
     assert run('merge', 'base.pth', 'a=1.safetensors', '-o', 'm.pth') == 0
     assert run('merge', 'base.pth', 'a=1.safetensors=0.5', '-o', 'm.pth') == 2

@@ -1,4 +1,4 @@
-"""`lora-sr export chainner`: spandrel recognises the file, and gives the trained network's images."""
+"""`lora-sr export chainner`: spandrel recognizes the file, and gives the trained network's images."""
 
 import importlib.util
 
@@ -45,7 +45,7 @@ def test_spandrel_gives_the_images_of_the_trained_network(spandrel, tmp_path, ca
 
 @torch.no_grad()
 @pytest.mark.parametrize('name', ['SPAN/spantiny_ch26_x4', 'SPAN/span_ch28_x4', 'DSCLoRA/DSCF_ch26_x4'])
-def test_official_weights_are_recognised_with_equal_output(shared, spandrel, tmp_path, name):
+def test_official_weights_are_recognized_with_equal_output(shared, spandrel, tmp_path, name):
     export_chainner(shared / f'weights/{name}.pth', tmp_path / 'net.pth')
     descriptor, network = load(spandrel, tmp_path / 'net.pth'), load_network(shared / f'weights/{name}.pth')
     assert descriptor.scale == 4

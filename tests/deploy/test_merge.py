@@ -24,9 +24,8 @@ from lora_sr.archs import is_training_form
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.lkdn import LKDN, BSConvU, BSConvU_idt
 from lora_sr.archs.span import SPAN
-from lora_sr.checkpoints import read_state_dict
+from lora_sr.checkpoints import Checkpoint, writing
 from lora_sr.cli.main import main
-from lora_sr.deploy import merge
 
 LKDN_SIZES = {'num_feat': 6, 'num_atten': 4, 'num_block': 2, 'num_in': 2, 'upscale': 3}
 REP = {'conv': 'BSConvU_rep', 'upsampler': 'pixelshuffle_rep'}
@@ -53,7 +52,7 @@ def test_merged_file_is_a_plain_span_with_the_same_output(adapted, tmp_path, cap
     assert main(['merge', str(tmp_path / 'net_g_10.pth'), '-o', str(output)]) == 0
     merged = load_network(output)
     assert type(merged) is SPAN
-    assert read_state_dict(output).keys() == SPAN(feature_channels=8, upscale=3, deploy=True).state_dict().keys()
+    assert Checkpoint.read(output).state.keys() == SPAN(feature_channels=8, upscale=3, deploy=True).state_dict().keys()
     x = torch.rand(1, 3, 17, 19)
     assert torch.equal(merged(x), adapted(x))
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -67,7 +66,7 @@ def test_merged_file_is_a_plain_span_with_the_same_output(adapted, tmp_path, cap
         f'wrote {output}',
     ]
     if suffix == '.pth':
-        assert list(torch.load(output, weights_only=True)) == ['params']
+        assert list(torch.load(output, weights_only=True)) == ['params', 'lora_sr']
 
 
 def with_lora(network, targets):
@@ -148,7 +147,7 @@ def test_stock_networks_are_merged_to_themselves(tmp_path, capsys, build, channe
     assert f'network               {type(plain).__name__}\n' in printed
     assert f'{count_parameters(network).total:,} -> {count_parameters(plain).total:,}\n' in printed
     assert 'largest difference    0.0e+00 of the largest output' in printed
-    plain.load_state_dict(read_state_dict(tmp_path / f'plain{suffix}'), strict=True)
+    plain.load_state_dict(Checkpoint.read(tmp_path / f'plain{suffix}').state, strict=True)
     x = torch.rand(1, channels, 56, 56)  # whole windows of 7 and of 8
     assert torch.equal(plain(x), network(x))
 
@@ -163,7 +162,7 @@ def test_swinir_for_images_of_one_size(tmp_path, capsys, channels, size):
     torch.save(network.state_dict(), tmp_path / 'net.pth')
     assert main(['merge', str(tmp_path / 'net.pth'), '-o', str(tmp_path / 'plain.pth')]) == 0
     assert 'network               SwinIR\n' in capsys.readouterr().out
-    plain.load_state_dict(read_state_dict(tmp_path / 'plain.pth'), strict=True)
+    plain.load_state_dict(Checkpoint.read(tmp_path / 'plain.pth').state, strict=True)
     x = torch.rand(1, channels, *size)
     assert torch.equal(plain(x), network(x))
 
@@ -216,7 +215,7 @@ def test_a_network_that_is_not_known_is_merged_without_it(tmp_path, capsys, suff
         'largest difference    not measured, as an unknown network cannot be run',
         f'wrote {output}',
     ]
-    merged = read_state_dict(output)
+    merged = Checkpoint.read(output).state
     plain.load_state_dict(merged, strict=True)
     exact = {key: value.double() for key, value in state.items()}
     for layer, scale in (('first', 4 / 2), ('depthwise', 4 / 2), ('mlp', 4 / 3), ('last', 0.5 / 2)):
@@ -283,11 +282,11 @@ def test_an_identity_that_runs_stays(tmp_path, capsys):
 
 
 def test_a_file_that_gives_other_images_is_not_kept(adapted, tmp_path, monkeypatch, capsys):
-    def forget_a_layer(state, path):
-        write({**state, 'conv_cat.bias': torch.zeros_like(state['conv_cat.bias'])}, path)
+    def forget_a_layer(state, *arguments):
+        write({**state, 'conv_cat.bias': torch.zeros_like(state['conv_cat.bias'])}, *arguments)
 
-    write = merge._write
-    monkeypatch.setattr(merge, '_write', forget_a_layer)
+    write = writing._write
+    monkeypatch.setattr(writing, '_write', forget_a_layer)
     files = set(tmp_path.iterdir())
     assert main(['merge', str(tmp_path / 'net_g_10.pth'), '-o', str(tmp_path / 'm.pth')]) == 2
     assert 'The written network differs from the trained one by' in capsys.readouterr().err
@@ -299,11 +298,11 @@ def test_a_file_that_gives_other_images_is_not_kept(adapted, tmp_path, monkeypat
     [(OSError(28, 'No space left on device'), 'No space left on device'), (RuntimeError('x'), 'the disk may be full')],
 )
 def test_a_failure_to_write_is_one_sentence(adapted, tmp_path, monkeypatch, capsys, error, reason):
-    def fail(state, path):
+    def fail(state, path, origin):
         path.write_text('a part')
         raise error
 
-    monkeypatch.setattr(merge, '_write', fail)
+    monkeypatch.setattr(writing, '_write', fail)
     files = set(tmp_path.iterdir())
     assert main(['merge', str(tmp_path / 'net_g_10.pth'), '-o', str(tmp_path / 'm.pth')]) == 2
     assert capsys.readouterr().err == f'lora-sr: error: The output {tmp_path / "m.pth"} cannot be written: {reason}.\n'
@@ -314,7 +313,7 @@ def test_a_disk_that_becomes_read_only_is_one_sentence(adapted, tmp_path, monkey
     def fail(*arguments, **keywords):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(merge, '_write', fail)
+    monkeypatch.setattr(writing, '_write', fail)
     monkeypatch.setattr(Path, 'unlink', fail)
     assert main(['merge', str(tmp_path / 'net_g_10.pth'), '-o', str(tmp_path / 'm.pth')]) == 2
     assert 'm.pth cannot be written: Read-only file system.' in capsys.readouterr().err

@@ -17,10 +17,11 @@ from lora_sr.adapters import LoRAConfig, add_lora, lora_layers, save_adapter
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.lkdn import LKDN, LKDN_S, BSConvU_idt
 from lora_sr.archs.span import SPAN
+from lora_sr.checkpoints.families import family_name
 from lora_sr.cli.main import main
 from lora_sr.deploy import submission
 from lora_sr.deploy.submission import write_submission
-from lora_sr.deploy.submitted_networks import class_name_for, name_of
+from lora_sr.deploy.submitted_networks import class_name_for, write_source
 from lora_sr.errors import InputError
 
 LKDN_SIZES = {'num_feat': 6, 'num_atten': 4, 'num_block': 2}
@@ -206,8 +207,11 @@ def test_other_networks_are_refused(tmp_path):
     torch.save({'a.weight': torch.zeros(3)}, tmp_path / 'other.pth')
     save_adapter(with_lora(SPAN(feature_channels=4)), tmp_path / 'adapter.safetensors')
     for file, sentence in (
-        (save(edsr, tmp_path / 'edsr.pth'), 'is of EDSR: a submission is made of SPAN, DSCLoRA, LKDN and LKDN-S'),
-        (tmp_path / 'other.pth', 'is of no network known here: a submission is made of SPAN, DSCLoRA, LKDN and LKDN-S'),
+        (
+            save(edsr, tmp_path / 'edsr.pth'),
+            'EDSR cannot be submitted: its module must import torch alone, got an import of basicsr.archs.arch_util',
+        ),
+        (tmp_path / 'other.pth', 'belongs to no network known here'),
         (tmp_path / 'adapter.safetensors', 'is an adapter, not a network'),
         (tmp_path / 'absent.pth', 'cannot be read'),
     ):
@@ -252,12 +256,12 @@ def test_wrong_arguments(checkpoint, tmp_path, capsys, team, name, output, sente
     ],
 )
 def test_names_of_classes(name, class_name):
-    assert class_name_for(SPAN(feature_channels=4, deploy=True), name) == class_name
+    assert class_name_for(write_source(SPAN(feature_channels=4, deploy=True), '', '_'), name) == class_name
 
 
 def test_lkdn_s_is_told_by_its_sizes():
-    assert name_of(LKDN_S(upscale=3)) == 'LKDN-S' and name_of(LKDN(num_block=5)) == 'LKDN'
-    assert name_of(DSCLoRA(feature_channels=4)) == 'SPAN'
+    assert family_name(LKDN_S(upscale=3)) == 'LKDN-S' and family_name(LKDN(num_block=5)) == 'LKDN'
+    assert family_name(DSCLoRA(feature_channels=4)) == 'SPAN'
 
 
 @pytest.mark.slow

@@ -25,10 +25,10 @@ from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.span import SPAN
 from lora_sr.cli import upscale as command
 from lora_sr.deploy import upscale as module
-from lora_sr.deploy import upscaler as upscaler_module
 from lora_sr.deploy.adapters import merge_adapters
 from lora_sr.deploy.upscale import upscale
 from lora_sr.errors import InputError
+from lora_sr.runtime import upscaler as upscaler_module
 from lora_sr.runtime.upscaler import Upscaler, upscale_image
 
 

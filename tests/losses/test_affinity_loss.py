@@ -21,10 +21,16 @@ def naive(student, teacher):
     return (affinity[0] - affinity[1]).abs().mean()
 
 
+@pytest.mark.parametrize('of_gpu', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-@pytest.mark.parametrize('shape, teacher_channels', [((2, 5, 6, 7), 9), ((1, 8, 25, 31), 8), ((3, 4, 1, 1), 2)])
-def test_value_and_gradient_equal_the_naive_form(monkeypatch, dtype, shape, teacher_channels):
+@pytest.mark.parametrize('shape, teacher_channels', [((3, 5, 6, 7), 9), ((1, 8, 25, 31), 8), ((3, 4, 1, 1), 2)])
+def test_value_and_gradient_equal_the_naive_form(monkeypatch, dtype, shape, teacher_channels, of_gpu):
+    block_size = affinity_loss._block_size
     monkeypatch.setattr(affinity_loss, 'ROWS', 128)  # several blocks, the last one short
+    monkeypatch.setattr(affinity_loss, 'GPU_BUFFER_ELEMENTS', 2000)  # two samples of 6 x 7 at a time
+    monkeypatch.setattr(
+        affinity_loss, '_block_size', lambda samples, positions, _: block_size(samples, positions, of_gpu)
+    )
     torch.manual_seed(0)
     student = torch.randn(shape, dtype=dtype, requires_grad=True)
     teacher = torch.randn(shape[0], teacher_channels, *shape[2:], dtype=dtype)
@@ -92,6 +98,22 @@ def test_features_that_do_not_fit():
             spatial_affinity_distance(torch.zeros(shape), torch.zeros(shape))
     with pytest.raises(InputError, match='as many layers'):
         SpatialAffinityLoss()([torch.zeros(1, 4, 5, 6)], [])
+
+
+@pytest.mark.parametrize(
+    'samples, side, is_gpu, expected',
+    [
+        (4, 64, False, (2, 512)),
+        (4, 64, True, (4, 2048)),  # half of all rows
+        (64, 48, True, (12, 1152)),
+        (2, 128, True, (1, 2048)),  # as many as the buffer holds
+        (2, 128, False, (1, 256)),
+        (1, 1, True, (1, 1)),
+        (1, 6000, True, (1, 1)),
+    ],
+)
+def test_blocks_fill_the_memory_they_may_use(samples, side, is_gpu, expected):
+    assert affinity_loss._block_size(samples, side**2, is_gpu) == expected
 
 
 @pytest.mark.slow

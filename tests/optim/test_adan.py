@@ -189,6 +189,7 @@ def test_state_has_the_memory_format_of_the_parameter():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 def test_on_a_gpu():
     here, there = make_params(), [nn.Parameter(param.detach().cuda()) for param in make_params()]
     optimizers = [Adan(params, weight_decay=0.02) for params in (here, there)]

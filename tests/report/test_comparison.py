@@ -23,13 +23,13 @@ from basicsr.archs.srresnet_arch import MSRResNet
 from basicsr.archs.srvgg_arch import SRVGGNetCompact
 from basicsr.archs.swinir_arch import SwinIR
 from basicsr.metrics import calculate_psnr, calculate_ssim
-from lora_sr.evaluation import comparison as module
 
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.span import SPAN
 from lora_sr.cli.main import main
 from lora_sr.errors import InputError
 from lora_sr.images.bicubic import bicubic_downscale
+from lora_sr.report import comparison as module
 from lora_sr.report.comparison import compare
 from lora_sr.report.cost import ntire_score
 from lora_sr.report.fidelity import Fidelity
@@ -364,7 +364,7 @@ def test_a_file_that_cannot_be_written_loses_nothing(tmp_path, span, monkeypatch
     found = capsys.readouterr()
     assert 'A (Y)' in found.out and 'wrote' not in found.out and found.err.endswith(sentence)
     monkeypatch.setattr(tempfile, 'TemporaryFile', fail)
-    monkeypatch.setattr(module, 'read_network', lambda *_: pytest.fail('a network was read'))
+    monkeypatch.setattr(module, 'open_network', lambda *_: pytest.fail('a network was read'))
     assert main(command) == 2 and capsys.readouterr().err == sentence
     assert not output.exists()
 

@@ -72,6 +72,7 @@ def test_a_process_that_does_not_get_through_is_told(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 def test_on_a_gpu():
     network, device = nn.Upsample(scale_factor=16), torch.device('cuda')
     output = 3 * 128**2 * 16**2 * 4

@@ -9,8 +9,9 @@ from basicsr.archs import build_network
 
 import lora_sr
 from lora_sr.adapters import LoRAConfig, add_lora, mark_trainable
+from lora_sr.checkpoints.networks import network_of_options
 from lora_sr.cli.main import main
-from lora_sr.report.inspection import fold_rows, format_inspection, inspect_network, read_network
+from lora_sr.report.inspection import fold_rows, format_inspection, inspect_network
 
 SWINIR = """\
   base:
@@ -197,4 +198,4 @@ def test_no_weights_and_no_data_are_needed(tmp_path):
         'network_g: {type: MSRResNet, num_feat: 4, num_block: 1, upscale: 2}\n'
         'path: {pretrain_network_g: nowhere.pth}\ndatasets: {train: {dataroot_gt: nowhere}}\nscale: 2\n'
     )
-    assert len(inspect_network(read_network(file)).rows) == 6
+    assert len(inspect_network(network_of_options(file)).rows) == 6

@@ -13,12 +13,12 @@ from basicsr.archs.srvgg_arch import SRVGGNetCompact
 from basicsr.archs.swinir_arch import SwinIR
 from torch import nn
 
-from lora_sr.adapters import LoRAConfig, add_lora, save_adapter
+from lora_sr.adapters import LoRAConfig, add_lora, remove_lora, save_adapter
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.lkdn import LKDN, LKDN_S
 from lora_sr.archs.span import SPAN
 from lora_sr.cli.main import build_parser, main
-from lora_sr.report.summary import summarise_checkpoint
+from lora_sr.report.summary import summarize_checkpoint
 
 LKDN_SIZES = {'num_feat': 6, 'num_atten': 4, 'num_block': 3, 'num_in': 2}
 PLAIN = 'plain: a base, or merged, which cannot be told apart'
@@ -79,7 +79,7 @@ def lora(network, **config):
                 'x2',
                 '3 in, 3 out, 6 wide',
                 '3 LKDB',
-                ' layers, rank 2, alpha 2; shifts of 6 parameters',
+                ' layers, rank 2, alpha 2; deltas of 6 parameters',
             ),
         ),
         (lambda: LKDN_S(upscale=3), ('LKDN-S', PLAIN, 'x3', '3 in, 3 out, 42 wide', '5 LKDB', None)),
@@ -118,7 +118,7 @@ def lora(network, **config):
 def test_networks(tmp_path, make, expected):
     network = make()
     file = save(network, tmp_path / 'a net=1.pth')
-    summary = summarise_checkpoint(file)
+    summary = summarize_checkpoint(file)
     rows = summary.rows
     family, form, scale, channels, blocks, updates = expected
     assert (rows['family'], rows['scale'], rows['channels'], rows.get('blocks')) == (family, scale, channels, blocks)
@@ -160,23 +160,29 @@ def test_networks(tmp_path, make, expected):
     ids=['one_size', 'grey', 'relu', 'growth'],
 )
 def test_commands_are_those_that_take_the_network(tmp_path, make, expected):
-    commands = list(map(words, summarise_checkpoint(save(make(), tmp_path / 'net.pth')).commands))
+    commands = list(map(words, summarize_checkpoint(save(make(), tmp_path / 'net.pth')).commands))
     assert [' '.join(command[: 1 + (command[0] == 'export')]) for command in commands] == expected
 
 
 def test_merge_and_extract_as_they_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    file = save(DSCLoRA(feature_channels=6), tmp_path / 'net_g_20.pth')
-    for command in summarise_checkpoint(file).commands:
+    network = DSCLoRA(feature_channels=6)
+    file = save(network, tmp_path / 'net_g_20.pth')
+    for command in summarize_checkpoint(file).commands:
         assert main(words(command)) == 0
-    merged = summarise_checkpoint(tmp_path / 'net_g_20_merged.pth')
+    merged = summarize_checkpoint(tmp_path / 'net_g_20_merged.pth')
     assert merged.rows['family'] == 'SPAN' and merged.rows['form'] == PLAIN
 
-    adapter = summarise_checkpoint(tmp_path / 'net_g_20.safetensors')
+    adapter = summarize_checkpoint(tmp_path / 'net_g_20.safetensors')
     assert adapter.network is None and adapter.rows['form'].startswith('adapter only')
     assert adapter.rows['LoRA'] == '20 layers, rank 8, alpha 16'
     on_base, info = adapter.commands
-    assert main(words(on_base.replace('BASE.pth', 'net_g_20_merged.pth').replace('-o ', '-o again_'))) == 0
+    on_base = on_base.replace('-o ', '-o again_')
+    save(remove_lora(network), tmp_path / 'BASE.pth')
+    assert main(words(on_base)) == 0
+    capsys.readouterr()
+    assert main(words(on_base.replace('BASE.pth', 'net_g_20_merged.pth').replace('again', 'twice'))) == 2
+    assert 'carries the adapter' in capsys.readouterr().err
     capsys.readouterr()
     assert main(words(info)) == 0
     parameters = adapter.rows['parameters']
@@ -198,8 +204,8 @@ def test_official_files(shared):
     reference = json.loads((shared / 'reference.json').read_text())['measured_with_official_code']
     families = {'LKDN_x4': 'LKDN', 'LKDN-S_x4': 'LKDN-S', 'LKDN-S_del_rep_x4': 'LKDN-S'}
     for name, published in reference.items():
-        if isinstance(published, dict) and 'weights' in published:
-            rows = summarise_checkpoint(shared / published['weights']).rows
+        if isinstance(published, dict) and 'NTIRE2026' not in published.get('weights', 'NTIRE2026'):
+            rows = summarize_checkpoint(shared / published['weights']).rows
             assert rows['family'] == families.get(name, 'SPAN')
             assert rows['parameters'] == f'{published["params"]:,}' and rows['scale'] == 'x4'
             if name == 'LKDN-S_x4':
@@ -214,7 +220,7 @@ def test_iterations(tmp_path):
         save(network, models / f'{name}.pth')
 
     def iteration(name):
-        return summarise_checkpoint(models / f'{name}.pth').rows['iteration']
+        return summarize_checkpoint(models / f'{name}.pth').rows['iteration']
 
     assert iteration('net_g_5000') == '5,000, by its name' and iteration('net_g_latest') == 'the last of its run'
     assert iteration('SPAN_x4').startswith('unknown')
@@ -237,14 +243,14 @@ def test_training_states(tmp_path):
     (tmp_path / 'run/training_states').mkdir()
     content = {'epoch': 3, 'iter': 1200, 'optimizers': [optimizer.state_dict()], 'schedulers': []}
     state = save(content, tmp_path / 'run/training_states/1200.state')
-    summary = summarise_checkpoint(state)
+    summary = summarize_checkpoint(state)
     assert summary.rows['form'].startswith('training state of a run')
     assert summary.rows['optimizers'] == f'1, {values} values' and summary.rows['iteration'] == '1,200, epoch 3'
     assert summary.commands == ['lora-sr train -opt OPTION_FILE --auto_resume']
     save(SPAN(feature_channels=4, deploy=True), tmp_path / 'run/models/net_g_1200.pth')
-    assert main(words(summarise_checkpoint(state).commands[0])) == 0
+    assert main(words(summarize_checkpoint(state).commands[0])) == 0
 
-    alone = summarise_checkpoint(save(optimizer.state_dict(), tmp_path / 'optimizer.pth'))
+    alone = summarize_checkpoint(save(optimizer.state_dict(), tmp_path / 'optimizer.pth'))
     assert alone.rows['form'].startswith('state of an optimizer') and alone.rows['optimizers'] == f'1, {values} values'
     assert alone.commands == []
 
@@ -260,18 +266,18 @@ def test_training_states(tmp_path):
 )
 def test_discriminators(tmp_path, section):
     network = build_network(section)
-    summary = summarise_checkpoint(save(network, tmp_path / 'net_d_10.pth'))
+    summary = summarize_checkpoint(save(network, tmp_path / 'net_d_10.pth'))
     assert summary.rows['family'] == f'{section["type"]}, a discriminator' and summary.commands == []
     assert summary.rows['iteration'] == '10, by its name'
     generator = save(SPAN(feature_channels=4, deploy=True), tmp_path / 'net_g_10.pth')
-    assert summarise_checkpoint(tmp_path / 'net_d_10.pth').commands == [f'lora-sr inspect {generator}']
-    renamed = summarise_checkpoint((tmp_path / 'net_d_10.pth').rename(tmp_path / 'mine.pth'))
+    assert summarize_checkpoint(tmp_path / 'net_d_10.pth').commands == [f'lora-sr inspect {generator}']
+    renamed = summarize_checkpoint((tmp_path / 'net_d_10.pth').rename(tmp_path / 'mine.pth'))
     assert renamed.rows['family'] == summary.rows['family']
 
 
 def test_unknown_networks(tmp_path, capsys):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1), nn.Linear(5, 2))
-    summary = summarise_checkpoint(save({'model': network.state_dict(), 'epoch': 3}, tmp_path / 'net.pth'))
+    summary = summarize_checkpoint(save({'model': network.state_dict(), 'epoch': 3}, tmp_path / 'net.pth'))
     assert summary.network is None and summary.commands == []
     assert summary.rows['family'].startswith('none of those known here (DSCLoRA, SPAN, LKDN, SwinIR')
     assert summary.rows['form'] == 'no LoRA' and summary.rows['values'] == str(3 * 4 * 9 + 4 + 20 + 5 + 10 + 2)
@@ -279,7 +285,7 @@ def test_unknown_networks(tmp_path, capsys):
     assert summary.rows['tensors'].splitlines()[:2] == ['0.weight  4x3x3x3', '0.bias  4']
 
     add_lora(network, LoRAConfig(['0', '2'], rank=2))
-    adapted = summarise_checkpoint(save({'model': network.state_dict()}, tmp_path / 'net.pth'))
+    adapted = summarize_checkpoint(save({'model': network.state_dict()}, tmp_path / 'net.pth'))
     assert adapted.rows['LoRA'] == '2 layers, rank 2, alpha 2'
     assert adapted.rows['tensors'].splitlines()[-1] == f'… and {len(network.state_dict()) - 8} more'
     for command in adapted.commands:
@@ -287,11 +293,11 @@ def test_unknown_networks(tmp_path, capsys):
     assert (tmp_path / 'net_merged.pth').is_file() and (tmp_path / 'net.safetensors').is_file()
 
     state = {key: value for key, value in network.state_dict().items() if key != '0.lora_B'}
-    assert 'lacks lora_B' in summarise_checkpoint(save(state, tmp_path / 'half.pth')).rows['LoRA']
+    assert 'lacks lora_B' in summarize_checkpoint(save(state, tmp_path / 'half.pth')).rows['LoRA']
 
     state = SPAN(feature_channels=4, deploy=True).state_dict()
     del state['block_3.c1_r.eval_conv.bias']
-    rows = summarise_checkpoint(save(state, tmp_path / 'part.pth')).rows
+    rows = summarize_checkpoint(save(state, tmp_path / 'part.pth')).rows
     assert rows['family'].startswith('looks like SPAN, but') and 'block_3.c1_r.eval_conv.bias' in rows['family']
 
 
@@ -299,7 +305,7 @@ def test_lora_tensors_that_are_no_adapter_file(tmp_path):
     save_adapter(DSCLoRA(feature_channels=6), tmp_path / 'adapter.safetensors')
     state = DSCLoRA(feature_channels=6).state_dict()
     file = save({key: value for key, value in state.items() if '.lora_' in key}, tmp_path / 'lora.pth')
-    summary = summarise_checkpoint(file)
+    summary = summarize_checkpoint(file)
     assert 'no adapter file' in summary.rows['form'] and summary.commands == []
 
 

@@ -14,12 +14,13 @@ from skimage import data
 from torch import nn
 
 from lora_sr import load_network
-from lora_sr.archs import take_any_size
+from lora_sr.archs import NetworkInfo, take_any_size
 from lora_sr.archs.lkdn import LKDN
+from lora_sr.archs.receptive_field import receptive_radius
 from lora_sr.archs.span import SPAN
 from lora_sr.errors import InputError
 from lora_sr.runtime import tiling
-from lora_sr.runtime.tiling import bytes_per_pixel, cut_axis, find_overlap, free_memory, largest_tile, smallest_tile
+from lora_sr.runtime.tiling import bytes_per_pixel, cut_axis, free_memory, largest_tile, smallest_tile
 from lora_sr.runtime.upscaler import Upscaler
 
 
@@ -56,11 +57,15 @@ def convolutions(*layers: tuple[int, int]) -> nn.Sequential:
     return nn.Sequential(*modules)
 
 
+def radius(network):
+    return receptive_radius(network, NetworkInfo(3, 3, 1))
+
+
 @pytest.mark.parametrize(
     'layers, reach', [([(1, 2)], 1), ([(1, 1), (1, 3)], 2), ([(5, 1), (1, 1), (2, 1)], 8), ([(30, 1), (30, 2)], 60)]
 )
 def test_overlap_is_the_receptive_field_where_all_of_it_counts(layers, reach):
-    assert find_overlap(convolutions(*layers), 3) == reach
+    assert radius(convolutions(*layers)) == reach
 
 
 def test_overlap_counts_every_direction():
@@ -72,7 +77,7 @@ def test_overlap_counts_every_direction():
                 rows, columns = (slice(7 + by, 7 + by + size) for by, size in zip(shift, x.shape[2:]))
                 return padded[:, :, rows, columns]
 
-        assert find_overlap(Shift(), 3) == 7
+        assert radius(Shift()) == 7
 
 
 def test_rounding_errors_do_not_count():
@@ -82,7 +87,7 @@ def test_rounding_errors_do_not_count():
         def forward(self, x):
             return x + 1e5 * torch.finfo(x.dtype).eps * x.shape[2] * x.shape[3]
 
-    assert find_overlap(nn.Sequential(convolutions((5, 1)), Rounding()), 3) == 5
+    assert radius(nn.Sequential(convolutions((5, 1)), Rounding())) == 5
 
 
 def swinir():
@@ -158,7 +163,7 @@ def test_a_network_that_looks_at_the_whole_image():
         def forward(self, x):
             return x - x.mean((2, 3), keepdim=True)
 
-    assert find_overlap(Mean(), 3) is None
+    assert radius(Mean()) is None
     torch.manual_seed(0)
     network = RCAN(3, 3, num_feat=16, num_group=2, num_block=2, squeeze_factor=4, upscale=2).eval()
     upscaler = Upscaler(network, tile=80)

@@ -1,5 +1,7 @@
 """The check of an option file before a run starts: everything that is wrong, at once, one sentence each."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from lora_sr.basicsr.options.paths import check_output, check_path
 from lora_sr.basicsr.options.training import check_train
 
 
-def check_options(opt: dict, is_train: bool, root_path=None, processes: int = 1) -> list:
+def check_options(
+    opt: dict, is_train: bool, root_path: str | os.PathLike | None = None, processes: int = 1
+) -> list[str]:
     """What is wrong with the options of a run, as sentences; an empty list if nothing is.
 
     Args:

@@ -1,23 +1,49 @@
 """What the checks of all sections share: the options, the sentences, and the tools to find them."""
 
+from __future__ import annotations
+
+import contextlib
 import difflib
+import dis
 import inspect
 import os
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-# Keys that BasicSR's own code reads. It ignores all others, and so does this check, unless one is almost one of these.
-KNOWN = {
-    '': 'name model_type scale num_gpu manual_seed datasets network_g network_d network_t path train val logger '
-    'dist_params find_unused_parameters',
-    'path': 'pretrain_network_g pretrain_network_d pretrain_network_t strict_load_g strict_load_d strict_load_t '
-    'param_key_g param_key_d param_key_t resume_state ignore_resume_networks experiments_root results_root',
-    'train': 'total_iter warmup_iter ema_decay optim_g optim_d scheduler pixel_opt perceptual_opt gan_opt',
-    'val': 'val_freq save_img suffix metrics pbar',
-    'logger': 'print_freq save_checkpoint_freq use_tb_logger wandb',
-    'dataset': 'name type dataroot_gt dataroot_lq meta_info_file io_backend filename_tmpl gt_size lq_size use_hflip '
-    'use_rot batch_size_per_gpu num_worker_per_gpu dataset_enlarge_ratio prefetch_mode num_prefetch_queue pin_memory '
-    'persistent_workers mean std color',
-}
+from basicsr.utils.registry import MODEL_REGISTRY, Registry
+
+from lora_sr.basicsr.options import schema
+from lora_sr.basicsr.options.schema import Kind
+
+OWN_MODULES = ('basicsr.', 'lora_sr.')
+
+
+def find(registry: Registry | dict, name: object) -> Callable | None:
+    """What has that name in a registry or dictionary, or None."""
+    known = registry if isinstance(registry, dict) else dict(iter(registry))  # its keys() lacks a [] to go with it
+    # With a suffix BasicSR registers what Real-ESRGAN registers too, and so it finds it.
+    return known.get(f'{name}_basicsr', known.get(name)) if isinstance(name, str) else None
+
+
+def _named_keys(entry: Callable | None) -> set[str]:
+    """The keys that the code of a class of BasicSR's reads: in a clone somebody may have taught it more of them."""
+    keys = set()
+    for base in getattr(entry, '__mro__', ()):
+        if base.__module__.startswith('basicsr.'):
+            with contextlib.suppress(OSError, TypeError):  # no source
+                keys.update(re.findall(r"""opt(?:\['\w+'\])?(?:\[|\.get\()['"](\w+)['"]""", inspect.getsource(base)))
+    return keys
+
+
+def _reads_others(function: Callable, parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a function or class may read keys that are no parameters: some of BasicSR's take any, and ignore them."""
+    rest = [name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
+    if not rest or not function.__module__.startswith(OWN_MODULES):
+        return bool(rest)
+    code = inspect.unwrap(function.__init__ if inspect.isclass(function) else function)
+    return any(instruction.argval == rest[0] for instruction in dis.get_instructions(code))
 
 
 class Check:
@@ -28,67 +54,118 @@ class Check:
 
     def __init__(self, opt: dict, is_train: bool, root: Path, processes: int):
         self.opt, self.is_train, self.root, self.processes = opt, is_train, root, processes
-        self.problems = []
-        self.networks = {}
-        self.ours = opt.get('model_type') == 'DistillationModel'
+        self.problems: list[str] = []
+        self.networks: dict = {}
+        model = opt.get('model_type')
+        self.ours = model == schema.DISTILLATION
+        self.facts = {'train' if is_train else 'test', *self.readers(MODEL_REGISTRY, model, schema.MODELS)}
+        if is_train and model in schema.DEGRADING.split() and opt.get('high_order_degradation', True):
+            self.facts.add('degrading')
 
-    def add(self, sentence) -> None:
+    def add(self, sentence: object) -> None:
         """Keep a sentence about what is wrong."""
         self.problems.append(str(sentence))
 
-    def is_section(self, where: str, given) -> bool:
+    def readers(self, registry: Registry, name: object, known: str) -> set[str]:
+        """The facts about what reads a section: a model's or data set's name, and ``reads:KEY`` as its code has it.
+
+        Of one of somebody else's, it is ``open``, since it may read keys that the schema does not know, and with a +
+        those that it inherits from: what they read is known, but it may do without.
+        """
+        found = find(registry, name)
+        if name in known.split() and getattr(found, '__module__', '').startswith(OWN_MODULES):
+            is_ours = found.__module__.startswith('lora_sr.')  # it does not read all that its bases do
+            return {str(name), *(f'reads:{key}' for key in ([] if is_ours else _named_keys(found)))}
+        bases = {base.__name__ for base in getattr(found, '__mro__', ())}
+        return {'open', *(f'+{base}' for base in bases.intersection(known.split()))}
+
+    def is_section(self, where: str, given: object) -> bool:
         """Check that something is a section of keys."""
         if not isinstance(given, dict):
             self.add(f'{where} has to be a section of keys, not {given!r}')
         return isinstance(given, dict)
 
-    def section(self, where: str, given, known: str, required: str = '', only_known: bool = False) -> bool:
-        """Check the keys of a section. Returns whether it is a section that has all it needs."""
+    def section(
+        self, where: str, given: Any, facts: set[str] | None = None, also: dict[str, schema.Key] | None = None
+    ) -> bool:
+        """Check a section that the schema describes: its keys, and the values of those that it knows.
+
+        Args:
+            where: What the section is called, e.g. ``datasets.train``; empty for the top of the file.
+            given: The section.
+            facts: What holds for it; by default what holds for the run.
+            also: Keys that may stand there besides.
+
+        Returns:
+            Whether it is a section that has all it needs, with values of the right kind.
+        """
         if not self.is_section(where, given):
             return False
+        name = '.'.join(['datasets', '*', *where.split('.')[2:]]) if where.startswith('datasets.') else where
+        facts = self.facts if facts is None else facts
+        known = {fact.lstrip('+') for fact in facts}
+        entries = {**schema.SECTIONS[name], **(also or {})}
+        keys = {key: entry for key, entry in entries.items() if entry.is_known(known)}
+        # Nobody reads `x-…`: there stands what the file itself repeats, under anchors.
+        own = {
+            key: value
+            for key, value in given.items()
+            if key in keys or not (str(key).startswith('x-') or f'reads:{key}' in facts)
+        }
+        needed = [key for key, entry in keys.items() if entry.is_needed(facts)]
+        self.keys(where, own, list(keys), needed, 'open' in facts)
+        prefix = f'{where}.' if where else ''
+        values = [self.value(f'{prefix}{key}', own[key], entry.kind) for key, entry in keys.items() if key in own]
+        return own.keys() >= set(needed) and all(values)
+
+    def value(self, where: str, value: Any, kind: Kind) -> bool:
+        """Check that a value is of a kind."""
+        fault = kind.fault(where, value)
+        if fault:
+            self.add(fault)
+        return not fault
+
+    def keys(self, where: str, given: dict, known: list[str], needed: list[str], is_open: bool = False) -> bool:
+        """Check the keys of a section. Returns whether it has all it needs, and nothing that nobody knows.
+
+        Args:
+            is_open: whether others may read other keys there; then only what is almost a known key is told.
+        """
         prefix = f'{where}.' if where else ''
         complete = True
-        absent = [key for key in known.split() if key not in given]
-        for key in [key for key in given if key not in known.split()]:
-            near = difflib.get_close_matches(str(key), absent, n=1, cutoff=0.6 if only_known else 0.85)
+        absent = [key for key in known if key not in given]
+        for key in [key for key in given if key not in known]:
+            near = difflib.get_close_matches(str(key), absent, n=1, cutoff=0.85 if is_open else 0.6)
             if near:
                 absent.remove(near[0])
-                complete = complete and near[0] not in required.split()
+                complete = complete and near[0] not in needed
                 self.add(f"{prefix}{key} is not a known key; did you mean '{near[0]}'?")
-            elif only_known:
+            elif not is_open:
                 complete = False
-                self.add(f'{prefix}{key} is not a known key; the keys here are {", ".join(known.split())}')
-        for key in required.split():
-            if key in absent or (key not in known.split() and key not in given):
+                self.add(f'{prefix}{key} is not a known key; the keys here are {", ".join(known)}')
+        for key in needed:
+            if key in absent:
                 complete = False
                 self.add(f'{prefix}{key} is missing')
         return complete
 
-    def number(self, where: str, value, least=0, whole=True) -> bool:
-        """Check that a value is a number, and at least `least`."""
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= least
-        if not good or (whole and value != int(value)):
-            self.add(f'{where} has to be a {"whole " if whole else ""}number of at least {least}, not {value!r}')
-            return False
-        return True
-
-    def registered(self, where: str, name, registry, what: str):
+    def registered(self, where: str, name: object, registry: Registry | dict, what: str) -> Callable | None:
         """The class or function of that name in a registry or dictionary, or None."""
-        known = registry if isinstance(registry, dict) else dict(iter(registry))  # its keys() lacks a [] to go with it
+        found = find(registry, name)
         if name is None:
             self.add(f'{where} is missing')
         elif not isinstance(name, str):
             self.add(f'{where} has to be a name, not {name!r}')
-            return None
-        elif f'{name}_basicsr' in known:  # how BasicSR registers what Real-ESRGAN registers too, and finds it
-            return known[f'{name}_basicsr']
-        elif name not in known:
-            near = difflib.get_close_matches(str(name), known, n=3)
+        elif found is None:
+            known = [name for name, _ in (registry.items() if isinstance(registry, dict) else registry)]
+            near = difflib.get_close_matches(name, known, n=3)
             hint = f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(sorted(known))}'
             self.add(f"{where}: there is no {what} '{name}'; {hint}")
-        return known.get(name)
+        return found
 
-    def arguments(self, where: str, function, given: dict, ours: tuple = (), supplied: tuple = ()) -> bool:
+    def arguments(
+        self, where: str, function: Callable, given: dict, ours: tuple[str, ...] = (), supplied: tuple[str, ...] = ()
+    ) -> bool:
         """Check keys of a section against the parameters of what they are handed to.
 
         Args:
@@ -101,10 +178,9 @@ class Check:
             for name, p in parameters.items()
             if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and name not in supplied
         ]
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         needed = [name for name in named if parameters[name].default is inspect.Parameter.empty]
         given = {key: value for key, value in given.items() if key not in ('type', *ours)}
-        return self.section(where, given, ' '.join(named), ' '.join(needed), only_known=not takes_any)
+        return self.keys(where, given, named, needed, is_open=_reads_others(function, parameters))
 
     def subsection(self, name: str) -> dict:
         """A section of the file, empty where it is missing or is none (which is told elsewhere)."""

@@ -1,7 +1,10 @@
 """Checks of data sets, LMDB or folders, before a run starts: one sentence for each thing that is wrong."""
 
+from __future__ import annotations
+
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -19,7 +22,7 @@ MAX_WHOLE_FILES = 400
 VALIDATION_SLACK = 12
 
 
-def check_pairs(where: str, dataset: dict, scale: int, training: bool):
+def check_pairs(where: str, dataset: dict, scale: int, training: bool) -> tuple[list[str], int | None]:
     """Check a `PairedImageDataset`: that its files exist, can be read, pair, and have sizes that fit.
 
     Args:
@@ -48,10 +51,10 @@ def check_pairs(where: str, dataset: dict, scale: int, training: bool):
         _check_sizes(where, dataset, pairs, scale, training)
     except InputError as error:
         return [str(error)], None
-    return [], pairs.count
+    return [], pairs.total
 
 
-def check_lr_images(where: str, dataset: dict):
+def check_lr_images(where: str, dataset: dict) -> tuple[list[str], int | None]:
     """Check an `LRImageDataset`: that its images exist, can be read, and are large enough for a patch.
 
     Args:
@@ -110,7 +113,7 @@ def _folder_shapes(folder: Path) -> tuple:
 class _Pairs(list):
     """(name, (height, width) of GT, of LR) of the pairs that were looked at, and how many there are."""
 
-    count = 0
+    total = 0
 
 
 def _database_pairs(where: str, gt: Path, lq: Path) -> _Pairs:
@@ -123,7 +126,7 @@ def _database_pairs(where: str, gt: Path, lq: Path) -> _Pairs:
             raise InputError(f'{where}.{key}: {error}') from error
     _check_names(where, set(shapes['dataroot_gt']), set(shapes['dataroot_lq']), gt, lq)
     pairs = _Pairs((key, shape[:2], shapes['dataroot_lq'][key][:2]) for key, shape in shapes['dataroot_gt'].items())
-    pairs.count = len(pairs)
+    pairs.total = len(pairs)
     return pairs
 
 
@@ -156,7 +159,7 @@ def _check_database(path: Path, shapes: dict) -> None:
             raise InputError(f'the database {path} is damaged: {error}') from error
 
 
-def _check_value(path: Path, key: str, value, shape: tuple) -> None:
+def _check_value(path: Path, key: str, value: memoryview, shape: tuple) -> None:
     head = bytes(value[:24])
     try:
         if head.startswith(PNG_SIGNATURE):  # the size stands here; Pillow would want a copy of the whole value
@@ -181,13 +184,13 @@ def _folder_pairs(where: str, dataset: dict, gt: Path, lq: Path) -> _Pairs:
         _check_names(where, set(gt_to_lq.values()), set(_file_names(lq)), gt, lq)
     else:
         try:
-            with open(os.path.expanduser(list_file), encoding='utf-8') as file:
-                gt_names = [line.strip().split(' ')[0] for line in file]
+            with open(os.path.expanduser(list_file), encoding='utf-8') as lines:
+                gt_names = [line.strip().split(' ')[0] for line in lines]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f'{where}.meta_info_file: {list_file} cannot be read: {error}') from error
         gt_to_lq = {name: _paired_name(os.path.basename(name), template) for name in gt_names}
     pairs = _Pairs()
-    pairs.count = len(gt_names)
+    pairs.total = len(gt_names)
     whole = set(_sample(gt_names, MAX_WHOLE_FILES))
     for name in _sample(gt_names, MAX_HEADERS):
         sizes = []
@@ -252,7 +255,7 @@ def _check_sizes(where: str, dataset: dict, pairs: _Pairs, scale: int, training:
             )
 
 
-def _size(shape) -> str:
+def _size(shape: Sequence[int]) -> str:
     return f'{shape[0]}x{shape[1]}'
 
 

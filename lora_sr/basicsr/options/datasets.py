@@ -1,14 +1,16 @@
 """The check of the section `datasets`."""
 
+from __future__ import annotations
+
 import math
 import os
+from typing import Any
 
 import torch
 from basicsr.utils.registry import DATASET_REGISTRY
 
-from lora_sr.basicsr.datasets import lr_roots
-from lora_sr.basicsr.options import degradations
-from lora_sr.basicsr.options.check import KNOWN, Check
+from lora_sr.basicsr.options import degradations, schema
+from lora_sr.basicsr.options.check import Check
 from lora_sr.basicsr.options.dataset_content import check_lr_images, check_pairs
 
 
@@ -31,14 +33,14 @@ def check_datasets(check: Check) -> None:
             _check_dataset(check, f'datasets.{name}', dataset, phase == 'train')
 
 
-def _check_dataset(check: Check, where: str, dataset, training: bool) -> None:
+def _check_dataset(check: Check, where: str, dataset: Any, training: bool) -> None:
     if not check.is_section(where, dataset):
         return
     paired, unpaired = (dataset.get('type') == name for name in ('PairedImageDataset', 'LRImageDataset'))
     if unpaired and not training:
         check.add(f'{where}: an LRImageDataset has no ground truth to measure with; use a PairedImageDataset')
         return
-    if unpaired and not check.ours:
+    if unpaired and not check.facts & {'open', schema.DISTILLATION}:
         check.add(f'{where}: an LRImageDataset has no ground truth; it needs a teacher, model_type: DistillationModel')
         return
     misfit = degradations.misfit(check, dataset, training)
@@ -46,39 +48,24 @@ def _check_dataset(check: Check, where: str, dataset, training: bool) -> None:
         check.add(f'{where}: {misfit}')
         return
     degraded = dataset.get('type') == degradations.DATASET
-    known, required = KNOWN['dataset'], 'name type'
-    if training:
-        required += ' batch_size_per_gpu num_worker_per_gpu'
-    if paired:
-        required += ' dataroot_gt dataroot_lq io_backend' + (' gt_size use_hflip use_rot' if training else '')
-    elif unpaired:
-        required += ' dataroot_lq io_backend lq_size use_hflip use_rot'
-    elif degraded:
-        required += ' dataroot_gt io_backend use_hflip use_rot ' + degradations.dataset_keys(dataset)
-        known += ' ' + degradations.dataset_keys(dataset)
-    complete = check.section(where, dataset, known, required)
+    facts = {'train' if training else 'test', *check.readers(DATASET_REGISTRY, dataset.get('type'), schema.DATASETS)}
+    backend = dataset.get('io_backend')
+    if isinstance(backend, dict) and backend.get('type') == 'disk':
+        facts.add('folder')
+    complete = check.section(where, dataset, facts)
+    if 'open' not in facts and schema.BACKEND.holds(backend):
+        complete &= check.section(f'{where}.io_backend', backend, {'train', str(backend.get('type'))})
     if 'type' in dataset:
         check.registered(f'{where}.type', dataset['type'], DATASET_REGISTRY, 'data set')
     before = len(check.problems)
-    _check_loading(check, where, dataset, training)
-    if not (paired or unpaired or degraded):
+    _check_loading(check, where, dataset)
+    if not (paired or unpaired or degraded) or (complete and backend['type'] == 'memcached'):
         for key in [key for key in dataset if key.startswith('dataroot') and isinstance(dataset[key], str)]:
             if not os.path.exists(os.path.expanduser(dataset[key])):
                 check.add(f'{where}.{key}: {dataset[key]} does not exist')
         return
-    backend = dataset.get('io_backend')
-    if 'io_backend' in dataset and (not isinstance(backend, dict) or backend.get('type') not in ('disk', 'lmdb')):
-        if not isinstance(backend, dict) or backend.get('type') != 'memcached':
-            check.add(f'{where}.io_backend has to be {{type: disk}} or {{type: lmdb}}, not {_plain(backend)}')
-        return
     if unpaired:
-        roots = lr_roots(dataset.get('dataroot_lq'))
-        if complete and not (roots and all(isinstance(root, str) for root in roots)):
-            check.add(
-                f'{where}.dataroot_lq has to be a folder or a database, or a list of them, '
-                f'not {dataset["dataroot_lq"]!r}'
-            )
-        elif complete and len(check.problems) == before:
+        if complete and len(check.problems) == before:
             problems, count = check_lr_images(where, dataset)
             check.problems += problems
             if count is not None:
@@ -105,16 +92,9 @@ def _check_dataset(check: Check, where: str, dataset, training: bool) -> None:
         _check_amount(check, where, dataset, count)
 
 
-def _check_loading(check: Check, where: str, dataset: dict, training: bool) -> None:
-    for key, least in (('batch_size_per_gpu', 1), ('num_worker_per_gpu', 0), ('gt_size', 1), ('lq_size', 1)):
-        if training and key in dataset:
-            check.number(f'{where}.{key}', dataset[key], least)
-    if training and 'dataset_enlarge_ratio' in dataset:
-        check.number(f'{where}.dataset_enlarge_ratio', dataset['dataset_enlarge_ratio'], 1, whole=False)
+def _check_loading(check: Check, where: str, dataset: dict) -> None:
     mode = dataset.get('prefetch_mode')
-    if mode not in (None, 'cpu', 'cuda'):
-        check.add(f"{where}.prefetch_mode: there is no '{mode}'; it is cpu, cuda or ~")
-    elif mode == 'cuda' and not torch.cuda.is_available():
+    if mode == 'cuda' and not torch.cuda.is_available():
         check.add(f'{where}.prefetch_mode is cuda, but there is no GPU; set it to ~')
     elif mode == 'cuda' and dataset.get('pin_memory') is not True:
         check.add(f'{where}.prefetch_mode is cuda, which needs pin_memory: true')
@@ -145,7 +125,3 @@ def _batch(check: Check, dataset: dict) -> int:
         there = torch.cuda.device_count()
         batch *= max(1, min(gpus, there) if isinstance(gpus, int) else there)
     return batch
-
-
-def _plain(value) -> str:
-    return str(dict(value)) if isinstance(value, dict) else repr(value)

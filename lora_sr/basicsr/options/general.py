@@ -1,52 +1,48 @@
 """The check of the top level of an option file, and of the sections `logger` and `val`."""
 
-import os
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from basicsr.utils.registry import METRIC_REGISTRY, MODEL_REGISTRY
 
 from lora_sr.basicsr.metrics import is_iqa_metric, prepare_metric
-from lora_sr.basicsr.options.check import KNOWN, Check
-from lora_sr.basicsr.options.degradations import check_degradations, top_keys
-from lora_sr.basicsr.options.training import GAN_MODELS
+from lora_sr.basicsr.options import schema
+from lora_sr.basicsr.options.check import Check
+from lora_sr.basicsr.options.degradations import check_degradations
 from lora_sr.errors import InputError
 
 
 def check_top(check: Check) -> None:
     """Check the keys of the top level, and those of them that are no sections."""
     opt = check.opt
-    required = 'name model_type num_gpu datasets network_g path' + (' train logger' if check.is_train else ' val')
-    if check.is_train and opt.get('model_type') in GAN_MODELS:
-        required += ' network_d'
-    degradations, optional = top_keys(check)
-    check.section('', opt, f'{KNOWN[""]} {degradations} {optional}', f'{required} {degradations}')
+    # Not of the file: whoever reads the command line puts it here.
+    check.section('', {key: value for key, value in opt.items() if key != 'auto_resume'})
     check_degradations(check)
-    if 'name' in opt and (not isinstance(opt['name'], str) or not opt['name'] or os.sep in opt['name']):
-        check.add(f'name has to be the name of a folder, not {opt["name"]!r}')
     if 'model_type' in opt:
         check.registered('model_type', opt['model_type'], MODEL_REGISTRY, 'model')
-    if 'scale' in opt:
-        check.number('scale', opt['scale'], 1)
-    gpus = opt.get('num_gpu')
-    if 'num_gpu' in opt and gpus != 'auto' and check.number('num_gpu', gpus):
-        there = torch.cuda.device_count()
-        if gpus > there and not (check.processes > 1 and there):
-            check.add(f'num_gpu is {gpus}, but this machine has {there}; 0 is for the CPU, auto for what is there')
-    if not check.ours and check.is_train and 'network_t' in opt:
+    gpus: Any = opt.get('num_gpu')
+    there = torch.cuda.device_count()
+    if schema.is_number(gpus) and gpus > there and not (check.processes > 1 and there):
+        check.add(f'num_gpu is {gpus}, but this machine has {there}; 0 is for the CPU, auto for what is there')
+    if not check.facts & {'open', schema.DISTILLATION} and check.is_train and 'network_t' in opt:
         check.add('network_t, a teacher, is for a DistillationModel alone; set model_type: DistillationModel')
-    if check.ours and check.is_train and 'network_t' not in opt:
-        check.add('network_t, the teacher of a DistillationModel, is missing')
+    if 'dist_params' in opt:
+        check.section('dist_params', opt['dist_params'], check.facts - {'open'})
 
 
 def check_logger(check: Check) -> None:
     """Check the section `logger`."""
-    logger = check.opt.get('logger')
     if 'logger' not in check.opt:
         return
-    check.section('logger', logger, KNOWN['logger'], 'print_freq save_checkpoint_freq use_tb_logger')
-    for key in ('print_freq', 'save_checkpoint_freq'):
-        if isinstance(logger, dict) and key in logger:
-            check.number(f'logger.{key}', logger[key], 1)
+    logger, facts = check.opt['logger'], check.facts - {'open'}
+    check.section('logger', logger, facts)
+    wandb = logger.get('wandb') if isinstance(logger, dict) else None
+    if wandb is not None and check.section('logger.wandb', wandb, facts):
+        if wandb.get('project') is not None and logger.get('use_tb_logger') is False:
+            check.add('logger.wandb copies what TensorBoard gets; set logger.use_tb_logger: true')
 
 
 def check_val(check: Check) -> None:
@@ -54,14 +50,10 @@ def check_val(check: Check) -> None:
     val = check.opt.get('val')
     if val is None:
         return
-    required = 'val_freq save_img' if check.is_train else 'save_img'
-    if isinstance(val, dict) and not check.is_train and val.get('save_img'):
-        required += ' suffix'
-    check.section('val', val, KNOWN['val'], required)
+    saving = {'saving'} if isinstance(val, dict) and val.get('save_img') else set()
+    check.section('val', val, check.facts | saving)
     if not isinstance(val, dict):
         return
-    if check.is_train and 'val_freq' in val:
-        check.number('val.val_freq', val['val_freq'], 1)
     metrics = val.get('metrics')
     if metrics is not None and not isinstance(metrics, dict):
         check.add(f'val.metrics has to be a section of keys, not {metrics!r}')
@@ -81,7 +73,7 @@ def check_val(check: Check) -> None:
                     check.add(f'{where}: {error}')
 
 
-def _check_better(check: Check, where: str, section: dict, metric) -> None:
+def _check_better(check: Check, where: str, section: dict, metric: Callable) -> None:
     """BasicSR takes anything but `higher` for `lower`, and `higher` where nothing is said."""
     better = section.get('better', 'higher')
     if better not in ('higher', 'lower'):

@@ -1,8 +1,13 @@
 """The check of the sections `network_*`, by building what they describe."""
 
+from __future__ import annotations
+
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 from basicsr.utils.registry import ARCH_REGISTRY
+from torch import nn
 
 from lora_sr.archs.adaptsr import AdaptSR
 from lora_sr.basicsr.options.check import Check
@@ -19,7 +24,7 @@ def check_networks(check: Check) -> None:
             check.networks[key] = network
 
 
-def _check_network(check: Check, where: str, section, has_scale: bool, is_built: bool):
+def _check_network(check: Check, where: str, section: Any, has_scale: bool, is_built: bool) -> nn.Module | None:
     """Check the section of one network. Returns the network, or None where it is wrong, or not to be built."""
     if not check.is_section(where, section):
         return None
@@ -38,7 +43,7 @@ def _check_network(check: Check, where: str, section, has_scale: bool, is_built:
     return _build(check, where, section, arch) if is_built else None
 
 
-def _has_the_scale(check: Check, where: str, section: dict, arch) -> bool:
+def _has_the_scale(check: Check, where: str, section: dict, arch: Callable) -> bool:
     scale = check.opt.get('scale')
     for name in ('upscale', 'scale', 'upscale_factor'):
         parameter = inspect.signature(arch).parameters.get(name)
@@ -52,7 +57,7 @@ def _has_the_scale(check: Check, where: str, section: dict, arch) -> bool:
     return True
 
 
-def _build(check: Check, where: str, section: dict, arch):
+def _build(check: Check, where: str, section: dict, arch: Callable) -> nn.Module | None:
     try:
         return arch(**{name: value for name, value in section.items() if name != 'type'})
     except InputError as error:

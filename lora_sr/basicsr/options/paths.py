@@ -1,19 +1,24 @@
 """The check of the section `path`, of the checkpoints that it names, and of the folder that a run writes to."""
 
+from __future__ import annotations
+
 import math
 import os
 import re
 import tempfile
+from collections.abc import Sequence
+from typing import Any
 
 from basicsr.archs.swinir_arch import SwinIR
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_sr.adapters import is_lora_key
 from lora_sr.archs import fold
-from lora_sr.basicsr.options.check import KNOWN, Check
-from lora_sr.checkpoints import read_state_dict
+from lora_sr.basicsr.options import schema
+from lora_sr.basicsr.options.check import Check
+from lora_sr.checkpoints import Checkpoint
 from lora_sr.checkpoints.content import load_weights, read_checkpoint, without_module_prefix
-from lora_sr.checkpoints.loading import FAMILIES, family_of
+from lora_sr.checkpoints.families import FAMILIES, family_of
 from lora_sr.errors import InputError
 
 
@@ -22,13 +27,13 @@ def check_path(check: Check) -> None:
 
     A teacher in `check.networks` has its weights afterwards, and is folded.
     """
-    path = check.opt.get('path')
+    path: Any = check.opt.get('path')
     if 'path' not in check.opt or not check.is_section('path', path):
         return
-    networks = [key for key in path if re.match('(pretrain_network|strict_load|param_key)_.', str(key))]
-    check.section('path', path, f'{KNOWN["path"]} {" ".join(networks)}')
+    others = {match[1] for match in (re.fullmatch('pretrain_network_(.)', str(key)) for key in path) if match}
+    check.section('path', path, also={k: v for letter in others for k, v in schema.of_network(letter, 'it').items()})
     resume = path.get('resume_state')
-    files = [key for key in path if key.startswith('pretrain_network') and path[key] is not None]
+    files = [key for key in path if key.startswith('pretrain_network') and schema.PATH.holds(path[key])]
     for key in files:
         if not check.ours or check.is_train or key != 'pretrain_network_t':
             network = key[len('pretrain_') :]
@@ -40,13 +45,11 @@ def check_path(check: Check) -> None:
         section = check.opt.get('network_g')
         if isinstance(section, dict) and section.get('type') == 'AdaptSR':
             check.add('path.pretrain_network_g, the weights of the network that AdaptSR adapts, is missing')
-    if check.is_train and resume is not None:
+    if check.is_train and schema.PATH.holds(resume):
         try:
             read_checkpoint(os.path.expanduser(str(resume)))
         except InputError as error:
             check.add(f'path.resume_state: {error}')
-    if check.ours and check.is_train and path.get('pretrain_network_t') is None:
-        check.add('path.pretrain_network_t, the trained weights of the teacher, is missing')
 
 
 def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
@@ -57,12 +60,11 @@ def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
     is_teacher = network == 'network_t' and check.ours
     net = check.networks.get(network)
     param_key = path.get(f'param_key_{letter}', None if is_teacher else 'params')
-    if not isinstance(param_key, (str, type(None))):
-        check.add(f'path.param_key_{letter} has to be params, params_ema or ~, not {param_key!r}')
+    if not schema.PARAM_KEY.holds(param_key):
         return
     try:
         if is_teacher:
-            content, param_key = read_state_dict(file, param_key), None
+            content, param_key = Checkpoint.read(file, param_key).state, None
         else:
             content = read_checkpoint(file)
             if all(map(is_lora_key, content)):
@@ -86,7 +88,7 @@ def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
         check.add(f'path.{key}: {error}')
 
 
-def _weights(content: dict, param_key) -> dict:
+def _weights(content: dict, param_key: str | None) -> dict:
     """The weights in a checkpoint's content, empty where there are none."""
     weights = content if param_key is None else content.get(param_key, content.get('params'))
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
@@ -106,14 +108,14 @@ def _check_alphas(check: Check, where: str, network: str, weights: dict, file: s
             return
 
 
-def _other_network(net, weights: dict, file: str) -> str:
+def _other_network(net: nn.Module, weights: dict, file: str) -> str:
     """The sentence for weights of another network; empty if that is not so."""
     family, own = family_of(weights), type(net).__name__
     is_other = family is not None and own in FAMILIES and family != own and family_of(net.state_dict()) != family
     return f'{file} is a checkpoint of {family}, not of {own}' if is_other else ''
 
 
-def _other_image_size(net, weights: dict, file: str) -> str:
+def _other_image_size(net: Any, weights: dict, file: str) -> str:
     """The sentence for a SwinIR whose masks are for another size of image; empty if that is not so."""
     if not isinstance(net, SwinIR) or family_of(weights) != SwinIR.__name__:
         return ''
@@ -125,7 +127,7 @@ def _other_image_size(net, weights: dict, file: str) -> str:
     return f'{file} is of a SwinIR with img_size {_size(size)}, not {_size(own)}' if size != own else ''
 
 
-def _size(sides) -> str:
+def _size(sides: Sequence[int]) -> str:
     return str(sides[0]) if len(set(sides)) == 1 else str(list(sides))
 
 

@@ -1,8 +1,11 @@
 """The check of the section `train`: optimizers, losses, the scheduler, and what a distillation needs."""
 
+from __future__ import annotations
+
 import difflib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -11,15 +14,8 @@ from basicsr.losses.basic_loss import PerceptualLoss
 from basicsr.models.lr_scheduler import CosineAnnealingRestartLR, MultiStepRestartLR
 from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY
 
-from lora_sr.basicsr.models import (
-    DATA_PARALLEL_REFUSED,
-    MEMORY_FORMATS,
-    NO_GROUND_TRUTH,
-    affinity_layers,
-    find_modules,
-)
-from lora_sr.basicsr.options.check import KNOWN, Check
-from lora_sr.basicsr.options.degradations import degrades
+from lora_sr.basicsr.options import distillation, schema
+from lora_sr.basicsr.options.check import Check, find
 from lora_sr.basicsr.patches.optimizers import find_optimizer
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.errors import InputError
@@ -29,50 +25,37 @@ SCHEDULERS = {
     'MultiStepRestartLR': MultiStepRestartLR,
     'CosineAnnealingRestartLR': CosineAnnealingRestartLR,
 }
-# BasicSR's models that train a discriminator beside the generator, and those that need a loss of another kind.
-GAN_MODELS = ('SRGANModel', 'ESRGANModel', 'RealESRGANModel')
-PLAIN_MODELS = ('SRModel', 'SwinIRModel', 'RealESRNetModel')
-# The section `train` of our own model takes these and no other.
-DISTILLATION_TRAIN_KEYS = (
-    'pixel_opt distill_pixel_opt affinity_opt memory_format ema_decay optim_g scheduler total_iter warmup_iter'
-)
 
 
 def check_train(check: Check) -> None:
     """Check the section `train`."""
     train = check.opt.get('train')
-    if 'train' not in check.opt:
-        return
-    model = check.opt.get('model_type')
-    known = DISTILLATION_TRAIN_KEYS if check.ours else KNOWN['train']
-    required = 'total_iter optim_g scheduler'
-    if model in GAN_MODELS:
-        known, required = f'{known} ldl_opt net_d_iters net_d_init_iters', f'{required} optim_d gan_opt'
-    check.section('train', train, known, required, only_known=check.ours)
-    if not isinstance(train, dict):
-        return
-    total = train.get('total_iter')
-    if 'total_iter' in train and not check.number('train.total_iter', total, 1):
-        total = None
-    if train.get('ema_decay') is not None and check.number('train.ema_decay', train['ema_decay'], 0, False):
-        if train['ema_decay'] >= 1:
-            check.add(f'train.ema_decay has to be less than 1, not {train["ema_decay"]}')
+    if 'train' in check.opt:
+        check.section('train', train)
+    if check.ours:
+        _check_distillation_options(check)
+    if isinstance(train, dict):
+        _check_parts(check, train)
+
+
+def _check_parts(check: Check, train: dict) -> None:
     for key, section in train.items():
         if key.startswith('optim_'):
             _check_optimizer(check, f'train.{key}', section)
         elif key.endswith('_opt') and section is not None:
             _check_loss(check, f'train.{key}', section)
     if 'scheduler' in train:
-        _check_scheduler(check, train['scheduler'], total)
+        _check_scheduler(check, train['scheduler'], train.get('total_iter'))
+    model = check.opt.get('model_type')
     if check.ours:
-        _check_distillation(check, train)
-    elif model in PLAIN_MODELS and not (train.get('pixel_opt') or train.get('perceptual_opt')):
+        _check_affinity(check, train)
+    elif model in schema.PLAIN.split() and not (train.get('pixel_opt') or train.get('perceptual_opt')):
         check.add(f'train.pixel_opt and train.perceptual_opt are both missing; {model} needs one of them')
-    elif model in GAN_MODELS:
+    elif model in schema.GAN.split():
         _check_gan(check, train)
 
 
-def _check_optimizer(check: Check, where: str, section) -> None:
+def _check_optimizer(check: Check, where: str, section: Any) -> None:
     if not check.is_section(where, section):
         return
     if section.get('type') is None:
@@ -90,7 +73,7 @@ def _check_optimizer(check: Check, where: str, section) -> None:
     if 'lr' not in section:
         if not any(problem.endswith("did you mean 'lr'?") for problem in check.problems):
             check.add(f'{where}.lr is missing')
-    elif check.number(f'{where}.lr', section['lr'], 0, whole=False):
+    elif check.value(f'{where}.lr', section['lr'], schema.number()):
         _try_optimizer(check, where, optimizer, section)
 
 
@@ -113,7 +96,7 @@ def _try_optimizer(check: Check, where: str, optimizer: type, section: dict) -> 
         check.add(f'{where}: {section["type"]} refuses these values{reason}')
 
 
-def _check_loss(check: Check, where: str, section) -> None:
+def _check_loss(check: Check, where: str, section: Any) -> None:
     if not check.is_section(where, section):
         return
     loss = check.registered(f'{where}.type', section.get('type'), LOSS_REGISTRY, 'loss')
@@ -149,8 +132,7 @@ def _check_perceptual(check: Check, where: str, section: dict) -> None:
     for name in [name for name in weights if name not in names]:
         near = ' or '.join(difflib.get_close_matches(str(name), names, n=3)) or ', '.join(names)
         check.add(f"{where}.layer_weights: there is no layer '{name}' in {kind}; did you mean {near}?")
-    if section.get('criterion', 'l1') not in ('l1', 'l2', 'fro'):
-        check.add(f"{where}.criterion: there is no '{section['criterion']}'; it is one of l1, l2, fro")
+    check.value(f'{where}.criterion', section.get('criterion', 'l1'), schema.one_of('l1', 'l2', 'fro'))
     _check_vgg_file(check, where, kind)
 
 
@@ -185,9 +167,6 @@ def _check_vgg_file(check: Check, where: str, kind: str) -> None:
 def _check_gan(check: Check, train: dict) -> None:
     if 'gan_opt' in train and train['gan_opt'] is None:
         check.add('train.gan_opt is missing')
-    for key, least in (('net_d_iters', 1), ('net_d_init_iters', 0)):
-        if key in train:
-            check.number(f'train.{key}', train[key], least)
     if check.opt['model_type'] == 'RealESRGANModel' and train.get('ldl_opt') and not train.get('ema_decay'):
         check.add('train.ldl_opt compares with the average of the weights; set train.ema_decay, e.g. to 0.999')
     _check_discriminator(check)
@@ -196,10 +175,15 @@ def _check_gan(check: Check, train: dict) -> None:
 def _check_discriminator(check: Check) -> None:
     """Check that BasicSR's own discriminators can be built, and take patches of the training's size."""
     section, data = check.subsection('network_d'), check.subsection('datasets').get('train')
-    size = (check.opt if degrades(check) else data if isinstance(data, dict) else {}).get('gt_size')
-    kind, archs = str(section.get('type')), dict(iter(ARCH_REGISTRY))
-    arch = archs.get(f'{kind}_basicsr', archs.get(kind))
-    if getattr(arch, '__module__', '') != 'basicsr.archs.discriminator_arch' or not isinstance(size, int) or size < 1:
+    size = (check.opt if 'degrading' in check.facts else data if isinstance(data, dict) else {}).get('gt_size')
+    kind = section.get('type')
+    arch = find(ARCH_REGISTRY, kind)
+    if (
+        arch is None
+        or getattr(arch, '__module__', '') != 'basicsr.archs.discriminator_arch'
+        or not isinstance(size, int)
+        or size < 1
+    ):
         return
     if any(problem.startswith(('network_d', 'gt_size')) for problem in check.problems):
         return
@@ -218,7 +202,7 @@ def _check_discriminator(check: Check) -> None:
             check.add(f'network_d: {kind} does not take patches of gt_size {size}: {reason}')
 
 
-def _check_scheduler(check: Check, section, total) -> None:
+def _check_scheduler(check: Check, section: Any, total: Any) -> None:
     if not check.is_section('train.scheduler', section):
         return
     scheduler = check.registered('train.scheduler.type', section.get('type'), SCHEDULERS, 'scheduler')
@@ -228,43 +212,42 @@ def _check_scheduler(check: Check, section, total) -> None:
         return
     for key in ('milestones', 'periods', 'restarts', 'restart_weights'):
         value = section.get(key, [])
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, (int, float)) for item in value):
+        if not isinstance(value, (list, tuple)) or not all(map(schema.is_number, value)):
             check.add(f'train.scheduler.{key} has to be a list of numbers, not {value!r}')
             return
     pair = 'restarts' if scheduler is MultiStepRestartLR else 'periods'
     count, weights = len(section.get(pair, [0])), len(section.get('restart_weights', [1]))
     if count != weights:
         check.add(f'train.scheduler.restart_weights has {weights} values, but {pair} {count}; they have to be as many')
-    if scheduler is CosineAnnealingRestartLR and total is not None and sum(section['periods']) < total:
+    if scheduler is CosineAnnealingRestartLR and schema.is_number(total) and sum(section['periods']) < total:
         check.add(
             f'train.scheduler.periods add up to {sum(section["periods"])}, '
             f'which has to be at least train.total_iter ({total})'
         )
 
 
-def _check_distillation(check: Check, train: dict) -> None:
-    form = train.get('memory_format')
-    if form is not None and form not in MEMORY_FORMATS:
-        check.add(f"train.memory_format: there is no '{form}'; it is one of {', '.join(MEMORY_FORMATS)}")
-    dataset = check.subsection('datasets').get('train')
-    if train.get('pixel_opt') and isinstance(dataset, dict) and dataset.get('type') == 'LRImageDataset':
-        check.add(NO_GROUND_TRUTH)
+def _check_distillation_options(check: Check) -> None:
+    for keys, sentence in distillation.option_faults(check.opt).items():
+        # Unless a section is told that holds the key, the key itself, or one that was meant to be it.
+        names = [(key.partition('.')[0], key, key.rpartition('.')[2]) for key in keys.split()]
+        if not any(
+            problem.startswith((f'{section} ', f'{key} ')) or f"did you mean '{name}'?" in problem
+            for section, key, name in names
+            for problem in check.problems
+        ):
+            check.add(sentence)
+
+
+def _check_affinity(check: Check, train: dict) -> None:
     affinity = train.get('affinity_opt')
-    if not train.get('distill_pixel_opt') and not affinity:
-        near = [
-            problem for problem in check.problems if "'distill_pixel_opt'?" in problem or "'affinity_opt'?" in problem
-        ]
-        if not near:
-            check.add(
-                'train.distill_pixel_opt and train.affinity_opt are both missing; without one of them nothing '
-                'is learned from the teacher'
-            )
     if not isinstance(affinity, dict):
         return
-    if check.processes == 1 and _gpus(check) > 1:
-        check.add(DATA_PARALLEL_REFUSED)
+    gpus: Any = check.opt.get('num_gpu')
+    gpus = torch.cuda.device_count() if gpus == 'auto' else gpus
+    if check.processes == 1 and schema.is_number(gpus) and gpus > 1:
+        check.add(distillation.DATA_PARALLEL_REFUSED)
     try:
-        names = affinity_layers(affinity.get('layers'))
+        names = distillation.affinity_layers(affinity.get('layers'))
     except InputError as error:
         check.add(error)
         return
@@ -272,12 +255,6 @@ def _check_distillation(check: Check, train: dict) -> None:
         if key in check.networks:
             try:
                 # The teacher has been folded, as it will be in the run: other names may be gone, or new.
-                find_modules(check.networks[key], names[role], role)
+                distillation.find_modules(check.networks[key], names[role], role)
             except InputError as error:
                 check.add(error)
-
-
-def _gpus(check: Check) -> int:
-    """How many GPUs this process is to use."""
-    gpus = check.opt.get('num_gpu')
-    return torch.cuda.device_count() if gpus == 'auto' else gpus if isinstance(gpus, int) else 0

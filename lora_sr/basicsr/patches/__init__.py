@@ -23,23 +23,31 @@ def apply() -> None:
         resume,
     )
 
-    resume.patch_training_state_types()
-    optimizers.patch_get_optimizer()
-    lmdb.patch_lmdb_backend()
-    options.patch_ordered_yaml()
-    distributed.patch_distributed_start()
-    distributed.patch_model_to_device()
-    resume.patch_check_resume()
-    resume.patch_load_resume_state()
-    checkpoints.patch_load_network()
-    resume.patch_resume_training()
-    checkpoints.patch_saving()
-    checkpoints.patch_frozen_warnings()
-    checkpoints.patch_missing_lora_warnings()
-    average.patch_average()
-    average.patch_average_of_frozen()
-    options.patch_network_options()
-    degradations.patch_degradation_device()
-    degradations.patch_views()
-    losses.patch_perceptual_criterion()
-    options.patch_parse_options()
+    for patch in (
+        resume.patch_training_state_types,
+        optimizers.patch_get_optimizer,
+        lmdb.patch_lmdb_backend,
+        options.patch_ordered_yaml,
+        distributed.patch_distributed_start,
+        distributed.patch_model_to_device,
+        resume.patch_check_resume,
+        resume.patch_load_resume_state,
+        checkpoints.patch_load_network,
+        resume.patch_resume_training,
+        checkpoints.patch_saving,
+        checkpoints.patch_frozen_warnings,
+        checkpoints.patch_missing_lora_warnings,
+        average.patch_average,
+        average.patch_average_of_frozen,
+        options.patch_network_options,
+        degradations.patch_degradation_device,
+        degradations.patch_views,
+        losses.patch_perceptual_criterion,
+        options.patch_copy_opt_file,
+        options.patch_parse_options,
+    ):
+        try:
+            patch()
+        except ModuleNotFoundError as error:  # a clone without that module is without its defect
+            if (error.name or '').partition('.')[0] != 'basicsr':
+                raise

@@ -3,52 +3,55 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
-from lora_sr.basicsr.patches.tools import is_defective, patch
-from lora_sr.checkpoints.content import read_checkpoint, without_module_prefix
+from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch
+from lora_sr.checkpoints.content import forget, read_checkpoint, without_module_prefix
 
 
 def patch_average() -> None:
-    """`init_training_settings` builds the EMA network anew: what the file does not give is random, and another random.
+    """``init_training_settings`` builds the EMA network anew: what the file does not give is random there, too.
 
-    That is `lora_A`, and with `strict_load_g: false` every tensor that does not fit. There the average must start as a
-    copy. `setup_schedulers` is the last step of every model's `init_training_settings`, whichever model overrides it.
-    A resumed run has the average of its checkpoint already.
+    That is ``lora_A``, and with ``strict_load_g: false`` every tensor that does not fit. There the average must start
+    as a copy. ``setup_schedulers`` is the last step of every model's ``init_training_settings``, whichever model
+    overrides it. A resumed run has the average of its checkpoint already.
     """
     from basicsr.models.base_model import BaseModel
     from basicsr.models.sr_model import SRModel
 
     original = BaseModel.setup_schedulers
-    if not is_defective(SRModel.init_training_settings, 'build_network') or getattr(original, 'is_patch', False):
+    if not is_defective(SRModel.init_training_settings, 'build_network') or is_patch(original):
         return
 
+    @patch
     @functools.wraps(original)
-    def setup_schedulers(self):
+    def setup_schedulers(self: Any) -> None:
         original(self)
         average, path = getattr(self, 'net_g_ema', None), self.opt['path']
         if average is None or path.get('resume_state'):
+            forget()
             return
         own = self.get_bare_model(self.net_g).state_dict()
-        given = {}
+        given: dict[str, Any] = {}
         if path.get('pretrain_network_g') is not None:
             content = read_checkpoint(path['pretrain_network_g'])
             given = without_module_prefix(content.get('params_ema', content.get('params', content)))
+        forget()
         copied = {key: value for key, value in own.items() if key not in given or given[key].shape != value.shape}
         average.load_state_dict({**average.state_dict(), **copied})
 
-    setup_schedulers.is_patch = True
     BaseModel.setup_schedulers = setup_schedulers
 
 
 def patch_average_of_frozen() -> None:
-    """`model_ema` rounds in every step, also what is frozen: the average's base drifts away from the network's."""
+    """``model_ema`` rounds in every step, also what is frozen: the average's base drifts away from the network's."""
     from basicsr.models.base_model import BaseModel
 
     if not is_defective(BaseModel.model_ema, 'mul_', without='requires_grad'):
         return
 
     @patch
-    def model_ema(self, decay=0.999):
+    def model_ema(self: Any, decay: float = 0.999) -> None:
         own = dict(self.get_bare_model(self.net_g).named_parameters())
         for name, average in self.net_g_ema.named_parameters():
             if own[name].requires_grad:

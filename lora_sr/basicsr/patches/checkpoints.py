@@ -6,17 +6,24 @@ import functools
 import logging
 import os
 import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from lora_sr.adapters import is_lora_key
+from lora_sr.basicsr import provenance
 from lora_sr.basicsr.patches.tools import is_defective, patch
-from lora_sr.checkpoints.content import load_weights, read_checkpoint, without_module_prefix
+from lora_sr.checkpoints.content import forget, load_weights, read_checkpoint, without_module_prefix
+from lora_sr.checkpoints.origin import KEY, fingerprint
 from lora_sr.files import save_atomically
 
 
 def patch_load_network() -> None:
-    """`BaseModel.load_network` unpickles anything, and answers a wrong file with a traceback.
+    """``BaseModel.load_network`` unpickles anything, and answers a wrong file with a traceback.
 
-    Stock models also ask for the average under `params_ema` whatever the file: in one of plain weights it is the file.
+    Stock models also ask for the average under ``params_ema`` whatever the file: in one of plain weights that is all
+    of it.
     """
     from basicsr.models.base_model import BaseModel
 
@@ -24,37 +31,52 @@ def patch_load_network() -> None:
         return
 
     @patch
-    def load_network(self, net, load_path, strict=True, param_key='params'):
+    def load_network(
+        self: Any, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
+    ) -> None:
         content = read_checkpoint(load_path)
         if net is getattr(self, 'net_g_ema', None) and not {'params', 'params_ema'} & content.keys():
             param_key = None
-        load_weights(
-            self.get_bare_model(net), content, load_path, param_key, strict, self._print_different_keys_loading
-        )
+        bare = self.get_bare_model(net)
+        load_weights(bare, content, load_path, param_key, strict, self._print_different_keys_loading)
+        if not self.is_train:
+            forget()  # in training the average may be in the same file
+        elif net is getattr(self, 'net_g', None):
+            resumed = content.origin if Path(load_path).parent == Path(self.opt['path'].get('models', '')) else None
+            known = None if resumed is None else resumed.base
+            self.base_fingerprint = known or fingerprint(bare.state_dict())
 
     BaseModel.load_network = load_network
 
 
 def patch_saving() -> None:
-    """`save_network` and `save_training_state` write in place and only log a failure: a run may end with no result."""
+    """``save_network`` and ``save_training_state`` write in place and only log a failure, at the cost of the result."""
     from basicsr.models.base_model import BaseModel
     from basicsr.utils.dist_util import master_only
 
     @patch
     @master_only
-    def save_network(self, net, net_label, current_iter, param_key='params'):
+    def save_network(
+        self: Any,
+        net: nn.Module | list[nn.Module],
+        net_label: str,
+        current_iter: int,
+        param_key: str | list[str] = 'params',
+    ) -> None:
         nets = net if isinstance(net, list) else [net]
         keys = param_key if isinstance(param_key, list) else [param_key]
         assert len(nets) == len(keys), 'The lengths of net and param_key should be the same.'
-        content = {}
+        content: dict[str, Any] = {}
         for one, key in zip(nets, keys):
             content[key] = without_module_prefix(self.get_bare_model(one).state_dict())
+        origin = provenance.origin(self, net_label, current_iter, content[keys[0]])
+        content[KEY] = origin.to_dict()
         iteration = 'latest' if current_iter == -1 else current_iter
         save_atomically(content, os.path.join(self.opt['path']['models'], f'{net_label}_{iteration}.pth'))
 
     @patch
     @master_only
-    def save_training_state(self, epoch, current_iter):
+    def save_training_state(self: Any, epoch: int, current_iter: int) -> None:
         if current_iter == -1:
             return
         state = {
@@ -62,6 +84,7 @@ def patch_saving() -> None:
             'iter': current_iter,
             'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
             'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
+            KEY: provenance.origin(self, 'net_g', current_iter, {}).to_dict(),
         }
         save_atomically(state, os.path.join(self.opt['path']['training_states'], f'{current_iter}.state'))
 
@@ -71,16 +94,17 @@ def patch_saving() -> None:
 
 
 def patch_frozen_warnings() -> None:
-    """`SRModel.setup_optimizers` logs a warning for every frozen tensor: with LoRA, nearly all of them."""
+    """``SRModel.setup_optimizers`` logs a warning for every frozen tensor: with LoRA, nearly all of them."""
     from basicsr.models.sr_model import SRModel
 
     original = SRModel.setup_optimizers
     if not is_defective(original, 'named_parameters'):
         return
 
+    @patch
     @functools.wraps(original)
-    def setup_optimizers(self):
-        def is_kept(record):
+    def setup_optimizers(self: Any) -> None:
+        def is_kept(record: logging.LogRecord) -> bool:
             return not re.match('Params .* will not be optimized', record.getMessage())
 
         logger = logging.getLogger('basicsr')
@@ -91,26 +115,27 @@ def patch_frozen_warnings() -> None:
             logger.removeFilter(is_kept)
         trains = [parameter.requires_grad for parameter in self.net_g.parameters()]
         if not all(trains):
-            logger.warning(f'{len(trains) - sum(trains)} of {len(trains)} parameter tensors are frozen.')
+            logger.warning('%d of %d parameter tensors are frozen.', len(trains) - sum(trains), len(trains))
 
-    setup_optimizers.is_patch = True
     SRModel.setup_optimizers = setup_optimizers
 
 
 def patch_missing_lora_warnings() -> None:
-    """`_print_different_keys_loading` warns of every LoRA tensor that a base checkpoint, rightly, does not have."""
+    """``_print_different_keys_loading`` warns of every LoRA tensor that a base checkpoint, rightly, does not have."""
     from basicsr.models.base_model import BaseModel
 
     original = BaseModel._print_different_keys_loading
     if not is_defective(original, 'warning'):
         return
 
+    @patch
     @functools.wraps(original)
-    def _print_different_keys_loading(self, crt_net, load_net, strict=True):
+    def _print_different_keys_loading(
+        self: Any, crt_net: nn.Module, load_net: dict[str, Any], strict: bool = True
+    ) -> None:
         if strict and not any(map(is_lora_key, load_net)):
             own = self.get_bare_model(crt_net).state_dict()
             load_net = {**load_net, **{key: value for key, value in own.items() if is_lora_key(key)}}
         original(self, crt_net, load_net, strict)
 
-    _print_different_keys_loading.is_patch = True
     BaseModel._print_different_keys_loading = _print_different_keys_loading

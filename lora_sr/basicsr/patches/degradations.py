@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, Callable
 
 import torch
 
@@ -10,9 +11,9 @@ from lora_sr.basicsr.patches.tools import is_defective, patch, replace_everywher
 
 
 def patch_degradation_device() -> None:
-    """`RealESRNetModel` and `RealESRGANModel` put what degrades images, and their pool of pairs, on a GPU: `.cuda()`.
+    """``RealESRNetModel`` and ``RealESRGANModel`` call ``.cuda()`` on what degrades images and on their pool of pairs.
 
-    Without one that is a crash, and with `num_gpu: 0` another device than the images'.
+    Without one that is a crash, and with ``num_gpu: 0`` another device than the images'.
     """
     from basicsr.models.realesrgan_model import RealESRGANModel
     from basicsr.models.realesrnet_model import RealESRNetModel
@@ -25,9 +26,9 @@ def patch_degradation_device() -> None:
             model._dequeue_and_enqueue = _pool_on_device(model._dequeue_and_enqueue)
 
 
-def _set_up_degradations(model: type, jpeg: type, sharpener: type):
+def _set_up_degradations(model: Any, jpeg: type, sharpener: type) -> Callable[..., None]:
     @patch
-    def __init__(self, opt):
+    def __init__(self: Any, opt: dict[str, Any]) -> None:
         super(model, self).__init__(opt)
         self.jpeger = jpeg(differentiable=False).to(self.device)
         self.usm_sharpener = sharpener().to(self.device)
@@ -36,10 +37,10 @@ def _set_up_degradations(model: type, jpeg: type, sharpener: type):
     return __init__
 
 
-def _pool_on_device(original):
+def _pool_on_device(original: Callable[..., None]) -> Callable[..., None]:
     @patch
     @functools.wraps(original)
-    def _dequeue_and_enqueue(self):
+    def _dequeue_and_enqueue(self: Any) -> None:
         # The original makes the pool, and complains of a size that is no multiple of the batch, where there is none.
         if not hasattr(self, 'queue_lr') and self.queue_size % len(self.lq) == 0:
             self.queue_lr = self.lq.new_zeros(self.queue_size, *self.lq.shape[1:])
@@ -53,15 +54,15 @@ def _pool_on_device(original):
 def patch_views() -> None:
     """Views are taken of images with their channels last, which a CPU gives and then refuses to view.
 
-    `DiffJPEG` gives such images to `filter2D`, and SwinIR to `VGGStyleDiscriminator`.
+    ``DiffJPEG`` gives such images to ``filter2D``, and SwinIR to ``VGGStyleDiscriminator``.
     """
     from basicsr.archs.discriminator_arch import VGGStyleDiscriminator
     from basicsr.utils import img_process_util
 
-    def of_contiguous(original):
+    def of_contiguous(original: Callable[..., Any]) -> Callable[..., Any]:
         @patch
         @functools.wraps(original)
-        def patched(*args, **kwargs):
+        def patched(*args: Any, **kwargs: Any) -> Any:
             return original(*(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args), **kwargs)
 
         return patched

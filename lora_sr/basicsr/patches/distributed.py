@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,8 @@ from lora_sr.basicsr.patches.tools import is_defective, patch
 from lora_sr.errors import InputError
 
 
-def start_distributed(launcher: str, opt: dict) -> None:
-    """Call BasicSR's `init_dist` with the option file's `dist_params`; the backend is NCCL unless they name another.
+def start_distributed(launcher: str, opt: dict[str, Any]) -> None:
+    """Call BasicSR's ``init_dist`` with the option file's ``dist_params``; the backend is NCCL if they name none.
 
     Raises:
         InputError: NCCL where no GPU is there or wanted.
@@ -24,24 +25,24 @@ def start_distributed(launcher: str, opt: dict) -> None:
     params = dict(opt.get('dist_params') or {})
     backend = params.pop('backend', 'nccl')
     if backend == 'nccl' and (opt.get('num_gpu') == 0 or not torch.cuda.is_available()):
-        raise InputError('dist_params.backend is nccl, which needs GPUs; for a run on CPUs write {backend: gloo}')
+        raise InputError('dist_params.backend must be gloo for a run on CPUs, got nccl, which needs GPUs.')
     if launcher == 'pytorch':
         params.pop('port', None)  # torchrun chooses the port; the key is slurm's, and many option files have it
     dist_util.init_dist(launcher, backend=backend, **params)
 
 
 def patch_distributed_start() -> None:
-    """`_init_dist_pytorch` and `_init_dist_slurm` compute `rank % device_count()`: a crash where there is no GPU."""
+    """``_init_dist_pytorch`` and ``_init_dist_slurm`` divide by ``device_count()``: a crash where there is no GPU."""
     from basicsr.utils import dist_util
 
     @patch
-    def init_pytorch(backend, **kwargs):
+    def init_pytorch(backend: str, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ['RANK']) % torch.cuda.device_count())
         dist.init_process_group(backend=backend, **kwargs)
 
     @patch
-    def init_slurm(backend, port=None):
+    def init_slurm(backend: str, port: int | None = None) -> None:
         rank = int(os.environ['SLURM_PROCID'])
         nodes = os.environ['SLURM_NODELIST']
         if port is not None:
@@ -61,7 +62,7 @@ def patch_distributed_start() -> None:
 
 
 def patch_model_to_device() -> None:
-    """`BaseModel.model_to_device` gives DistributedDataParallel a CUDA device even where the network is on the CPU.
+    """``BaseModel.model_to_device`` gives DistributedDataParallel a CUDA device even where the network is on the CPU.
 
     It also lets it send buffers round at each forward pass, in which the other processes take no part where the first
     one validates: a network with buffers, such as LoRA's alphas or SwinIR's masks, then waits for them or fails. They
@@ -75,7 +76,7 @@ def patch_model_to_device() -> None:
 
     @patch
     @functools.wraps(original)
-    def model_to_device(self, net):
+    def model_to_device(self: Any, net: torch.nn.Module) -> torch.nn.Module:
         if self.opt['dist'] and self.device.type == 'cpu':
             find_unused = self.opt.get('find_unused_parameters', False)
             net = torch.nn.parallel.DistributedDataParallel(net.to('cpu'), find_unused_parameters=find_unused)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from lora_sr.basicsr.patches.tools import is_defective, patch
 
 
 def patch_perceptual_criterion() -> None:
-    """`PerceptualLoss` with `criterion: l2` asks torch for an `L2loss`, which it never had."""
+    """``PerceptualLoss`` with ``criterion: l2`` asks torch for an ``L2loss``, which it never had."""
     from basicsr.losses.basic_loss import PerceptualLoss
 
     original = PerceptualLoss.__init__
@@ -20,7 +21,7 @@ def patch_perceptual_criterion() -> None:
 
     @patch
     @functools.wraps(original)
-    def __init__(self, *args, **kwargs):
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(original).bind(self, *args, **kwargs)
         squared = given.arguments.get('criterion') == 'l2'
         if squared:

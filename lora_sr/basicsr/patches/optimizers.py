@@ -1,17 +1,21 @@
-"""Any optimizer of torch, and those that are registered, under `train.optim_*.type`."""
+"""Any optimizer of torch, and those that are registered, under ``train.optim_*.type``."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+from typing import TYPE_CHECKING, Any, Iterable
 
 import torch
 
 from lora_sr.basicsr.patches.tools import is_defective, patch
 from lora_sr.errors import InputError
 
+if TYPE_CHECKING:
+    from basicsr.utils.registry import Registry
 
-def optimizer_registry():
+
+def optimizer_registry() -> Registry:
     """The registry that ``train.optim_*.type`` is looked up in before ``torch.optim``.
 
     It is a BasicSR registry and stands beside BasicSR's others.
@@ -24,21 +28,23 @@ def optimizer_registry():
 
 
 def patch_get_optimizer() -> None:
-    """`BaseModel.get_optimizer` knows only Adam (a model that overrides it keeps its own)."""
+    """``BaseModel.get_optimizer`` knows only Adam (a model that overrides it keeps its own)."""
     from basicsr.models.base_model import BaseModel
 
     if not is_defective(BaseModel.get_optimizer, 'NotImplementedError'):
         return
 
     @patch
-    def get_optimizer(self, optim_type, params, lr, **kwargs):
-        optimizer = find_optimizer(optim_type)
+    def get_optimizer(
+        self: Any, optim_type: str, params: Iterable[Any], lr: float, **kwargs: Any
+    ) -> torch.optim.Optimizer:
+        optimizer: Any = find_optimizer(optim_type)
         known = inspect.signature(optimizer).parameters
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         unknown = [] if takes_any else [key for key in kwargs if key not in known]
         if unknown:
             raise InputError(
-                f'{optim_type} takes no {", ".join(unknown)}; its options are {", ".join(list(known)[1:])}'
+                f'{optim_type} takes no {", ".join(unknown)}; its options are {", ".join(list(known)[1:])}.'
             )
         try:
             return optimizer(params, lr=lr, **kwargs)
@@ -48,20 +54,20 @@ def patch_get_optimizer() -> None:
     BaseModel.get_optimizer = get_optimizer
 
 
-def find_optimizer(name: str) -> type:
-    """The optimizer class of that name, from `optimizer_registry()` or else from `torch.optim`.
+def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """The optimizer class of that name, from ``optimizer_registry()`` or else from ``torch.optim``.
 
     Raises:
-        InputError: there is none; the nearest names are told.
+        InputError: There is none; the nearest names are told.
     """
     known = {key: value for key, value in vars(torch.optim).items() if _is_optimizer(value)}
     known.update(iter(optimizer_registry()))
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(sorted(known))}'
+        hint = f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(sorted(known))}.'
         raise InputError(f"there is no optimizer '{name}'; {hint}")
     return known[name]
 
 
-def _is_optimizer(value) -> bool:
+def _is_optimizer(value: object) -> bool:
     return inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer

@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import yaml
 
+from lora_sr.basicsr import provenance
 from lora_sr.basicsr.patches.distributed import start_distributed
 from lora_sr.basicsr.patches.resume import patch_load_resume_state
 from lora_sr.basicsr.patches.tools import is_defective, patch, replace_everywhere, swapped
+from lora_sr.checkpoints.content import forget, remember
+from lora_sr.checkpoints.imports import import_modules
+from lora_sr.errors import InputError
 from lora_sr.option_file import OptionDumper, OptionLoader, apply_overrides, load_options
+
+CHECK_VARIABLE = 'LORA_SR_CHECK'  # 0 in the environment switches the check off
+_mode = 'exit'
+
+
+@contextlib.contextmanager
+def mistakes(mode: str) -> Iterator[None]:
+    """Say what `parse_options` does about mistakes in the options.
+
+    Args:
+        mode: ``exit`` (the default, for a ``train.py`` that knows nothing of us) tells them and exits with status 2;
+            ``raise`` raises an InputError; ``skip`` does so for what cannot be read, and does not check the rest.
+    """
+    global _mode
+    before, _mode = _mode, mode
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+def tell(error: InputError) -> None:
+    """Print a mistake, an ``error: …`` for each of its lines, in the first process of each machine."""
+    if int(os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', 0))) == 0:
+        for line in str(error).splitlines():
+            print(f'error: {line}', file=sys.stderr, flush=True)
 
 
 def patch_ordered_yaml() -> None:
@@ -23,7 +56,7 @@ def patch_ordered_yaml() -> None:
         return
 
     @patch
-    def ordered_yaml():
+    def ordered_yaml() -> tuple[type, type]:
         return OptionLoader, OptionDumper
 
     replace_everywhere(options.ordered_yaml, ordered_yaml)
@@ -32,28 +65,40 @@ def patch_ordered_yaml() -> None:
 def patch_parse_options() -> None:
     """`parse_options` runs `--force_yml` through `exec` and `eval`, too late for the seed, and adds unknown keys.
 
-    It also gives `dist_params` to `init_dist` under slurm alone. It is wrapped, never copied, since it differs between
-    BasicSR's versions. As every pipeline calls it first, it also mends a `load_resume_state` that a script has defined
-    after `import lora_sr`.
+    It checks nothing of what it reads, either, and gives `dist_params` to `init_dist` under slurm alone. It is wrapped,
+    never copied, since it differs between BasicSR's versions. As every pipeline calls it first, it also patches a
+    `load_resume_state` that a script has defined after `import lora_sr`.
     """
     from basicsr.utils import options
 
     original = options.parse_options
-    if not is_defective(original, 'exec'):
+    if getattr(original, 'is_patch', False):
         return
     namespace = original.__globals__
 
     @patch
     @functools.wraps(original)
-    def parse_options(root_path, is_train=True):
+    def parse_options(root_path: str, is_train: bool = True) -> tuple[dict, argparse.Namespace]:
         patch_load_resume_state()
         path, entries, rest = _split_command_line(sys.argv[1:])
         if path is None:
             return original(root_path, is_train)  # argparse tells what is missing, or prints the help
-        opt = load_options(path)
-        apply_overrides(opt, entries)
+        try:
+            opt = load_options(path)
+            apply_overrides(opt, entries)
+            provenance.begin(opt, entries)
+            import_modules(_modules_to_import(opt))
+            remember()  # until the networks have been set up
+            if _mode != 'skip' and os.environ.get(CHECK_VARIABLE) != '0':
+                _check(opt, is_train, root_path, rest)
+        except InputError as error:
+            forget()
+            if _mode != 'exit':
+                raise
+            tell(error)
+            sys.exit(2)
 
-        def init_dist(launcher, **_):
+        def init_dist(launcher: str, **_: Any) -> None:
             start_distributed(launcher, opt)
 
         argv = [sys.argv[0], '-opt', path, *rest]
@@ -70,6 +115,44 @@ def patch_parse_options() -> None:
     replace_everywhere(original, parse_options)
 
 
+def _modules_to_import(opt: dict) -> list[str]:
+    """The option `imports`; of what is no list of names, nothing, which the check tells."""
+    names = opt.get('imports')
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+
+
+def patch_copy_opt_file() -> None:
+    """`copy_opt_file` copies the file as it is, without what `--force_yml` changed: no record of the run."""
+    from basicsr.utils import options
+
+    original = options.copy_opt_file
+    if not is_defective(original, 'copyfile'):
+        return
+
+    @patch
+    @functools.wraps(original)
+    def copy_opt_file(opt_file: str, experiments_root: str) -> None:
+        provenance.write_options(opt_file, experiments_root)
+
+    replace_everywhere(original, copy_opt_file)
+
+
+def _check(opt: dict, is_train: bool, root_path: str, argv: list[str]) -> None:
+    from lora_sr.basicsr.options import check_options
+
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument('--auto_resume', action='store_true')
+    parser.add_argument('--launcher')
+    args, _ = parser.parse_known_args(argv)
+    variable = {'pytorch': 'WORLD_SIZE', 'slurm': 'SLURM_NTASKS'}.get(args.launcher, '')
+    processes = int(os.environ.get(variable, 1))
+    problems = check_options({**opt, 'auto_resume': args.auto_resume}, is_train, root_path, processes)
+    if 'auto_resume' in opt:
+        problems.insert(0, 'auto_resume is not a known key; it is an argument of the command line, --auto_resume')
+    if problems:
+        raise InputError('\n'.join(problems))
+
+
 def _take_lists_of_roots(opt: dict) -> dict:
     """Take the lists under `dataroot_lq`, which `parse_options` takes for one path, out of the data sets' sections."""
     sections = {name: section for name, section in opt['datasets'].items() if isinstance(section, dict)}
@@ -83,7 +166,7 @@ def _take_lists_of_roots(opt: dict) -> dict:
 class _PreparedOptions:
     """Stands in for a YAML loader where the options have been read already."""
 
-    def __init__(self, options: dict, stream):
+    def __init__(self, options: dict, stream: Any):
         self.options = options
 
     def get_single_data(self) -> dict:
@@ -93,7 +176,7 @@ class _PreparedOptions:
         pass
 
 
-def _split_command_line(argv: list):
+def _split_command_line(argv: list[str]) -> tuple[str | None, list[str] | None, list[str]]:
     """The option file, the entries of `--force_yml` and all other arguments."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument('-opt')
@@ -115,7 +198,7 @@ def patch_network_options() -> None:
 
     @patch
     @functools.wraps(original)
-    def __init__(self, opt):
+    def __init__(self: Any, opt: dict) -> None:
         for key, section in opt.items():
             if key.startswith('network_') and isinstance(section, dict) and isinstance(section.get('base'), dict):
                 opt[key] = _NestedOptions(section)
@@ -127,8 +210,8 @@ def patch_network_options() -> None:
 class _NestedOptions(dict):
     """The section of a network around another: what it lacks is looked up in the section of that one, `base`."""
 
-    def __missing__(self, key):
+    def __missing__(self, key: str) -> Any:
         return self['base'][key]
 
-    def get(self, key, default=None):
+    def get(self, key: str, default: Any = None) -> Any:
         return dict.get(self, key, self['base'].get(key, default))

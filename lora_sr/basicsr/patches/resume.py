@@ -10,6 +10,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from lora_sr.errors import InputError
 
 
 def patch_training_state_types() -> None:
-    """A training state holds a `collections.Counter`, which `torch.load(weights_only=True)` refuses in older torch."""
+    """A training state has a ``Counter``, which older versions of torch refuse with ``weights_only=True``."""
     probe = io.BytesIO()
     torch.save(Counter(), probe)
     probe.seek(0)
@@ -33,9 +34,9 @@ def patch_training_state_types() -> None:
 
 
 def patch_check_resume() -> None:
-    """`check_resume` points every network to a file of the run, a frozen teacher as well, which is never saved.
+    """``check_resume`` points every network to a file of the run, a frozen teacher as well, which is never saved.
 
-    It also leaves a `param_key_*` that suits the pretrained file but not the run's own, whose weights are in `params`.
+    It also leaves a ``param_key_*`` that suits the pretrained file but not the run's own, which has ``params``.
     """
     from basicsr.utils import misc
 
@@ -45,7 +46,7 @@ def patch_check_resume() -> None:
 
     @patch
     @functools.wraps(original)
-    def check_resume(opt, resume_iter):
+    def check_resume(opt: dict[str, Any], resume_iter: int) -> None:
         paths = opt['path']
         before = dict(paths)
         original(opt, resume_iter)
@@ -59,7 +60,7 @@ def patch_check_resume() -> None:
                 continue
             was_saved = any(Path(saved).parent.glob(f'net_{network}_*.pth'))
             if network == 'g' or was_saved or before.get(key) is None:
-                raise InputError(f'the run cannot be resumed at iteration {resume_iter}: {saved} is missing')
+                raise InputError(f'the run cannot be resumed at iteration {resume_iter}: {saved} is missing.')
             for kept in (key, f'param_key_{network}'):
                 if kept in before:
                     paths[kept] = before[kept]
@@ -68,7 +69,7 @@ def patch_check_resume() -> None:
 
 
 def patch_load_resume_state() -> None:
-    """`load_resume_state` puts the training state on a GPU that may not be there, and takes any file for a state.
+    """``load_resume_state`` puts the training state on a GPU that may not be there, and takes any file for a state.
 
     It is defined by the script that trains, hence looked for in every module.
     """
@@ -79,13 +80,13 @@ def patch_load_resume_state() -> None:
             names['load_resume_state'] = load_resume_state
 
 
-def load_resume_state(opt: dict):
-    """The training state to go on from, or None; `opt['path']` is set up for it.
+def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
+    """The training state to go on from, or None; ``opt['path']`` is set up for it.
 
-    With `--auto_resume` it is the state of the run with the highest iteration, else `path.resume_state`.
+    With ``--auto_resume`` it is the state of the run with the highest iteration, else ``path.resume_state``.
 
     Raises:
-        InputError: the state, or a network saved with it, is missing or damaged.
+        InputError: The state, or a network saved with it, is missing or damaged.
     """
     path = opt['path'].get('resume_state')
     if opt['auto_resume']:
@@ -99,7 +100,7 @@ def load_resume_state(opt: dict):
     state = read_checkpoint(path)
     missing = [key for key in ('epoch', 'iter', 'optimizers', 'schedulers') if key not in state]
     if missing:
-        raise InputError(f'{path} is not a training state: it has no {", ".join(missing)}')
+        raise InputError(f'{path} is not a training state: it has no {", ".join(missing)}.')
     from basicsr.utils import misc
 
     misc.check_resume(opt, state['iter'])
@@ -107,25 +108,25 @@ def load_resume_state(opt: dict):
 
 
 def patch_resume_training() -> None:
-    """`BaseModel.resume_training` takes the state of any optimizer, and its step then fails on what is not its own."""
+    """``BaseModel.resume_training`` takes the state of any optimizer, and its step fails on what is not its own."""
     from basicsr.models.base_model import BaseModel
 
     original = BaseModel.resume_training
-    if getattr(original, 'is_patch', False):
+    if not is_defective(original, 'load_state_dict', without='betas'):
         return
 
-    def number_of_betas(state: dict) -> list:
+    def number_of_betas(state: dict[str, Any]) -> list[int]:
         return [len(group.get('betas') or ()) for group in state['param_groups']]
 
     @patch
     @functools.wraps(original)
-    def resume_training(self, resume_state):
+    def resume_training(self: Any, resume_state: dict[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, resume_state['optimizers']):
             if number_of_betas(optimizer.state_dict()) != number_of_betas(state):
                 options = ', '.join(key for key in state['param_groups'][0] if key != 'params')
                 raise InputError(
                     f'the run cannot be resumed with {type(optimizer).__name__}: its optimizer had the options '
-                    f'{options}; go on with that one, or begin anew'
+                    f'{options}; go on with that one, or begin anew.'
                 )
         original(self, resume_state)
 

@@ -7,25 +7,22 @@ import os
 from pathlib import Path
 
 import torch
-from basicsr.archs.rrdbnet_arch import RRDBNet
-from basicsr.archs.srvgg_arch import SRVGGNetCompact
-from basicsr.archs.swinir_arch import SwinIR
 from torch import Tensor, nn
 
 from lora_sr.archs import fold
 from lora_sr.archs.span import SPAN
-from lora_sr.checkpoints import load_network
+from lora_sr.checkpoints import NetworkLike, load_network
+from lora_sr.checkpoints.families import is_for_chainner
 from lora_sr.checkpoints.writing import SUFFIXES, writing
 from lora_sr.deploy.exports.deployed import FLOAT32_TOLERANCE, Deployed, ExportReport, deployed_network
 from lora_sr.errors import InputError
 from lora_sr.files import check_output
 
-GROWTH = 32  # channels that each convolution of a dense block of RRDBNet adds, as spandrel builds them
 GAIN = 2  # factor of the inner channels of every Conv3XC, as spandrel builds them
 
 
 def export_chainner(
-    checkpoint: str | os.PathLike, output: str | os.PathLike, param_key: str | None = None, overwrite: bool = False
+    source: NetworkLike, output: str | os.PathLike[str], param_key: str | None = None, overwrite: bool = False
 ) -> ExportReport:
     """Write the deployed network of a checkpoint such that chaiNNer and spandrel recognise it.
 
@@ -37,9 +34,9 @@ def export_chainner(
     checked by our own loader instead, which folds the branches.
 
     Args:
-        checkpoint: Any checkpoint that :func:`lora_sr.load_network` takes; LoRA is merged and branches folded.
+        source: Whatever :func:`lora_sr.load_network` takes; LoRA is merged and branches folded.
         output: The file to write, ``.pth`` (state dict under ``params``) or ``.safetensors``.
-        param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``.
+        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``.
         overwrite: Replace ``output`` where it exists.
 
     Raises:
@@ -49,35 +46,27 @@ def export_chainner(
     """
     output = Path(output)
     check_output(output, SUFFIXES, overwrite)
-    deployed = deployed_network(checkpoint, param_key)
+    deployed = deployed_network(source, param_key)
     is_span = isinstance(deployed.network, SPAN)
     if not is_for_chainner(deployed.network):
-        raise _unknown(checkpoint, deployed)
+        raise _unknown(deployed)
     has_spandrel = importlib.util.find_spec('spandrel') is not None
     if not is_span and not has_spandrel:
         raise InputError(
-            f'{checkpoint} belongs to {deployed.family}, and whether chaiNNer loads that is for spandrel to say: '
+            f'{deployed.name} belongs to {deployed.family}, and whether chaiNNer loads that is for spandrel to say: '
             'pip install spandrel.'
         )
     state = deployed.network.state_dict()
-    with writing(as_branches(state) if is_span else state, output) as partial:
-        network = _load_by_spandrel(partial, checkpoint, deployed) if has_spandrel else fold(load_network(partial))
+    with writing(as_branches(state) if is_span else state, output, deployed.origin) as partial:
+        network = _load_by_spandrel(partial, deployed) if has_spandrel else fold(load_network(partial))
         difference = deployed.difference(network)
         if not difference.largest <= FLOAT32_TOLERANCE:
             raise InputError(
-                f"{checkpoint} cannot be exported for chaiNNer: its images differ from the network's by {difference}."
+                f"{deployed.name} cannot be exported for chaiNNer: its images differ from the network's by "
+                f'{difference}.'
             )
     form = 'SPAN in training form, of exact branches' if is_span else 'checkpoint, merged'
     return ExportReport(deployed, form, difference, 'spandrel' if has_spandrel else 'lora_sr')
-
-
-def is_for_chainner(network: nn.Module) -> bool:
-    """Whether chaiNNer knows the deployed form of a network, but for unusual sizes, which spandrel tells."""
-    if isinstance(network, RRDBNet):
-        return network.body[0].rdb1.conv1.out_channels == GROWTH
-    if isinstance(network, SRVGGNetCompact):
-        return network.act_type == 'prelu'
-    return isinstance(network, (SPAN, SwinIR))
 
 
 @torch.no_grad()
@@ -105,23 +94,23 @@ def as_branches(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return branches
 
 
-def _load_by_spandrel(partial: Path, checkpoint: str | os.PathLike, deployed: Deployed) -> nn.Module:
+def _load_by_spandrel(partial: Path, deployed: Deployed) -> nn.Module:
     import spandrel
 
     try:
         descriptor = spandrel.ModelLoader(device='cpu').load_from_file(partial)
     except Exception as error:  # whatever it makes of a checkpoint that looks like one of its networks
-        raise _unknown(checkpoint, deployed) from error
-    if descriptor.scale != deployed.scale:
+        raise _unknown(deployed) from error
+    if descriptor.scale != deployed.info.scale:
         raise InputError(
-            f'{checkpoint} cannot be exported for chaiNNer: it is of scale {deployed.scale}, and spandrel '
+            f'{deployed.name} cannot be exported for chaiNNer: it is of scale {deployed.info.scale}, and spandrel '
             f'{spandrel.__version__} takes it for one of scale {descriptor.scale}.'
         )
     return descriptor.model.eval()
 
 
-def _unknown(checkpoint: str | os.PathLike, deployed: Deployed) -> InputError:
+def _unknown(deployed: Deployed) -> InputError:
     return InputError(
-        f'{checkpoint} cannot be exported for chaiNNer: spandrel, which loads for it, knows no {deployed.family} of '
+        f'{deployed.name} cannot be exported for chaiNNer: spandrel, which loads for it, knows no {deployed.family} of '
         'these sizes; chaiNNer also runs what `lora-sr export onnx` writes.'
     )

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Callable
 
 import torch
-from basicsr.archs import swinir_arch
-from basicsr.archs.ridnet_arch import RIDNet
 from torch import Tensor, nn
 
 import lora_sr
 from lora_sr.adapters import count_parameters
-from lora_sr.archs import take_any_size
-from lora_sr.archs.any_size import accepted_input
+from lora_sr.archs import NetworkInfo, network_info, take_any_size
 from lora_sr.archs.reparam import deploy_form
 from lora_sr.archs.span import SPAN
-from lora_sr.checkpoints import load_network
+from lora_sr.checkpoints import NetworkLike, Origin, open_network
+from lora_sr.checkpoints.origin import KEY
+from lora_sr.deploy.merge import merged_origin
 from lora_sr.errors import InputError
 from lora_sr.runtime.half_range import fit_half_range
 from lora_sr.runtime.synthetic import soft_image
@@ -35,15 +34,17 @@ FLOAT32_TOLERANCE = 1e-4  # of the range of values
 class Deployed:
     """A network as it is deployed: merged, folded, without gradients, on the CPU in float32.
 
-    It takes (N, channels, H, W) with values in [0, value_range], H and W multiples of ``multiple``, and gives
-    (N, channels, scale * H, scale * W) in the same range.
+    Args:
+        network: The network.
+        info: Which images it takes and gives.
+        name: What its source is called in messages.
+        origin: Where it comes from.
     """
 
     network: nn.Module
-    channels: int
-    multiple: int
-    scale: int
-    value_range: int
+    info: NetworkInfo
+    name: str
+    origin: Origin
 
     @property
     def family(self) -> str:
@@ -54,17 +55,17 @@ class Deployed:
         """What a program that runs the file may want to know."""
         return {
             'family': self.family,
-            'scale': str(self.scale),
-            'channels': str(self.channels),
-            'value_range': f'[0, {self.value_range}]',
-            'size_multiple': str(self.multiple),
+            'scale': str(self.info.scale),
+            'channels': str(self.info.in_channels),
+            'value_range': f'[0, {self.info.value_range}]',
+            'size_multiple': str(self.info.size_multiple),
             'lora_sr_version': lora_sr.__version__,
+            KEY: self.origin.to_json(),
         }
 
     def image(self, batch: int, height: int, width: int) -> Tensor:
         """An image of soft structures, see :func:`lora_sr.runtime.synthetic.soft_image`; sides rounded up to fit."""
-        size = [math.ceil(side / self.multiple) * self.multiple for side in (height, width)]
-        return soft_image(batch, self.channels, *size) * self.value_range
+        return soft_image(batch, self.info.in_channels, *self.info.size(height, width)) * self.info.value_range
 
     def checked_images(self) -> list[Tensor]:
         """One image of each of the sizes that a file is tried on."""
@@ -79,7 +80,7 @@ class Deployed:
                 if given.shape != expected.shape or given.dtype != expected.dtype:
                     return Difference(math.inf, -math.inf)
                 # An untrained network gives values far outside the range.
-                error = (given - expected).double() / max(self.value_range, expected.abs().max().item())
+                error = (given - expected).double() / max(self.info.value_range, expected.abs().max().item())
                 if not error.isfinite().all():
                     return Difference(math.inf, -math.inf)
                 largest = max(largest, error.abs().max().item())
@@ -110,49 +111,47 @@ class ExportReport:
 
     def __str__(self) -> str:
         deployed = self.deployed
-        sizes = 'any' if deployed.multiple == 1 else f'height and width in multiples of {deployed.multiple}'
+        info = deployed.info
+        sizes = 'any' if info.size_multiple == 1 else f'height and width in multiples of {info.size_multiple}'
         tried = ', '.join('x'.join(map(str, image.shape)) for image in deployed.checked_images())
         return (
-            f'network               {deployed.family} x{deployed.scale}, '
+            f'network               {deployed.family} x{info.scale}, '
             f'{count_parameters(deployed.network).total:,} parameters\n'
             f'form                  {self.form}\n'
-            f'images                {deployed.channels} channels in [0, {deployed.value_range}], size: {sizes}\n'
+            f'images                {info.in_channels} channels in [0, {info.value_range}], size: {sizes}\n'
             f'largest difference    {self.difference} ({self.checked_by} against torch: {tried})'
         )
 
 
-def deployed_network(checkpoint: str | os.PathLike, param_key: str | None = None) -> Deployed:
+def deployed_network(source: NetworkLike, param_key: str | None = None) -> Deployed:
     """The network of a checkpoint as it is deployed, LKDN with its values within float16.
 
     Args:
-        checkpoint: See :func:`lora_sr.load_network`; with LoRA or branches, or plain.
-        param_key: Where the state dict is in it; by default ``params_ema``, else ``params``, else the top.
+        source: See :func:`lora_sr.load_network`; with LoRA or branches, or plain.
+        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``, else the top.
 
     Raises:
         InputError: The checkpoint cannot be read or folded, or its network takes images of one size alone, or gives
             values that are not finite.
     """
-    network = load_network(checkpoint, param_key)
+    opened = open_network(source, param_key)
     try:
-        network = deploy_form(network)
+        network = deploy_form(opened.network).cpu().float()
     except InputError as error:
-        raise InputError(f'{checkpoint} cannot be folded: {error}') from None
+        raise InputError(f'{opened.name} cannot be folded: {error}') from None
     take_any_size(network, 1)  # padding is Python, which no file can hold
-    accepted = accepted_input(network)
-    if accepted is None:
+    info = network_info(network)
+    if info is None or info.fixed_size is not None:
         raise InputError(
-            f'{checkpoint} cannot be exported: its {type(network).__name__} takes images of one size alone, as with an '
-            'absolute position embedding, where any size or any multiple of a number is right.'
+            f'{opened.name} cannot be exported: its {type(network).__name__} takes images of one size alone, as with '
+            'an absolute position embedding, where any size or any multiple of a number is right.'
         )
-    side = accepted.multiple * math.ceil(16 / accepted.multiple)
-    with torch.no_grad():
-        scale = network(torch.zeros(1, accepted.channels, side, side)).shape[-1] // side
-    deployed = Deployed(network, *accepted, scale, 255 if isinstance(network, RIDNet) else 1)
+    deployed = Deployed(network, info, opened.name, merged_origin(opened))
     images = deployed.checked_images()
     with torch.no_grad():
         if not network(images[0]).isfinite().all():
             raise InputError(
-                f'{checkpoint} gives values that are not finite: it has weights that are NaN or too large.'
+                f'{opened.name} gives values that are not finite: it has weights that are NaN or too large.'
             )
     fit_half_range(network, images)
     return deployed
@@ -164,14 +163,17 @@ def tracing():
 
     Whether what was traced is right for other sizes is found out by trying, so its warnings say nothing new.
     """
-    original = swinir_arch.window_reverse
-    swinir_arch.window_reverse = _window_reverse
+    swinir = sys.modules.get('basicsr.archs.swinir_arch')  # there if the network is one
+    original = getattr(swinir, 'window_reverse', None)
+    if swinir is not None:
+        swinir.window_reverse = _window_reverse
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter('ignore')
             yield
     finally:
-        swinir_arch.window_reverse = original
+        if swinir is not None:
+            swinir.window_reverse = original
 
 
 def _window_reverse(windows: Tensor, window_size: int, height: int, width: int) -> Tensor:

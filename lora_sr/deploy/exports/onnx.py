@@ -10,6 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from lora_sr.checkpoints import NetworkLike
 from lora_sr.deploy.exports.deployed import (
     FLOAT32_TOLERANCE,
     TRACED_SIZE,
@@ -29,8 +30,8 @@ FLOAT16_PSNR = 60.0  # dB; it changes a PSNR of 35 dB by some 0.01 dB
 
 
 def export_onnx(
-    checkpoint: str | os.PathLike,
-    output: str | os.PathLike,
+    source: NetworkLike,
+    output: str | os.PathLike[str],
     dtype: str = 'float32',
     param_key: str | None = None,
     overwrite: bool = False,
@@ -41,11 +42,11 @@ def export_onnx(
     is run by onnxruntime on images of three sizes before it is written.
 
     Args:
-        checkpoint: Any checkpoint that :func:`lora_sr.load_network` takes; LoRA is merged and branches folded.
+        source: Whatever :func:`lora_sr.load_network` takes; LoRA is merged and branches folded.
         output: The file to write, ``.onnx``.
         dtype: ``float32``, or ``float16`` for weights and features; the images stay float32. A runtime may also
             lower a float32 file itself: LKDN's values fit float16 in both.
-        param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``.
+        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``.
         overwrite: Replace ``output`` where it exists.
 
     Raises:
@@ -62,8 +63,8 @@ def export_onnx(
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise InputError(f'The export to ONNX needs {error.name}: pip install "lora-sr[onnx]".') from error
-    deployed = deployed_network(checkpoint, param_key)
-    model = onnx.load_from_string(_trace(checkpoint, deployed))
+    deployed = deployed_network(source, param_key)
+    model = onnx.load_from_string(_trace(deployed))
     try:
         if dtype == 'float16':
             model = _to_float16(model)
@@ -73,22 +74,24 @@ def export_onnx(
         difference = _run_and_compare(data, deployed)
     except Exception as error:  # whatever converter, checker and runtime make of a graph that is wrong
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f'{checkpoint} cannot be exported as ONNX: onnxruntime does not run it: {reason}') from error
+        raise InputError(
+            f'{deployed.name} cannot be exported as ONNX: onnxruntime does not run it: {reason}'
+        ) from error
     if dtype == 'float16' and not difference.psnr >= FLOAT16_PSNR:
         raise InputError(
-            f'{checkpoint} is not exact enough in float16: its images have a PSNR of {difference.psnr:.1f} dB to those '
-            f'in float32, where {FLOAT16_PSNR:.0f} dB are right; export it in float32.'
+            f'{deployed.name} is not exact enough in float16: its images have a PSNR of {difference.psnr:.1f} dB to '
+            f'those in float32, where {FLOAT16_PSNR:.0f} dB are right; export it in float32.'
         )
     if dtype == 'float32' and not difference.largest <= FLOAT32_TOLERANCE:
         raise InputError(
-            f"{checkpoint} cannot be exported as ONNX: the file's images differ from the network's by {difference}."
+            f"{deployed.name} cannot be exported as ONNX: the file's images differ from the network's by {difference}."
         )
     write_whole(output, data)
     inside = '' if dtype == 'float32' else ', images in and out float32'
     return ExportReport(deployed, f'ONNX, opset {OPSET}, {dtype}{inside}', difference, 'onnxruntime')
 
 
-def _trace(checkpoint: str | os.PathLike, deployed: Deployed) -> bytes:
+def _trace(deployed: Deployed) -> bytes:
     # The exporter by tracing is in every torch from 2.0 on, and takes the graph as it is; newer ones have to be told.
     by_tracing = {'dynamo': False} if 'dynamo' in inspect.signature(torch.onnx.export).parameters else {}
     buffer = io.BytesIO()
@@ -109,7 +112,7 @@ def _trace(checkpoint: str | os.PathLike, deployed: Deployed) -> bytes:
             )
     except Exception as error:  # whatever an exporter makes of a network that it cannot trace
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f'{checkpoint} cannot be exported as ONNX: {deployed.family}: {reason}') from error
+        raise InputError(f'{deployed.name} cannot be exported as ONNX: {deployed.family}: {reason}') from error
     return buffer.getvalue()
 
 

@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from lora_sr.checkpoints import NetworkLike
 from lora_sr.deploy.exports.deployed import FLOAT32_TOLERANCE, TRACED_SIZE, ExportReport, deployed_network, tracing
 from lora_sr.errors import InputError
 from lora_sr.files import check_output, write_whole
@@ -16,7 +17,7 @@ METADATA = 'metadata.json'
 
 
 def export_torchscript(
-    checkpoint: str | os.PathLike, output: str | os.PathLike, param_key: str | None = None, overwrite: bool = False
+    source: NetworkLike, output: str | os.PathLike[str], param_key: str | None = None, overwrite: bool = False
 ) -> ExportReport:
     """Write the deployed network of a checkpoint as TorchScript, for ``torch.jit.load``, libtorch and ncnn's pnnx.
 
@@ -26,9 +27,9 @@ def export_torchscript(
     again and run on images of three sizes before it is written.
 
     Args:
-        checkpoint: Any checkpoint that :func:`lora_sr.load_network` takes; LoRA is merged and branches folded.
+        source: Whatever :func:`lora_sr.load_network` takes; LoRA is merged and branches folded.
         output: The file to write, ``.pt``.
-        param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``.
+        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``.
         overwrite: Replace ``output`` where it exists.
 
     Raises:
@@ -37,7 +38,7 @@ def export_torchscript(
             of values. No file is left behind then.
     """
     check_output(output, ('.pt',), overwrite)
-    deployed = deployed_network(checkpoint, param_key)
+    deployed = deployed_network(source, param_key)
     buffer = io.BytesIO()
     try:
         with tracing():
@@ -48,10 +49,10 @@ def export_torchscript(
         difference = deployed.difference(loaded)
     except Exception as error:  # whatever the tracer, or what it traced, makes of a network
         reason = str(error).strip().splitlines()[-1]
-        raise InputError(f'{checkpoint} cannot be exported as TorchScript: {deployed.family}: {reason}') from error
+        raise InputError(f'{deployed.name} cannot be exported as TorchScript: {deployed.family}: {reason}') from error
     if not difference.largest <= FLOAT32_TOLERANCE:
         raise InputError(
-            f"{checkpoint} cannot be exported as TorchScript: the file's images differ from the network's by "
+            f"{deployed.name} cannot be exported as TorchScript: the file's images differ from the network's by "
             f'{difference}.'
         )
     write_whole(output, buffer.getvalue())

@@ -1,6 +1,8 @@
 """The check of option files: each mistake gives its one sentence, and correct files give none."""
 
+import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from basicsr.archs.swinir_arch import SwinIR
+from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 from PIL import Image
 from tiny_run import TINY_OPTIONS, write_pairs
 
@@ -200,10 +203,147 @@ def test_everything_at_once(options, tmp_path):
     ]
 
 
-def test_unknown_keys_of_others_are_left_alone(options, tmp_path):
-    change(options, 'my_own_key', 1)
-    change(options, 'train.something_else', {'a': 1})
+CLONED = """\
+from basicsr.models import sr_model
+
+
+class SRModel(sr_model.SRModel):
+    def init_training_settings(self):
+        train_opt = self.opt['train']
+        self.fft = train_opt.get('fft_opt')
+        self.start = self.opt['train']['start_iter']
+"""
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """A model, a data set and a loss of somebody else's."""
+    from basicsr.data.paired_image_dataset import PairedImageDataset
+    from basicsr.models.sr_model import SRModel
+
+    class MyModel(SRModel):
+        pass
+
+    class MyDataset(PairedImageDataset):
+        pass
+
+    for registry, entry in ((MODEL_REGISTRY, MyModel), (DATASET_REGISTRY, MyDataset)):
+        monkeypatch.setitem(registry._obj_map, entry.__name__, entry)
+
+
+def test_unknown_keys_of_others_are_left_alone(options, tmp_path, others):
+    change(options, 'model_type', 'MyModel')
+    change(options, 'datasets.train.type', 'MyDataset')
     assert check(options, tmp_path) == []
+    for path in ('my_own_key', 'train.something_else', 'path.memory', 'val.every', 'datasets.train.shuffle'):
+        change(options, path, {'a': 1})
+    change(options, 'datasets.train.gt_size')  # what theirs inherits from may need it, theirs may not
+    assert check(options, tmp_path) == []
+
+
+def test_what_a_class_reads_in_a_clone_is_known(options, tmp_path, monkeypatch):
+    (tmp_path / 'sr_model.py').write_text(CLONED)
+    spec = importlib.util.spec_from_file_location('basicsr.models.cloned', tmp_path / 'sr_model.py')
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'SRModel', module.SRModel)
+    for path in ('train.fft_opt', 'train.start_iter', 'train.use_amp'):
+        change(options, path, None)
+    (problem,) = check(options, tmp_path)
+    assert problem.startswith('train.use_amp is not a known key')
+
+
+def test_what_others_inherit_is_known(options, tmp_path, others):
+    change(options, 'model_type', 'MyModel')
+    change(options, 'datasets.train.type', 'MyDataset')
+    change(options, 'train.pixle_opt', options['train'].pop('pixel_opt'))
+    change(options, 'train.ema_decay', 2)
+    change(options, 'datasets.train.use_rot', 'no')
+    assert check(options, tmp_path) == [
+        "train.pixle_opt is not a known key; did you mean 'pixel_opt'?",
+        'train.ema_decay has to be a number of at least 0 and less than 1, not 2',
+        "datasets.train.use_rot has to be true or false, not 'no'",
+    ]
+
+
+UNKNOWN = [
+    ('my_own_key', 'the keys here are name, model_type, scale'),
+    ('gt_size', 'the keys here are name, model_type, scale'),
+    ('find_unused_parameter', "did you mean 'find_unused_parameters'?"),
+    ('path.strict_load', "did you mean 'strict_load_"),
+    ('train.use_amp', 'the keys here are pixel_opt, perceptual_opt, ema_decay'),
+    ('train.ema', 'the keys here are pixel_opt'),
+    ('train.gan_iters', 'the keys here are pixel_opt'),
+    ('val.save_best', 'the keys here are val_freq, save_img, suffix, metrics, pbar'),
+    ('val.metrics.psnr.crop', 'the keys here are crop_border, input_order'),
+    ('logger.print_every', 'the keys here are print_freq'),
+    ('logger.wandb.entity', 'the keys here are project, resume_id'),
+    ('dist_params.backends', 'the keys here are backend, port'),
+    ('datasets.train.use_shuffle', 'the keys here are name, type, dataroot_gt'),
+    ('datasets.train.kernel_list', 'the keys here are name, type, dataroot_gt'),
+    ('datasets.val.lq_size', "did you mean 'gt_size'?"),
+    ('datasets.val.io_backend.path', 'the keys here are type'),
+    ('network_g.deploy', 'the keys here are num_in_ch'),
+    ('train.optim_g.warmup', 'the keys here are lr'),
+    ('train.scheduler.warmup', 'the keys here are milestones'),
+    ('train.pixel_opt.eps', 'the keys here are loss_weight'),
+]
+
+
+@pytest.mark.parametrize(('path', 'end'), UNKNOWN)
+def test_unknown_keys_everywhere(options, tmp_path, path, end):
+    options['logger']['wandb'] = {'project': None}
+    change(options, path, 1)
+    (problem,) = check(options, tmp_path)
+    assert problem.startswith(f'{path} is not a known key; {end}')
+
+
+def test_unknown_key_hides_no_other_mistake(options, tmp_path):
+    change(options, 'datasets.train.use_shuffle', True)
+    change(options, 'datasets.train.gt_size', 64)
+    unknown, large = check(options, tmp_path)
+    assert unknown.startswith('datasets.train.use_shuffle is not a known key')
+    assert large.startswith('datasets.train.gt_size: 64 is larger than')
+
+
+@pytest.mark.parametrize('section', ['', 'path', 'train', 'val', 'logger', 'datasets.train'])
+def test_keys_that_nobody_reads_may_hold_anything(options, tmp_path, section):
+    change(options, f'{section}.x-common'.lstrip('.'), {'a': [1]})
+    assert check(options, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'sentence'),
+    [
+        ('imports', ['my_networks', 'archs/mine.py'], ''),
+        ('imports', 'my_networks', "imports has to be a list of modules or .py files, not 'my_networks'"),
+        ('manual_seed', None, ''),
+        ('manual_seed', 'x', "manual_seed has to be a whole number of at least 0 or ~, not 'x'"),
+        ('find_unused_parameters', 1, 'find_unused_parameters has to be true or false, not 1'),
+        ('dist_params.backend', 'ncll', "dist_params.backend: there is no 'ncll'; it is one of nccl, gloo, mpi"),
+        ('path.strict_load_g', 'no', "path.strict_load_g has to be true or false, not 'no'"),
+        ('path.pretrain_network_g', 3, 'path.pretrain_network_g has to be a path or ~, not 3'),
+        ('train.total_iter', 6.0, ''),
+        ('train.warmup_iter', -2, 'train.warmup_iter has to be a whole number of at least -1, not -2'),
+        ('train.ema_decay', 1, 'train.ema_decay has to be a number of at least 0 and less than 1, not 1'),
+        ('val.save_img', 'false', "val.save_img has to be true or false, not 'false'"),
+        ('val.suffix', ['a'], "val.suffix has to be a text or a number or ~, not ['a']"),
+        ('logger.use_tb_logger', 'no', "logger.use_tb_logger has to be true or false, not 'no'"),
+        (
+            'logger.wandb',
+            {'project': 'sr'},
+            'logger.wandb copies what TensorBoard gets; set logger.use_tb_logger: true',
+        ),
+        ('logger.wandb', 'sr', "logger.wandb has to be a section of keys, not 'sr'"),
+        ('datasets.train.use_hflip', 'yes', "datasets.train.use_hflip has to be true or false, not 'yes'"),
+        ('datasets.train.mean', 0.5, 'datasets.train.mean has to be a list of numbers or ~, not 0.5'),
+        ('datasets.val.pin_memory', 'no', "datasets.val.pin_memory has to be true or false, not 'no'"),
+    ],
+)
+def test_values_of_the_wrong_kind(options, tmp_path, path, value, sentence):
+    change(options, path, value)
+    assert check(options, tmp_path) == [sentence] * bool(sentence)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +377,16 @@ def test_distillation(distillation, tmp_path, path, value, sentence):
     ]
     assert len(problems) == 1, problems
     assert problems[0].startswith(sentence)
+
+
+def test_distillation_without_sections(distillation, tmp_path):
+    for key in ('train', 'network_t', 'path'):
+        change(distillation, key)
+    assert check(distillation, tmp_path) == [
+        'path is missing',
+        'train is missing',
+        'network_t, the teacher of a DistillationModel, is missing',
+    ]
 
 
 # --- data ---
@@ -645,6 +795,11 @@ def test_mistakes_of_distillation_without_gt_that_would_train(without_gt, tmp_pa
         'train.optim_g.betas has 3 values; Adam takes 2, e.g. [0.9, 0.999]',
         'train.distill_pixel_opt: "eps" of PSNRLoss must be more than 0, got 0.',
     ]
+
+
+def test_teacher_and_lr_images_of_a_model_of_others(without_gt, tmp_path, others):
+    without_gt['model_type'] = 'MyModel'
+    assert check(without_gt, tmp_path) == []
 
 
 def test_teacher_of_a_model_without_one(without_gt, tmp_path):

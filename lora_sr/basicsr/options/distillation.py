@@ -1,0 +1,91 @@
+"""What a distillation needs: the rules that hold before a run, and for a DistillationModel that is built by itself."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import nn
+
+from lora_sr.errors import InputError
+
+DATA_PARALLEL_REFUSED = (
+    'train.affinity_opt does not work with several GPUs in one process: start a process for each (--launcher pytorch, '
+    'see scripts/dist_train.sh), or set num_gpu: 1'
+)
+NO_GROUND_TRUTH = (
+    'train.pixel_opt compares with the ground truth, which an LRImageDataset does not have: leave it out, or train '
+    'on a PairedImageDataset'
+)
+
+
+def option_faults(opt: dict) -> dict[str, str]:
+    """What is wrong with the options of a distillation before its networks are looked at.
+
+    Args:
+        opt: The options of a training.
+
+    Returns:
+        The sentences, each under the keys that it is about, with a space between them.
+    """
+    path, train, dataset = (section if isinstance(section, dict) else {} for section in (
+        opt.get('path'), opt.get('train'), (opt.get('datasets') or {}).get('train')
+    ))  # fmt: skip
+    faults = {}
+    if opt.get('network_t') is None:
+        faults['network_t'] = 'network_t, the teacher of a DistillationModel, is missing'
+    if path.get('pretrain_network_t') is None:
+        faults['path.pretrain_network_t'] = 'path.pretrain_network_t, the trained weights of the teacher, is missing'
+    if train.get('pixel_opt') and dataset.get('type') == 'LRImageDataset':
+        faults['train.pixel_opt'] = NO_GROUND_TRUTH
+    if not train.get('distill_pixel_opt') and not train.get('affinity_opt'):
+        faults['train.distill_pixel_opt train.affinity_opt'] = (
+            'train.distill_pixel_opt and train.affinity_opt are both missing; without one of them nothing is learned '
+            'from the teacher'
+        )
+    return faults
+
+
+def affinity_layers(layers: Any) -> dict[str, list[str]]:
+    """The modules that ``train.affinity_opt.layers`` names, as ``{'student': [...], 'teacher': [...]}``.
+
+    Args:
+        layers: The option: one list of names for both networks, or a mapping of two such lists.
+
+    Raises:
+        InputError: It is neither, or the lists differ in length.
+    """
+    pair = layers if isinstance(layers, dict) else {'student': layers, 'teacher': layers}
+    if set(pair) != {'student', 'teacher'} or not all(isinstance(names, list) and names for names in pair.values()):
+        raise InputError(
+            'train.affinity_opt.layers has to be a list of module names, or {student: [...], teacher: [...]}, '
+            f'not {layers!r}'
+        )
+    if len(pair['student']) != len(pair['teacher']):
+        raise InputError(
+            f'train.affinity_opt.layers has {len(pair["student"])} layers of the student, but {len(pair["teacher"])} '
+            'of the teacher; they are compared one by one'
+        )
+    return pair
+
+
+def find_modules(network: nn.Module, layers: list[str], role: str) -> list[nn.Module]:
+    """The modules of ``network`` that bear these names.
+
+    Args:
+        network: The network to look in; a teacher in the form in which it runs, i.e. folded.
+        layers: Names, as ``named_modules`` gives them.
+        role: What the network is, for the message: 'student' or 'teacher'.
+
+    Raises:
+        InputError: A name that the network does not have; near names are listed.
+    """
+    modules = {name: module for name, module in network.named_modules() if name}
+    for layer in layers:
+        if layer not in modules:
+            near = difflib.get_close_matches(str(layer), modules, n=4, cutoff=0.3) or list(modules)[:4]
+            raise InputError(
+                f"train.affinity_opt.layers: there is no module '{layer}' in the {role}, {type(network).__name__}; "
+                f'near names are {", ".join(near)}'
+            )
+    return [modules[layer] for layer in layers]

@@ -1,0 +1,105 @@
+"""Adapter files, and the bases that they belong to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lora_sr.adapters import Adapter, describe_misfit, parse_adapter
+from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
+from lora_sr.checkpoints.origin import SHOWN, Origin, adapter_fingerprint, fingerprint
+from lora_sr.errors import InputError
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter file that has been read.
+
+    Args:
+        path: The file.
+        adapter: What it holds.
+        origin: Where it says that it comes from.
+    """
+
+    path: Path
+    adapter: Adapter
+    origin: Origin | None
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> AdapterFile:
+        """Read an adapter file.
+
+        Raises:
+            InputError: The file is missing, cannot be read, or holds no adapter.
+        """
+        if not Path(path).is_file():
+            raise InputError(f'There is no adapter file {path}.')
+        return cls.of(Checkpoint.read(path))
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> AdapterFile:
+        """That of a file that has been read.
+
+        Raises:
+            InputError: It holds no adapter.
+        """
+        if checkpoint.form != ADAPTER:
+            kind = 'an adapted checkpoint: take its adapter out with `lora-sr adapter extract`'
+            kind = kind if checkpoint.form == ADAPTED else 'a base checkpoint'
+            raise InputError(f'{checkpoint.path} is no adapter but {kind}.')
+        content = checkpoint.content
+        return cls(checkpoint.path, parse_adapter(checkpoint.state, content.metadata, checkpoint.path), content.origin)
+
+    @property
+    def fingerprint(self) -> str:
+        """That of its tensors."""
+        return adapter_fingerprint(self.adapter.tensors)
+
+    def check_fit(self, base: Mapping[str, Tensor], name: object, has_branches: bool = False) -> None:
+        """Check that the layers of a base have the shapes that the adapter is for, and that its values are finite.
+
+        Args:
+            base: The state dict of the base.
+            name: What the base is called in the message.
+            has_branches: Whether the base is in training form, which may be why an adapter does not fit.
+
+        Raises:
+            InputError: They have not.
+        """
+        misfit = describe_misfit(self.adapter, base)
+        if misfit:
+            hint = ' (the base has branches, which `lora-sr merge` folds)' if has_branches else ''
+            raise InputError(f'The adapter {self.path} does not fit the base {name}: {misfit}{hint}.')
+        for key, value in self.adapter.tensors.items():
+            if not value.isfinite().all():
+                raise InputError(f'The adapter {self.path} has values that are not finite, in {key}.')
+
+    def check_base(self, base: Mapping[str, Tensor], origin: Origin | None, name: object, force: bool) -> None:
+        """Check that a base is the one that the adapter was trained on, and does not carry it already.
+
+        Args:
+            base: The state dict of the base.
+            origin: Where the base comes from.
+            name: What the base is called in the message.
+            force: Check nothing.
+
+        Raises:
+            InputError: It is another one, or it carries the adapter.
+        """
+        if force:
+            return
+        if origin is not None and self.fingerprint in origin.adapters:
+            raise InputError(f'The base {name} carries the adapter {self.path} already: put it on twice with --force.')
+        trained_on = None if self.origin is None else self.origin.base
+        if trained_on is None:
+            return
+        found = fingerprint(base)
+        if found != trained_on:
+            raise InputError(
+                f'The adapter {self.path} was trained on another base than {name}: its fingerprint is '
+                f'{trained_on[:SHOWN]}, got {found[:SHOWN]}; put it on this one with --force.'
+            )

@@ -1,0 +1,76 @@
+"""From the section of an option file to the network that it describes."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lora_sr.archs import AdaptSR
+from lora_sr.archs.registry import Arch, find_arch, known_archs
+from lora_sr.errors import InputError
+
+
+def build_network(section: object, where: str = 'network_g') -> nn.Module:
+    """Build the network of a section such as ``network_g``, without weights.
+
+    Args:
+        section: ``type``, the name of a network of this package or of BasicSR's registry, and its arguments.
+        where: What the section is called, for messages.
+
+    Raises:
+        InputError: There is no network of that name, an argument is not known to it or missing, or it refuses them.
+    """
+    arch, arguments = _arch_and_arguments(section, where)
+    try:
+        return arch(**arguments)
+    except InputError as error:
+        raise InputError(f'{where}: {error}') from None
+    except Exception as error:  # whatever a constructor, also one of others, makes of wrong values
+        reason = f': {error}' if str(error) else ''
+        raise InputError(f'{where}: {section["type"]} cannot be built from these values{reason}') from error  # type: ignore[index]
+
+
+def base_section(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The section of the network that an AdaptSR adapts; of any other network its own."""
+    base = section.get('base')
+    return base if section.get('type') == AdaptSR.__name__ and isinstance(base, Mapping) else section
+
+
+def _arch_and_arguments(section: object, where: str) -> tuple[Arch, dict[str, Any]]:
+    if not isinstance(section, Mapping):
+        raise InputError(f'{where} has to be a section of keys, not {section!r}')
+    name = section.get('type')
+    if not isinstance(name, str):
+        raise InputError(f'{where}.type is missing' if name is None else f'{where}.type has to be a name, not {name!r}')
+    arch = AdaptSR if name == AdaptSR.__name__ else find_arch(name)
+    if arch is None:
+        known = known_archs()
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(sorted(known))}'
+        raise InputError(
+            f"{where}.type: there is no network '{name}'; {hint} (--import, or imports in the option file, teaches a "
+            'network of your own)'
+        )
+    arguments = {key: value for key, value in section.items() if key != 'type'}
+    _check_arguments(where, arch, arguments)
+    if arch is AdaptSR:
+        _arch_and_arguments(arguments['base'], f'{where}.base')  # whose mistakes are told by their own names
+    return arch, arguments
+
+
+def _check_arguments(where: str, arch: Any, arguments: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(arch).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = [key for key, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    for key in arguments:
+        if key not in named and not takes_any:
+            near = difflib.get_close_matches(str(key), [other for other in named if other not in arguments], n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f'the keys here are {", ".join(named)}'
+            raise InputError(f'{where}.{key} is not a known key; {hint}')
+    for key in named:
+        if parameters[key].default is inspect.Parameter.empty and key not in arguments:
+            raise InputError(f'{where}.{key} is missing')

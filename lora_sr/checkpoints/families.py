@@ -1,0 +1,54 @@
+"""The families of networks that are known by their state dicts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_sr.archs.dsclora import build_dsclora, is_dsclora
+from lora_sr.archs.info import is_a
+from lora_sr.archs.lkdn import LKDN, LKDN_S, build_lkdn, is_lkdn
+from lora_sr.archs.span import SPAN, build_span, is_span
+from lora_sr.checkpoints.stock import STOCK_NETWORKS
+
+Recognizer = Callable[[Mapping[str, Tensor]], bool]
+Builder = Callable[[Mapping[str, Tensor]], nn.Module]
+
+# Family -> how it recognizes its state dict, and the network that it builds for it; the first match counts.
+FAMILIES: dict[str, tuple[Recognizer, Builder]] = {
+    'DSCLoRA': (is_dsclora, build_dsclora),
+    'SPAN': (is_span, build_span),
+    'LKDN': (is_lkdn, build_lkdn),
+    **{network.name: (network.recognize, network.build) for network in STOCK_NETWORKS},
+}
+
+OURS = ('DSCLoRA', 'SPAN', 'LKDN')
+GROWTH = 32  # channels that each convolution of a dense block of RRDBNet adds, as spandrel builds them
+
+
+def family_of(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the network that a state dict belongs to, or ``None`` where no family knows it."""
+    return next((name for name, (recognize, _) in FAMILIES.items() if recognize(state)), None)
+
+
+def family_name(network: nn.Module) -> str:
+    """What a network is called: ``LKDN-S`` where an LKDN has the sizes of that; a merged DSCLoRA is a ``SPAN``."""
+    if isinstance(network, SPAN):
+        return SPAN.__name__
+    if isinstance(network, LKDN):
+        small = inspect.signature(LKDN_S).parameters
+        is_small = all(small[key].default == value for key, value in network.sizes.items())
+        return 'LKDN-S' if is_small else 'LKDN'
+    return type(network).__name__
+
+
+def is_for_chainner(network: Any) -> bool:
+    """Whether chaiNNer knows the deployed form of a network, but for unusual sizes, which spandrel tells."""
+    if is_a(network, 'basicsr.archs.rrdbnet_arch.RRDBNet'):
+        return bool(network.body[0].rdb1.conv1.out_channels == GROWTH)
+    if is_a(network, 'basicsr.archs.srvgg_arch.SRVGGNetCompact'):
+        return bool(network.act_type == 'prelu')
+    return isinstance(network, SPAN) or is_a(network, 'basicsr.archs.swinir_arch.SwinIR')

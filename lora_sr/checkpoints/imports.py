@@ -1,0 +1,57 @@
+"""Modules of the user's own, whose networks, losses and metrics register themselves when they are imported."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_sr.errors import InputError
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import modules, each once.
+
+    Args:
+        names: Names as in an import statement, or paths of ``.py`` files. The folder of a file joins ``sys.path``, so
+            that it may import its neighbors, and that worker processes find it.
+
+    Raises:
+        InputError: A module is not there, or fails to import.
+    """
+    for name in names:
+        try:
+            if os.fspath(name).endswith('.py'):
+                _import_file(Path(name).resolve())
+            else:
+                importlib.import_module(name)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a module of somebody's raises
+            reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+            raise InputError(f'The module {name} cannot be imported: {reason}.') from error
+
+
+def _import_file(file: Path) -> None:
+    if not file.is_file():
+        raise InputError(f'There is no file {file} to import.')
+    known = sys.modules.get(file.stem)
+    if known is not None:
+        origin = getattr(known, '__file__', None)
+        if origin is not None and Path(origin).resolve() == file:
+            return
+        raise InputError(f'The module {file} must have a name of its own, got that of {origin or "a built-in module"}.')
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None  # a .py file has both
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[file.stem]
+        raise

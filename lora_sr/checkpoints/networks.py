@@ -1,0 +1,305 @@
+"""The one way in: from what a user names to a network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Union
+
+from torch import nn
+
+from lora_sr.adapters import (
+    adapted_modules,
+    add_lora,
+    infer_lora_config,
+    load_adapter,
+    mix_adapters,
+    remove_lora,
+)
+from lora_sr.archs import deploy_form, fold, is_training_form, take_any_size
+from lora_sr.checkpoints.adapter_file import AdapterFile
+from lora_sr.checkpoints.building import base_section, build_network
+from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
+from lora_sr.checkpoints.content import load_weights
+from lora_sr.checkpoints.families import FAMILIES
+from lora_sr.checkpoints.imports import import_modules
+from lora_sr.checkpoints.origin import Origin
+from lora_sr.checkpoints.stock import STOCK_NETWORKS
+from lora_sr.errors import InputError
+from lora_sr.option_file import load_options
+
+PathLike = Union[str, 'os.PathLike[str]']
+OPTION_SUFFIXES = ('.yml', '.yaml')
+
+
+@dataclass(frozen=True)
+class NetworkSource:
+    """What names a network: a checkpoint, and what it takes to make a network of it.
+
+    Args:
+        checkpoint: A checkpoint file, or one that has been read; an option file; or a live network, which is used as
+            it is. ``None`` stands for the checkpoint that ``options`` names.
+        options: An option file whose ``network_g`` the checkpoint belongs to. Without it the checkpoint tells its
+            family by its keys, or its network by what its run has written into it.
+        imports: Modules to import first, see :func:`lora_sr.checkpoints.imports.import_modules`.
+        adapters: Adapter files, each with its weight, to put on top; see :func:`lora_sr.adapters.mix_adapters`.
+        param_key: Where the state dict is in the checkpoint; by default ``params_ema``, else ``params``, else the top.
+        force: Put adapters on a base that is not the one that they were trained on.
+    """
+
+    checkpoint: PathLike | Checkpoint | nn.Module | None = None
+    options: PathLike | None = None
+    imports: Sequence[str] = ()
+    adapters: Sequence[tuple[PathLike, float]] = ()
+    param_key: str | None = None
+    force: bool = False
+
+
+NetworkLike = Union[PathLike, Checkpoint, nn.Module, NetworkSource]
+
+
+@dataclass(frozen=True)
+class OpenedNetwork:
+    """A network, and where it was found.
+
+    Args:
+        network: On the CPU and in eval mode unless it was live; it takes images of any size where it can.
+        name: What to call it in a message: the file, or the class of a live network.
+        checkpoint: The file of its weights; ``None`` for a live network, or where there are no weights.
+        section: The section ``network_g`` of which it was built; ``None`` where the keys of the file tell the family.
+        origin: Where it comes from, adapters on top included.
+    """
+
+    network: nn.Module
+    name: str
+    checkpoint: Checkpoint | None
+    section: Mapping[str, Any] | None
+    origin: Origin
+
+    @property
+    def arguments(self) -> dict[str, Any] | None:
+        """The arguments with which the class of the base was built; ``None`` where they are not known."""
+        if self.section is not None:
+            return {key: value for key, value in base_section(self.section).items() if key != 'type'}
+        if self.checkpoint is not None and self.checkpoint.family is not None:
+            stock = next((one for one in STOCK_NETWORKS if one.name == self.checkpoint.family), None)
+            return None if stock is None else stock.arguments(self.checkpoint.state)
+        return None
+
+
+class UnknownNetwork(InputError):
+    """A file of weights cannot be made a network: no family knows it, or it only looks like one that does.
+
+    ``checkpoint`` is the file, which has been read.
+    """
+
+    def __init__(self, message: str, checkpoint: Checkpoint):
+        super().__init__(message)
+        self.checkpoint = checkpoint
+
+
+def load_network(source: NetworkLike, param_key: str | None = None) -> nn.Module:
+    """Build the network that a checkpoint belongs to and load it; its hyperparameters come from names and shapes.
+
+    Base, training-form, adapted and merged checkpoints are told apart by their keys. An adapted one gives a network
+    whose LoRA layers have the ranks and alphas of the file. The network takes images of any size, see
+    :func:`lora_sr.archs.take_any_size`, except for SwinIR with an absolute position embedding, which has one size.
+
+    What no tensor shows is taken to be as in the published checkpoints:
+
+    - LKDN: a file of the authors' code with ``BSConvU_idt`` has the names and shapes of one with ``BSConvU``, and is
+      taken for that, whose output differs.
+    - SwinIR: ``img_range`` is 255 for windows of 7 without an upsampler (JPEG artifacts), else 1; no ``qk_scale``.
+    - EDSR: ``res_scale`` is 0.1 from 256 channels on (EDSR-L), else 1 (EDSR-M).
+    - RCAN: ``res_scale`` is 1. EDSR and RCAN: ``img_range`` is 255, ``rgb_mean`` that of DIV2K.
+    - SRVGGNetCompact and ECBSR: activations without weights are ``relu``. ECBSR: ``with_idt`` is off.
+    - RIDNet, as published, takes and gives values from 0 to 255, and all others from 0 to 1.
+
+    A file of a network that was built otherwise gives other images then, without an error. Name its option file then:
+    ``load_network(NetworkSource(path, options='train.yml'))``.
+
+    Args:
+        source: A checkpoint file; an option file that names one; a live network, which is given back; or a
+            :class:`NetworkSource`.
+        param_key: Where the state dict is in the file; by default ``params_ema``, else ``params``, else the top.
+
+    Returns:
+        The network, on the CPU, in eval mode.
+
+    Raises:
+        InputError: A file cannot be read, or belongs to no known network, or does not fit it.
+    """
+    return open_network(source, param_key).network
+
+
+def open_network(source: NetworkLike, param_key: str | None = None, needs_weights: bool = True) -> OpenedNetwork:
+    """What :func:`load_network` does, with what was found on the way.
+
+    Args:
+        source: See :func:`load_network`.
+        param_key: See :func:`load_network`.
+        needs_weights: Refuse an option file that names no weights; else its network has the random ones of a new run.
+
+    Raises:
+        InputError: As :func:`load_network`; or an adapter does not fit, or was trained on another base.
+    """
+    source = source if isinstance(source, NetworkSource) else NetworkSource(source, param_key=param_key)
+    import_modules(source.imports)
+    named, options = source.checkpoint, source.options
+    if isinstance(named, (str, os.PathLike)) and Path(named).suffix in OPTION_SUFFIXES:
+        named, options = None, named
+    if isinstance(named, nn.Module):
+        opened = OpenedNetwork(named, type(named).__name__, None, None, Origin())
+    elif options is not None:
+        opened = _open_by_options(named, options, source.param_key, needs_weights)
+    elif named is not None:
+        opened = open_checkpoint(_read(named, source.param_key))
+    else:
+        raise InputError('No network is named: give a checkpoint, or an option file with -opt.')
+    return _with_adapters(opened, source) if source.adapters else opened
+
+
+def _read(named: PathLike | Checkpoint, param_key: str | None) -> Checkpoint:
+    return named if isinstance(named, Checkpoint) else Checkpoint.read(os.path.expanduser(named), param_key)
+
+
+def reopen(opened: OpenedNetwork, path: PathLike) -> nn.Module:
+    """The network of ``opened`` again, with the weights of another file: what was merged, say.
+
+    Raises:
+        InputError: As :func:`load_network`.
+    """
+    checkpoint = Checkpoint.read(path)
+    if opened.section is not None:
+        return _open_by_section(checkpoint, opened.section, 'network_g').network
+    if opened.checkpoint is not None:
+        return open_checkpoint(checkpoint).network
+    network = deploy_form(opened.network)
+    load_weights(network, checkpoint.state, path)
+    return network
+
+
+def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
+    """:func:`open_network` for a file that has been read.
+
+    Raises:
+        InputError: It is an adapter.
+        UnknownNetwork: It belongs to no known network.
+    """
+    path, state, origin = checkpoint.path, checkpoint.state, checkpoint.origin
+    if checkpoint.form == ADAPTER:
+        raise InputError(f'{path} is an adapter, not a network: put it onto its base with `lora-sr adapter merge`.')
+    if checkpoint.family is None:
+        if origin is not None and origin.network is not None:
+            return _open_by_section(checkpoint, origin.network, f'{path}: the network of its run')
+        raise UnknownNetwork(
+            f'{path} belongs to no network known here ({", ".join(FAMILIES)}): its first keys are '
+            f'{", ".join(list(state)[:3])}. Name the option file of its network with -opt, and the module of a network '
+            'of your own with --import.',
+            checkpoint,
+        )
+    try:
+        network = FAMILIES[checkpoint.family][1](state)
+        if checkpoint.form == ADAPTED and not any(True for _ in adapted_modules(network)):
+            add_lora(network, infer_lora_config(state))
+        return _loaded(network, checkpoint, None)
+    except KeyError as error:
+        raise UnknownNetwork(f'{path} is incomplete: it lacks {error.args[0]}.', checkpoint) from None
+    except InputError as error:
+        reason = str(error)
+        reason = reason if reason.startswith(str(path)) else f'{path} cannot be used: {reason}'
+        raise UnknownNetwork(reason, checkpoint) from None
+
+
+def network_of_options(options: PathLike, imports: Sequence[str] = ()) -> nn.Module:
+    """The network of an option file as a run builds it, without the weights that the file names.
+
+    Raises:
+        InputError: The file cannot be read, or its ``network_g`` cannot be built.
+    """
+    import_modules(imports)
+    return take_any_size(build_network(_section_of(options, _load(options))).eval())
+
+
+def _load(options: PathLike) -> dict[str, Any]:
+    opt: dict[str, Any] = load_options(options)
+    import_modules(opt.get('imports') or ())
+    return opt
+
+
+def _section_of(options: PathLike, opt: Mapping[str, Any]) -> Mapping[str, Any]:
+    if 'network_g' not in opt:
+        raise InputError(f'The option file {options} has no network_g.')
+    section: Mapping[str, Any] = opt['network_g']
+    return section
+
+
+def _open_by_options(
+    named: PathLike | Checkpoint | None, options: PathLike, param_key: str | None, needs_weights: bool
+) -> OpenedNetwork:
+    opt = _load(options)
+    section = _section_of(options, opt)
+    paths = opt['path'] if isinstance(opt.get('path'), Mapping) else {}
+    strict = True
+    if named is None:
+        named = paths.get('pretrain_network_g')
+        # As for any other file, its average comes first; a key that is written down counts.
+        param_key = param_key or paths.get('param_key_g')
+        strict = paths.get('strict_load_g', True)
+    if named is None:
+        if needs_weights:
+            raise InputError(f'{options} names no weights in path.pretrain_network_g: give a checkpoint beside it.')
+        network = take_any_size(build_network(section).eval())
+        return OpenedNetwork(network, os.fspath(options), None, section, Origin(network=dict(section)))
+    return _open_by_section(_read(named, param_key), section, f'{options}: network_g', strict)
+
+
+def _open_by_section(
+    checkpoint: Checkpoint, section: Mapping[str, Any], where: str, strict: bool = True
+) -> OpenedNetwork:
+    """The network of a section with the weights of a file, and with LoRA where the file has it, with its ranks."""
+    if checkpoint.form == ADAPTER:
+        raise InputError(
+            f'{checkpoint.path} is an adapter: give the checkpoint of its base, and put it on top with --adapter.'
+        )
+    network = build_network(base_section(section), where)
+    remove_lora(network)
+    if checkpoint.form == ADAPTED:
+        try:
+            add_lora(network, infer_lora_config(checkpoint.state))
+        except InputError as error:
+            raise InputError(f'{checkpoint.path} does not fit {type(network).__name__}: {error}') from None
+    return _loaded(network, checkpoint, section, strict)
+
+
+def _loaded(
+    network: nn.Module, checkpoint: Checkpoint, section: Mapping[str, Any] | None, strict: bool = True
+) -> OpenedNetwork:
+    try:
+        load_weights(network, checkpoint.state, checkpoint.path, strict=strict)
+    except InputError:
+        if not is_training_form(network):
+            raise
+        load_weights(fold(network), checkpoint.state, checkpoint.path, strict=strict)  # a file of the deploy form
+    origin = checkpoint.origin or Origin()
+    if section is not None and origin.network is None:
+        origin = replace(origin, network=dict(section))
+    return OpenedNetwork(take_any_size(network.eval()), os.fspath(checkpoint.path), checkpoint, section, origin)
+
+
+def _with_adapters(opened: OpenedNetwork, source: NetworkSource) -> OpenedNetwork:
+    network = opened.network
+    if any(True for _ in adapted_modules(network)):
+        raise InputError(
+            f'{opened.name} carries LoRA already, where adapters need a base: merge it with `lora-sr merge`.'
+        )
+    files = [(AdapterFile.read(path), weight) for path, weight in source.adapters]
+    state = network.state_dict()
+    for file, _ in files:
+        file.check_fit(state, opened.name, is_training_form(network))
+        file.check_base(state, opened.origin, opened.name, source.force)
+    load_adapter(network, mix_adapters([(file.adapter, weight) for file, weight in files]))
+    origin = opened.origin.with_adapters(state, [file.fingerprint for file, _ in files])
+    return replace(opened, origin=origin)

@@ -1,0 +1,118 @@
+"""Where a file comes from: what every file that a run or a command writes says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_sr.adapters import is_lora_key
+
+KEY = 'lora_sr'  # in a .pth file beside the state dicts, in the metadata of other formats
+# Buffers that follow from the sizes of a network, and that not every file has.
+DERIVED = ('attn_mask', 'relative_position_index', 'num_batches_tracked')
+SHOWN = 12  # digits of a fingerprint
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a file comes from.
+
+    Args:
+        run: Name of the run that trained it.
+        iteration: Of that run; ``None`` stands for its end.
+        options: SHA-256 of the effective options of the run.
+        network: The section ``network_g`` of the run.
+        base: Fingerprint of the base that was adapted or fine-tuned, see :func:`fingerprint`.
+        adapters: Fingerprints of the adapters that have been merged into it.
+        version: Of lora_sr.
+    """
+
+    run: str | None = None
+    iteration: int | None = None
+    options: str | None = None
+    network: dict[str, Any] | None = None
+    base: str | None = None
+    adapters: tuple[str, ...] = ()
+    version: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.version is None:
+            import lora_sr
+
+            object.__setattr__(self, 'version', lora_sr.__version__)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is known, in plain values, which ``torch.load(weights_only=True)`` reads."""
+        values = {**dataclasses.asdict(self), 'adapters': list(self.adapters)}
+        return {key: value for key, value in values.items() if value not in (None, [])}
+
+    def to_json(self) -> str:
+        """The same as one line, for the metadata of safetensors, ONNX and TorchScript files."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def parse(cls, value: object) -> Origin | None:
+        """What :meth:`to_dict` or :meth:`to_json` gave; ``None`` for anything else."""
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                return None
+        if not isinstance(value, Mapping):
+            return None
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {key: value[key] for key in value if key in known}
+        return cls(**{**values, 'adapters': tuple(values.get('adapters', ()))})
+
+    def with_adapters(self, base: Mapping[str, Tensor], adapters: Iterable[str]) -> Origin:
+        """The origin of what becomes of a base, given by its state dict, when adapters are put on it."""
+        return dataclasses.replace(self, base=fingerprint(base), adapters=(*self.adapters, *adapters))
+
+    def __str__(self) -> str:
+        parts = []
+        if self.run is not None:
+            iteration = '' if self.iteration is None else f', iteration {self.iteration:,}'
+            parts.append(f'run {self.run}{iteration}')
+        if self.options is not None:
+            parts.append(f'options {self.options[:SHOWN]}')
+        if self.base is not None:
+            parts.append(f'base {self.base[:SHOWN]}')
+        if self.adapters:
+            parts.append(f'with adapters {", ".join(adapter[:SHOWN] for adapter in self.adapters)}')
+        return ', '.join([*parts, f'lora_sr {self.version}'])
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the weights of a base: names, types, shapes and values, whatever their order.
+
+    LoRA's tensors do not count, so that an adapted network has the fingerprint of its base.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key]
+        if is_lora_key(key) or key.endswith(DERIVED):
+            continue
+        digest.update(f'{key} {value.dtype} {tuple(value.shape)}\n'.encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def adapter_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """The same of the tensors of LoRA in a state dict."""
+    digest = hashlib.sha256()
+    for key in sorted(filter(is_lora_key, state)):
+        digest.update(f'{key} {tuple(state[key].shape)}\n'.encode())
+        digest.update(_bytes(state[key]))
+    return digest.hexdigest()
+
+
+def _bytes(value: Tensor) -> bytes:
+    contiguous = value.detach().cpu().contiguous().reshape(-1)
+    return contiguous.view(torch.uint8).numpy().tobytes() if contiguous.numel() else b''

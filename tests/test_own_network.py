@@ -17,6 +17,8 @@ from tiny_run import TINY_OPTIONS, run_python, write_pairs
 from lora_sr.adapters import LoRAConfig, add_lora, infer_lora_config
 from lora_sr.checkpoints import NetworkSource, load_network
 
+pytestmark = pytest.mark.slow
+
 LORA = {'groups': ['all'], 'rank': 2, 'alpha': 2}
 
 

@@ -26,7 +26,7 @@ EVERYTHING = FLOOR_0 | FLOOR_1 | FLOOR_2 | FLOOR_3 | FLOOR_4
 
 # A room may import itself and these. The root stands for lora_sr/__init__.py; every room may import it.
 ALLOWED = {
-    '__init__': {'hook', 'basicsr.hook', 'checkpoints', 'runtime'},  # the last two as types, and on demand
+    '__init__': {'hook', 'checkpoints', 'runtime'},  # the last two as types, and on demand
     'hook': {'errors', 'basicsr'},  # it plugs the plug in, once BasicSR is there
     'errors': set(),
     'files': {'errors'},

@@ -29,6 +29,8 @@ from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.span import SPAN
 from lora_sr.basicsr.registration import register_all
 
+pytestmark = pytest.mark.slow
+
 SHIM = """\
 import sys
 import torchvision.transforms.functional as functional

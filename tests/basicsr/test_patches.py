@@ -69,6 +69,7 @@ def model(folder=None, **opt):
 # --- import ---
 
 
+@pytest.mark.slow
 def test_basicsr_needs_the_import_patch(tmp_path):
     """BasicSR alone cannot be imported with a torchvision that has no functional_tensor; after lora_sr it can."""
     code = 'import importlib.util as u, sys; sys.exit(u.find_spec("torchvision.transforms.functional_tensor") is None)'
@@ -461,6 +462,7 @@ def test_load_resume_state_of_a_script_is_replaced(monkeypatch):
     assert good.load_resume_state({}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('place', ['first', 'last'])
 def test_training_script_of_a_clone(place, tiny_options, tmp_path):
     """BasicSR's own train.py with the one line ``import lora_sr``, interrupted and resumed without a GPU."""

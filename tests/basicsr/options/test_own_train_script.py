@@ -7,6 +7,8 @@ SCRIPT = """\
 import lora_sr
 from basicsr.train import train_pipeline
 
+pytestmark = pytest.mark.slow
+
 train_pipeline('.')
 """
 WRONG = ['--force_yml', 'scale=3', 'train:optim_g:type=Adamm']

@@ -249,7 +249,7 @@ def test_lpips_of_pyiqa(tmp_path):
     img, img2 = images(80, 96, 3)
     np.save(tmp_path / 'images.npy', np.stack([img, img2]))
     code = (
-        'import json, numpy, lora_sr; from lora_sr.metrics import iqa_metric as m; a, b = numpy.load("images.npy");'
+        'import json, numpy, lora_sr; from lora_sr.basicsr import metrics as m; a, b = numpy.load("images.npy");'
         'print("RESULT", json.dumps([m.calculate_lpips(a, b, 4), m.calculate_lpips(b, b, 4)]))'
     )
     environment = {**python_environment(), 'TORCH_HOME': str(tmp_path), 'CUDA_VISIBLE_DEVICES': ''}

@@ -25,6 +25,7 @@ from basicsr.utils.registry import Registry
 from scipy import ndimage
 from tiny_run import REPOSITORY
 
+import lora_sr
 from lora_sr import files, hook
 from lora_sr.basicsr import patches
 from lora_sr.basicsr.patches.optimizers import optimizer_registry
@@ -390,6 +391,7 @@ def test_saved_files_are_as_before(stock_methods, tmp_path):
         patches.checkpoints.patch_saving()
     for name in ('net_g_latest.pth', '2.state'):
         ours, theirs = (read_checkpoint(tmp_path / folder / name) for folder in ('ours', 'stock'))
+        assert ours.pop('lora_sr')['version'] == lora_sr.__version__  # where it comes from
         assert str(ours) == str(theirs)
     assert sorted(os.listdir(tmp_path / 'ours')) == ['2.state', 'net_g_latest.pth']
 
@@ -781,6 +783,7 @@ def test_every_patch_has_such_a_test():
         patches.resume.patch_training_state_types,
         patches.resume.patch_load_resume_state,  # test_load_resume_state_of_a_script_is_replaced
         patches.options.patch_parse_options,  # no BasicSR checks options as it does
+        patches.options.patch_copy_opt_file,  # BasicSR's has no other form, see tests/checkpoints/test_origin.py
         patches.options.patch_network_options,  # sections without a base, in tests/basicsr/test_adaptsr_runs.py
     }
     assert {apply for apply, _ in LEFT_ALONE} | elsewhere == found

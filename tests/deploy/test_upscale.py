@@ -24,6 +24,7 @@ from lora_sr.archs import take_any_size
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.span import SPAN
 from lora_sr.cli import upscale as command
+from lora_sr.cli.arguments import weighted
 from lora_sr.deploy import upscale as module
 from lora_sr.deploy.adapters import merge_adapters
 from lora_sr.deploy.upscale import upscale
@@ -177,10 +178,10 @@ def test_other_arrays_are_refused(image):
 
 
 def test_networks_that_cannot_be_used():
-    with pytest.raises(InputError, match='Enlarge does not take RGB or grey images'):
+    with pytest.raises(InputError, match='Enlarge does not take RGB or gray images'):
         Upscaler(Enlarge(2, 5))
     absolute = SwinIR(img_size=8, window_size=4, depths=[2], embed_dim=8, num_heads=[2], ape=True, upsampler='')
-    with pytest.raises(InputError, match='SwinIR does not take RGB or grey images of any size'):
+    with pytest.raises(InputError, match='SwinIR does not take RGB or gray images of any size'):
         Upscaler(absolute)
 
 
@@ -410,7 +411,7 @@ def test_adapters_as_adapter_merge_mixes_them(checkpoint, tmp_path):
         adapters.append((tmp_path / f'{number}.safetensors', weight))
     merge_adapters(checkpoint, adapters, tmp_path / 'merged.pth')
     upscale([tmp_path / 'image.png'], tmp_path / 'merged.pth', tmp_path / 'merged.png')
-    named = [f'--adapter={path}:{weight}' for path, weight in adapters]
+    named = [f'--adapter={path}={weight}' for path, weight in adapters]
     assert run(tmp_path / 'image.png', '-m', checkpoint, '-o', tmp_path / 'mixed.png', *named) == 0
     upscale([tmp_path / 'image.png'], checkpoint, tmp_path / 'plain.png')
     merged, mixed, plain = (
@@ -431,11 +432,11 @@ def test_adapters_as_adapter_merge_mixes_them(checkpoint, tmp_path):
 
 
 def test_weights_of_adapters():
-    assert command.weighted('a.safetensors') == ('a.safetensors', 1.0)
-    assert command.weighted('C:/a.safetensors:-0.5') == ('C:/a.safetensors', -0.5)
-    for wrong in ('a.safetensors:', 'a.safetensors:x', ':1', 'a.safetensors:nan'):
-        with pytest.raises(argparse.ArgumentTypeError, match='should be FILE or FILE:WEIGHT'):
-            command.weighted(wrong)
+    assert weighted('a.safetensors') == ('a.safetensors', None)
+    assert weighted('C:/a.safetensors=-0.5') == ('C:/a.safetensors', -0.5)
+    for wrong in ('a.safetensors=', 'a.safetensors=x', '=1', 'a.safetensors=nan'):
+        with pytest.raises(argparse.ArgumentTypeError, match='should be FILE or FILE=WEIGHT'):
+            weighted(wrong)
 
 
 # What is refused, and what is left behind

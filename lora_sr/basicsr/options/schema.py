@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lora_sr.adapters.config import ALSO_TRAIN
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -503,13 +505,15 @@ LORA = {
         'Groups of layers that receive LoRA: conv, attention, mlp, upsampler, or all.',
     ),
     'target_modules': Key(_PATTERNS, 'Patterns of the names of further layers that receive it.'),
+    'target_parameters': Key(_PATTERNS, 'Patterns of the names of parameters that get a delta.'),
     'exclude_modules': Key(_PATTERNS, 'Patterns of layers that stay as they are.'),
     'rank': Key(whole(1), 'Rank of the updates.', default=8),
     'alpha': Key(optional(number(None)), 'The updates count alpha / rank times; by default it is the rank.'),
     'rank_pattern': Key(SECTION, 'Patterns of layers of another rank, and that rank; 0 leaves them as they are.'),
     'alpha_pattern': Key(SECTION, 'Patterns of layers of another alpha, and that alpha.'),
     'also_train': Key(
-        list_of('words', one_of('bias', 'norm', 'position')), 'What trains besides: bias, norm, position.'
+        list_of('words', one_of(*ALSO_TRAIN)),
+        f'What trains besides, as a delta: {", ".join(ALSO_TRAIN)}.',
     ),
 }
 

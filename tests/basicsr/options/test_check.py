@@ -631,7 +631,7 @@ def adapted() -> dict:
         ('lora', 8, 'network_g: "lora" of AdaptSR has to be a section, e.g. {groups: [all], rank: 8}, not 8'),
         ('lora.target_modules', ..., 'network_g: LoRA has neither groups nor target_modules: say what to adapt'),
         ('lora.target_modules', ['B1'], 'network_g: target_modules "B1" matches "B1", a LKDB, which cannot carry'),
-        ('lora.target_modules', 3, 'network_g: "target_modules" of LoRA is 3: it must be a list'),
+        ('lora.target_modules', 3, 'network_g: "target_modules" of LoRA must be a list, got 3'),
         ('lora.groups', ['convs'], 'network_g: groups of LoRA has no "convs": did you mean "conv"?'),
         (
             'lora.groups',
@@ -639,7 +639,7 @@ def adapted() -> dict:
             'network_g: LKDN has no layer of the group "mlp"; its groups are conv, attention, ups',
         ),
         ('lora.also_train', ['position'], 'network_g: also_train of LoRA has "position", but LKDN has nothing of that'),
-        ('lora.rank', 0, 'network_g: LoRA rank of "rank" is 0: it must be an integer of at least 1'),
+        ('lora.rank', 0, 'network_g: LoRA rank of "rank" must be an integer of at least 1, got 0'),
         ('lora.rank_pattern', {'c2': 4}, 'network_g: rank_pattern "c2" matches "c2", a BSConvU'),
         ('lora.target', ['c1'], 'network_g: Unknown LoRA option "target": did you mean "target_modules"?'),
         ('targets', ['c1'], 'network_g.targets is not a known key; the keys here are base, lora'),

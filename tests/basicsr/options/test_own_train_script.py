@@ -3,11 +3,11 @@
 import pytest
 from tiny_run import run_python
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """\
 import lora_sr
 from basicsr.train import train_pipeline
-
-pytestmark = pytest.mark.slow
 
 train_pipeline('.')
 """

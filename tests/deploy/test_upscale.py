@@ -23,6 +23,7 @@ from lora_sr.adapters import LoRAConfig, add_lora, lora_layers, save_adapter
 from lora_sr.archs import take_any_size
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.span import SPAN
+from lora_sr.checkpoints import NetworkSource
 from lora_sr.cli import upscale as command
 from lora_sr.cli.arguments import weighted
 from lora_sr.deploy import upscale as module
@@ -428,7 +429,7 @@ def test_adapters_as_adapter_merge_mixes_them(checkpoint, tmp_path):
         (adapted, 'carries LoRA already'),
     ):
         with pytest.raises(InputError, match=words):
-            upscale([tmp_path / 'image.png'], model, tmp_path / 'refused.png', adapters)
+            upscale([tmp_path / 'image.png'], NetworkSource(model, adapters=adapters), tmp_path / 'refused.png')
 
 
 def test_weights_of_adapters():

@@ -155,3 +155,4 @@ def _plug() -> None:
 
     patches.apply()
     registration.register_all()
+    registration.join_logs()

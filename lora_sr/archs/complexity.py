@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,12 +102,12 @@ def run_for_shapes(network: nn.Module, height: int, width: int) -> Tensor:
     return _run_counted(network, height, width)[0]
 
 
-def _count_operations(network: nn.Module, height: int, width: int) -> Counter:
+def _count_operations(network: nn.Module, height: int, width: int) -> Counter[str]:
     return _run_counted(network, height, width)[1]
 
 
 @torch.no_grad()
-def _run_counted(network: nn.Module, height: int, width: int) -> tuple[Tensor, Counter]:
+def _run_counted(network: nn.Module, height: int, width: int) -> tuple[Tensor, Counter[str]]:
     with torch.random.fork_rng(devices=[]):
         try:
             return _run_copy(network, height, width, 'meta')
@@ -114,7 +115,7 @@ def _run_counted(network: nn.Module, height: int, width: int) -> tuple[Tensor, C
             return _run_copy(network, height, width, 'cpu')
 
 
-def _run_copy(network: nn.Module, height: int, width: int, device: str) -> tuple[Tensor, Counter]:
+def _run_copy(network: nn.Module, height: int, width: int, device: str) -> tuple[Tensor, Counter[str]]:
     """Output and counts of a copy in which LoRA is merged, and what runs as one convolution is one."""
     copy = deepcopy(network).to(device).eval()
     if any(True for _ in adapted_modules(copy)):
@@ -122,20 +123,24 @@ def _run_copy(network: nn.Module, height: int, width: int, device: str) -> tuple
     for module in list(copy.modules()):
         for name, child in module.named_children():
             if is_a(child, 'basicsr.archs.ecbsr_arch.ECB'):
-                setattr(module, name, nn.Sequential(child.conv3x3, getattr(child, 'act', nn.Identity())))
+                setattr(
+                    module, name, nn.Sequential(child.get_submodule('conv3x3'), getattr(child, 'act', nn.Identity()))
+                )
     # The device is also for what a forward pass makes without naming one.
     with torch.device(device), _OperationCounter() as counter:
         return copy(torch.zeros(1, 3, height, width)), counter.counts
 
 
-class _OperationCounter(TorchDispatchMode):
+class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what runs within it into ``counts``: ``multi_adds``, ``flops``, ``activations``, ``convolutions``."""
 
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         output = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if name == 'convolution':
@@ -164,6 +169,6 @@ class _OperationCounter(TorchDispatchMode):
         self.counts['flops'] += multi_adds if flops is None else flops
 
     @staticmethod
-    def _is_of_pixels(values: Tensor, dimensions: list[int] | None = None, *_) -> bool:
+    def _is_of_pixels(values: Tensor, dimensions: list[int] | None = None, *_: Any) -> bool:
         """Whether an average is over height and width, as pooling to one pixel is."""
         return values.ndim == 4 and dimensions is not None and {d % 4 for d in dimensions} == {2, 3}

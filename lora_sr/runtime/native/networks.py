@@ -57,7 +57,7 @@ def _lower_span(program: Program, network: SPAN) -> None:
         plain = cast(nn.Conv2d, layer.eval_conv)
         return program.conv([source], plain.weight, plain.bias, activation, combination, other)
 
-    mean = cast(Tensor, network.mean).flatten()
+    mean = network.mean.flatten()
     factor = torch.full_like(mean, network.img_range)
     shallow = features = conv(program.load_image(factor, -mean * factor), network.conv_1)
     after_first_block = first_of_block = shallow  # until there is a block

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ print(resident('VmHWM') - before)
 """
 
 
-def forward_backward(form, shape: tuple[int, ...], device: str) -> None:
+def forward_backward(form: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], device: str) -> None:
     """One forward and backward pass of ``form`` on random features."""
     student, teacher = torch.randn(2, *shape, device=device)
     form(student.requires_grad_(), teacher).backward()

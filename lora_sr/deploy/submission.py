@@ -10,8 +10,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import torch
 from torch import nn
@@ -290,7 +293,7 @@ def _check_folder(output: Path, files: tuple[str, ...], overwrite: bool) -> None
 
 
 @contextlib.contextmanager
-def _staging(output: Path):
+def _staging(output: Path) -> Iterator[Path]:
     """A folder on the disk of ``output`` that is gone afterwards, whatever happens."""
     try:
         with tempfile.TemporaryDirectory(
@@ -350,19 +353,19 @@ def _put_in_place(staging: Path, output: Path, files: tuple[str, ...], overwrite
         os.rename(staging, output)
         return
     _check_folder(output, files, overwrite)
-    undo = []
+    undo: list[Callable[[], object]] = []
     try:
         for file in files:
             target, former = output / file, staging / f'{file}.former'
             if not target.parent.exists():
                 target.parent.mkdir()
-                undo.append((target.parent.rmdir,))
+                undo.append(target.parent.rmdir)
             if target.exists():
                 os.rename(target, former)
-                undo.append((os.rename, former, target))
+                undo.append(partial(os.rename, former, target))
             os.rename(staging / file, target)
-            undo.append((target.unlink,))
+            undo.append(target.unlink)
     except BaseException:
-        for step, *arguments in reversed(undo):
-            step(*arguments)
+        for step in reversed(undo):
+            step()
         raise

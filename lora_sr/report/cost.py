@@ -9,12 +9,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_sr.errors import InputError
+
+Name = TypeVar('Name')
 
 WARM_UP = 3  # passes of each network that are not counted
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
@@ -66,7 +69,9 @@ def ntire_score(cost: Sequence[float], baseline: Sequence[float], weights: Seque
 
 
 @torch.no_grad()
-def measure_runtimes(networks: dict[str, nn.Module], height: int, width: int, device: torch.device) -> dict[str, float]:
+def measure_runtimes(
+    networks: Mapping[Name, nn.Module], height: int, width: int, device: torch.device
+) -> dict[Name, float]:
     """Median seconds of a forward pass of each network, batch 1, float32.
 
     The networks take turns, so that all meet the same load, and each has run three times before. A GPU measures itself,
@@ -83,7 +88,7 @@ def measure_runtimes(networks: dict[str, nn.Module], height: int, width: int, de
         network.to(device)
         for _ in range(WARM_UP):
             network(image)
-    times = {name: [] for name in networks}
+    times: dict[Name, list[float]] = {name: [] for name in networks}
     start = time.perf_counter()
     for done in range(MAX_ROUNDS):
         if done >= MIN_ROUNDS and time.perf_counter() - start > SECONDS * len(networks):
@@ -118,9 +123,9 @@ def measure_peak_memory(network: nn.Module, height: int, width: int, device: tor
 
 def _time(network: nn.Module, image: Tensor) -> float:
     if image.device.type != 'cuda':
-        start = time.perf_counter()
+        seconds = time.perf_counter()
         network(image)
-        return time.perf_counter() - start
+        return time.perf_counter() - seconds
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     network(image)

@@ -58,7 +58,9 @@ def measure_fidelity(
 def mean_fidelity(measures: list[Fidelity]) -> Fidelity:
     """The mean of each measure over images."""
     columns = zip(*((one.psnr, one.ssim, one.psnr_rgb, one.ssim_rgb) for one in measures))
-    return Fidelity(*(None if None in column else float(np.mean(column)) for column in columns))
+    psnr, ssim, psnr_rgb, ssim_rgb = (None if None in column else float(np.mean(column)) for column in columns)
+    assert psnr is not None and ssim is not None
+    return Fidelity(psnr, ssim, psnr_rgb, ssim_rgb)
 
 
 class _Original:

@@ -6,8 +6,9 @@ import contextlib
 import math
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -160,14 +161,14 @@ def deployed_network(source: NetworkLike, param_key: str | None = None) -> Deplo
 
 
 @contextlib.contextmanager
-def tracing():
+def tracing() -> Iterator[None]:
     """What the tracer needs: no gradients, no warnings, plain operators.
 
     A SwinIR does not make a constant of the batch size in it.
 
     Whether what was traced is right for other sizes is found out by trying, so its warnings say nothing new.
     """
-    swinir = sys.modules.get('basicsr.archs.swinir_arch')  # there if the network is one
+    swinir: Any = sys.modules.get('basicsr.archs.swinir_arch')  # there if the network is one
     original = getattr(swinir, 'window_reverse', None)
     if swinir is not None:
         swinir.window_reverse = _window_reverse

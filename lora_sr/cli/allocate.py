@@ -1,7 +1,11 @@
 """`lora-sr allocate`: ranks for the layers of an AdaptSR network, within a budget of parameters."""
 
+from __future__ import annotations
 
-def add_parser(commands):
+import argparse
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command to `lora-sr`."""
     parser = commands.add_parser(
         'allocate',
@@ -22,7 +26,7 @@ def add_parser(commands):
     parser.set_defaults(run=run)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Allocate, and print the ranks."""
     from lora_sr.basicsr.rank_allocation import allocate, format_ranks
 

@@ -1,9 +1,13 @@
 """`lora-sr submission`: a checkpoint to what a team hands in to a NTIRE efficient SR challenge."""
 
+from __future__ import annotations
+
+import argparse
+
 from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source
 
 
-def add_parser(commands):
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command to `lora-sr`."""
     parser = commands.add_parser(
         'submission',
@@ -28,7 +32,7 @@ def add_parser(commands):
     parser.set_defaults(run=run)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Write and verify, and print the counts and the branch to paste."""
     from pathlib import Path
 

@@ -53,7 +53,7 @@ def count_flops(network: nn.Module, height: int = CHALLENGE_SIDE, width: int = C
 
     Since 2024 the challenge counts with ``FlopCountAnalysis`` of the library fvcore. Beside multiplications by weights,
     these are the products of features in attention; 5 for each value of a layer or group norm (4 without weights), and
-    2 (or 1) of a batch norm that runs; 4 for each value that is interpolated bilinearly, 1 for the nearest neighbour;
+    2 (or 1) of a batch norm that runs; 4 for each value that is interpolated bilinearly, 1 for the nearest neighbor;
     and 1 for each value that is averaged over height and width. What is done element by element is free.
 
     Args:

@@ -58,7 +58,7 @@ class BSConvU_idt(BSConvU):
 
 
 class BSConvU_rep(Foldable, BSConvU):
-    """Re-parameterisable BSConvU (the RBSB): an identity beside the 1x1, an identity and a 1x1 beside the 3x3.
+    """Reparameterizable BSConvU (the RBSB): an identity beside the 1x1, an identity and a 1x1 beside the 3x3.
 
     ``out_channels`` is there for the sake of BSConvU's signature, and has to equal ``channels``: the input is added.
     """
@@ -79,7 +79,7 @@ class BSConvU_rep(Foldable, BSConvU):
         plain = BSConvU(self.in_channels, self.in_channels).to(self.pw.weight)
         pointwise = self.pw.weight.double()
         plain.pw.weight.copy_(pointwise + torch.eye(self.in_channels).to(pointwise)[:, :, None, None])
-        # Padding adds to the centre of the 3x3 alone, in a new tensor also where the weights are float64 already.
+        # Padding adds to the center of the 3x3 alone, in a new tensor also where the weights are float64 already.
         plain.dw.weight.copy_(self.dw.weight.double() + F.pad(1 + self.rep1x1.weight.double(), (1, 1, 1, 1)))
         bias_of(plain.dw).copy_(bias_of(self.dw).double() + bias_of(self.rep1x1).double())
         return plain
@@ -103,8 +103,8 @@ class LargeKernelAttention(nn.Module):
 class LKDB(nn.Module):
     """Large kernel distillation block.
 
-    Three times a 1x1 sets half the channels aside (distils) and ``conv`` refines; the four halves are fused, attended
-    to, normalised at each pixel over the channels, and added to the input.
+    Three times a 1x1 sets half the channels aside (distills) and ``conv`` refines; the four halves are fused, attended
+    to, normalized at each pixel over the channels, and added to the input.
     """
 
     def __init__(self, channels: int, atten_channels: int, conv: type[BSConvU]):
@@ -126,8 +126,8 @@ class LKDB(nn.Module):
         """(N, C, H, W) -> (N, C, H, W)."""
         refined = x
         halves = []
-        for distil, refine in ((self.c1_d, self.c1_r), (self.c2_d, self.c2_r), (self.c3_d, self.c3_r)):
-            halves.append(F.gelu(distil(refined)))
+        for distill, refine in ((self.c1_d, self.c1_r), (self.c2_d, self.c2_r), (self.c3_d, self.c3_r)):
+            halves.append(F.gelu(distill(refined)))
             refined = F.gelu(refine(refined))
         halves.append(F.gelu(self.c4(refined)))
         fused = self.c6(self.atten(self.c5(torch.cat(halves, 1))))
@@ -280,7 +280,7 @@ def is_lkdn(state: Mapping[str, Tensor]) -> bool:
 def build_lkdn(state: Mapping[str, Tensor]) -> LKDN:
     """The LKDN that a state dict belongs to, not loaded yet, for RGB images: sizes and forms are read from it.
 
-    ``BSConvU_idt`` is recognised in checkpoints of ours alone, by its tensor ``identity``.
+    ``BSConvU_idt`` is recognized in checkpoints of ours alone, by its tensor ``identity``.
 
     Raises:
         InputError: The network takes or makes other images than RGB, or its sizes are those of no LKDN.

@@ -1,4 +1,4 @@
-"""Structural re-parameterisation: from the branches that train to the one convolution that runs."""
+"""Structural reparameterization: from the branches that train to the one convolution that runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def relative_difference(first: Tensor, second: Tensor) -> float:
 
 @torch.no_grad()
 def fold(network: nn.Module) -> nn.Module:
-    """Fold every re-parameterisable module of ``network`` to its deploy form, in place, and return the network.
+    """Fold every reparameterizable module of ``network`` to its deploy form, in place, and return the network.
 
     Each is compared with what replaces it, in float64 on a random image, before anything is replaced. Done once and
     for good: the branches are gone afterwards. What was frozen stays frozen, and a network in deploy form is left as it

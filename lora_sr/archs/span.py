@@ -151,7 +151,7 @@ class SPAN(nn.Module):
         InputError: Other than 3 channels, a width or a scale below 1.
     """
 
-    # The mean colour of DIV2K (R, G, B in [0, 1]), and the range of 8-bit images, in which the features live.
+    # The mean color of DIV2K (R, G, B in [0, 1]), and the range of 8-bit images, in which the features live.
     rgb_mean = (0.4488, 0.4371, 0.4040)
     img_range = 255.0
     num_blocks = 6

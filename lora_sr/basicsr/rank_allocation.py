@@ -33,7 +33,7 @@ from lora_sr.option_file import load_options
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {'conv': 'tab:blue', 'attention': 'tab:orange', 'mlp': 'tab:green', 'upsampler': 'tab:red'}
+COLORS = {'conv': 'tab:blue', 'attention': 'tab:orange', 'mlp': 'tab:green', 'upsampler': 'tab:red'}
 BAR = 40  # characters
 
 
@@ -63,7 +63,7 @@ def allocate(
 ) -> Allocation:
     """Choose the rank of each layer that an option file adapts, and write the file anew with these ranks.
 
-    The gradients are those of the run's first batches, through its own data set, model and losses; see
+    The gradients are those of the run's first batches, through its own dataset, model and losses; see
     :func:`lora_sr.adapters.layer_importance` and :func:`lora_sr.adapters.allocate_ranks`. Nothing is trained, and
     nothing but the new file is written: the old one's text, with ``rank_pattern`` of ``network_g.lora`` put in (what
     stood there is replaced) and ``_allocated`` behind ``name``.
@@ -359,7 +359,7 @@ def format_ranks(allocation: Allocation) -> str:
 
 
 def plot_ranks(allocation: Allocation) -> Figure:
-    """The ranks over depth as bars, coloured by group.
+    """The ranks over depth as bars, colored by group.
 
     Returns:
         A figure of matplotlib.
@@ -370,10 +370,10 @@ def plot_ranks(allocation: Allocation) -> Figure:
     names = list(allocation.ranks)
     figure = _figure_class()(figsize=(max(6, 2 + 0.08 * len(names)), 4), layout='constrained')
     axes = figure.subplots()
-    for group, colour in COLOURS.items():
+    for group, color in COLORS.items():
         bars = [index for index, name in enumerate(names) if allocation.groups[name] == group]
         if bars:
-            axes.bar(bars, [allocation.ranks[names[index]] for index in bars], 1, color=colour, label=group)
+            axes.bar(bars, [allocation.ranks[names[index]] for index in bars], 1, color=color, label=group)
     shown = range(0, len(names), -(-len(names) // 24))
     axes.set_xticks(shown, [names[index] for index in shown], rotation=90, fontsize=7)
     axes.set(ylabel='rank', xlim=(-0.7, len(names) - 0.3))

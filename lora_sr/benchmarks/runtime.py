@@ -23,7 +23,7 @@ from lora_sr.benchmarks.lkdn import with_official_structure
 from lora_sr.checkpoints import load_network
 from lora_sr.errors import InputError
 from lora_sr.runtime.deployed import optimize
-from lora_sr.runtime.synthetic import soft_image
+from lora_sr.runtime.synthetic import synthetic_image
 
 Run = Callable[[Tensor], Tensor]
 PUBLISHED = 'as published (eager, NCHW, float32)'
@@ -88,7 +88,7 @@ def run(checkpoints: Sequence[str | os.PathLike] = (), sizes: Sequence[tuple[int
     for name, network in networks.items():
         network = _measurable(deploy_form(network).to(device))
         for height, width in sizes:
-            image = soft_image(1, 3, height, width).to(device)
+            image = synthetic_image(1, 3, height, width).to(device)
             forms, preparing = make_forms(network, image)
             measured = measure(network, forms, image)
             print(f'\n{name}, LR {height}x{width}')

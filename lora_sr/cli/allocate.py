@@ -10,7 +10,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         'allocate',
         help='choose the rank of each layer within a budget of parameters',
-        description='Measure the gradients of a few batches, through the data set, the model and the losses of an '
+        description='Measure the gradients of a few batches, through the dataset, the model and the losses of an '
         'option file with network_g: {type: AdaptSR}, and give rank to the layers where it gains most per parameter. '
         'Writes a new option file with the ranks as rank_pattern; nothing is trained.',
     )

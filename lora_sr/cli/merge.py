@@ -13,7 +13,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         'merge',
         help='merge LoRA and fold branches into a plain checkpoint',
         description='Take a training checkpoint to a plain checkpoint of the stock network: merge its LoRA, then fold '
-        'its re-parameterized branches, whichever it has, and check that both give the same images.',
+        'its reparameterized branches, whichever it has, and check that both give the same images.',
     )
     parser.add_argument('checkpoint', nargs='?', metavar='CHECKPOINT', help=CHECKPOINT)
     parser.add_argument('-o', '--output', required=True, help='file to write (.pth or .safetensors)')

@@ -69,7 +69,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=int,
         default=240,
         metavar='PIXELS',
-        help='distance between neighbouring HR sub-images (default: 240)',
+        help='distance between neighboring HR sub-images (default: 240)',
     )
     parser.add_argument(
         '--threshold',

@@ -13,7 +13,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         'submission',
         help='write what a NTIRE efficient SR team hands in, and verify it',
         description='Write models/teamNN_NAME.py, one file that imports torch alone, its weights to model_zoo/, the '
-        "branch for the organisers' select_model, and a factsheet with the counts. Before the files appear, the "
+        "branch for the organizers' select_model, and a factsheet with the counts. Before the files appear, the "
         'network is run in a process without this package, and its images compared. SPAN, DSCLoRA, LKDN and LKDN-S '
         'are written out as they run; of a network of your own the module of its class is taken.',
     )
@@ -25,7 +25,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         '--output',
         required=True,
         metavar='DIR',
-        help="folder to write, or a clone of the organisers' repository, in which nothing else changes",
+        help="folder to write, or a clone of the organizers' repository, in which nothing else changes",
     )
     parser.add_argument('--overwrite', action='store_true', help='replace files of the submission that exist')
     add_network_options(parser)

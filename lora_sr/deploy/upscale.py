@@ -82,7 +82,7 @@ def upscale(
 ) -> UpscaleReport:
     """Upscale image files. Reading and writing are done in threads beside the network, see :func:`run_jobs`.
 
-    Pixels of 8 and 16 bits, grey, alpha, ICC profile and EXIF are kept. An EXIF orientation is applied to the pixels
+    Pixels of 8 and 16 bits, gray, alpha, ICC profile and EXIF are kept. An EXIF orientation is applied to the pixels
     and reset, so that every viewer shows the same; a thumbnail in EXIF is left out.
 
     Args:

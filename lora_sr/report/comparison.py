@@ -350,10 +350,10 @@ def _measure_costs(
     forms = {}
     for name, network in networks.items():
         forms[name, 'eager'] = network.to(device)
-        forms[name, 'optimised'] = optimize(network)
+        forms[name, 'optimized'] = optimize(network)
     seconds = measure_runtimes(forms, height, width, device)
     costs = {
-        name: replace(cost, runtime=seconds[name, 'eager'], optimised=seconds[name, 'optimised'], memory=memory[name])
+        name: replace(cost, runtime=seconds[name, 'eager'], optimized=seconds[name, 'optimized'], memory=memory[name])
         for name, cost in costs.items()
     }
     where = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'

@@ -52,7 +52,7 @@ def ntire_score(cost: Sequence[float], baseline: Sequence[float], weights: Seque
 
     The sum of ``weight * exp(2 * value / value of the baseline)`` over runtime, FLOPs and parameters: B. Ren et al.,
     "The Tenth NTIRE 2025 Efficient Super-Resolution Challenge Report" (arXiv:2504.10686). The weights are those of
-    2025; in 2026 the organisers took 0.8, 0.1 and 0.1. Its condition on the PSNR is not part of it.
+    2025; in 2026 the organizers took 0.8, 0.1 and 0.1. Its condition on the PSNR is not part of it.
 
     Args:
         cost: Runtime, FLOPs for an input of 256x256 and number of parameters, in any units.

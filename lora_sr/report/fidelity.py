@@ -47,11 +47,11 @@ def measure_fidelity(
         Name -> measures. PSNR of an equal image is infinite.
     """
     y = _Original(_luma(original, border))
-    colours = [_Original(plane) for plane in _planes(original, border)] if rgb else []
+    colors = [_Original(plane) for plane in _planes(original, border)] if rgb else []
     found = {}
     for name, version in versions.items():
         psnr, ssim = _measure([y], [_luma(version, border)])
-        found[name] = Fidelity(psnr, ssim, *(_measure(colours, _planes(version, border)) if rgb else ()))
+        found[name] = Fidelity(psnr, ssim, *(_measure(colors, _planes(version, border)) if rgb else ()))
     return found
 
 

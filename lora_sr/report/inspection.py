@@ -72,7 +72,7 @@ class Inspection:
 
 
 def inspect_network(network: nn.Module) -> Inspection:
-    """The layers of a network that carry LoRA or can, and the parameters that carry a shift.
+    """The layers of a network that carry LoRA or can, and the parameters that carry a delta.
 
     Where nothing is adapted, what trains are the parameters that require a gradient, otherwise the updates alone.
     """

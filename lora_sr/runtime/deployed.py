@@ -17,10 +17,10 @@ from lora_sr.archs.info import network_info
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.reparam import deploy_form
 from lora_sr.errors import InputError
-from lora_sr.runtime.half_range import fit_half_range
+from lora_sr.runtime.float16 import fit_float16
 from lora_sr.runtime.native.networks import compile_network
 from lora_sr.runtime.native.program import round_keeping_sums
-from lora_sr.runtime.synthetic import soft_image
+from lora_sr.runtime.synthetic import synthetic_image
 
 LOG = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def optimize(network: nn.Module, dtype: torch.dtype = torch.float32) -> Deployed
     if dtype == torch.float16 and any(isinstance(module, LKDN) for module in network.modules()):
         info = network_info(network)
         assert info is not None  # any LKDN has one
-        fit_half_range(network, [soft_image(1, info.in_channels, 64, 64).to(device)])
+        fit_float16(network, [synthetic_image(1, info.in_channels, 64, 64).to(device)])
     return DeployedNetwork(network, dtype)
 
 

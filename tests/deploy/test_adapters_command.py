@@ -305,7 +305,7 @@ def test_info_groups_layers(files, capsys):
         else:
             assert ['mlps.*', '2', '2x8,', '8x2', '2', '3', '64'] in lines
             assert ['norm.weight', '1', '8', '-', '-', '8'] in lines
-            assert ['2', 'shifted', 'parameters', 'besides,', '16', 'values'] in lines
+            assert ['2', 'parameters', 'with', 'a', 'delta', 'besides,', '16', 'values'] in lines
             assert ['4', 'layers', 'with', 'LoRA,', str(total), 'parameters'] in lines
         kind = ['adapter,'] if name == 'a.safetensors' else ['adapted', 'checkpoint,']
         assert [*kind, size, 'bytes'] in lines

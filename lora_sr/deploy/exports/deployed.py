@@ -23,8 +23,8 @@ from lora_sr.checkpoints.origin import KEY
 from lora_sr.deploy.exports.attention import use_plain_attention
 from lora_sr.deploy.merge import merged_origin
 from lora_sr.errors import InputError
-from lora_sr.runtime.half_range import fit_half_range
-from lora_sr.runtime.synthetic import soft_image
+from lora_sr.runtime.float16 import fit_float16
+from lora_sr.runtime.synthetic import synthetic_image
 
 # Batch, height and width of the images that every file is tried on; odd ones where the network takes them.
 CHECKED_SIZES = ((1, 24, 32), (1, 33, 47), (2, 41, 25))
@@ -66,8 +66,8 @@ class Deployed:
         }
 
     def image(self, batch: int, height: int, width: int) -> Tensor:
-        """An image of soft structures, see :func:`lora_sr.runtime.synthetic.soft_image`; sides rounded up to fit."""
-        return soft_image(batch, self.info.in_channels, *self.info.size(height, width)) * self.info.value_range
+        """An image of soft structures, see :mod:`lora_sr.runtime.synthetic`; its sides are rounded up to fit."""
+        return synthetic_image(batch, self.info.in_channels, *self.info.size(height, width)) * self.info.value_range
 
     def checked_images(self) -> list[Tensor]:
         """One image of each of the sizes that a file is tried on."""
@@ -156,7 +156,7 @@ def deployed_network(source: NetworkLike, param_key: str | None = None) -> Deplo
             raise InputError(
                 f'{opened.name} gives values that are not finite: it has weights that are NaN or too large.'
             )
-    fit_half_range(network, images)
+    fit_float16(network, images)
     return deployed
 
 

@@ -93,8 +93,8 @@ def _lower_lkdn(program: Program, network: LKDN) -> None:
     def block(source: Map, layers: LKDB) -> Map:
         halves: list[Map] = []
         refined = source
-        for distil, refine in ((layers.c1_d, layers.c1_r), (layers.c2_d, layers.c2_r), (layers.c3_d, layers.c3_r)):
-            halves.append(pointwise([refined], distil, 'gelu'))
+        for distill, refine in ((layers.c1_d, layers.c1_r), (layers.c2_d, layers.c2_r), (layers.c3_d, layers.c3_r)):
+            halves.append(pointwise([refined], distill, 'gelu'))
             refined = separable(refined, refine, 'gelu')
         halves.append(separable(refined, layers.c4, 'gelu'))
         fused = pointwise(halves, layers.c5)

@@ -15,7 +15,7 @@ LARGEST = 16.0
 
 
 @torch.no_grad()
-def fit_half_range(network: nn.Module, images: list[Tensor]) -> nn.Module:
+def fit_float16(network: nn.Module, images: list[Tensor]) -> nn.Module:
     """Scale the inner values of LKDN's blocks by powers of two such that float16 can hold them, in place.
 
     A block multiplies its features with a map made of them, and LayerNorm takes the size of the product away again. So

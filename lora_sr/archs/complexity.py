@@ -86,49 +86,31 @@ def count_convolutions(network: nn.Module) -> int:
     return _count_operations(network, CHALLENGE_SIDE, CHALLENGE_SIDE)['convolutions']
 
 
-def run_for_shapes(network: nn.Module, height: int, width: int) -> Tensor:
-    """Run a copy of a network on the ``meta`` device, where shapes are worked out and nothing is computed.
-
-    A network that cannot run there, e.g. since it looks at values, runs on the CPU.
-
-    Args:
-        network: Any network that takes (1, 3, height, width). It is not changed.
-        height: Height of the input, in pixels.
-        width: Its width.
-
-    Returns:
-        The output, whose values mean nothing.
-    """
-    return _run_counted(network, height, width)[0]
-
-
-def _count_operations(network: nn.Module, height: int, width: int) -> Counter[str]:
-    return _run_counted(network, height, width)[1]
-
-
 @torch.no_grad()
-def _run_counted(network: nn.Module, height: int, width: int) -> tuple[Tensor, Counter[str]]:
+def _count_operations(network: nn.Module, height: int, width: int) -> Counter[str]:
+    """The counts of a copy on the ``meta`` device; on the CPU if it cannot run there, as it looks at values, say."""
     with torch.random.fork_rng(devices=[]):
         try:
-            return _run_copy(network, height, width, 'meta')
+            return _count_copy(network, height, width, 'meta')
         except Exception:  # whatever a network makes of tensors without values
-            return _run_copy(network, height, width, 'cpu')
+            return _count_copy(network, height, width, 'cpu')
 
 
-def _run_copy(network: nn.Module, height: int, width: int, device: str) -> tuple[Tensor, Counter[str]]:
-    """Output and counts of a copy in which LoRA is merged, and what runs as one convolution is one."""
+def _count_copy(network: nn.Module, height: int, width: int, device: str) -> Counter[str]:
+    """The counts of a copy in which LoRA is merged, and what runs as one convolution is one."""
     copy = deepcopy(network).to(device).eval()
     if any(True for _ in adapted_modules(copy)):
         merge_lora(copy)
     for module in list(copy.modules()):
         for name, child in module.named_children():
             if is_a(child, 'basicsr.archs.ecbsr_arch.ECB'):
-                setattr(
-                    module, name, nn.Sequential(child.get_submodule('conv3x3'), getattr(child, 'act', nn.Identity()))
-                )
+                activation = getattr(child, 'act', nn.Identity())
+                setattr(module, name, nn.Sequential(child.get_submodule('conv3x3'), activation))
+    counter = _OperationCounter()
     # The device is also for what a forward pass makes without naming one.
-    with torch.device(device), _OperationCounter() as counter:
-        return copy(torch.zeros(1, 3, height, width)), counter.counts
+    with torch.device(device), counter:
+        copy(torch.zeros(1, 3, height, width))
+    return counter.counts
 
 
 class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -30,21 +30,14 @@ FORMS = {'blockwise': spatial_affinity_distance, 'naive': naive_affinity_distanc
 _MEMORY_PROGRAM = """
 import torch
 from lora_sr.benchmarks.affinity import FORMS, forward_backward
-def resident(field):
-    with open('/proc/self/status') as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+from lora_sr.report.memory import forget_peak, peak
 torch.set_num_threads({threads})
 forward_backward(FORMS[{form!r}], (1, 2, 8, 8), 'cpu')
 student, teacher = torch.randn(2, *{shape})
 student.requires_grad_()
-try:
-    with open('/proc/self/clear_refs', 'w') as file:
-        file.write('5')  # forget the peak of the imports
-    before = resident('VmRSS')
-except OSError:  # some sandboxes forbid it: then only what exceeds that peak is seen
-    before = resident('VmHWM')
+before = forget_peak()
 FORMS[{form!r}](student, teacher).backward()
-print(resident('VmHWM') - before)
+print(peak() - before)
 """
 
 

@@ -29,21 +29,14 @@ _MEMORY_PROGRAM = """
 import io, sys
 import torch
 import lora_sr
-def resident(field):
-    with open('/proc/self/status') as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+from lora_sr.report.memory import forget_peak, peak
 torch.set_num_threads({threads})
 network = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=False)
 with torch.no_grad():
     network(torch.rand(1, 3, 32, 32))  # what libraries allocate once
-    try:
-        with open('/proc/self/clear_refs', 'w') as file:
-            file.write('5')  # forget the peak so far
-        before = resident('VmRSS')
-    except OSError:  # some sandboxes forbid it: then only what exceeds that peak is seen
-        before = resident('VmHWM')
+    before = forget_peak()
     network(torch.rand(1, 3, {height}, {width}))
-print(resident('VmHWM') - before)
+print(peak() - before)
 """
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from lora_sr.adapters import (
 )
 from lora_sr.adapters.allocation import full_rank, largest_useful_rank
 from lora_sr.adapters.layers import DELTA_PREFIX
+from lora_sr.report.text import align
 
 OTHER = 'other'
 
@@ -190,7 +190,7 @@ def format_inspection(inspection: Inspection, fold: bool = True) -> str:
     marked = '\n'.join(f'* {text}: {", ".join(names)}' for text, names in notes.items())
     untouched = ', '.join(f'{one.name} ({one.kind}, {one.parameters:,})' for one in inspection.left_alone)
     alone = f'left alone, as neither LoRA nor a delta can be there: {untouched}' if untouched else ''
-    return '\n\n'.join(filter(None, (_align(table, left=(0, 2, 3)), marked, _align(sums, left=(0,)), alone, share)))
+    return '\n\n'.join(filter(None, (align(table, left=(0, 2, 3)), marked, align(sums), alone, share)))
 
 
 def _note(row: Row) -> str:
@@ -205,15 +205,6 @@ def _note(row: Row) -> str:
 def _sum_of(kind: str, rows: list[Row], base: int) -> tuple[str, ...]:
     parameters, trainable = (sum(getattr(row, key) for row in rows) for key in ('parameters', 'trainable'))
     return kind, f'{len(rows)}', f'{parameters:,}', f'{trainable:,}', f'{trainable / base:.2%}'
-
-
-def _align(table: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = (
-        '  '.join(f'{cell:{"<" if index in left else ">"}{widths[index]}}' for index, cell in enumerate(line))
-        for line in table
-    )
-    return '\n'.join(line.rstrip() for line in lines)
 
 
 def _spell(numbers: tuple[int, ...]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora_sr.files import write_whole
 from lora_sr.report.fidelity import Fidelity
+from lora_sr.report.text import align
 
 TABLE_SUFFIXES = ('.md', '.csv', '.json')
 
@@ -103,13 +104,7 @@ COLUMNS = {  # by the attribute of Cost
 
 def format_table(comparison: Comparison) -> str:
     """The table as text of fixed width, and under it what its numbers mean."""
-    table = _cells(comparison)
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = [
-        '  '.join(f'{cell:{">" if index else "<"}{width}}' for index, (cell, width) in enumerate(zip(line, widths)))
-        for line in table
-    ]
-    return '\n'.join([*(line.rstrip() for line in lines), *_notes(comparison)])
+    return '\n'.join([align(_cells(comparison)), *_notes(comparison)])
 
 
 def format_markdown(comparison: Comparison) -> str:

@@ -87,7 +87,7 @@ def load_options(path: str | os.PathLike) -> dict:
 def apply_overrides(options: dict, entries: Iterable[str] | None) -> None:
     """Set each `a:b=value` of `entries` in `options`, in place; the value is YAML, and `none` stands for null.
 
-    A data set that is set to null is left out.
+    A dataset that is set to null is left out.
 
     Raises:
         InputError: an entry without `=`, a path that is not in the options (the keys that exist there are listed),
@@ -109,7 +109,7 @@ def apply_overrides(options: dict, entries: Iterable[str] | None) -> None:
         changes.append((place, keys[-1], value))
     for place, key, value in changes:
         if value is None and place is options.get('datasets'):
-            del place[key]  # `datasets:val_2=~` leaves a data set out
+            del place[key]  # `datasets:val_2=~` leaves a dataset out
         else:
             place[key] = value
 

@@ -41,7 +41,7 @@ values of the wrong kind, keys that nobody reads, files that do not exist, check
 
 - A key that begins with `x-` is left alone, at the top of the file and in `path`, `train`, `val`, `logger` and a data
   set: for notes, and for what the file repeats, e.g. `x-backend: &backend {{type: lmdb}}`, then `io_backend: *backend`.
-- A model or data set of your own may read what it likes: with a `model_type`, or a data set's `type`, that is neither
+- A model or dataset of your own may read what it likes: with a `model_type`, or a dataset's `type`, that is neither
   BasicSR's nor ours, a key is told only where it is almost a known one. What your class inherits from BasicSR's is
   checked, but nothing of it has to be there.
 - What a class of BasicSR's reads in your clone is known, too, where its code says `opt['KEY']` or `opt.get('KEY')`.
@@ -60,7 +60,7 @@ checkpoint: `--force_yml path:pretrain_network_g=experiments/NAME/models/net_g_l
 
 SECTIONS = {
     '': ('The top of the file', f'LR images are made on the fly by {" and ".join(schema.DEGRADING.split())}.'),
-    'datasets.*': ('`datasets.*`', 'A data set: `train`; `val`, `val_2`, …; `test`, `test_2`, ….'),
+    'datasets.*': ('`datasets.*`', 'A dataset: `train`; `val`, `val_2`, …; `test`, `test_2`, ….'),
     'datasets.*.io_backend': ('`datasets.*.io_backend`', ''),
     'network_g.lora': ('`network_*.lora`', 'In the section of an `AdaptSR`, beside `base`, the section of a network.'),
     'path': ('`path`', ''),
@@ -160,7 +160,7 @@ def _scope(key: Key, section: str) -> str:
 
 
 def choices(condition: str) -> dict[tuple[str, ...], list[str]]:
-    """A condition as alternatives: facts that hold together, and with them one of some models or data sets, if any."""
+    """A condition as alternatives: facts that hold together, and with them one of some models or datasets, if any."""
     known = {*schema.MODELS.split(), *schema.DATASETS.split()}
     found: dict[tuple[str, ...], list[str]] = {}
     for choice in condition.split():
@@ -177,7 +177,7 @@ def json_schema() -> dict:
     """``options/schema.json``, a JSON Schema of draft 2020-12.
 
     It says what a file alone can: the kinds of values, and with the names that it knows, which keys are read and which
-    are needed. Models, data sets, networks … of others may hold anything.
+    are needed. Models, datasets, networks … of others may hold anything.
     """
     top = _section('', schema.MODELS, 'model_type')
     properties = top['properties']
@@ -276,7 +276,7 @@ def _is(kind: str, names: list[str]) -> dict:
 
 
 def _names(section: str, names: str) -> list[tuple[list[str], dict]]:
-    """The keys that are read with each model or data set; those with the same ones together."""
+    """The keys that are read with each model or dataset; those with the same ones together."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for reader in names.split():
         keys = tuple(name for name, key in schema.SECTIONS[section].items() if key.is_known({reader}))
@@ -288,7 +288,7 @@ def _names(section: str, names: str) -> list[tuple[list[str], dict]]:
 
 
 def _conditions(section: str, phase: str | None = None) -> list[tuple[dict, list[str]]]:
-    """Conditions, each with the keys that are needed under it; ``phase`` is known of a data set."""
+    """Conditions, each with the keys that are needed under it; ``phase`` is known of a dataset."""
     facts = {
         'train': {'required': ['train']},
         'test': {'not': {'required': ['train']}},

@@ -1,4 +1,4 @@
-"""A tiny run: a data set of eight pairs, the options of six iterations on it, and how to start it."""
+"""A tiny run: a dataset of eight pairs, the options of six iterations on it, and how to start it."""
 
 import os
 import re

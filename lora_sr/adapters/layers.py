@@ -42,7 +42,7 @@ class AdaptedModule(nn.Module):
     """What everything that trains beside a frozen base shares: parameters that are read as base plus update.
 
     Whoever reads such a parameter, ``module.weight``, gets the updated value: the module's own forward, and also code
-    that computes with the weight of another module, as networks with re-parameterised branches do. The base value is
+    that computes with the weight of another module, as networks with reparameterized branches do. The base value is
     the parameter that stands under that name in the state dict, and :meth:`base_parameter` gives it.
 
     ``lora_scale`` is the run-time strength s of the updates (a Python number that is not saved): 0 is the base, 1 the
@@ -293,7 +293,7 @@ def is_adaptable(module: nn.Module) -> bool:
     """Whether a module carries LoRA or can.
 
     What cannot: a subclass of a layer, a weight that is computed (``weight_norm``) or carries a delta, attention with
-    separate widths of keys and values, and an embedding that renormalises its table or has sparse gradients.
+    separate widths of keys and values, and an embedding that renormalizes its table or has sparse gradients.
     """
     kind = base_class_of(module)
     if isinstance(module, LoRALayer) or kind not in LORA_LAYERS:

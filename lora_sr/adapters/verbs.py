@@ -284,7 +284,7 @@ def mark_trainable(model: nn.Module) -> None:
 
 
 def _keeps_statistics(module: nn.Module) -> bool:
-    # `spectral_norm` puts its vectors into the layer, or into a parametrisation of it.
+    # `spectral_norm` puts its vectors into the layer, or into a parametrization of it.
     return isinstance(module, nn.modules.batchnorm._NormBase) or hasattr(module, 'weight_u') or hasattr(module, '_u')
 
 

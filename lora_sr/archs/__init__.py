@@ -1,4 +1,4 @@
-"""Networks in plain torch, their re-parameterization, and what they take, give and cost."""
+"""Networks in plain torch, their reparameterization, and what they take, give and cost."""
 
 from lora_sr.archs.adaptsr import AdaptSR
 from lora_sr.archs.dsclora import DSCLoRA

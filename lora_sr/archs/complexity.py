@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def count_flops(network: nn.Module, height: int = CHALLENGE_SIDE, width: int = C
 
     Since 2024 the challenge counts with ``FlopCountAnalysis`` of the library fvcore. Beside multiplications by weights,
     these are the products of features in attention; 5 for each value of a layer or group norm (4 without weights), and
-    2 (or 1) of a batch norm that runs; 4 for each value that is interpolated bilinearly, 1 for the nearest neighbour;
+    2 (or 1) of a batch norm that runs; 4 for each value that is interpolated bilinearly, 1 for the nearest neighbor;
     and 1 for each value that is averaged over height and width. What is done element by element is free.
 
     Args:
@@ -85,57 +86,43 @@ def count_convolutions(network: nn.Module) -> int:
     return _count_operations(network, CHALLENGE_SIDE, CHALLENGE_SIDE)['convolutions']
 
 
-def run_for_shapes(network: nn.Module, height: int, width: int) -> Tensor:
-    """Run a copy of a network on the ``meta`` device, where shapes are worked out and nothing is computed.
-
-    A network that cannot run there, e.g. since it looks at values, runs on the CPU.
-
-    Args:
-        network: Any network that takes (1, 3, height, width). It is not changed.
-        height: Height of the input, in pixels.
-        width: Its width.
-
-    Returns:
-        The output, whose values mean nothing.
-    """
-    return _run_counted(network, height, width)[0]
-
-
-def _count_operations(network: nn.Module, height: int, width: int) -> Counter:
-    return _run_counted(network, height, width)[1]
-
-
 @torch.no_grad()
-def _run_counted(network: nn.Module, height: int, width: int) -> tuple[Tensor, Counter]:
+def _count_operations(network: nn.Module, height: int, width: int) -> Counter[str]:
+    """The counts of a copy on the ``meta`` device; on the CPU if it cannot run there, as it looks at values, say."""
     with torch.random.fork_rng(devices=[]):
         try:
-            return _run_copy(network, height, width, 'meta')
+            return _count_copy(network, height, width, 'meta')
         except Exception:  # whatever a network makes of tensors without values
-            return _run_copy(network, height, width, 'cpu')
+            return _count_copy(network, height, width, 'cpu')
 
 
-def _run_copy(network: nn.Module, height: int, width: int, device: str) -> tuple[Tensor, Counter]:
-    """Output and counts of a copy in which LoRA is merged, and what runs as one convolution is one."""
+def _count_copy(network: nn.Module, height: int, width: int, device: str) -> Counter[str]:
+    """The counts of a copy in which LoRA is merged, and what runs as one convolution is one."""
     copy = deepcopy(network).to(device).eval()
     if any(True for _ in adapted_modules(copy)):
         merge_lora(copy)
     for module in list(copy.modules()):
         for name, child in module.named_children():
             if is_a(child, 'basicsr.archs.ecbsr_arch.ECB'):
-                setattr(module, name, nn.Sequential(child.conv3x3, getattr(child, 'act', nn.Identity())))
+                activation = getattr(child, 'act', nn.Identity())
+                setattr(module, name, nn.Sequential(child.get_submodule('conv3x3'), activation))
+    counter = _OperationCounter()
     # The device is also for what a forward pass makes without naming one.
-    with torch.device(device), _OperationCounter() as counter:
-        return copy(torch.zeros(1, 3, height, width)), counter.counts
+    with torch.device(device), counter:
+        copy(torch.zeros(1, 3, height, width))
+    return counter.counts
 
 
-class _OperationCounter(TorchDispatchMode):
+class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what runs within it into ``counts``: ``multi_adds``, ``flops``, ``activations``, ``convolutions``."""
 
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         output = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if name == 'convolution':
@@ -164,6 +151,6 @@ class _OperationCounter(TorchDispatchMode):
         self.counts['flops'] += multi_adds if flops is None else flops
 
     @staticmethod
-    def _is_of_pixels(values: Tensor, dimensions: list[int] | None = None, *_) -> bool:
+    def _is_of_pixels(values: Tensor, dimensions: list[int] | None = None, *_: Any) -> bool:
         """Whether an average is over height and width, as pooling to one pixel is."""
         return values.ndim == 4 and dimensions is not None and {d % 4 for d in dimensions} == {2, 3}

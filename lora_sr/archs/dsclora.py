@@ -25,7 +25,8 @@ class DSCLoRA(SPAN):
         feature_channels: Width C of the SPAN that is adapted.
         upscale: Scale factor.
         rank: Rank of ConvLoRA.
-        alpha: Numerator of the update's scale alpha / rank. An adapted checkpoint brings its own.
+        alpha: Numerator of the update's scale alpha / rank; ``None`` stands for the rank. An adapted checkpoint brings
+            its own.
         rank_pattern: Regular expression of layer names -> rank, for layers that differ, e.g. ``upsampler.0: 16``.
         alpha_pattern: Likewise for alpha.
 
@@ -40,9 +41,9 @@ class DSCLoRA(SPAN):
         feature_channels: int = 48,
         upscale: int = 4,
         rank: int = 8,
-        alpha: float = 16,
-        rank_pattern: dict | None = None,
-        alpha_pattern: dict | None = None,
+        alpha: float | None = 16,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
     ):
         super().__init__(num_in_ch, num_out_ch, feature_channels, upscale, deploy=True)
         add_lora(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_sr.archs.reparam import Foldable
+from lora_sr.archs.reparam import Foldable, bias_of
 from lora_sr.errors import InputError
 
 
@@ -27,7 +28,8 @@ class BSConvU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
-        return self.dw(self.pw(x))
+        output: Tensor = self.dw(self.pw(x))
+        return output
 
 
 class BSConvU_idt(BSConvU):
@@ -40,6 +42,8 @@ class BSConvU_idt(BSConvU):
     ``out_channels`` is there for the sake of BSConvU's signature, and has to equal ``channels``: the input is added.
     """
 
+    identity: Tensor
+
     def __init__(self, channels: int, out_channels: int):
         super().__init__(channels, out_channels)
         self.register_buffer('identity', torch.ones(()))
@@ -48,13 +52,13 @@ class BSConvU_idt(BSConvU):
         """(N, channels, H, W) -> (N, channels, H, W)."""
         return super().forward(x) + x
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.setdefault(f'{prefix}identity', self.identity)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class BSConvU_rep(Foldable, BSConvU):
-    """Re-parameterisable BSConvU (the RBSB): an identity beside the 1x1, an identity and a 1x1 beside the 3x3.
+    """Reparameterizable BSConvU (the RBSB): an identity beside the 1x1, an identity and a 1x1 beside the 3x3.
 
     ``out_channels`` is there for the sake of BSConvU's signature, and has to equal ``channels``: the input is added.
     """
@@ -67,16 +71,17 @@ class BSConvU_rep(Foldable, BSConvU):
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> (N, channels, H, W)."""
         x = self.pw(x) + x
-        return self.dw(x) + x + self.rep1x1(x)
+        output: Tensor = self.dw(x) + x + self.rep1x1(x)
+        return output
 
     def folded(self) -> BSConvU:
         """The BSConvU that computes the same."""
         plain = BSConvU(self.in_channels, self.in_channels).to(self.pw.weight)
         pointwise = self.pw.weight.double()
         plain.pw.weight.copy_(pointwise + torch.eye(self.in_channels).to(pointwise)[:, :, None, None])
-        # Padding adds to the centre of the 3x3 alone, in a new tensor also where the weights are float64 already.
+        # Padding adds to the center of the 3x3 alone, in a new tensor also where the weights are float64 already.
         plain.dw.weight.copy_(self.dw.weight.double() + F.pad(1 + self.rep1x1.weight.double(), (1, 1, 1, 1)))
-        plain.dw.bias.copy_(self.dw.bias.double() + self.rep1x1.bias.double())
+        bias_of(plain.dw).copy_(bias_of(self.dw).double() + bias_of(self.rep1x1).double())
         return plain
 
 
@@ -91,17 +96,18 @@ class LargeKernelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        return x * self.depthwise_dilated(self.depthwise(self.pointwise(x)))
+        attention: Tensor = self.depthwise_dilated(self.depthwise(self.pointwise(x)))
+        return x * attention
 
 
 class LKDB(nn.Module):
     """Large kernel distillation block.
 
-    Three times a 1x1 sets half the channels aside (distils) and ``conv`` refines; the four halves are fused, attended
-    to, normalised at each pixel over the channels, and added to the input.
+    Three times a 1x1 sets half the channels aside (distills) and ``conv`` refines; the four halves are fused, attended
+    to, normalized at each pixel over the channels, and added to the input.
     """
 
-    def __init__(self, channels: int, atten_channels: int, conv: type):
+    def __init__(self, channels: int, atten_channels: int, conv: type[BSConvU]):
         super().__init__()
         half = channels // 2
         self.c1_d = nn.Conv2d(channels, half, 1)
@@ -120,13 +126,14 @@ class LKDB(nn.Module):
         """(N, C, H, W) -> (N, C, H, W)."""
         refined = x
         halves = []
-        for distil, refine in ((self.c1_d, self.c1_r), (self.c2_d, self.c2_r), (self.c3_d, self.c3_r)):
-            halves.append(F.gelu(distil(refined)))
+        for distill, refine in ((self.c1_d, self.c1_r), (self.c2_d, self.c2_r), (self.c3_d, self.c3_r)):
+            halves.append(F.gelu(distill(refined)))
             refined = F.gelu(refine(refined))
         halves.append(F.gelu(self.c4(refined)))
         fused = self.c6(self.atten(self.c5(torch.cat(halves, 1))))
         # LayerNorm wants the channels last. In that memory format neither permutation copies anything.
-        return self.pixel_norm(fused.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) + x
+        normalized: Tensor = self.pixel_norm(fused.permute(0, 2, 3, 1))
+        return normalized.permute(0, 3, 1, 2) + x
 
 
 class RepUpsampler(Foldable):
@@ -155,11 +162,10 @@ class RepUpsampler(Foldable):
         outer, inner = self.conv3x3.weight.double(), self.conv1x1.weight.double().flatten(1)
         weight = self.conv3.weight.double() + torch.einsum('omhw,mi->oihw', outer, inner)
         weight[:, :, 1, 1] += self.conv1.weight.double().flatten(1)
-        bias = self.conv1.bias.double() + self.conv3.bias.double() + self.conv3x3.bias.double()
-        bias += outer.sum((2, 3)) @ self.conv1x1.bias.double()
+        bias = bias_of(self.conv1).double() + bias_of(self.conv3).double() + bias_of(self.conv3x3).double()
+        bias += outer.sum((2, 3)) @ bias_of(self.conv1x1).double()
         plain = make_upsampler(self.in_channels, len(bias) // self.upscale**2, self.upscale).to(self.conv3.weight)
-        plain[0].weight.copy_(weight)
-        plain[0].bias.copy_(bias)
+        plain.load_state_dict({'0.weight': weight, '0.bias': bias})
         return plain
 
 
@@ -192,6 +198,8 @@ class LKDN(nn.Module):
         InputError: A number below 1, an odd ``num_feat``, or a ``conv`` or an ``upsampler`` that does not exist.
     """
 
+    B1: LKDB  # and so on, to B<num_block>
+
     def __init__(
         self,
         num_in_ch: int = 3,
@@ -219,9 +227,9 @@ class LKDN(nn.Module):
                 raise InputError(f'"{key}" of LKDN is {value!r}: it must be an integer of at least 1.')
         if num_feat % 2:
             raise InputError(f'"num_feat" of LKDN is {num_feat}: it must be even, as half of it is distilled.')
-        for key, value, known in (('conv', conv, CONVS), ('upsampler', upsampler, UPSAMPLERS)):
-            if value not in known:
-                raise InputError(f'"{key}" of LKDN is {value!r}: it must be one of {", ".join(known)}.')
+        for key, name, known in (('conv', conv, list(CONVS)), ('upsampler', upsampler, list(UPSAMPLERS))):
+            if name not in known:
+                raise InputError(f'"{key}" of LKDN is {name!r}: it must be one of {", ".join(known)}.')
         self.num_in, self.num_block, self.upscale = num_in, num_block, upscale
         self.num_feat, self.num_atten = num_feat, num_atten
         self.fea_conv = BSConvU(num_in_ch * num_in, num_feat)
@@ -243,7 +251,8 @@ class LKDN(nn.Module):
         for i in range(self.num_block):
             features.append(getattr(self, f'B{i + 1}')(features[-1]))
         fused = F.gelu(self.c1(torch.cat(features[1:], 1)))
-        return self.upsampler(self.c2(fused) + shallow)
+        image: Tensor = self.upsampler(self.c2(fused) + shallow)
+        return image
 
 
 def LKDN_S(
@@ -271,7 +280,7 @@ def is_lkdn(state: Mapping[str, Tensor]) -> bool:
 def build_lkdn(state: Mapping[str, Tensor]) -> LKDN:
     """The LKDN that a state dict belongs to, not loaded yet, for RGB images: sizes and forms are read from it.
 
-    ``BSConvU_idt`` is recognised in checkpoints of ours alone, by its tensor ``identity``.
+    ``BSConvU_idt`` is recognized in checkpoints of ours alone, by its tensor ``identity``.
 
     Raises:
         InputError: The network takes or makes other images than RGB, or its sizes are those of no LKDN.

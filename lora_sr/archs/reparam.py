@@ -1,4 +1,4 @@
-"""Structural re-parameterisation: from the branches that train to the one convolution that runs."""
+"""Structural reparameterization: from the branches that train to the one convolution that runs."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ class Foldable(nn.Module):
         raise NotImplementedError
 
 
+def bias_of(layer: nn.Conv2d) -> Tensor:
+    """The bias of a convolution that has one."""
+    assert layer.bias is not None
+    return layer.bias
+
+
 def is_training_form(network: nn.Module) -> bool:
     """Whether any module of ``network`` has branches that :func:`fold` would fold."""
     return any(isinstance(module, Foldable) and module.is_training_form for module in network.modules())
@@ -47,7 +53,7 @@ def relative_difference(first: Tensor, second: Tensor) -> float:
 
 @torch.no_grad()
 def fold(network: nn.Module) -> nn.Module:
-    """Fold every re-parameterisable module of ``network`` to its deploy form, in place, and return the network.
+    """Fold every reparameterizable module of ``network`` to its deploy form, in place, and return the network.
 
     Each is compared with what replaces it, in float64 on a random image, before anything is replaced. Done once and
     for good: the branches are gone afterwards. What was frozen stays frozen, and a network in deploy form is left as it
@@ -58,7 +64,7 @@ def fold(network: nn.Module) -> nn.Module:
             would round what is folded; or a deploy form differs by more than 1e-5 of the largest output, as with NaN,
             or weights that leave float32.
     """
-    replacements = {}
+    replacements: dict[nn.Module, nn.Module] = {}
     for name, module in network.named_modules():
         if isinstance(module, Foldable) and module.is_training_form:
             where = f'{name} ({type(module).__name__})' if name else type(module).__name__

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_sr.adapters import is_lora_key
-from lora_sr.archs.reparam import Foldable
+from lora_sr.archs.reparam import Foldable, bias_of
 from lora_sr.errors import InputError
 
 BRANCH_TENSORS = [f'{name}.{tensor}' for name in ('sk', 'conv.0', 'conv.1', 'conv.2') for tensor in ('weight', 'bias')]
@@ -49,21 +50,31 @@ class Conv3XC(Foldable):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
+        output: Tensor
         if self.is_training_form:
-            return self.conv(F.pad(x, (1, 1, 1, 1))) + self.sk(x)
-        return self.eval_conv(x)
+            output = self.conv(F.pad(x, (1, 1, 1, 1))) + self.sk(x)
+        else:
+            output = self.eval_conv(x)
+        return output
 
     def folded(self) -> Conv3XC:
         """The deploy form; summed in float64, rounded once."""
         weight, bias = _fold_branches(self.state_dict())
         plain = Conv3XC(weight.shape[1], weight.shape[0], deploy=True).to(weight)
         plain.eval_conv.weight.copy_(weight)
-        plain.eval_conv.bias.copy_(bias)
+        bias_of(plain.eval_conv).copy_(bias)
         return plain
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         branches = {
             key[len(prefix) :]: value
             for key, value in state_dict.items()
@@ -140,10 +151,13 @@ class SPAN(nn.Module):
         InputError: Other than 3 channels, a width or a scale below 1.
     """
 
-    # The mean colour of DIV2K (R, G, B in [0, 1]), and the range of 8-bit images, in which the features live.
+    # The mean color of DIV2K (R, G, B in [0, 1]), and the range of 8-bit images, in which the features live.
     rgb_mean = (0.4488, 0.4371, 0.4040)
     img_range = 255.0
     num_blocks = 6
+
+    mean: Tensor
+    block_1: SPAB  # and so on, to block_6
 
     def __init__(
         self,
@@ -180,7 +194,8 @@ class SPAN(nn.Module):
         for i in range(2, self.num_blocks + 1):
             features, first_of_block = getattr(self, f'block_{i}')(features)
         fused = self.conv_cat(torch.cat([shallow, self.conv_2(features), after_first_block, first_of_block], 1))
-        return self.upsampler(fused)
+        image: Tensor = self.upsampler(fused)
+        return image
 
 
 def is_span(state: Mapping[str, Tensor]) -> bool:

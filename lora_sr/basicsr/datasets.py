@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from basicsr.data.data_util import paths_from_folder, paths_from_lmdb
 from basicsr.data.transforms import augment
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 
-def lr_roots(dataroot_lq) -> list[str]:
+def lr_roots(dataroot_lq: Any) -> list[str]:
     """The folders or databases that the option ``dataroot_lq`` of an LRImageDataset names, one or a list."""
     return list(dataroot_lq) if isinstance(dataroot_lq, (list, tuple)) else [dataroot_lq]
 
@@ -33,11 +35,11 @@ class LRImageDataset(Dataset):
     Each item is ``{'lq', 'lq_path'}``: float32 RGB in [0, 1] of shape (3, lq_size, lq_size), and the image's name.
     """
 
-    def __init__(self, opt: dict):
+    def __init__(self, opt: dict[str, Any]):
         super().__init__()
         self.opt = opt
         self.backend = dict(opt['io_backend'])
-        self.file_client = None
+        self.file_client: FileClient | None = None
         roots = lr_roots(opt['dataroot_lq'])
         if self.backend['type'] == 'lmdb':
             # Databases are told apart by a key each, and one that stands in the list twice is opened once.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ WEIGHTS = {
 }
 
 
-def calculate_lpips(img: np.ndarray, img2: np.ndarray, crop_border: int, input_order: str = 'HWC', **kwargs) -> float:
+def calculate_lpips(
+    img: np.ndarray, img2: np.ndarray, crop_border: int, input_order: str = 'HWC', **kwargs: Any
+) -> float:
     """LPIPS (version 0.1, AlexNet) between two images; 0 for equal ones, and less is better.
 
     Source: The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (arXiv:1801.03924), by pyiqa.
@@ -37,7 +39,9 @@ def calculate_lpips(img: np.ndarray, img2: np.ndarray, crop_border: int, input_o
     return _distance('lpips', img, img2, crop_border, input_order)
 
 
-def calculate_dists(img: np.ndarray, img2: np.ndarray, crop_border: int, input_order: str = 'HWC', **kwargs) -> float:
+def calculate_dists(
+    img: np.ndarray, img2: np.ndarray, crop_border: int, input_order: str = 'HWC', **kwargs: Any
+) -> float:
     """DISTS between two images; 0 for equal ones, and less is better.
 
     Source: Image Quality Assessment: Unifying Structure and Texture Similarity (arXiv:2004.07728), by pyiqa.
@@ -79,8 +83,8 @@ def _network(name: str) -> Callable:
         if missing:
             sentence = f'calculate_{name} has no weights, and pyiqa cannot fetch them ({reason}): put {missing}'
         else:
-            files = ' or '.join(map(str, files))
-            sentence = f'calculate_{name} cannot be set up by pyiqa ({reason}): {files} may be damaged'
+            damaged = ' or '.join(map(str, files))
+            sentence = f'calculate_{name} cannot be set up by pyiqa ({reason}): {damaged} may be damaged'
         raise InputError(sentence) from error
 
 
@@ -96,5 +100,5 @@ def _tensor(image: np.ndarray, crop_border: int, input_order: str) -> torch.Tens
     image = reorder_image(image, input_order=input_order)
     height, width = image.shape[:2]
     image = image[crop_border : height - crop_border, crop_border : width - crop_border, ::-1]
-    image = torch.from_numpy(image.astype(np.float32) / 255).permute(2, 0, 1)[None]
-    return image.expand(1, 3, -1, -1).contiguous()
+    tensor = torch.from_numpy(image.astype(np.float32) / 255).permute(2, 0, 1)[None]
+    return tensor.expand(1, 3, -1, -1).contiguous()

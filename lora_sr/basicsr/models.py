@@ -6,6 +6,7 @@ from collections import OrderedDict
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from basicsr.archs import build_network
@@ -40,11 +41,14 @@ class FeatureTap:
         for index, module in enumerate(modules):
             module.register_forward_hook(partial(self._keep, index))
 
-    def _keep(self, index: int, module: nn.Module, inputs, output) -> None:
+    def _keep(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
         self._outputs[index] = output[0] if isinstance(output, (tuple, list)) else output
 
-    def take(self) -> list[Tensor]:
-        """The features of the latest forward pass, in the order of the modules; they are not kept any longer."""
+    def take(self) -> list[Tensor | None]:
+        """The features of the latest forward pass, in the order of the modules; they are not kept any longer.
+
+        ``None`` stands for a module that has not run since.
+        """
         features, self._outputs = self._outputs, [None] * len(self._outputs)
         return features
 
@@ -70,7 +74,7 @@ class DistillationModel(SRModel):
             networks that do not fit each other, or outputs that are not ``scale`` times the input.
     """
 
-    def __init__(self, opt):
+    def __init__(self, opt: dict[str, Any]):
         name = (opt.get('train') or {}).get('memory_format')
         fault = TRAIN['memory_format'].kind.fault('train.memory_format', name)
         if fault:
@@ -78,10 +82,10 @@ class DistillationModel(SRModel):
         self.memory_format = MEMORY_FORMATS[name or 'contiguous']
         super().__init__(opt)
 
-    def model_to_device(self, net):
+    def model_to_device(self, net: nn.Module) -> nn.Module:
         return super().model_to_device(net.to(memory_format=self.memory_format))
 
-    def init_training_settings(self):
+    def init_training_settings(self) -> None:
         faults = option_faults(self.opt)
         if faults:
             raise InputError('\n'.join(faults.values()))
@@ -101,7 +105,7 @@ class DistillationModel(SRModel):
         self.setup_optimizers()
         self.setup_schedulers()
 
-    def _build_teacher(self):
+    def _build_teacher(self) -> None:
         path_opt = self.opt['path']
         teacher = build_network(self.opt['network_t'])
         path = path_opt['pretrain_network_t']
@@ -110,8 +114,8 @@ class DistillationModel(SRModel):
         fold(teacher).eval().requires_grad_(False)
         self.net_t = teacher.to(self.device, memory_format=self.memory_format)
 
-    def _build_losses(self, train_opt):
-        def build(key):
+    def _build_losses(self, train_opt: dict[str, Any]) -> None:
+        def build(key: str) -> nn.Module | None:
             return build_loss(train_opt[key]).to(self.device) if train_opt.get(key) else None
 
         layers = None
@@ -124,7 +128,7 @@ class DistillationModel(SRModel):
         if self.cri_affinity is not None:
             self._tap_features(layers)
 
-    def _tap_features(self, layers):
+    def _tap_features(self, layers: Any) -> None:
         if isinstance(self.net_g, DataParallel):
             raise InputError(DATA_PARALLEL_REFUSED)
         names = affinity_layers(layers)
@@ -132,7 +136,7 @@ class DistillationModel(SRModel):
         self.teacher_tap = FeatureTap(find_modules(self.net_t, names['teacher'], 'teacher'))
 
     @torch.no_grad()
-    def _check_fit(self):
+    def _check_fit(self) -> None:
         """Run both networks once on a blank patch of the training size: what does not fit must show before training."""
         scale = self.opt['scale']
         dataset = self.opt['datasets']['train']
@@ -157,11 +161,11 @@ class DistillationModel(SRModel):
         if self.cri_affinity is not None:
             self.cri_affinity(self.student_tap.take(), self.teacher_tap.take())
 
-    def feed_data(self, data):
+    def feed_data(self, data: dict[str, Any]) -> None:
         super().feed_data(data)
-        self.lq = self.lq.contiguous(memory_format=self.memory_format)
+        self.lq: Tensor = self.lq.contiguous(memory_format=self.memory_format)
 
-    def optimize_parameters(self, current_iter):
+    def optimize_parameters(self, current_iter: int) -> None:
         self.optimizer_g.zero_grad()
         with torch.no_grad():
             taught = self.net_t(self.lq)
@@ -181,7 +185,7 @@ class DistillationModel(SRModel):
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
 
-    def test(self):
+    def test(self) -> None:
         # As in SwinIRModel: a network that works in windows wants whole windows.
         window = self.opt['network_g'].get('window_size')
         if not window:

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator
+from typing import TYPE_CHECKING, Any, Iterator
 
 import torch
 import yaml
@@ -33,7 +33,7 @@ from lora_sr.option_file import load_options
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {'conv': 'tab:blue', 'attention': 'tab:orange', 'mlp': 'tab:green', 'upsampler': 'tab:red'}
+COLORS = {'conv': 'tab:blue', 'attention': 'tab:orange', 'mlp': 'tab:green', 'upsampler': 'tab:red'}
 BAR = 40  # characters
 
 
@@ -63,7 +63,7 @@ def allocate(
 ) -> Allocation:
     """Choose the rank of each layer that an option file adapts, and write the file anew with these ranks.
 
-    The gradients are those of the run's first batches, through its own data set, model and losses; see
+    The gradients are those of the run's first batches, through its own dataset, model and losses; see
     :func:`lora_sr.adapters.layer_importance` and :func:`lora_sr.adapters.allocate_ranks`. Nothing is trained, and
     nothing but the new file is written: the old one's text, with ``rank_pattern`` of ``network_g.lora`` put in (what
     stood there is replaced) and ``_allocated`` behind ``name``.
@@ -121,18 +121,19 @@ def allocate(
     AdaptSR(network['base'], {**network['lora'], 'rank_pattern': pattern})  # e.g. alpha_pattern may not fit any more
     allocation = Allocation(ranks, groups, allowed, used, base)
     partial = output.with_name(f'.{output.name}.partial')
-    drawn = None if chart is None else Path(chart).with_name(f'.partial.{Path(chart).name}')
+    picture = None if chart is None else Path(chart)
+    drawn = None if picture is None else picture.with_name(f'.partial.{picture.name}')
     try:
         write_ranks(option_file, pattern, f'lora-sr allocate --budget {budget}: {used:,} parameters', partial)
-        if chart is not None:
+        if drawn is not None:
             figure = plot_ranks(allocation)
             try:
                 figure.savefig(drawn)
             except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix that it does not know
                 raise InputError(f'The picture {chart} cannot be written: {error}.') from None
         os.replace(partial, output)
-        if drawn is not None:
-            os.replace(drawn, chart)
+        if drawn is not None and picture is not None:
+            os.replace(drawn, picture)
     finally:
         partial.unlink(missing_ok=True)
         if drawn is not None:
@@ -167,7 +168,7 @@ def parse_budget(budget: str, base: int) -> int:
     return int(value)
 
 
-def measure_gradients(model, layers: dict[str, nn.Module], batches: Iterator[dict]) -> dict[str, Tensor]:
+def measure_gradients(model: Any, layers: dict[str, nn.Module], batches: Iterator[dict[str, Any]]) -> dict[str, Tensor]:
     """The mean gradient of a model's losses with respect to weights, over batches. Nothing is trained.
 
     Args:
@@ -205,7 +206,7 @@ def measure_gradients(model, layers: dict[str, nn.Module], batches: Iterator[dic
     return {name: total / number for name, total in sums.items()}
 
 
-def _build(option_file: str | os.PathLike):
+def _build(option_file: str | os.PathLike) -> tuple[Any, Iterator[dict[str, Any]]]:
     """The model of an option file and its endless batches, as a run has them, but without folders, logs and EMA."""
     argv = sys.argv
     sys.argv = [argv[0], '-opt', os.fspath(option_file)]
@@ -225,7 +226,7 @@ def _build(option_file: str | os.PathLike):
     return model, _epochs(loader, sampler)
 
 
-def _epochs(loader, sampler) -> Iterator[dict]:
+def _epochs(loader: Any, sampler: Any) -> Iterator[dict[str, Any]]:
     for epoch in count():
         sampler.set_epoch(epoch)
         seen = False
@@ -237,7 +238,7 @@ def _epochs(loader, sampler) -> Iterator[dict]:
 
 
 @contextlib.contextmanager
-def _quiet_logger():
+def _quiet_logger() -> Iterator[None]:
     """Keep BasicSR's logger silent and, where it is new, as if it had not been: a later run gives it its file."""
     logger, is_known = logging.getLogger('basicsr'), 'basicsr' in basicsr_logger.initialized_logger
     handlers, level = list(logger.handlers), logging.root.manager.disable
@@ -280,10 +281,11 @@ def write_ranks(
 
     text = Path(option_file).read_text(encoding='utf-8')
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    entries = _entry(root, 'name'), _entry(_entry(root, 'network_g')[1], 'lora')
-    if None in entries:
+    name_entry, network_entry = _entry(root, 'name'), _entry(root, 'network_g')
+    lora_entry = network_entry and _entry(network_entry[1], 'lora')
+    if name_entry is None or lora_entry is None:
         raise refusal
-    name, lora = (value for _, value in entries)
+    name, lora = name_entry[1], lora_entry[1]
     end_of_name = name.end_mark.index - (name.style in ('"', "'"))
     first, last = lora.value[0][0], lora.value[-1][1]
     line = text[text.rfind('\n', 0, first.start_mark.index) + 1 :]
@@ -357,7 +359,7 @@ def format_ranks(allocation: Allocation) -> str:
 
 
 def plot_ranks(allocation: Allocation) -> Figure:
-    """The ranks over depth as bars, coloured by group.
+    """The ranks over depth as bars, colored by group.
 
     Returns:
         A figure of matplotlib.
@@ -368,10 +370,10 @@ def plot_ranks(allocation: Allocation) -> Figure:
     names = list(allocation.ranks)
     figure = _figure_class()(figsize=(max(6, 2 + 0.08 * len(names)), 4), layout='constrained')
     axes = figure.subplots()
-    for group, colour in COLOURS.items():
+    for group, color in COLORS.items():
         bars = [index for index, name in enumerate(names) if allocation.groups[name] == group]
         if bars:
-            axes.bar(bars, [allocation.ranks[names[index]] for index in bars], 1, color=colour, label=group)
+            axes.bar(bars, [allocation.ranks[names[index]] for index in bars], 1, color=color, label=group)
     shown = range(0, len(names), -(-len(names) // 24))
     axes.set_xticks(shown, [names[index] for index in shown], rotation=90, fontsize=7)
     axes.set(ylabel='rank', xlim=(-0.7, len(names) - 0.3))

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.optim import Adan
 
-OPTIONS = {'lr': 5e-3, 'weight_decay': 0.02}
+LEARNING_RATE, WEIGHT_DECAY = 5e-3, 0.02
 BETAS = (0.98, 0.92, 0.99)
 REPEATS = 50
 TOLERANCE = 1e-9
@@ -25,10 +25,11 @@ def make_optimizers(dtype: torch.dtype = torch.float32, device: str = 'cpu') -> 
     The first step of the two differs, so adan_pytorch goes on from the parameters and the state of ours.
     """
     params = [param.detach().to(device, dtype) for param in LKDN().parameters()]
-    ours = Adan(params, betas=BETAS, **OPTIONS)
+    ours = Adan(params, LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY)
     set_gradients([ours])
     ours.step()
-    theirs = adan_pytorch.Adan([param.clone() for param in params], betas=tuple(1 - beta for beta in BETAS), **OPTIONS)
+    copies, betas = [param.clone() for param in params], tuple(1 - beta for beta in BETAS)
+    theirs = adan_pytorch.Adan(copies, LEARNING_RATE, betas, weight_decay=WEIGHT_DECAY)
     state = deepcopy(ours.state_dict()['state'])
     theirs.load_state_dict({'state': state, 'param_groups': theirs.state_dict()['param_groups']})
     return {'ours': ours, 'adan_pytorch': theirs}
@@ -46,7 +47,7 @@ def measure_times(optimizers: dict[str, Optimizer], repeats: int = REPEATS) -> d
     """Median seconds of a step of each optimizer, which take turns, after three that are not counted."""
     on_gpu = optimizers['ours'].param_groups[0]['params'][0].is_cuda
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
-    times = {name: [] for name in optimizers}
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
     for _ in range(repeats + 3):
         set_gradients(list(optimizers.values()))
         for name, optimizer in optimizers.items():

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -29,25 +30,18 @@ FORMS = {'blockwise': spatial_affinity_distance, 'naive': naive_affinity_distanc
 _MEMORY_PROGRAM = """
 import torch
 from lora_sr.benchmarks.affinity import FORMS, forward_backward
-def resident(field):
-    with open('/proc/self/status') as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+from lora_sr.report.memory import forget_peak, peak
 torch.set_num_threads({threads})
 forward_backward(FORMS[{form!r}], (1, 2, 8, 8), 'cpu')
 student, teacher = torch.randn(2, *{shape})
 student.requires_grad_()
-try:
-    with open('/proc/self/clear_refs', 'w') as file:
-        file.write('5')  # forget the peak of the imports
-    before = resident('VmRSS')
-except OSError:  # some sandboxes forbid it: then only what exceeds that peak is seen
-    before = resident('VmHWM')
+before = forget_peak()
 FORMS[{form!r}](student, teacher).backward()
-print(resident('VmHWM') - before)
+print(peak() - before)
 """
 
 
-def forward_backward(form, shape: tuple[int, ...], device: str) -> None:
+def forward_backward(form: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], device: str) -> None:
     """One forward and backward pass of ``form`` on random features."""
     student, teacher = torch.randn(2, *shape, device=device)
     form(student.requires_grad_(), teacher).backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from copy import deepcopy
 
 import torch
@@ -16,6 +17,7 @@ from lora_sr.archs.reparam import TOLERANCE, relative_difference
 IMAGE, BATCH = (1, 3, 180, 320), (16, 3, 48, 48)
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 REPEATS = 7
+Form = tuple[str, str]  # names of a structure and of a memory format
 
 
 class CopyingNorm(nn.Module):
@@ -27,7 +29,8 @@ class CopyingNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
-        return self.norm(x).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        normalized: Tensor = self.norm(x)
+        return normalized.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
 
 
 def with_official_structure(network: LKDN) -> LKDN:
@@ -38,12 +41,14 @@ def with_official_structure(network: LKDN) -> LKDN:
     network = deepcopy(network)
     for block in network.modules():
         if isinstance(block, LKDB):
-            block.pixel_norm = CopyingNorm(block.pixel_norm)
+            block.add_module('pixel_norm', CopyingNorm(block.pixel_norm))
             block.atten.register_forward_pre_hook(lambda module, inputs: inputs[0].clone())
     return network
 
 
-def measure_times(forms: dict, shape: tuple[int, ...], backward: bool, repeats: int = REPEATS) -> dict:
+def measure_times(
+    forms: Mapping[Form, nn.Module], shape: tuple[int, ...], backward: bool, repeats: int = REPEATS
+) -> dict[Form, float]:
     """Median seconds of each form, after one pass that is not counted. The forms take turns, so all meet the same load.
 
     Args:
@@ -58,7 +63,7 @@ def measure_times(forms: dict, shape: tuple[int, ...], backward: bool, repeats: 
     device = next(next(iter(forms.values())).parameters()).device
     image = torch.rand(shape, device=device)
     images = {name: image.contiguous(memory_format=memory_format) for name, memory_format in FORMATS.items()}
-    times = {form: [] for form in forms}
+    times: dict[Form, list[float]] = {form: [] for form in forms}
     for _ in range(repeats + 1):
         for form, network in forms.items():
             start = time.perf_counter()
@@ -87,8 +92,9 @@ def run(image_shape: tuple[int, ...] = IMAGE, batch_shape: tuple[int, ...] = BAT
     threads = '' if device == 'cuda' else f' (threads: {torch.get_num_threads()})'
     torch.manual_seed(0)
     ours = LKDN().to(device)
-    networks = {'ours': ours, 'authors': with_official_structure(ours)}
-    difference = _difference(*networks.values(), torch.rand(batch_shape, device=device))
+    authors = with_official_structure(ours)
+    networks = {'ours': ours, 'authors': authors}
+    difference = _difference(ours, authors, torch.rand(batch_shape, device=device))
     if not difference <= TOLERANCE:
         raise RuntimeError(f'the outputs of the two structures differ by {difference:.1e} of the largest')
     forms = {

@@ -8,7 +8,7 @@ import statistics
 import time
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Callable, Sequence, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,15 @@ from torch.nn import functional as F
 from lora_sr.adapters import count_parameters
 from lora_sr.archs.complexity import count_flops
 from lora_sr.archs.lkdn import LKDN, LKDN_S
-from lora_sr.archs.reparam import deploy_form
+from lora_sr.archs.reparam import bias_of, deploy_form
 from lora_sr.archs.span import SPAN, Conv3XC
 from lora_sr.benchmarks.lkdn import with_official_structure
 from lora_sr.checkpoints import load_network
 from lora_sr.errors import InputError
 from lora_sr.runtime.deployed import optimize
-from lora_sr.runtime.synthetic import soft_image
+from lora_sr.runtime.synthetic import synthetic_image
 
+Run = Callable[[Tensor], Tensor]
 PUBLISHED = 'as published (eager, NCHW, float32)'
 REFOLDING = 'the same, folding at each pass'
 REPEATS = 9
@@ -41,11 +42,12 @@ class RefoldingConv3XC(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
-        first, middle, last = self.branches.conv
+        first, middle, last = cast('tuple[nn.Conv2d, ...]', tuple(self.branches.conv))
         skip = self.branches.sk
         outer = last.weight.flatten(1)
         weight = torch.einsum('op,pmhw,mi->oihw', outer, middle.weight, first.weight.flatten(1))
-        bias = outer @ (middle.weight.sum((2, 3)) @ first.bias + middle.bias) + last.bias + skip.bias
+        inner = middle.weight.sum((2, 3)) @ bias_of(first) + bias_of(middle)
+        bias = outer @ inner + bias_of(last) + bias_of(skip)
         weight = (weight + F.pad(skip.weight, (1, 1, 1, 1))).contiguous()
         return F.conv2d(x, weight, bias, padding=1)
 
@@ -77,15 +79,16 @@ def run(checkpoints: Sequence[str | os.PathLike] = (), sizes: Sequence[tuple[int
         if min(size) < 1:
             raise InputError(f'The size is {size[0]} {size[1]}: height and width have to be at least 1.')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    networks = {os.path.basename(path): load_network(path) for path in checkpoints} or _random_networks()
+    loaded = {os.path.basename(path): load_network(path) for path in checkpoints}
+    networks = loaded or _random_networks()
     where = torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
     bandwidth, rates = measure_bandwidth(device), {dtype: measure_rate(device, dtype) for dtype in _dtypes(device)}
     print(f'{where}, torch {torch.__version__}; measured: {bandwidth / 1e9:.0f} GB/s copied, ', end='')
     print(', '.join(f'{rate / 1e12:.2f} TFLOP/s in {_name(dtype)}' for dtype, rate in rates.items()))
     for name, network in networks.items():
-        network = deploy_form(network).to(device)
+        network = _measurable(deploy_form(network).to(device))
         for height, width in sizes:
-            image = soft_image(1, 3, height, width).to(device)
+            image = synthetic_image(1, 3, height, width).to(device)
             forms, preparing = make_forms(network, image)
             measured = measure(network, forms, image)
             print(f'\n{name}, LR {height}x{width}')
@@ -107,20 +110,15 @@ def run(checkpoints: Sequence[str | os.PathLike] = (), sizes: Sequence[tuple[int
                 print(f'{form}: {times}')
 
 
-def make_forms(network: nn.Module, image: Tensor) -> tuple[dict[str, Callable], dict[str, str]]:
+def make_forms(network: SPAN | LKDN, image: Tensor) -> tuple[dict[str, Run], dict[str, str]]:
     """The forms in which a network runs, and what it takes until each of ours does.
 
     Args:
         network: SPAN or LKDN in deploy form.
         image: (1, 3, H, W), of the size that is measured.
-
-    Raises:
-        InputError: Another network.
     """
-    if not isinstance(network, (SPAN, LKDN)):
-        raise InputError(f'SPAN and LKDN are measured as their papers run them, not {type(network).__name__}.')
     published = network if isinstance(network, SPAN) else with_official_structure(network)
-    forms: dict[str, Callable] = {PUBLISHED: published.to(memory_format=torch.contiguous_format)}
+    forms: dict[str, Run] = {PUBLISHED: published.to(memory_format=torch.contiguous_format)}
     if isinstance(network, SPAN):
         forms[REFOLDING] = refolding(network).to(image.device)
     last = deepcopy(network).to(memory_format=torch.channels_last)
@@ -153,12 +151,10 @@ def refolding(network: SPAN) -> SPAN:
 
 
 @torch.no_grad()
-def measure(
-    network: nn.Module, forms: dict[str, Callable], image: Tensor, repeats: int = REPEATS
-) -> dict[str, Measured]:
+def measure(network: nn.Module, forms: dict[str, Run], image: Tensor, repeats: int = REPEATS) -> dict[str, Measured]:
     """Median seconds of each form of a network, after two passes that are not counted; the forms take turns."""
     outputs = {name: form(image) for name, form in forms.items()}
-    times = {name: [] for name in forms}
+    times: dict[str, list[float]] = {name: [] for name in forms}
     for turn in range(repeats + 1):
         for name, form in forms.items():
             seconds = _seconds(form, image)
@@ -189,6 +185,12 @@ def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * MULTIPLIED**3 / min(_seconds(matrix.matmul, matrix) for _ in range(5))
 
 
+def _measurable(network: nn.Module) -> SPAN | LKDN:
+    if not isinstance(network, (SPAN, LKDN)):
+        raise InputError(f'SPAN and LKDN are measured as their papers run them, not {type(network).__name__}.')
+    return network
+
+
 def _random_networks() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     return {
@@ -203,7 +205,7 @@ def _dtypes(device: torch.device) -> list[torch.dtype]:
     return [torch.float32, torch.bfloat16] + ([torch.float16] if device.type == 'cuda' else [])
 
 
-def _seconds(function: Callable, argument: Tensor) -> float:
+def _seconds(function: Run, argument: Tensor) -> float:
     if argument.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()

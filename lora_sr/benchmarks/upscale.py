@@ -15,7 +15,7 @@ from lora_sr.checkpoints import load_network
 from lora_sr.deploy.upscale import DEFAULT_QUALITY, Job, plan, run_jobs
 from lora_sr.errors import InputError
 from lora_sr.files import write_whole
-from lora_sr.images.formats import Picture, encode_picture, format_of, read_picture
+from lora_sr.images.formats import Picture, encode_picture, read_picture
 from lora_sr.runtime.upscaler import Upscaler
 
 REPEATS = 3
@@ -32,14 +32,14 @@ class Steps(NamedTuple):
 def in_turn(jobs: Sequence[Job], upscaler: Upscaler) -> Steps:
     """Upscale one image after the other, each step of it after the one before."""
     seconds = [0.0, 0.0, 0.0]
-    for source, target in jobs:
+    for job in jobs:
         marks = [time.perf_counter()]
-        picture = read_picture(source)
+        picture = read_picture(job.source)
         marks.append(time.perf_counter())
         pixels = upscaler(picture.pixels)
         marks.append(time.perf_counter())
         result = Picture(pixels, picture.icc_profile, picture.exif)
-        write_whole(target, encode_picture(result, format_of(target), DEFAULT_QUALITY))
+        write_whole(job.target, encode_picture(result, job.file_format, DEFAULT_QUALITY))
         marks.append(time.perf_counter())
         seconds = [total + after - before for total, before, after in zip(seconds, marks, marks[1:])]
     return Steps(*seconds)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from lora_sr.cli.arguments import add_network_options, network_source, weighted
+
+if TYPE_CHECKING:
+    from lora_sr.deploy.adapters import Pairs
 
 EPILOG = """\
 examples:
@@ -16,7 +20,7 @@ examples:
 """
 
 
-def add_parser(commands):
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command, with sub-commands of its own, to `lora-sr`."""
     parser = commands.add_parser(
         'adapter',
@@ -75,7 +79,7 @@ def add_parser(commands):
     info.set_defaults(run=run_info)
 
 
-def run_extract(args):
+def run_extract(args: argparse.Namespace) -> None:
     """Extract, and show what was written."""
     from lora_sr.deploy.adapters import extract_to_file
 
@@ -83,7 +87,7 @@ def run_extract(args):
     print(f'wrote {args.output}')
 
 
-def run_apply(args):
+def run_apply(args: argparse.Namespace) -> None:
     """Apply, and print the weights."""
     from lora_sr.deploy.adapters import apply_adapters
 
@@ -91,7 +95,7 @@ def run_apply(args):
     print(f'wrote {args.output}')
 
 
-def run_merge(args):
+def run_merge(args: argparse.Namespace) -> None:
     """Merge, and print the weights."""
     from lora_sr.deploy.adapters import merge_adapters
 
@@ -99,14 +103,14 @@ def run_merge(args):
     print(f'wrote {args.output}')
 
 
-def run_info(args):
+def run_info(args: argparse.Namespace) -> None:
     """Show what is in a file."""
     from lora_sr.deploy.adapters import describe_file
 
     print(describe_file(args.file))
 
 
-def _pairs(args):
+def _pairs(args: argparse.Namespace) -> Pairs | None:
     from lora_sr.deploy.adapters import Pairs
     from lora_sr.errors import InputError
 

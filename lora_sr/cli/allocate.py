@@ -1,12 +1,16 @@
 """`lora-sr allocate`: ranks for the layers of an AdaptSR network, within a budget of parameters."""
 
+from __future__ import annotations
 
-def add_parser(commands):
+import argparse
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command to `lora-sr`."""
     parser = commands.add_parser(
         'allocate',
         help='choose the rank of each layer within a budget of parameters',
-        description='Measure the gradients of a few batches, through the data set, the model and the losses of an '
+        description='Measure the gradients of a few batches, through the dataset, the model and the losses of an '
         'option file with network_g: {type: AdaptSR}, and give rank to the layers where it gains most per parameter. '
         'Writes a new option file with the ranks as rank_pattern; nothing is trained.',
     )
@@ -22,7 +26,7 @@ def add_parser(commands):
     parser.set_defaults(run=run)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Allocate, and print the ranks."""
     from lora_sr.basicsr.rank_allocation import allocate, format_ranks
 

@@ -1,9 +1,12 @@
 """`lora-sr bench`: our speed and memory beside the alternative's, as ratios from one run."""
 
+from __future__ import annotations
+
+import argparse
 from pathlib import Path
 
 
-def add_parser(commands):
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command to `lora-sr`."""
     parser = commands.add_parser(
         'bench',
@@ -50,49 +53,49 @@ def add_parser(commands):
     startup.set_defaults(run=run_startup)
 
 
-def run_runtime(args):
+def run_runtime(args: argparse.Namespace) -> None:
     """Measure the deployed networks."""
     from lora_sr.benchmarks import runtime as runtime_benchmark
 
     runtime_benchmark.run(args.checkpoints, [tuple(size) for size in args.size or [(256, 256)]])
 
 
-def run_upscale(args):
+def run_upscale(args: argparse.Namespace) -> None:
     """Measure `lora-sr upscale`."""
     from lora_sr.benchmarks import upscale as upscale_benchmark
 
     upscale_benchmark.run(args.inputs, args.model)
 
 
-def run_affinity(args):
+def run_affinity(args: argparse.Namespace) -> None:
     """Measure the affinity loss."""
     from lora_sr.benchmarks import affinity as affinity_benchmark
 
     affinity_benchmark.run(args.size)
 
 
-def run_prepare(args):
+def run_prepare(args: argparse.Namespace) -> None:
     """Measure data preparation."""
     from lora_sr.benchmarks import prepare as prepare_benchmark
 
     prepare_benchmark.run(args.images, args.scale)
 
 
-def run_lkdn(args):
+def run_lkdn(args: argparse.Namespace) -> None:
     """Measure LKDN."""
     from lora_sr.benchmarks import lkdn as lkdn_benchmark
 
     lkdn_benchmark.run()
 
 
-def run_adan(args):
+def run_adan(args: argparse.Namespace) -> None:
     """Measure Adan."""
     from lora_sr.benchmarks import adan as adan_benchmark
 
     adan_benchmark.run()
 
 
-def run_startup(args):
+def run_startup(args: argparse.Namespace) -> None:
     """Measure what starting costs."""
     from lora_sr.benchmarks import startup as startup_benchmark
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 from lora_sr.cli.arguments import add_network_options, by_name, named, network_source
 
 
-def add_parser(commands):
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command to `lora-sr`."""
     parser = commands.add_parser(
         'compare',
@@ -58,7 +59,7 @@ def add_parser(commands):
     parser.set_defaults(run=run)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Compare, and print the table."""
     from lora_sr.report.comparison import compare
     from lora_sr.report.tables import format_table

@@ -1,9 +1,13 @@
 """`lora-sr curves`: a metric over the iterations of training runs, as a picture."""
 
+from __future__ import annotations
+
+import argparse
+
 from lora_sr.cli.arguments import by_name, named
 
 
-def add_parser(commands):
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command to `lora-sr`."""
     parser = commands.add_parser(
         'curves',
@@ -20,7 +24,7 @@ def add_parser(commands):
     parser.set_defaults(run=run)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Draw the curves."""
     from lora_sr.report.curves import draw_curves
 

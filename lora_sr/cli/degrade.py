@@ -1,5 +1,7 @@
 """`lora-sr degrade`: LR images as a camera might have taken them, the same on every machine."""
 
+from __future__ import annotations
+
 import argparse
 
 EPILOG = """\
@@ -11,7 +13,7 @@ examples:
 """
 
 
-def add_parser(commands):
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command to `lora-sr`."""
     parser = commands.add_parser(
         'degrade',
@@ -31,7 +33,7 @@ def add_parser(commands):
     parser.set_defaults(run=run)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Make the images and say how many."""
     from lora_sr.data.degrade import degrade_folder
 

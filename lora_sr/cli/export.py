@@ -1,9 +1,13 @@
 """`lora-sr export`: a deployed network as a file for other programs."""
 
+from __future__ import annotations
+
+import argparse
+
 from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source
 
 
-def add_parser(commands):
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command, with a sub-command for each format, to `lora-sr`."""
     parser = commands.add_parser(
         'export',
@@ -32,7 +36,7 @@ def add_parser(commands):
         command.set_defaults(run=run)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Export, and print what was measured."""
     from lora_sr.deploy import exports
 

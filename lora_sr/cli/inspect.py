@@ -1,9 +1,13 @@
 """`lora-sr inspect`: what a checkpoint is, the layers of a network, what adapts them, and what that costs."""
 
+from __future__ import annotations
+
+import argparse
+
 from lora_sr.cli.arguments import add_network_options, network_source
 
 
-def add_parser(commands):
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command to `lora-sr`."""
     parser = commands.add_parser(
         'inspect',
@@ -21,7 +25,7 @@ def add_parser(commands):
     parser.set_defaults(run=run)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Print the summary and the table."""
     from lora_sr.report.summary import inspect_file
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `train` and `test` to `lora-sr`."""
     for name, is_train, summary in (
         ('train', True, 'train a network as an option file says (BasicSR)'),

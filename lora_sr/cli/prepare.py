@@ -1,5 +1,7 @@
 """`lora-sr prepare`: folders of images to the LMDB pairs that BasicSR reads."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 
@@ -17,7 +19,8 @@ examples:
 """
 
 
-def add_parser(commands):
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the sub-command to `lora-sr`."""
     parser = commands.add_parser(
         'prepare',
         help='make the LMDB pairs for training from folders of images',
@@ -66,7 +69,7 @@ def add_parser(commands):
         type=int,
         default=240,
         metavar='PIXELS',
-        help='distance between neighbouring HR sub-images (default: 240)',
+        help='distance between neighboring HR sub-images (default: 240)',
     )
     parser.add_argument(
         '--threshold',
@@ -80,7 +83,7 @@ def add_parser(commands):
     parser.set_defaults(run=run)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Prepare the databases and say what was made."""
     from lora_sr.data.prepare import prepare_databases
 

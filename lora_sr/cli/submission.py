@@ -1,15 +1,19 @@
 """`lora-sr submission`: a checkpoint to what a team hands in to a NTIRE efficient SR challenge."""
 
+from __future__ import annotations
+
+import argparse
+
 from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source
 
 
-def add_parser(commands):
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command to `lora-sr`."""
     parser = commands.add_parser(
         'submission',
         help='write what a NTIRE efficient SR team hands in, and verify it',
         description='Write models/teamNN_NAME.py, one file that imports torch alone, its weights to model_zoo/, the '
-        "branch for the organisers' select_model, and a factsheet with the counts. Before the files appear, the "
+        "branch for the organizers' select_model, and a factsheet with the counts. Before the files appear, the "
         'network is run in a process without this package, and its images compared. SPAN, DSCLoRA, LKDN and LKDN-S '
         'are written out as they run; of a network of your own the module of its class is taken.',
     )
@@ -21,14 +25,14 @@ def add_parser(commands):
         '--output',
         required=True,
         metavar='DIR',
-        help="folder to write, or a clone of the organisers' repository, in which nothing else changes",
+        help="folder to write, or a clone of the organizers' repository, in which nothing else changes",
     )
     parser.add_argument('--overwrite', action='store_true', help='replace files of the submission that exist')
     add_network_options(parser)
     parser.set_defaults(run=run)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Write and verify, and print the counts and the branch to paste."""
     from pathlib import Path
 

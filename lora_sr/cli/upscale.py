@@ -15,7 +15,7 @@ examples:
 """
 
 
-def add_parser(commands):
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command to `lora-sr`."""
     parser = commands.add_parser(
         'upscale',
@@ -58,7 +58,7 @@ def add_parser(commands):
     parser.set_defaults(run=run)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Upscale, print the speed, and name what failed. Exits with status 1 if something did."""
     from lora_sr.deploy.upscale import DTYPES, upscale
 

@@ -204,7 +204,7 @@ def _mix(
 
 def _read_base(source: NetworkSource) -> Checkpoint:
     path = source.checkpoint
-    assert path is not None and not isinstance(path, nn.Module)  # the command line asks for a file
+    assert isinstance(path, (str, os.PathLike))  # the command line asks for a file
     checkpoint = Checkpoint.read(path, source.param_key)
     if checkpoint.form == ADAPTER:
         raise InputError(f'{path} is an adapter, where a checkpoint of the base is right.')

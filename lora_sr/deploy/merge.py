@@ -57,7 +57,7 @@ class MergeReport:
 def merge_checkpoint(
     source: NetworkLike, output: str | os.PathLike[str], param_key: str | None = None, overwrite: bool = False
 ) -> MergeReport:
-    """Take a training checkpoint to its deploy form: merge the LoRA, then fold the re-parameterized branches.
+    """Take a training checkpoint to its deploy form: merge the LoRA, then fold the reparameterized branches.
 
     Either may be absent. The written file is loaded again, into the stock network, and compared with the trained
     network on random images. Merging is exact to the bit, and is compared in float32, as it runs. Folding rounds

@@ -112,7 +112,7 @@ class _Search:
             original, lr = self._pair(source)
             truth = image_to_tensor(original)[0]
 
-            def run(at: Tensor, source=source, original=original, lr=lr) -> Tensor:
+            def run(at: Tensor, source: Source = source, original: np.ndarray = original, lr: Tensor = lr) -> Tensor:
                 self._set(at)
                 inner = self._run(source, original, lr)[0, :, self.scale : -self.scale, self.scale : -self.scale]
                 return inner.flatten()
@@ -120,8 +120,8 @@ class _Search:
             error = (run(weights) - truth[:, self.scale : -self.scale, self.scale : -self.scale].flatten()).double()
             jacobian = torch.stack(
                 [
-                    (run(weights + shift) - run(weights - shift)).double() / (2 * DIFFERENCE)
-                    for shift in DIFFERENCE * torch.eye(count, dtype=torch.float64)
+                    (run(weights + change) - run(weights - change)).double() / (2 * DIFFERENCE)
+                    for change in DIFFERENCE * torch.eye(count, dtype=torch.float64)
                 ]
             )
             share = 1 / (len(error) * error.square().mean().clamp(min=LEAST_ERROR))

@@ -10,8 +10,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import torch
 from torch import nn
@@ -32,7 +35,7 @@ NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._+-]{0,39}')
 # Batch, channels, height and width of the images on which the file is run.
 VERIFIED_SHAPES = ((1, 3, 17, 23), (1, 3, 41, 29), (2, 3, 31, 37))
 
-# Run in a process of its own, from the folder that holds models/ and model_zoo/, as the organisers' program does.
+# Run in a process of its own, from the folder that holds models/ and model_zoo/, as the organizers' program does.
 _VERIFICATION = """
 import os, sys
 import torch
@@ -73,7 +76,7 @@ _FACTSHEET = """\
 | Convolutions | {convolutions} |
 | Input and output | RGB in [0, {data_range:g}] (`data_range` {data_range}), any size |
 
-Counted as the challenge does: by fvcore's `FlopCountAnalysis`, and by the organisers' `get_model_activation`.
+Counted as the challenge does: by fvcore's `FlopCountAnalysis`, and by the organizers' `get_model_activation`.
 
 | file | |
 | --- | --- |
@@ -109,7 +112,7 @@ class SubmissionReport:
         convolutions: How many of them run.
         sha256: Of the file of weights.
         difference: Of the file's outputs from ours, relative to the largest; 0 where they are equal to the bit.
-        branch: What to paste into the organisers' ``select_model``.
+        branch: What to paste into the organizers' ``select_model``.
         files: What was written, relative to the folder.
     """
 
@@ -153,7 +156,7 @@ def write_submission(
     """Write what a team hands in to the NTIRE efficient SR challenge, and prove it before it appears.
 
     Into the folder go ``models/teamNN_NAME.py``, which imports torch alone; ``model_zoo/teamNN_NAME.pth``, its weights,
-    a plain state dict; ``teamNN_NAME_select_model.txt``, the branch to paste into the organisers' ``test_demo.py``; and
+    a plain state dict; ``teamNN_NAME_select_model.txt``, the branch to paste into the organizers' ``test_demo.py``; and
     ``teamNN_NAME_factsheet.md``. The branch is run in a process that can import neither this package nor BasicSR, and
     its network's images of odd sizes are compared with those of the checkpoint.
 
@@ -161,7 +164,7 @@ def write_submission(
         source: Whatever :func:`lora_sr.load_network` takes, with LoRA and branches or without: SPAN, DSCLoRA, LKDN and
             LKDN-S are written out as they run; of other networks the module of their class is taken, which has to stand
             alone: it may import torch and Python's own modules, and BasicSR's registry, which is left out.
-        output: A folder. One that is there, such as a clone of the organisers' repository, gets the files beside its
+        output: A folder. One that is there, such as a clone of the organizers' repository, gets the files beside its
             own; one that is not appears whole or not at all.
         team: Number of the team, 1 to 999.
         name: Of the entry, up to 40 letters, digits, and ``.``, ``_``, ``+``, ``-``. In names of files and of the class
@@ -290,7 +293,7 @@ def _check_folder(output: Path, files: tuple[str, ...], overwrite: bool) -> None
 
 
 @contextlib.contextmanager
-def _staging(output: Path):
+def _staging(output: Path) -> Iterator[Path]:
     """A folder on the disk of ``output`` that is gone afterwards, whatever happens."""
     try:
         with tempfile.TemporaryDirectory(
@@ -350,19 +353,19 @@ def _put_in_place(staging: Path, output: Path, files: tuple[str, ...], overwrite
         os.rename(staging, output)
         return
     _check_folder(output, files, overwrite)
-    undo = []
+    undo: list[Callable[[], object]] = []
     try:
         for file in files:
             target, former = output / file, staging / f'{file}.former'
             if not target.parent.exists():
                 target.parent.mkdir()
-                undo.append((target.parent.rmdir,))
+                undo.append(target.parent.rmdir)
             if target.exists():
                 os.rename(target, former)
-                undo.append((os.rename, former, target))
+                undo.append(partial(os.rename, former, target))
             os.rename(staging / file, target)
-            undo.append((target.unlink,))
+            undo.append(target.unlink)
     except BaseException:
-        for step, *arguments in reversed(undo):
-            step(*arguments)
+        for step in reversed(undo):
+            step()
         raise

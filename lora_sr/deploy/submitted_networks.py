@@ -15,7 +15,7 @@ from lora_sr.archs.lkdn import LKDN, BSConvU_idt
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints.families import family_name
 
-# What `select_model` of the organisers calls other things by.
+# What `select_model` of the organizers calls other things by.
 BRANCH_NAMES = {'args', 'data_range', 'device', 'model', 'model_id', 'model_path', 'name', 'os', 'tile', 'torch'}
 
 # What these files use is older than torch 1.13 and Python 3.9, with which the challenge of 2026 still ran them.
@@ -121,7 +121,7 @@ class LargeKernelAttention(nn.Module):
 
 
 class LKDB(nn.Module):
-    """Large kernel distillation block: distil and refine three times, fuse, attend, normalise, and add the input.
+    """Large kernel distillation block: distill and refine three times, fuse, attend, normalize, and add the input.
 
     Args:
         channels: Width C, even.

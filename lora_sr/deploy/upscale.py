@@ -9,11 +9,12 @@ import tempfile
 import time
 import warnings
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, NamedTuple, NoReturn, Sequence
 
 import torch
 from tqdm import tqdm
@@ -60,6 +61,13 @@ class Job(NamedTuple):
     source: Path
     target: Path
 
+    @property
+    def file_format(self) -> str:
+        """What is written, a key of ``FORMATS``: the suffix of the target tells."""
+        name = format_of(self.target)
+        assert name is not None  # :func:`plan` makes no others
+        return name
+
 
 def upscale(
     inputs: Sequence[str | os.PathLike],
@@ -74,7 +82,7 @@ def upscale(
 ) -> UpscaleReport:
     """Upscale image files. Reading and writing are done in threads beside the network, see :func:`run_jobs`.
 
-    Pixels of 8 and 16 bits, grey, alpha, ICC profile and EXIF are kept. An EXIF orientation is applied to the pixels
+    Pixels of 8 and 16 bits, gray, alpha, ICC profile and EXIF are kept. An EXIF orientation is applied to the pixels
     and reset, so that every viewer shows the same; a thumbnail in EXIF is left out.
 
     Args:
@@ -183,7 +191,7 @@ def _find_images(argument: str | os.PathLike, output: Path) -> list[tuple[Path, 
 
 
 def _search(root: Path, output: Path) -> list[tuple[Path, Path]]:
-    def refuse(error: OSError):
+    def refuse(error: OSError) -> NoReturn:
         raise InputError(f'{error.filename} cannot be read: {error.strerror}.') from None
 
     found, own = [], os.path.realpath(output)
@@ -223,7 +231,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 @contextlib.contextmanager
-def _writable(folder: Path):
+def _writable(folder: Path) -> Iterator[None]:
     """Make a folder for the output and try to write there; leave no empty folder behind."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -258,7 +266,7 @@ def run_jobs(
     bar = tqdm(disable=True) if bar is None else bar
     threads = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     takes_all_cores = upscaler.device.type == 'cpu' and torch.get_num_threads() >= threads
-    failures = {}
+    failures: dict[str, str] = {}
     readers = ThreadPoolExecutor(threads, 'read')
     writer = _Writer(threads, quality, BURST_SECONDS if takes_all_cores else None, failures, bar)
     reading: deque[tuple[Job, Future]] = deque()
@@ -274,7 +282,7 @@ def run_jobs(
                 picture = future.result()
                 height, width, channels = picture.pixels.shape
                 size = upscaler.scale * height, upscaler.scale * width
-                check_format(format_of(job.target), picture.pixels.dtype, *size, channels)
+                check_format(job.file_format, picture.pixels.dtype, *size, channels)
                 pixels = upscaler(picture.pixels, _teller(bar, job))
             except InputError as error:
                 reason = str(error)
@@ -368,7 +376,7 @@ def _teller(bar: tqdm, job: Job) -> Callable[[int, int], None]:
 def _write(job: Job, picture: Picture, quality: int) -> str | None:
     """Encode and write one result; returns why its format cannot hold it."""
     try:
-        data = encode_picture(picture, format_of(job.target), quality)
+        data = encode_picture(picture, job.file_format, quality)
     except InputError as error:
         return f'{job.source} was not written: {error}'
     except MemoryError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class _AffinityDistance(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, needs_grad: bool) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, needs_grad: bool) -> Tensor:
         samples, _, positions = student.shape
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         grad = torch.zeros_like(student) if needs_grad else None
@@ -56,18 +57,18 @@ class _AffinityDistance(torch.autograd.Function):
                 difference = ours.sub_(torch.bmm(t[:, :, start:stop].mT, t[:, :, start:], out=theirs))
                 absolute = torch.abs(difference, out=theirs)
                 total += 2 * absolute.sum() - absolute[:, :, : stop - start].sum()
-                if needs_grad:
+                if grad is not None:
                     sign = difference.sign_()
                     grad[first : first + group, :, start:stop] += s[:, :, start:] @ sign.mT
                     grad[first : first + group, :, stop:] += s[:, :, start:stop] @ sign[:, :, stop - start :]
         pairs = samples * positions**2
-        if needs_grad:
+        if grad is not None:
             ctx.save_for_backward(grad.mul_(2 / pairs))
         return (total / pairs).to(student.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         return ctx.saved_tensors[0] * grad_output, None, None
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable
+from typing import Callable, TypeVar
 
 import cv2
 import numpy as np
@@ -38,6 +38,9 @@ from lora_sr.report.plot import PLOT_SUFFIXES, check_matplotlib, draw_comparison
 from lora_sr.report.tables import TABLE_SUFFIXES, Comparison, Cost, Row, write_table
 from lora_sr.runtime.deployed import optimize
 from lora_sr.runtime.pixels import image_to_tensor, tensor_to_image
+
+Item = TypeVar('Item')
+Result = TypeVar('Result')
 
 BICUBIC, ORIGINAL = 'bicubic', 'original'
 PATCH, ZOOM = 64, 3  # the picture shows patches of 64x64 pixels, each pixel 3x3
@@ -172,7 +175,16 @@ def super_resolve(network: nn.Module, image: np.ndarray) -> np.ndarray:
     return tensor_to_image(output)
 
 
-def _check_request(networks, sets, rgb, runtime, baseline, size, plot, picture) -> None:
+def _check_request(
+    networks: Mapping[str, NetworkLike],
+    sets: Mapping[str, tuple[str | os.PathLike, str | os.PathLike | None]],
+    rgb: bool,
+    runtime: bool,
+    baseline: str | None,
+    size: tuple[int, int] | None,
+    plot: str | os.PathLike | None,
+    picture: str | os.PathLike | None,
+) -> None:
     for name in (BICUBIC, ORIGINAL):
         if name in networks:
             raise InputError(f'"{name}" is the name of another row or picture: give the network another name.')
@@ -316,9 +328,11 @@ def _measure_set(
     return means, [strip for _, strip in found if strip is not None]
 
 
-def _ahead(pool: ThreadPoolExecutor, function: Callable, items, depth: int) -> Iterator:
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
+) -> Iterator[Result]:
     """``map`` by other threads, in order, at most ``depth`` items ahead of who reads it; ``items`` is read here."""
-    waiting = deque()
+    waiting: deque[Future[Result]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
         if len(waiting) > depth:
@@ -336,10 +350,10 @@ def _measure_costs(
     forms = {}
     for name, network in networks.items():
         forms[name, 'eager'] = network.to(device)
-        forms[name, 'optimised'] = optimize(network)
+        forms[name, 'optimized'] = optimize(network)
     seconds = measure_runtimes(forms, height, width, device)
     costs = {
-        name: replace(cost, runtime=seconds[name, 'eager'], optimised=seconds[name, 'optimised'], memory=memory[name])
+        name: replace(cost, runtime=seconds[name, 'eager'], optimized=seconds[name, 'optimized'], memory=memory[name])
         for name, cost in costs.items()
     }
     where = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
@@ -348,6 +362,7 @@ def _measure_costs(
 
 def _score(costs: dict[str, Cost], baseline: str) -> dict[str, Cost]:
     def values(cost: Cost) -> tuple[float, ...]:
+        assert cost.runtime is not None  # whoever asks for scores has it measured
         return cost.runtime, cost.flops, cost.parameters
 
     reference = values(costs[baseline])

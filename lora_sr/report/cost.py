@@ -9,12 +9,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_sr.errors import InputError
+
+Name = TypeVar('Name')
 
 WARM_UP = 3  # passes of each network that are not counted
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
@@ -26,21 +29,14 @@ _MEMORY_PROGRAM = """
 import io, sys
 import torch
 import lora_sr
-def resident(field):
-    with open('/proc/self/status') as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+from lora_sr.report.memory import forget_peak, peak
 torch.set_num_threads({threads})
 network = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=False)
 with torch.no_grad():
     network(torch.rand(1, 3, 32, 32))  # what libraries allocate once
-    try:
-        with open('/proc/self/clear_refs', 'w') as file:
-            file.write('5')  # forget the peak so far
-        before = resident('VmRSS')
-    except OSError:  # some sandboxes forbid it: then only what exceeds that peak is seen
-        before = resident('VmHWM')
+    before = forget_peak()
     network(torch.rand(1, 3, {height}, {width}))
-print(resident('VmHWM') - before)
+print(peak() - before)
 """
 
 
@@ -49,7 +45,7 @@ def ntire_score(cost: Sequence[float], baseline: Sequence[float], weights: Seque
 
     The sum of ``weight * exp(2 * value / value of the baseline)`` over runtime, FLOPs and parameters: B. Ren et al.,
     "The Tenth NTIRE 2025 Efficient Super-Resolution Challenge Report" (arXiv:2504.10686). The weights are those of
-    2025; in 2026 the organisers took 0.8, 0.1 and 0.1. Its condition on the PSNR is not part of it.
+    2025; in 2026 the organizers took 0.8, 0.1 and 0.1. Its condition on the PSNR is not part of it.
 
     Args:
         cost: Runtime, FLOPs for an input of 256x256 and number of parameters, in any units.
@@ -66,7 +62,9 @@ def ntire_score(cost: Sequence[float], baseline: Sequence[float], weights: Seque
 
 
 @torch.no_grad()
-def measure_runtimes(networks: dict[str, nn.Module], height: int, width: int, device: torch.device) -> dict[str, float]:
+def measure_runtimes(
+    networks: Mapping[Name, nn.Module], height: int, width: int, device: torch.device
+) -> dict[Name, float]:
     """Median seconds of a forward pass of each network, batch 1, float32.
 
     The networks take turns, so that all meet the same load, and each has run three times before. A GPU measures itself,
@@ -83,7 +81,7 @@ def measure_runtimes(networks: dict[str, nn.Module], height: int, width: int, de
         network.to(device)
         for _ in range(WARM_UP):
             network(image)
-    times = {name: [] for name in networks}
+    times: dict[Name, list[float]] = {name: [] for name in networks}
     start = time.perf_counter()
     for done in range(MAX_ROUNDS):
         if done >= MIN_ROUNDS and time.perf_counter() - start > SECONDS * len(networks):
@@ -118,9 +116,9 @@ def measure_peak_memory(network: nn.Module, height: int, width: int, device: tor
 
 def _time(network: nn.Module, image: Tensor) -> float:
     if image.device.type != 'cuda':
-        start = time.perf_counter()
+        seconds = time.perf_counter()
         network(image)
-        return time.perf_counter() - start
+        return time.perf_counter() - seconds
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     network(image)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,8 @@ def read_curves(run: str | os.PathLike, metric: str = 'psnr') -> dict[str, dict[
     curves: dict[str, dict[int, float]] = {}
     others = set()
     for log in logs:
-        iteration, total, dataset, seen = 0, None, None, set()
+        iteration, total, dataset = 0, None, None
+        seen: set[tuple[str, int]] = set()
         for line in log.read_text(errors='replace').splitlines():
             found = VALUE.match(line)
             if found and dataset is not None:
@@ -79,7 +81,9 @@ def read_curves(run: str | os.PathLike, metric: str = 'psnr') -> dict[str, dict[
     return curves
 
 
-def plot_curves(runs: dict[str, str | os.PathLike], datasets: list[str] | None = None, metric: str = 'psnr') -> Figure:
+def plot_curves(
+    runs: Mapping[str, str | os.PathLike[str]], datasets: list[str] | None = None, metric: str = 'psnr'
+) -> Figure:
     """A metric over the iterations of runs: a panel for each validation set, a line for each run.
 
     Args:
@@ -116,8 +120,8 @@ def plot_curves(runs: dict[str, str | os.PathLike], datasets: list[str] | None =
 
 
 def draw_curves(
-    runs: dict[str, str | os.PathLike],
-    output: str | os.PathLike,
+    runs: Mapping[str, str | os.PathLike[str]],
+    output: str | os.PathLike[str],
     datasets: list[str] | None = None,
     metric: str = 'psnr',
 ) -> None:

@@ -47,18 +47,20 @@ def measure_fidelity(
         Name -> measures. PSNR of an equal image is infinite.
     """
     y = _Original(_luma(original, border))
-    colours = [_Original(plane) for plane in _planes(original, border)] if rgb else []
+    colors = [_Original(plane) for plane in _planes(original, border)] if rgb else []
     found = {}
     for name, version in versions.items():
         psnr, ssim = _measure([y], [_luma(version, border)])
-        found[name] = Fidelity(psnr, ssim, *(_measure(colours, _planes(version, border)) if rgb else ()))
+        found[name] = Fidelity(psnr, ssim, *(_measure(colors, _planes(version, border)) if rgb else ()))
     return found
 
 
 def mean_fidelity(measures: list[Fidelity]) -> Fidelity:
     """The mean of each measure over images."""
     columns = zip(*((one.psnr, one.ssim, one.psnr_rgb, one.ssim_rgb) for one in measures))
-    return Fidelity(*(None if None in column else float(np.mean(column)) for column in columns))
+    psnr, ssim, psnr_rgb, ssim_rgb = (None if None in column else float(np.mean(column)) for column in columns)
+    assert psnr is not None and ssim is not None
+    return Fidelity(psnr, ssim, psnr_rgb, ssim_rgb)
 
 
 class _Original:

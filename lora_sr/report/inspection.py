@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -20,6 +21,7 @@ from lora_sr.adapters import (
 )
 from lora_sr.adapters.allocation import full_rank, largest_useful_rank
 from lora_sr.adapters.layers import DELTA_PREFIX
+from lora_sr.report.text import align
 
 OTHER = 'other'
 
@@ -70,7 +72,7 @@ class Inspection:
 
 
 def inspect_network(network: nn.Module) -> Inspection:
-    """The layers of a network that carry LoRA or can, and the parameters that carry a shift.
+    """The layers of a network that carry LoRA or can, and the parameters that carry a delta.
 
     Where nothing is adapted, what trains are the parameters that require a gradient, otherwise the updates alone.
     """
@@ -122,9 +124,11 @@ def fold_rows(rows: list[Row]) -> list[Row]:
         equal[re.sub(r'\d+', '{}', row.name), replace(row, name='')].append(row)
     folded = []
     for (pattern, row), members in equal.items():
-        boxes = [tuple((int(number),) for number in re.findall(r'\d+', member.name)) for member in members]
+        boxes: list[tuple[tuple[int, ...], ...]] = [
+            tuple((int(number),) for number in re.findall(r'\d+', member.name)) for member in members
+        ]
         for axis in reversed(range(pattern.count('{}'))):
-            merged = defaultdict(list)
+            merged: defaultdict[tuple[Any, Any], list[int]] = defaultdict(list)
             for box in boxes:
                 merged[box[:axis], box[axis + 1 :]] += box[axis]
             boxes = [(*left, tuple(numbers), *right) for (left, right), numbers in merged.items()]
@@ -157,23 +161,23 @@ def format_inspection(inspection: Inspection, fold: bool = True) -> str:
     table = [('layer', '', 'kind', 'weight', 'rank', 'parameters', 'trainable', 'of layer', 'of network')]
     notes = defaultdict(list)
     for row in rows:
-        is_too_large = row.rank is not None and row.rank > row.useful_rank
+        note = _note(row)
         table.append(
             (
                 row.name,
                 f'x{row.layers}' if row.layers > 1 else '',
                 row.kind,
                 'x'.join(map(str, row.shape)),
-                '-' if row.rank is None else f'{row.rank}{"*" if is_too_large else ""}',
+                '-' if row.rank is None else f'{row.rank}{"*" if note else ""}',
                 f'{row.parameters:,}',
                 f'{row.trainable:,}',
                 f'{row.trainable / row.parameters:.1%}' if row.parameters else '-',
                 f'{row.trainable / base:.2%}',
             )
         )
-        if is_too_large:
-            notes[_note(row)].append(row.name)
-    sums = [('group', 'layers', 'parameters', 'trainable', 'of network')]
+        if note:
+            notes[note].append(row.name)
+    sums: list[tuple[str, ...]] = [('group', 'layers', 'parameters', 'trainable', 'of network')]
     kinds = list(dict.fromkeys(row.kind for row in inspection.rows))
     for kind in kinds:
         members = [row for row in inspection.rows if row.kind == kind]
@@ -183,13 +187,16 @@ def format_inspection(inspection: Inspection, fold: bool = True) -> str:
         trained = inspection.trainable - sum(row.trainable for row in inspection.rows)
         sums.append((OTHER, '', f'{rest:,}', f'{trained:,}', f'{trained / base:.2%}'))
     share = f'{inspection.trainable:,} of {base:,} parameters train ({inspection.trainable / base:.1%})'
-    marked = '\n'.join(f'* {note}: {", ".join(names)}' for note, names in notes.items())
+    marked = '\n'.join(f'* {text}: {", ".join(names)}' for text, names in notes.items())
     untouched = ', '.join(f'{one.name} ({one.kind}, {one.parameters:,})' for one in inspection.left_alone)
     alone = f'left alone, as neither LoRA nor a delta can be there: {untouched}' if untouched else ''
-    return '\n\n'.join(filter(None, (_align(table, left=(0, 2, 3)), marked, _align(sums, left=(0,)), alone, share)))
+    return '\n\n'.join(filter(None, (align(table, left=(0, 2, 3)), marked, align(sums), alone, share)))
 
 
 def _note(row: Row) -> str:
+    """What to say of a rank that is too large; empty for others."""
+    if row.rank is None or row.useful_rank is None or row.full_rank is None or row.rank <= row.useful_rank:
+        return ''
     if row.rank > row.full_rank:
         return f'rank {row.full_rank} reaches every update of the weight, and a higher one no more'
     return f'the update has more parameters than the weight; up to rank {row.useful_rank} it has not'
@@ -198,15 +205,6 @@ def _note(row: Row) -> str:
 def _sum_of(kind: str, rows: list[Row], base: int) -> tuple[str, ...]:
     parameters, trainable = (sum(getattr(row, key) for row in rows) for key in ('parameters', 'trainable'))
     return kind, f'{len(rows)}', f'{parameters:,}', f'{trainable:,}', f'{trainable / base:.2%}'
-
-
-def _align(table: list[tuple[str, ...]], left: tuple[int, ...]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = (
-        '  '.join(f'{cell:{"<" if index in left else ">"}{widths[index]}}' for index, cell in enumerate(line))
-        for line in table
-    )
-    return '\n'.join(line.rstrip() for line in lines)
 
 
 def _spell(numbers: tuple[int, ...]) -> str:

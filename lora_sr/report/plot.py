@@ -46,25 +46,25 @@ def plot_comparison(comparison: Comparison) -> Figure:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogFormatter
 
-    rows = [row for row in comparison.rows if row.cost is not None and row.quality]
-    most = max(row.cost.parameters for row in rows)
-    colours = [f'C{index % 10}' for index in range(len(rows))]
-    names = [f'{row.name}, {row.cost.parameters / 1e3:,.0f} K' for row in rows]
+    rows = [(row, row.cost) for row in comparison.rows if row.cost is not None and row.quality]
+    most = max(cost.parameters for _, cost in rows)
+    colors = [f'C{index % 10}' for index in range(len(rows))]
+    names = [f'{row.name}, {cost.parameters / 1e3:,.0f} K' for row, cost in rows]
     sets = comparison.sets
     figure = Figure(figsize=(5 * len(sets), 4), layout='constrained')
     panels = figure.subplots(1, len(sets), squeeze=False)[0]
     for axes, name in zip(panels, sets):
-        for row, colour in zip(rows, colours):
+        for (row, cost), color in zip(rows, colors):
             if math.isfinite(row.quality[name].psnr):
-                area = max(SMALLEST, LARGEST * row.cost.parameters / most)
-                axes.scatter(row.cost.multi_adds / 1e9, row.quality[name].psnr, s=area, color=colour, alpha=0.6)
+                area = max(SMALLEST, LARGEST * cost.parameters / most)
+                axes.scatter(cost.multi_adds / 1e9, row.quality[name].psnr, s=area, color=color, alpha=0.6)
         axes.set(title=f'{name}, x{comparison.scale}', xscale='log', ylabel='PSNR (Y), dB')
         axes.set_xlabel('multi-adds for 1280x720, G')
         axes.xaxis.set_major_formatter(LogFormatter())
         axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
         axes.margins(0.25)
         axes.grid(alpha=0.3, which='both')
-    marks = [Line2D([], [], color=colour, alpha=0.6, marker='o', linestyle='') for colour in colours]
+    marks = [Line2D([], [], color=color, alpha=0.6, marker='o', linestyle='') for color in colors]
     panels[0].legend(marks, names, fontsize=8)
     return figure
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora_sr.files import write_whole
 from lora_sr.report.fidelity import Fidelity
+from lora_sr.report.text import align
 
 TABLE_SUFFIXES = ('.md', '.csv', '.json')
 
@@ -28,7 +29,7 @@ class Cost:
         activations: Values that convolutions give, for an input of 256x256.
         convolutions: Convolutions that are run.
         runtime: Median seconds of a forward pass, as the network's code runs it.
-        optimised: The same of the network that :func:`lora_sr.runtime.deployed.optimize` makes of it.
+        optimized: The same of the network that :func:`lora_sr.runtime.deployed.optimize` makes of it.
         memory: Bytes at the peak of a forward pass.
         score: Of the NTIRE challenge, see :func:`lora_sr.report.cost.ntire_score`.
     """
@@ -39,7 +40,7 @@ class Cost:
     activations: int
     convolutions: int
     runtime: float | None = None
-    optimised: float | None = None
+    optimized: float | None = None
     memory: int | None = None
     score: float | None = None
 
@@ -95,7 +96,7 @@ COLUMNS = {  # by the attribute of Cost
     'activations': _Column('activations', '{:.2f} M', 1e6, 'activations_256x256'),
     'convolutions': _Column('convs', '{}', 1, 'convolutions'),
     'runtime': _Column('runtime', '{:.2f} ms', 1e-3, 'runtime_ms', 1e3),
-    'optimised': _Column('optimised', '{:.2f} ms', 1e-3, 'optimised_ms', 1e3),
+    'optimized': _Column('optimized', '{:.2f} ms', 1e-3, 'optimized_ms', 1e3),
     'memory': _Column('peak memory', '{:.1f} MB', 1e6, 'peak_memory_bytes'),
     'score': _Column('NTIRE score', '{:.5g}', 1, 'ntire_score'),
 }
@@ -103,13 +104,7 @@ COLUMNS = {  # by the attribute of Cost
 
 def format_table(comparison: Comparison) -> str:
     """The table as text of fixed width, and under it what its numbers mean."""
-    table = _cells(comparison)
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = [
-        '  '.join(f'{cell:{">" if index else "<"}{width}}' for index, (cell, width) in enumerate(zip(line, widths)))
-        for line in table
-    ]
-    return '\n'.join([*(line.rstrip() for line in lines), *_notes(comparison)])
+    return '\n'.join([align(_cells(comparison)), *_notes(comparison)])
 
 
 def format_markdown(comparison: Comparison) -> str:

@@ -6,8 +6,9 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from itertools import chain
-from typing import Callable
+from typing import Any, Callable, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,14 @@ from lora_sr.archs.info import network_info
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.reparam import deploy_form
 from lora_sr.errors import InputError
-from lora_sr.runtime.half_range import fit_half_range
+from lora_sr.runtime.float16 import fit_float16
 from lora_sr.runtime.native.networks import compile_network
 from lora_sr.runtime.native.program import round_keeping_sums
-from lora_sr.runtime.synthetic import soft_image
+from lora_sr.runtime.synthetic import synthetic_image
 
 LOG = logging.getLogger(__name__)
 
+Run = Callable[[Tensor], Tensor]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_GRAPHS = 8  # sizes of which a GPU keeps the recorded pass
 SEEN_ONCE, CANNOT_BE_RECORDED = 'seen once', 'cannot be recorded'
@@ -63,7 +65,9 @@ def optimize(network: nn.Module, dtype: torch.dtype = torch.float32) -> Deployed
         raise InputError('float16 is for GPUs: on a CPU the half precision is bfloat16.')
     network = deploy_form(network).float()
     if dtype == torch.float16 and any(isinstance(module, LKDN) for module in network.modules()):
-        fit_half_range(network, [soft_image(1, network_info(network).in_channels, 64, 64).to(device)])
+        info = network_info(network)
+        assert info is not None  # any LKDN has one
+        fit_float16(network, [synthetic_image(1, info.in_channels, 64, 64).to(device)])
     return DeployedNetwork(network, dtype)
 
 
@@ -92,11 +96,11 @@ class DeployedNetwork(nn.Module):
         if self._program is None:
             if self.dtype == torch.bfloat16:
                 _round_kernels(self.network)
-            self.network.to(dtype=self.dtype, memory_format=torch.channels_last)
+            self.network.to(self.dtype).to(memory_format=torch.channels_last)
         if device.type == 'cuda':
             self._graphs = _GraphPerSize(self.network, self.dtype)
 
-    def _apply(self, *args, **kwargs) -> DeployedNetwork:
+    def _apply(self, *args: Any, **kwargs: Any) -> DeployedNetwork:
         super()._apply(*args, **kwargs)
         self._prepare()  # on the new device, in the dtype that it has been made for
         return self
@@ -105,10 +109,10 @@ class DeployedNetwork(nn.Module):
         """Stays in eval mode."""
         return super().train(False)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_program': None, '_graphs': None}  # they hold addresses; a copy makes its own
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._prepare()
 
@@ -127,7 +131,7 @@ class DeployedNetwork(nn.Module):
         return _run(self.network, image, self.dtype) if self._graphs is None else self._graphs(image)
 
 
-def _run(network: nn.Module, image: Tensor, dtype: torch.dtype) -> Tensor:
+def _run(network: Run, image: Tensor, dtype: torch.dtype) -> Tensor:
     return network(image.to(dtype=dtype, memory_format=torch.channels_last)).float()
 
 
@@ -139,7 +143,7 @@ def _round_kernels(network: nn.Module) -> None:
             module.weight.copy_(round_keeping_sums(module.weight.flatten(2)).view_as(module.weight))
 
 
-def _prepare_again(module: DeployedNetwork, keys) -> None:
+def _prepare_again(module: DeployedNetwork, keys: Any) -> None:
     """The kernels have copies of the weights; a GPU reads those that were loaded."""
     if module._program is not None:
         module._prepare()
@@ -147,6 +151,14 @@ def _prepare_again(module: DeployedNetwork, keys) -> None:
 
 def _device(network: nn.Module) -> torch.device:
     return next(chain(network.parameters(), network.buffers()), torch.empty(0)).device
+
+
+class _Recording(NamedTuple):
+    """A pass as a CUDA graph, from the tensor that it reads to the one that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    source: Tensor
+    result: Tensor
 
 
 class _GraphPerSize:
@@ -158,9 +170,10 @@ class _GraphPerSize:
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype):
-        self.plain, self.network = network, _compile(network)
+        self.plain = network
+        self.network = _compile(network)
         self.dtype = dtype
-        self.graphs: OrderedDict[torch.Size, tuple | str] = OrderedDict()
+        self.graphs: OrderedDict[torch.Size, _Recording | str] = OrderedDict()
         self.lock = threading.Lock()  # a graph has one source and one result
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -174,12 +187,12 @@ class _GraphPerSize:
             self.graphs.move_to_end(size)
             if self.graphs[size] == SEEN_ONCE:
                 self.graphs[size] = self._record(image)
-            if self.graphs[size] == CANNOT_BE_RECORDED:
+            recording = self.graphs[size]
+            if isinstance(recording, str):  # it cannot be recorded
                 return self._run(image)
-            graph, source, result = self.graphs[size]
-            source.copy_(image)  # in the dtype and the format of the source, at once
-            graph.replay()
-            return result.to(torch.float32, copy=True)
+            recording.source.copy_(image)  # in the dtype and the format of the source, at once
+            recording.graph.replay()
+            return recording.result.to(torch.float32, copy=True)
 
     def _run(self, image: Tensor) -> Tensor:
         try:
@@ -191,7 +204,7 @@ class _GraphPerSize:
             self.network = self.plain
             return _run(self.network, image, self.dtype)
 
-    def _record(self, image: Tensor) -> tuple | str:
+    def _record(self, image: Tensor) -> _Recording | str:
         source = image.to(dtype=self.dtype, memory_format=torch.channels_last, copy=True)
         side, current = torch.cuda.Stream(), torch.cuda.current_stream()
         try:
@@ -207,11 +220,11 @@ class _GraphPerSize:
             # Too little memory, a copy from the CPU on the way, as in SwinIR, or torch 2.0, which knows no such mode.
             LOG.info(f'a pass of size {tuple(image.shape)} cannot be recorded: {error}')
             return CANNOT_BE_RECORDED
-        return graph, source, result
+        return _Recording(graph, source, result)
 
 
 @contextlib.contextmanager
-def _fastest_algorithms():
+def _fastest_algorithms() -> Iterator[None]:
     """cuDNN tries which of its algorithms is the fastest for a size, which is used again in all of its passes."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
@@ -221,7 +234,7 @@ def _fastest_algorithms():
         torch.backends.cudnn.benchmark = before
 
 
-def _compile(network: nn.Module) -> Callable[[Tensor], Tensor]:
+def _compile(network: nn.Module) -> Run:
     """A network compiled at its first pass, for all heights and widths."""
     compiled = torch.compile(network, dynamic=True)
     try:
@@ -233,7 +246,7 @@ def _compile(network: nn.Module) -> Callable[[Tensor], Tensor]:
 
     def run(image: Tensor) -> Tensor:
         # Else a square image at first is compiled for squares, and all other sizes, for seconds again, when they come.
-        with config.patch(use_duck_shape=False):
+        with config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             return compiled(image)
 
     return run

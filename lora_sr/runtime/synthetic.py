@@ -9,7 +9,7 @@ from torch.nn import functional as F
 OCTAVES = 5
 
 
-def soft_image(batch: int, channels: int, height: int, width: int) -> Tensor:
+def synthetic_image(batch: int, channels: int, height: int, width: int) -> Tensor:
     """An image of soft structures of all sizes, as of a photograph, always the same for a size.
 
     White noise would not do: SPAN answers it with values up to 100, in which float32 itself is off by 1e-3.

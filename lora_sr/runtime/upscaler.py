@@ -1,4 +1,4 @@
-"""A network ready for images as arrays: of any size, grey, colour and alpha, 8 and 16 bits."""
+"""A network ready for images as arrays: of any size, gray, color and alpha, 8 and 16 bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_sr.errors import InputError
 from lora_sr.runtime.deployed import optimize
 from lora_sr.runtime.tiling import bytes_per_pixel, cut_axis, largest_tile, smallest_tile
 
-LUMA = (0.299, 0.587, 0.114)  # of R, G and B in grey (BT.601)
+LUMA = (0.299, 0.587, 0.114)  # of R, G and B in gray (BT.601)
 BLIND_OVERLAP = 32  # LR pixels, for networks that look at the whole image
 
 
@@ -27,7 +27,7 @@ class Upscaler:
     It runs on the GPU where there is one.
 
     Args:
-        network: Any network for RGB or for grey images, (N, C, H, W) -> (N, C, scale * H, scale * W), e.g. from
+        network: Any network for RGB or for gray images, (N, C, H, W) -> (N, C, scale * H, scale * W), e.g. from
             :func:`lora_sr.load_network`; LoRA in it is merged, and branches are folded. It takes and gives values in
             [0, 1]; those of a network for 0 to 255 are converted. It is not changed.
         tile: Side of the tiles in LR pixels, overlap included. By default the image is run whole if that needs no more
@@ -84,12 +84,12 @@ class Upscaler:
     def __call__(self, image: np.ndarray, on_tile: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Upscale an image.
 
-        Grey goes into a network for RGB as three equal channels, and what comes out becomes grey by BT.601's weights.
-        Each channel of RGB goes through a network for grey by itself. Alpha is enlarged by bicubic interpolation: what
+        Gray goes into a network for RGB as three equal channels, and what comes out becomes gray by BT.601's weights.
+        Each channel of RGB goes through a network for gray by itself. Alpha is enlarged by bicubic interpolation: what
         is opaque stays so to the last level, which no network promises.
 
         Args:
-            image: uint8 or uint16, of shape (H, W) or (H, W, C): grey, grey and alpha, RGB, or RGB and alpha.
+            image: uint8 or uint16, of shape (H, W) or (H, W, C): gray, gray and alpha, RGB, or RGB and alpha.
             on_tile: Called after each tile with its number, from 1, and the number of tiles.
 
         Returns:
@@ -107,12 +107,12 @@ class Upscaler:
         height, width, channels = planes.shape
         if channels > 4:
             raise InputError(f'The image has {channels} channels, where 1 to 4 are right.')
-        colours = 3 if channels > 2 else 1
+        colors = 3 if channels > 2 else 1
         output = np.empty((self.scale * height, self.scale * width, channels), image.dtype)
         rows, columns = (cut_axis(length, *self._tiling(height, width)) for length in (height, width))
         tiles = [(row, column) for row in rows for column in columns]
         for number, (row, column) in enumerate(tiles, 1):
-            piece = self._tensor(planes[row.start : row.stop, column.start : column.stop, :colours])
+            piece = self._tensor(planes[row.start : row.stop, column.start : column.stop, :colors])
             result = self._run(piece)
             kept = result[
                 :,
@@ -122,14 +122,14 @@ class Upscaler:
             output[
                 self.scale * row.first : self.scale * row.last,
                 self.scale * column.first : self.scale * column.last,
-                :colours,
+                :colors,
             ] = _rounded(kept, image.dtype)
             if on_tile is not None:
                 on_tile(number, len(tiles))
-        if channels > colours:
-            alpha = self._tensor(planes[:, :, colours:])[None]
+        if channels > colors:
+            alpha = self._tensor(planes[:, :, colors:])[None]
             alpha = F.interpolate(alpha, scale_factor=self.scale, mode='bicubic', align_corners=False)
-            output[:, :, colours:] = _rounded(alpha[0], image.dtype)
+            output[:, :, colors:] = _rounded(alpha[0], image.dtype)
         return output.reshape(output.shape[: image.ndim])
 
     def _tensor(self, planes: np.ndarray) -> Tensor:
@@ -141,13 +141,13 @@ class Upscaler:
             tensor = tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.permute(2, 0, 1).float() / peak
 
-    def _run(self, colours: Tensor) -> Tensor:
+    def _run(self, colors: Tensor) -> Tensor:
         """(1 or 3, H, W) in [0, 1] -> (the same, scale * H, scale * W)."""
         if self.channels == 1:
-            result = self.runtime(colours[:, None].contiguous())[:, 0]
+            result = self.runtime(colors[:, None].contiguous())[:, 0]
         else:
-            result = self.runtime(colours.expand(3, -1, -1)[None].contiguous())[0]
-            if len(colours) == 1:
+            result = self.runtime(colors.expand(3, -1, -1)[None].contiguous())[0]
+            if len(colors) == 1:
                 result = torch.tensordot(torch.tensor(LUMA, device=result.device), result, 1)[None]
         if not torch.isfinite(result.sum()):
             raise InputError(self._not_finite(self.dtype))

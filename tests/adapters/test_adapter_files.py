@@ -38,7 +38,7 @@ from lora_sr.files import check_output, write_whole
 
 
 class Tiny(nn.Module):
-    """Plain, depth-wise, grouped and (1, 3) convolutions, a linear layer, a normalisation, a table of positions."""
+    """Plain, depth-wise, grouped and (1, 3) convolutions, a linear layer, a normalization, a table of positions."""
 
     def __init__(self, width=8):
         super().__init__()

@@ -107,7 +107,7 @@ def test_adding_lora_leaves_the_output_bit_equal_and_trains_lora_only(network):
     assert network.head.base_parameter('weight').grad is None
 
 
-def test_initialisation_is_kaiming_uniform_and_zero():
+def test_initialization_is_kaiming_uniform_and_zero():
     torch.manual_seed(0)
     layer = LoRAConv2d(nn.Conv2d(64, 64, 3), rank=16, alpha=1)
     bound = 1 / (64 * 3) ** 0.5  # kaiming_uniform_ with a = sqrt(5) over a fan-in of in * k
@@ -117,7 +117,7 @@ def test_initialisation_is_kaiming_uniform_and_zero():
 
 @torch.no_grad()
 def test_deltas_beside_lora_train_merge_and_load():
-    """A bias, a normalisation layer and a table of positions, against the same numbers put into the base by hand."""
+    """A bias, a normalization layer and a table of positions, against the same numbers put into the base by hand."""
 
     class WithTable(Small):
         def __init__(self):
@@ -166,7 +166,7 @@ def test_deltas_beside_lora_train_merge_and_load():
 
 
 def test_whoever_reads_the_weight_of_a_layer_reads_the_updated_one(network):
-    """As the branches of re-parameterised networks do: a functional convolution with the layer's weight."""
+    """As the branches of reparameterized networks do: a functional convolution with the layer's weight."""
     x = torch.randn(1, 3, 8, 8)
     trained(add_lora(network, ALL))
     head = network.head
@@ -319,7 +319,7 @@ def test_layers_with_deltas_go_through_pickle(network):
 
 
 class Scaled(nn.Module):
-    """A normalisation whose parameters have names of their own."""
+    """A normalization whose parameters have names of their own."""
 
     def __init__(self):
         super().__init__()
@@ -351,9 +351,9 @@ def test_a_norm_of_any_names_goes_through_its_adapter(tmp_path):
     assert torch.equal(other(x), network(x))
 
 
-@pytest.mark.parametrize('normalise', [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
-def test_statistics_stay_frozen_until_the_updates_are_gone(normalise):
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), normalise(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)).train()
+@pytest.mark.parametrize('normalize', [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_statistics_stay_frozen_until_the_updates_are_gone(normalize):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), normalize(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)).train()
     mark_trainable(add_lora(network, LoRAConfig(['0'], rank=1)))
     before = {name: value.clone() for name, value in network.named_buffers()}
     network(torch.rand(2, 3, 5, 5))

@@ -304,7 +304,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path):
     ],
 )
 def test_a_network_for_other_images_than_rgb_is_refused(tmp_path, arguments, inputs, outputs):
-    torch.save(small(**arguments).state_dict(), tmp_path / 'grey.pth')
-    message = f'grey.pth cannot be used: it is no LKDN for RGB images, .* takes {inputs}, .* convolves to {outputs}, '
+    torch.save(small(**arguments).state_dict(), tmp_path / 'gray.pth')
+    message = f'gray.pth cannot be used: it is no LKDN for RGB images, .* takes {inputs}, .* convolves to {outputs}, '
     with pytest.raises(InputError, match=message):
-        load_network(tmp_path / 'grey.pth')
+        load_network(tmp_path / 'gray.pth')

@@ -425,7 +425,7 @@ def test_call_when_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('dataset', ['PairedImageDataset', 'LRImageDataset'])
 def test_spawned_workers(dataset: str, run_folder: Path, pairs: Path) -> None:
-    """A spawned worker begins without BasicSR, and imports it to unpickle the data set."""
+    """A spawned worker begins without BasicSR, and imports it to unpickle the dataset."""
     options = read_options(run_folder)
     section = options['datasets']['train']
     section.update(num_worker_per_gpu=2, type=dataset, dataset_enlarge_ratio=1)

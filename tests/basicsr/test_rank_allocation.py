@@ -311,7 +311,7 @@ def test_overwriting_when_asked(options):
     assert (options.parent / 'chart.png').read_bytes().startswith(b'\x89PNG')
 
 
-def test_the_chart_shows_the_ranks_in_the_colours_of_the_groups():
+def test_the_chart_shows_the_ranks_in_the_colors_of_the_groups():
     pytest.importorskip('matplotlib')
     network = build_network(dict(BASE))
     groups = layer_groups(network)
@@ -320,10 +320,10 @@ def test_the_chart_shows_the_ranks_in_the_colours_of_the_groups():
     (axes,) = plot_ranks(allocation).axes
     bars = {round(bar.get_x() + bar.get_width() / 2): bar for bar in axes.patches}
     assert [bars[index].get_height() for index in range(len(ranks))] == list(ranks.values())
-    colours = {}
+    colors = {}
     for index, group in enumerate(groups.values()):
-        colours.setdefault(group, set()).add(bars[index].get_facecolor())
-    assert all(len(of_group) == 1 for of_group in colours.values()) and colours['conv'] != colours['upsampler']
+        colors.setdefault(group, set()).add(bars[index].get_facecolor())
+    assert all(len(of_group) == 1 for of_group in colors.values()) and colors['conv'] != colors['upsampler']
     longest = max(format_ranks(allocation).splitlines(), key=lambda line: line.count('#'))
     assert longest.count('#') == 40 and ' 3  #' in longest
 

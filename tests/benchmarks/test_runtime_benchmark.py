@@ -8,7 +8,7 @@ from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.span import SPAN
 from lora_sr.benchmarks.runtime import PUBLISHED, RefoldingConv3XC, make_forms, measure, refolding
 from lora_sr.cli.main import main
-from lora_sr.runtime.synthetic import soft_image
+from lora_sr.runtime.synthetic import synthetic_image
 
 
 def networks():
@@ -18,7 +18,7 @@ def networks():
 
 @pytest.mark.parametrize('network', networks(), ids=['SPAN', 'LKDN'])
 def test_forms_give_the_same_image(network):
-    image = soft_image(1, 3, 20, 28)
+    image = synthetic_image(1, 3, 20, 28)
     forms, preparing = make_forms(network, image)
     measured = measure(network, forms, image, repeats=1)
     for name, row in measured.items():
@@ -33,7 +33,7 @@ def test_forms_give_the_same_image(network):
 def test_refolding_computes_what_the_branches_do():
     torch.manual_seed(0)
     network = SPAN(feature_channels=5, upscale=2).eval().double()
-    image = soft_image(1, 3, 9, 11).double()
+    image = synthetic_image(1, 3, 9, 11).double()
     again = refolding(network).double()
     again.load_state_dict({key: network.state_dict()[key.replace('.branches', '')] for key in again.state_dict()})
     assert sum(isinstance(module, RefoldingConv3XC) for module in again.modules()) == 20

@@ -36,9 +36,9 @@ def matrix(length, scale):
     """MATLAB's antialiased bicubic as a matrix."""
     rows = np.zeros((length // scale, length))
     for i in range(length // scale):
-        centre = scale * (i + 0.5) - 0.5
-        for j in range(math.floor(centre - 2 * scale), math.ceil(centre + 2 * scale) + 1):
-            x = abs(j - centre) / scale
+        center = scale * (i + 0.5) - 0.5
+        for j in range(math.floor(center - 2 * scale), math.ceil(center + 2 * scale) + 1):
+            x = abs(j - center) / scale
             weight = 1.5 * x**3 - 2.5 * x**2 + 1 if x <= 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0
             if 0 <= j < length:
                 rows[i, j] = weight / scale
@@ -109,7 +109,7 @@ def test_pixels_lie_where_those_of_bicubic_lie(no_jpeg):
         image = image[: 96 // scale * scale, : 96 // scale * scale]
         sharp = camera_degradation(image, scale, 1, CameraRanges(**SHARP, **QUIET, **FINE))
         assert np.abs(sharp.astype(int) - bicubic_downscale(image, scale)).max() <= 1
-    # A blurred spot stays in its place: the centre of LR pixel i is at HR pixel 4 i + 1.5.
+    # A blurred spot stays in its place: the center of LR pixel i is at HR pixel 4 i + 1.5.
     y, x = np.mgrid[:128, :128]
     spot = np.rint(250 * np.exp(-((y - 50.25) ** 2 + (x - 71.5) ** 2) / 200)).astype(np.uint8)
     small = camera_degradation(cv2.merge([spot] * 3), 4, 1, CameraRanges(**QUIET, **FINE))[..., 0].astype(float)

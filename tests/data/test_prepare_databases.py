@@ -133,16 +133,16 @@ def test_given_lr_folders_pair_with_the_hr_folders_in_order(tmp_path, make_image
     np.testing.assert_array_equal(decode(values[b'image_2_a_s001']), cv2.imread(str(lr[1] / 'X4' / 'image 2.ax4.png')))
 
 
-def test_grey_and_opaque_images_become_three_channels(tmp_path):
+def test_gray_and_opaque_images_become_three_channels(tmp_path):
     folder = tmp_path / 'photos'
     folder.mkdir()
     image = np.random.default_rng(0).integers(0, 256, (48, 48, 4), np.uint8)
     image[:, :, 3] = 255
     cv2.imwrite(str(folder / 'alpha.png'), image)
-    cv2.imwrite(str(folder / 'grey.png'), image[:, :, 0])
+    cv2.imwrite(str(folder / 'gray.png'), image[:, :, 0])
     values, _ = contents(prepare_databases([folder], tmp_path / 'out', [2], **SMALL).databases[1])
     np.testing.assert_array_equal(decode(values[b'alpha_s001']), image[:, :, :3])
-    np.testing.assert_array_equal(decode(values[b'grey_s001']), image[:, :, [0, 0, 0]])
+    np.testing.assert_array_equal(decode(values[b'gray_s001']), image[:, :, [0, 0, 0]])
 
 
 def test_any_number_of_workers_makes_the_same_files(tmp_path, make_images):

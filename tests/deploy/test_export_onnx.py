@@ -19,7 +19,7 @@ from lora_sr.checkpoints import load_network
 from lora_sr.cli.main import main
 from lora_sr.deploy.exports import deployed, export_onnx
 from lora_sr.errors import InputError
-from lora_sr.runtime.half_range import fit_half_range
+from lora_sr.runtime.float16 import fit_float16
 
 onnx = pytest.importorskip('onnx', reason='the export to ONNX needs the extra "onnx"')
 onnxruntime = pytest.importorskip('onnxruntime', reason='the export to ONNX needs the extra "onnx"')
@@ -126,7 +126,7 @@ def test_fitting_to_float16_changes_no_bit_in_float32(shared, name):
     weights = shared / f'weights/LKDN/{name}.pth'
     network, fitted = (fold(load_network(weights)) for _ in range(2))
     images = soft_images()
-    fit_half_range(fitted, images[:1])
+    fit_float16(fitted, images[:1])
     assert all(torch.equal(fitted(image), network(image)) for image in images)
     largest = {}
     for module in (part for block in fitted.modules() if isinstance(block, LKDB) for part in block.modules()):
@@ -151,7 +151,7 @@ def test_fitting_to_float16_keeps_what_epsilon_adds():
     expected = [network(image) for image in images]
     weights = network.state_dict()
     before = {key: value.clone() for key, value in weights.items()}
-    fit_half_range(network, images)
+    fit_float16(network, images)
     changed = {key.partition('.')[2] for key, value in weights.items() if not torch.equal(value, before[key])}
     layers = ('c5', 'atten.pointwise', 'atten.depthwise', 'atten.depthwise_dilated', 'c6')
     assert changed == {f'{layer}.{name}' for layer in layers for name in ('weight', 'bias')}
@@ -160,7 +160,7 @@ def test_fitting_to_float16_keeps_what_epsilon_adds():
 
 
 def test_lkdn_that_leaves_float16_is_refused(shared, tmp_path, monkeypatch):
-    monkeypatch.setattr(deployed, 'fit_half_range', lambda network, images: network)
+    monkeypatch.setattr(deployed, 'fit_float16', lambda network, images: network)
     with pytest.raises(InputError, match='LKDN_x4.pth is not exact enough in float16: .* 60 dB are right'):
         export_onnx(shared / 'weights/LKDN/LKDN_x4.pth', tmp_path / 'net.onnx', 'float16')
     assert not list(tmp_path.iterdir())

@@ -132,7 +132,7 @@ SWINIR = {'embed_dim': 8, 'depths': [2], 'num_heads': [2], 'mlp_ratio': 2}
         (lambda: RIDNet(3, 16, 3, num_block=1), 3, ['bias']),
         (lambda: ECBSR(3, 3, 1, 8, False, 'prelu', 2), 3, []),
     ],
-    ids=['SwinIR', 'SwinIR, grey', 'RRDBNet', 'EDSR', 'RCAN', 'MSRResNet', 'SRVGGNetCompact', 'RIDNet', 'ECBSR'],
+    ids=['SwinIR', 'SwinIR, gray', 'RRDBNet', 'EDSR', 'RCAN', 'MSRResNet', 'SRVGGNetCompact', 'RIDNet', 'ECBSR'],
 )
 def test_stock_networks_are_merged_to_themselves(tmp_path, capsys, build, channels, also_train, suffix):
     torch.manual_seed(0)

@@ -140,7 +140,7 @@ def test_trained_forms_are_merged_and_folded(tmp_path, make):
     assert note == (report.scale != 4) and report.scale == trained.upscale
 
 
-def test_into_a_clone_of_the_organisers_repository(checkpoint, tmp_path, monkeypatch):
+def test_into_a_clone_of_the_organizers_repository(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(submission, '_verify', lambda *_: 0.0)  # it is the files that matter here
     clone = tmp_path / 'clone'
     (clone / 'models').mkdir(parents=True)

@@ -113,14 +113,14 @@ def test_alpha_is_bicubic_and_opaque_stays_opaque(channels, dtype):
     assert np.abs(result[..., -1] - bicubic.clip(0, peak)).max() < 0.51
 
 
-def test_grey_of_a_network_for_rgb_is_luma():
+def test_gray_of_a_network_for_rgb_is_luma():
     class Tint(Enlarge):
         def forward(self, x):
             return super().forward(x) * torch.tensor([1.0, 0.5, 0.25]).view(3, 1, 1)
 
     image = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    colours = np.stack([image, image * 0.5, image * 0.25], 2).astype(np.float32) / 255
-    expected = cv2.cvtColor(colours, cv2.COLOR_RGB2GRAY) * 255
+    colors = np.stack([image, image * 0.5, image * 0.25], 2).astype(np.float32) / 255
+    expected = cv2.cvtColor(colors, cv2.COLOR_RGB2GRAY) * 255
     assert np.abs(upscale_image(Tint(1), image) - expected).max() < 0.51
 
 
@@ -312,8 +312,8 @@ def test_three_hundred_images_with_five_broken_ones(enlarging, tmp_path, capsys)
         result = read_plain(tmp_path / 'out' / name)
         assert result.dtype == image.dtype and result.shape[2:] == image.shape[2:], name
         levels = 6 if name.lower().endswith(('jpg', 'jpeg')) else 8 if name.endswith('webp') else 0
-        colours = slice(None) if image.ndim == 2 else slice(0, 3 if image.shape[2] > 2 else 1)
-        difference = np.abs(result[..., colours].astype(int) - repeated(image)[..., colours])
+        colors = slice(None) if image.ndim == 2 else slice(0, 3 if image.shape[2] > 2 else 1)
+        difference = np.abs(result[..., colors].astype(int) - repeated(image)[..., colors])
         assert difference.max() <= levels, name
 
 

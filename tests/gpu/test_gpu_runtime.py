@@ -18,7 +18,7 @@ from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.span import SPAN
 from lora_sr.runtime import deployed
 from lora_sr.runtime.deployed import CANNOT_BE_RECORDED, MOST_GRAPHS, _GraphPerSize
-from lora_sr.runtime.synthetic import soft_image
+from lora_sr.runtime.synthetic import synthetic_image
 from lora_sr.runtime.upscaler import Upscaler
 
 # dB beside float64 that each form keeps at least. An H100 gave some 80, 54 and 71 (docs/performance.md).
@@ -42,7 +42,7 @@ def assert_same(output, expected):
 @pytest.fixture(scope='module', params=['SPAN/spantiny_ch26_x4', 'LKDN/LKDN_x4'])
 def official(request, shared) -> tuple:
     """A network, an image, and what the network makes of it in float64."""
-    network, image = lora_sr.load_network(shared / 'weights' / f'{request.param}.pth'), soft_image(1, 3, 32, 24)
+    network, image = lora_sr.load_network(shared / 'weights' / f'{request.param}.pth'), synthetic_image(1, 3, 32, 24)
     with torch.no_grad():
         return network, image, copy.deepcopy(network).double()(image.double())
 
@@ -67,7 +67,7 @@ def test_a_size_that_comes_again_is_replayed(device, uncompiled):
     network = network.to(device)
     for number in range(4):
         for size in ((1, 3, 24, 20), (2, 3, 24, 20), (1, 3, 20, 24)):
-            image = soft_image(*size).to(device) * (1 + number) / 4
+            image = synthetic_image(*size).to(device) * (1 + number) / 4
             assert_same(graphs(image), network(image))
     assert len(graphs.graphs) == 3 and all(isinstance(kept, tuple) for kept in graphs.graphs.values())
 
@@ -75,7 +75,7 @@ def test_a_size_that_comes_again_is_replayed(device, uncompiled):
 @torch.inference_mode()
 def test_results_have_their_own_memory(device, uncompiled):
     graphs = recorded(enlarge(), device)
-    images = [soft_image(1, 3, 16, 16).to(device) * factor for factor in (1, 0.9, 0.8, 0.7)]
+    images = [synthetic_image(1, 3, 16, 16).to(device) * factor for factor in (1, 0.9, 0.8, 0.7)]
     outputs = [graphs(image) for image in images]
     copies = [output.clone() for output in outputs]
     graphs(images[0] * 0.1)
@@ -90,18 +90,18 @@ def test_the_last_sizes_are_kept(device, uncompiled):
     sizes = [torch.Size([1, 3, 16, 16 + more]) for more in range(MOST_GRAPHS + 1)]
     for size in sizes:
         for _ in range(2):
-            output = graphs(soft_image(*size).to(device))
+            output = graphs(synthetic_image(*size).to(device))
     assert list(graphs.graphs) == sizes[1:]
-    graphs(soft_image(*sizes[1]).to(device))  # is the last that is given up from now on
-    output = graphs(soft_image(*sizes[0]).to(device))
+    graphs(synthetic_image(*sizes[1]).to(device))  # is the last that is given up from now on
+    output = graphs(synthetic_image(*sizes[0]).to(device))
     assert list(graphs.graphs) == [*sizes[3:], sizes[1], sizes[0]]
-    assert_same(output, network.to(device)(soft_image(*sizes[0]).to(device)))
+    assert_same(output, network.to(device)(synthetic_image(*sizes[0]).to(device)))
 
 
 @torch.inference_mode()
 def test_weights_that_are_loaded_are_seen(device, uncompiled):
     network, other = enlarge(), enlarge(1)
-    image = soft_image(1, 3, 16, 16).to(device)
+    image = synthetic_image(1, 3, 16, 16).to(device)
     graphs = recorded(network, device)
     before = [graphs(image) for _ in range(3)][-1]
     network.load_state_dict(other.state_dict())
@@ -144,7 +144,7 @@ def test_what_cannot_be_recorded_runs(device, uncompiled, monkeypatch):
     network = SwinIR(img_size=8, embed_dim=12, depths=[2], num_heads=[2], window_size=4, mlp_ratio=2, upscale=2,
                      upsampler='pixelshuffledirect').eval()  # fmt: skip
     graphs = recorded(copy.deepcopy(network), device)
-    image = soft_image(1, 3, 16, 12).to(device)
+    image = synthetic_image(1, 3, 16, 12).to(device)
     expected = network.to(device)(image)
     for _ in range(4):
         assert_same(graphs(image), expected)
@@ -166,7 +166,7 @@ def test_a_square_image_is_not_compiled_for_squares_alone(device, monkeypatch, m
     network = make().to(device, memory_format=torch.channels_last)
     compiled = deployed._compile(network)
     for height, width in ((100, 100), (90, 100), (100, 90), (110, 110)):
-        compiled(soft_image(1, 3, height, width).to(device, memory_format=torch.channels_last))
+        compiled(synthetic_image(1, 3, height, width).to(device, memory_format=torch.channels_last))
     assert counter.frame_count == 1
 
 
@@ -177,7 +177,7 @@ def test_compiled_and_recorded():
     network = enlarge().cuda()
     optimized = lora_sr.optimize(network)
     for size in ((32, 32), (24, 32)):
-        image = soft_image(1, 3, *size).cuda()
+        image = synthetic_image(1, 3, *size).cuda()
         for _ in range(3):
             assert_same(optimized(image), network(image))
     assert optimized.engine == 'torch.compile' and optimized._graphs.network is not optimized._graphs.plain
@@ -186,7 +186,7 @@ def test_compiled_and_recorded():
 
 def test_tiles_equal_the_whole(device, uncompiled, shared):
     network = lora_sr.load_network(shared / 'weights' / 'SPAN/spantiny_ch26_x4.pth')
-    image = (soft_image(1, 3, 150, 130)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    image = (synthetic_image(1, 3, 150, 130)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     whole, tiled = Upscaler(network), Upscaler(network, tile=96)
     assert whole.device.type == device.type or torch.cuda.is_available()
     pieces = []

@@ -200,7 +200,7 @@ def palette(has_alpha=False):
             pixels,
         ),
     ],
-    ids='palette palette-alpha 1-bit grey-trns grey16-trns big-endian strips lzw white0 white0-16 planar'.split(),
+    ids='palette palette-alpha 1-bit gray-trns gray16-trns big-endian strips lzw white0 white0-16 planar'.split(),
 )
 def test_kinds_of_pixels(tmp_path, write, expected):
     with open(tmp_path / 'image', 'wb') as file:

@@ -191,8 +191,8 @@ def sum_of(path):
 def test_runtime_memory_and_score(monkeypatch, tmp_path, span):
     """What is measured gets into the table; how it is measured is tested with the functions that do it."""
     torch.save(SPAN(feature_channels=8, upscale=2, deploy=True).state_dict(), tmp_path / 'wide.pth')
-    seconds = {('small', 'eager'): 0.003, ('small', 'optimised'): 0.001, ('wide', 'eager'): 0.004}
-    seconds['wide', 'optimised'] = 0.002
+    seconds = {('small', 'eager'): 0.003, ('small', 'optimized'): 0.001, ('wide', 'eager'): 0.004}
+    seconds['wide', 'optimized'] = 0.002
     asked = []
     monkeypatch.setattr(module, 'measure_runtimes', lambda forms, *size: asked.append((list(forms), *size)) or seconds)
     monkeypatch.setattr(module, 'measure_peak_memory', lambda *_: 5_000_000)
@@ -200,12 +200,12 @@ def test_runtime_memory_and_score(monkeypatch, tmp_path, span):
     comparison = compare(networks, baseline='wide', size=(20, 30))
     assert asked[0][:3] == (list(seconds), 20, 30)
     small, wide = (row.cost for row in comparison.rows)
-    assert (small.runtime, small.optimised, small.memory, wide.runtime) == (0.003, 0.001, 5_000_000, 0.004)
+    assert (small.runtime, small.optimized, small.memory, wide.runtime) == (0.003, 0.001, 5_000_000, 0.004)
     expected = ntire_score((3, small.flops, small.parameters), (4, wide.flops, wide.parameters))
     assert small.score == pytest.approx(expected) and wide.score == pytest.approx(math.e**2)
     assert 'input 20x30' in comparison.conditions
     header, line, *notes = format_table(comparison).splitlines()
-    assert re.split(' {2,}', header.strip())[-4:] == ['runtime', 'optimised', 'peak memory', 'NTIRE score']
+    assert re.split(' {2,}', header.strip())[-4:] == ['runtime', 'optimized', 'peak memory', 'NTIRE score']
     assert re.split(' {2,}', line)[-4:-1] == ['3.00 ms', '1.00 ms', '5.0 MB']
     assert notes[-1] == 'NTIRE score: baseline wide, lower is better.'
     assert compare(networks).rows[0].cost.runtime is None
@@ -272,7 +272,7 @@ def files_for_mistakes(folder, span):
     torch.save(RIDNet(3, 16, 3, num_block=1).state_dict(), folder / 'ridnet.pth')
     write_images(folder / 'twice', [(40, 48)])
     (folder / 'twice' / '0.tif').write_bytes((folder / 'twice' / '0.png').read_bytes())
-    torch.save(SRVGGNetCompact(1, 1, 8, 1, 2, 'relu').state_dict(), folder / 'grey.pth')
+    torch.save(SRVGGNetCompact(1, 1, 8, 1, 2, 'relu').state_dict(), folder / 'gray.pth')
     write_options(folder / 'lost.yml', 'EDSR', folder / 'lost.pth')
     write_options(folder / 'misfit.yml', 'EDSR', span, param_key_g=None)
     (folder / 'text.yml').write_text('network_g: {type: EDRS}')
@@ -289,7 +289,7 @@ def files_for_mistakes(folder, span):
         (['--set=A={small}'], '0.png is too small: within a border of 2 pixels, SSIM needs 11 each way.'),
         (['--set=A={no}'], 'no is not a folder'),
         (['--set=A={gt}', '--set=A={lr}'], 'The name "A" is given 2 times'),
-        (['b={grey.pth}'], '"b" does not take RGB images of any size'),
+        (['b={gray.pth}'], '"b" does not take RGB images of any size'),
         (['b={ridnet.pth}'], '"b" is a RIDNet, for values from 0 to 255'),
         (['--set=A={twice}'], '0.png and 0.tif of the set "A" have one name'),
         (['-o', '{a.md}', '-o', '{gt/../a.md}'], 'a.md is given twice: give each output its own file.'),

@@ -16,7 +16,7 @@ from lora_sr.report.cost import measure_peak_memory, measure_runtimes, ntire_sco
 CPU = torch.device('cpu')
 
 
-def test_the_baseline_has_the_score_that_the_organisers_give_as_an_example():
+def test_the_baseline_has_the_score_that_the_organizers_give_as_an_example():
     efdn = (16.69, 16.70, 0.276)  # ms, G, M: the example of the challenge of 2025
     assert round(ntire_score(efdn, efdn), 4) == 7.3891
 

@@ -92,9 +92,9 @@ def test_every_line_is_that_of_its_layer():
     for name, row in rows.items():
         own, _, last = name.rpartition('.')
         if f'{own}.lora_shift_{last}' in parameters:
-            shift = parameters[f'{own}.lora_shift_{last}']
-            assert row.shape == tuple(shift.shape) and row.rank is None
-            assert row.parameters == row.trainable == shift.numel()
+            delta = parameters[f'{own}.lora_shift_{last}']
+            assert row.shape == tuple(delta.shape) and row.rank is None
+            assert row.parameters == row.trainable == delta.numel()
             expected = {'relative_position_bias_table': 'position'}.get(last, 'norm' if 'norm' in own else 'bias')
             assert row.kind == expected
             counted += row.trainable
@@ -108,7 +108,7 @@ def test_every_line_is_that_of_its_layer():
         counted += row.trainable
     plain = build_network(dict(TINY_SWINIR))
     assert inspection.base == sum(value.numel() for value in plain.parameters())
-    assert sum(row.parameters for row in inspection.rows) == inspection.base  # with shifts there are no others
+    assert sum(row.parameters for row in inspection.rows) == inspection.base  # with deltas there are no others
     assert inspection.trainable == counted == sum(value.numel() for value in parameters.values() if value.requires_grad)
     assert rows['layers.1.residual_group.blocks.0.mlp.fc1'].rank is None
 

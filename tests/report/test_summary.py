@@ -157,7 +157,7 @@ def test_networks(tmp_path, make, expected):
         (lambda: SRVGGNetCompact(3, 3, 8, 1, 2, 'relu'), ['upscale', 'compare', 'export onnx']),
         (lambda: RRDBNet(3, 3, 2, 8, 1, num_grow_ch=32), ['upscale', 'compare', 'export onnx', 'export chainner']),
     ],
-    ids=['one_size', 'grey', 'relu', 'growth'],
+    ids=['one_size', 'gray', 'relu', 'growth'],
 )
 def test_commands_are_those_that_take_the_network(tmp_path, make, expected):
     commands = list(map(words, summarize_checkpoint(save(make(), tmp_path / 'net.pth')).commands))

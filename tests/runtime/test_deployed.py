@@ -21,7 +21,7 @@ from lora_sr.benchmarks.lkdn import with_official_structure
 from lora_sr.errors import InputError
 from lora_sr.runtime.native import library as library_module
 from lora_sr.runtime.native import networks as networks_module
-from lora_sr.runtime.synthetic import soft_image
+from lora_sr.runtime.synthetic import synthetic_image
 
 OFFICIAL = ['DSCLoRA/DSCF_ch26_x4', 'SPAN/span_ch28_x4', 'SPAN/spantiny_ch26_x4', 'LKDN/LKDN_x4', 'LKDN/LKDN-S_x4']
 
@@ -38,7 +38,7 @@ def needs_bfloat16(needs_kernels):
         pytest.skip('this machine has no AVX512-BF16')
 
 
-def randomised(network, seed=0):
+def randomized(network, seed=0):
     """A network with weights as after a training: not zero where layers begin with zeros, no symmetry."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -49,20 +49,20 @@ def randomised(network, seed=0):
 
 def small_networks():
     torch.manual_seed(0)
-    span = randomised(SPAN(feature_channels=9, upscale=3))
-    lora = randomised(DSCLoRA(feature_channels=8, upscale=2, rank=2))
-    edsr = randomised(EDSR(3, 3, num_feat=8, num_block=2, upscale=2))
-    adapted = add_lora(randomised(EDSR(3, 3, num_feat=8, num_block=2, upscale=2)), LoRAConfig(['body.*'], rank=2))
+    span = randomized(SPAN(feature_channels=9, upscale=3))
+    lora = randomized(DSCLoRA(feature_channels=8, upscale=2, rank=2))
+    edsr = randomized(EDSR(3, 3, num_feat=8, num_block=2, upscale=2))
+    adapted = add_lora(randomized(EDSR(3, 3, num_feat=8, num_block=2, upscale=2)), LoRAConfig(['body.*'], rank=2))
     return {
         'SPAN in training form': span,
         'DSCLoRA': lora,
-        'LKDN': randomised(LKDN(num_feat=10, num_atten=6, num_block=2, upscale=2)),
-        'LKDN, odd halves, branches': randomised(
+        'LKDN': randomized(LKDN(num_feat=10, num_atten=6, num_block=2, upscale=2)),
+        'LKDN, odd halves, branches': randomized(
             LKDN(num_feat=14, num_atten=7, num_block=3, upscale=3, conv='BSConvU_rep', upsampler='pixelshuffle_rep')
         ),
-        'LKDN with an identity': randomised(LKDN(num_feat=8, num_atten=8, num_block=1, conv='BSConvU_idt')),
+        'LKDN with an identity': randomized(LKDN(num_feat=8, num_atten=8, num_block=1, conv='BSConvU_idt')),
         'EDSR': edsr,
-        'EDSR with LoRA': randomised(adapted),
+        'EDSR with LoRA': randomized(adapted),
     }
 
 
@@ -72,7 +72,7 @@ def test_images_of_the_network(name):
     before = copy.deepcopy(network.state_dict())
     optimized = lora_sr.optimize(network)
     for size in ((1, 3, 17, 30), (2, 3, 40, 23)):
-        image = soft_image(*size)
+        image = synthetic_image(*size)
         with torch.no_grad():
             expected = copy.deepcopy(network).double()(image.double())
         output = optimized(image)
@@ -102,7 +102,7 @@ def test_a_changed_network_is_not_taken_for_the_original():
             return 2 * super().forward(x)
 
     def changed(name):
-        network = randomised(SPAN(feature_channels=4, upscale=2, deploy=True))
+        network = randomized(SPAN(feature_channels=4, upscale=2, deploy=True))
         if name == 'hook':
             network.block_2.register_forward_hook(lambda module, inputs, output: (output[0] * 2, output[1]))
         elif name == 'module':
@@ -111,8 +111,8 @@ def test_a_changed_network_is_not_taken_for_the_original():
             network.conv_cat.forward = lambda x: x[:, :4]
         return network
 
-    image = soft_image(1, 3, 9, 9)
-    networks = [randomised(Brighter(feature_channels=4, upscale=2, deploy=True))]
+    image = synthetic_image(1, 3, 9, 9)
+    networks = [randomized(Brighter(feature_channels=4, upscale=2, deploy=True))]
     networks += [changed(name) for name in ('hook', 'module', 'forward')]
     for network in [*networks, with_official_structure(small_networks()['LKDN'])]:
         optimized = lora_sr.optimize(network)
@@ -129,7 +129,7 @@ def test_without_a_compiler(monkeypatch, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         optimized = lora_sr.optimize(network)
     assert optimized.engine == 'torch' and '/no/such/compiler cannot compile' in caplog.text
-    image = soft_image(1, 3, 20, 20)
+    image = synthetic_image(1, 3, 20, 20)
     with torch.no_grad():
         assert torch.allclose(optimized(image), network(image), atol=1e-5)
 
@@ -171,7 +171,7 @@ def test_no_home_and_a_compiler_with_arguments(needs_kernels, quick_compiler, mo
 @pytest.mark.parametrize('through', [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copies_run(through):
     optimized = lora_sr.optimize(small_networks()['LKDN'])
-    image = soft_image(1, 3, 16, 16)
+    image = synthetic_image(1, 3, 16, 16)
     expected = optimized(image)
     copied = through(optimized)
     del optimized
@@ -179,9 +179,9 @@ def test_copies_run(through):
 
 
 def test_other_weights_can_be_loaded():
-    first, second = (randomised(SPAN(feature_channels=6, upscale=2, deploy=True), seed) for seed in (1, 2))
+    first, second = (randomized(SPAN(feature_channels=6, upscale=2, deploy=True), seed) for seed in (1, 2))
     optimized, other = lora_sr.optimize(first), lora_sr.optimize(second)
-    image = soft_image(1, 3, 12, 12)
+    image = synthetic_image(1, 3, 12, 12)
     assert not torch.equal(optimized(image), other(image))
     optimized.load_state_dict(other.state_dict())
     assert torch.equal(optimized(image), other(image))
@@ -194,7 +194,7 @@ def test_refuses_what_is_no_network():
 
 def test_dtype_and_mode_stay():
     optimized = lora_sr.optimize(small_networks()['EDSR'])
-    image = soft_image(1, 3, 12, 12)
+    image = synthetic_image(1, 3, 12, 12)
     expected = optimized(image)
     assert not optimized.training
     output = optimized.half().train()(image)  # the weights have been in float16 then
@@ -204,7 +204,7 @@ def test_dtype_and_mode_stay():
 
 def test_nan_stays_nan(needs_kernels):
     network = small_networks()['SPAN in training form']
-    image = soft_image(1, 3, 70, 70)
+    image = synthetic_image(1, 3, 70, 70)
     image[0, 1, 35, 35] = torch.nan
     with torch.no_grad():
         expected = network(image).isnan()

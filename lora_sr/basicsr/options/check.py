@@ -67,7 +67,7 @@ class Check:
         self.problems.append(str(sentence))
 
     def readers(self, registry: Registry, name: object, known: str) -> set[str]:
-        """The facts about what reads a section: a model's or data set's name, and ``reads:KEY`` as its code has it.
+        """The facts about what reads a section: a model's or dataset's name, and ``reads:KEY`` as its code has it.
 
         Of one of somebody else's, it is ``open``, since it may read keys that the schema does not know, and with a +
         those that it inherits from: what they read is known, but it may do without.

@@ -1,4 +1,4 @@
-"""Checks of data sets, LMDB or folders, before a run starts: one sentence for each thing that is wrong."""
+"""Checks of datasets, LMDB or folders, before a run starts: one sentence for each thing that is wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_sr.basicsr.datasets import lr_roots
 from lora_sr.data.lmdb_store import PNG_END, PNG_SIGNATURE, read_meta_info
 from lora_sr.errors import InputError
 
-# Reading a header costs little, reading all of a file a lot more: larger data sets are sampled evenly.
+# Reading a header costs little, reading all of a file a lot more: larger datasets are sampled evenly.
 MAX_HEADERS = 20000
 MAX_WHOLE_FILES = 400
 # Benchmark images are often larger than scale x LR by what a crop to a multiple of 12 would take away.

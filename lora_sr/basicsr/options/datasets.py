@@ -15,20 +15,20 @@ from lora_sr.basicsr.options.dataset_content import check_lr_images, check_pairs
 
 
 def check_datasets(check: Check) -> None:
-    """Check the section `datasets`, and the data sets themselves."""
+    """Check the section `datasets`, and the datasets themselves."""
     datasets = check.opt.get('datasets')
     if 'datasets' not in check.opt:
         return
     if not isinstance(datasets, dict) or not datasets:
-        check.add(f'datasets has to be a section of data sets, not {datasets!r}')
+        check.add(f'datasets has to be a section of datasets, not {datasets!r}')
         return
     if check.is_train and 'train' not in datasets:
-        check.add(f'datasets.train is missing; the data sets are {", ".join(map(str, datasets))}')
+        check.add(f'datasets.train is missing; the datasets are {", ".join(map(str, datasets))}')
     for name, dataset in datasets.items():
         phase = str(name).split('_')[0]
         if phase not in (('train', 'val') if check.is_train else ('val', 'test', 'train')):
             allowed = 'train or val, val_2, …' if check.is_train else 'test, test_2, …'
-            check.add(f'datasets.{name}: a data set is named {allowed}')
+            check.add(f'datasets.{name}: a dataset is named {allowed}')
         elif check.is_train or phase != 'train':
             _check_dataset(check, f'datasets.{name}', dataset, phase == 'train')
 
@@ -56,7 +56,7 @@ def _check_dataset(check: Check, where: str, dataset: Any, training: bool) -> No
     if 'open' not in facts and schema.BACKEND.holds(backend):
         complete &= check.section(f'{where}.io_backend', backend, {'train', str(backend.get('type'))})
     if 'type' in dataset:
-        check.registered(f'{where}.type', dataset['type'], DATASET_REGISTRY, 'data set')
+        check.registered(f'{where}.type', dataset['type'], DATASET_REGISTRY, 'dataset')
     before = len(check.problems)
     _check_loading(check, where, dataset)
     if not (paired or unpaired or degraded) or (complete and backend['type'] == 'memcached'):

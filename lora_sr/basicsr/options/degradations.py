@@ -14,13 +14,13 @@ from lora_sr.errors import InputError
 
 MODELS = schema.DEGRADING.split()
 DATASET = schema.DEGRADED
-# The stock models that take LR images from their data set.
+# The stock models that take LR images from their dataset.
 PAIRED_MODELS = ('SRModel', 'SwinIRModel', 'SRGANModel', 'ESRGANModel', 'DistillationModel')
 PATCH = 400  # side of the GT patches of a RealESRGANDataset, fixed in its code
 
 
 def misfit(check: Check, dataset: dict, training: bool) -> str:
-    """What is wrong with the type of a data set for the model; empty if nothing is."""
+    """What is wrong with the type of a dataset for the model; empty if nothing is."""
     kind, model = dataset.get('type'), check.opt.get('model_type')
     if kind == DATASET and not training:
         return f'a {kind} has no LR images to measure with; use a PairedImageDataset'
@@ -36,7 +36,7 @@ def misfit(check: Check, dataset: dict, training: bool) -> str:
 def check_degradations(check: Check) -> None:
     """Check that the keys at the top of the file fit each other."""
     opt = check.opt
-    if 'degrading' not in check.facts or 'scale' not in opt:  # the data set tells that it is missing
+    if 'degrading' not in check.facts or 'scale' not in opt:  # the dataset tells that it is missing
         return
     scale, size = opt['scale'], opt.get('gt_size')
     if not isinstance(scale, int) or scale < 1:

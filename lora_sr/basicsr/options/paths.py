@@ -120,11 +120,16 @@ def _other_image_size(net: Any, weights: dict, file: str) -> str:
     if not isinstance(net, SwinIR) or family_of(weights) != SwinIR.__name__:
         return ''
     try:
-        size = FAMILIES[SwinIR.__name__][1](weights).patch_embed.img_size
+        size = _image_size(FAMILIES[SwinIR.__name__][1](weights))
     except (KeyError, InputError):  # an incomplete file
         return ''
-    own = net.patch_embed.img_size
+    own = _image_size(net)
     return f'{file} is of a SwinIR with img_size {_size(size)}, not {_size(own)}' if size != own else ''
+
+
+def _image_size(net: Any) -> Sequence[int]:
+    size: Sequence[int] = net.patch_embed.img_size
+    return size
 
 
 def _size(sides: Sequence[int]) -> str:

@@ -45,7 +45,7 @@ class Key:
     """A key of a section.
 
     A condition is a choice of facts, with a space between them, of which one has to hold; ``a&b`` are two that have to
-    hold together. Facts are ``train`` and ``test``, the names of the run's model and of the section's data set, and
+    hold together. Facts are ``train`` and ``test``, the names of the run's model and of the section's dataset, and
     those of :data:`FACTS`.
 
     Args:
@@ -214,7 +214,7 @@ _PIXELS = f'{PLAIN} {GAN} {VIDEO} {VIDEO_GAN} {FACE}'
 _DISCRIMINATOR = f'{GAN} {VIDEO_GAN} {FACE}'
 _RECURRENT = 'VideoRecurrentModel VideoRecurrentGANModel'
 
-# Data sets, likewise.
+# Datasets, likewise.
 PAIRED, LR_ONLY, DEGRADED = 'PairedImageDataset', 'LRImageDataset', 'RealESRGANDataset'
 LISTED = 'RealESRGANPairedDataset'
 REDS, VIMEO = 'REDSDataset REDSRecurrentDataset', 'Vimeo90KDataset Vimeo90KRecurrentDataset'
@@ -284,7 +284,7 @@ TOP = {
         'Modules or .py files that are imported first: networks, losses, metrics … of your own.',
     ),
     'datasets': Key(
-        SECTION, 'The data sets: `train`, and `val`, `val_2`, …; or `test`, `test_2`, ….', needed='train test'
+        SECTION, 'The datasets: `train`, and `val`, `val_2`, …; or `test`, `test_2`, ….', needed='train test'
     ),
     'network_g': Key(SECTION, 'The network; the student of a distillation.', needed='train test'),
     'network_d': Key(SECTION, 'The discriminator.', needed=_all(f'{_DISCRIMINATOR} {STYLE}', 'train')),
@@ -440,7 +440,7 @@ _LR = f'{PAIRED} {LR_ONLY} {LISTED} {SINGLE} {REDS} {VIMEO} {VIDEO_TEST}'
 _PATCHES = f'{PAIRED} {LISTED} {REDS} {VIMEO}'
 DATASET = {
     'name': Key(TEXT, 'What it is called in the log and in `results/`.', needed='train test'),
-    'type': Key(NAMED, 'The data set: one of the registry.', needed='train test'),
+    'type': Key(NAMED, 'The dataset: one of the registry.', needed='train test'),
     'dataroot_gt': Key(ROOT, 'The folder or database of GT images.', needed=f'{PAIRED} {DEGRADED}', only=_GT),
     'dataroot_lq': Key(
         ROOTS, 'The folder or database of LR images; of an LRImageDataset also a list.', needed=f'{PAIRED} {LR_ONLY}',

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def patch_lmdb_backend() -> None:
-    """``LmdbBackend`` opens a database once for each data set, which lmdb refuses to do twice in a process.
+    """``LmdbBackend`` opens a database once for each dataset, which lmdb refuses to do twice in a process.
 
     Two validation sets with the same GT, or training and validation without workers on the same database, fail so.
     """

@@ -154,7 +154,7 @@ def _check(opt: dict, is_train: bool, root_path: str, argv: list[str]) -> None:
 
 
 def _take_lists_of_roots(opt: dict) -> dict:
-    """Take the lists under `dataroot_lq`, which `parse_options` takes for one path, out of the data sets' sections."""
+    """Take the lists under `dataroot_lq`, which `parse_options` takes for one path, out of the datasets' sections."""
     sections = {name: section for name, section in opt['datasets'].items() if isinstance(section, dict)}
     return {
         name: section.pop('dataroot_lq')

@@ -13,7 +13,7 @@ class PlainAttention(nn.MultiheadAttention):
     torch's own has an operator that ONNX does not know, and shapes that its exporter makes constants of.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,

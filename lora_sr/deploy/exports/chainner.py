@@ -24,7 +24,7 @@ GAIN = 2  # factor of the inner channels of every Conv3XC, as spandrel builds th
 def export_chainner(
     source: NetworkLike, output: str | os.PathLike[str], param_key: str | None = None, overwrite: bool = False
 ) -> ExportReport:
-    """Write the deployed network of a checkpoint such that chaiNNer and spandrel recognise it.
+    """Write the deployed network of a checkpoint such that chaiNNer and spandrel recognize it.
 
     They know SPAN in its training form alone. So each 3x3 convolution is written back as branches that fold to it
     exactly: its kernel between two 1x1s that are identities, and a skip of zeros. Of the other networks they know

@@ -6,8 +6,9 @@ import contextlib
 import math
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ from lora_sr.checkpoints.origin import KEY
 from lora_sr.deploy.exports.attention import use_plain_attention
 from lora_sr.deploy.merge import merged_origin
 from lora_sr.errors import InputError
-from lora_sr.runtime.half_range import fit_half_range
-from lora_sr.runtime.synthetic import soft_image
+from lora_sr.runtime.float16 import fit_float16
+from lora_sr.runtime.synthetic import synthetic_image
 
 # Batch, height and width of the images that every file is tried on; odd ones where the network takes them.
 CHECKED_SIZES = ((1, 24, 32), (1, 33, 47), (2, 41, 25))
@@ -65,8 +66,8 @@ class Deployed:
         }
 
     def image(self, batch: int, height: int, width: int) -> Tensor:
-        """An image of soft structures, see :func:`lora_sr.runtime.synthetic.soft_image`; sides rounded up to fit."""
-        return soft_image(batch, self.info.in_channels, *self.info.size(height, width)) * self.info.value_range
+        """An image of soft structures, see :mod:`lora_sr.runtime.synthetic`; its sides are rounded up to fit."""
+        return synthetic_image(batch, self.info.in_channels, *self.info.size(height, width)) * self.info.value_range
 
     def checked_images(self) -> list[Tensor]:
         """One image of each of the sizes that a file is tried on."""
@@ -155,19 +156,19 @@ def deployed_network(source: NetworkLike, param_key: str | None = None) -> Deplo
             raise InputError(
                 f'{opened.name} gives values that are not finite: it has weights that are NaN or too large.'
             )
-    fit_half_range(network, images)
+    fit_float16(network, images)
     return deployed
 
 
 @contextlib.contextmanager
-def tracing():
+def tracing() -> Iterator[None]:
     """What the tracer needs: no gradients, no warnings, plain operators.
 
     A SwinIR does not make a constant of the batch size in it.
 
     Whether what was traced is right for other sizes is found out by trying, so its warnings say nothing new.
     """
-    swinir = sys.modules.get('basicsr.archs.swinir_arch')  # there if the network is one
+    swinir: Any = sys.modules.get('basicsr.archs.swinir_arch')  # there if the network is one
     original = getattr(swinir, 'window_reverse', None)
     if swinir is not None:
         swinir.window_reverse = _window_reverse

@@ -6,6 +6,7 @@ import inspect
 import io
 import os
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from lora_sr.deploy.exports.deployed import (
 )
 from lora_sr.errors import InputError
 from lora_sr.files import check_output, write_whole
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto
 
 # The first with LayerNormalization as one node. onnxruntime has it since 1.12, TensorRT since 8.6.
 OPSET = 17
@@ -93,14 +97,16 @@ def export_onnx(
 
 def _trace(deployed: Deployed) -> bytes:
     # The exporter by tracing is in every torch from 2.0 on, and takes the graph as it is; newer ones have to be told.
-    by_tracing = {'dynamo': False} if 'dynamo' in inspect.signature(torch.onnx.export).parameters else {}
+    by_tracing: dict[str, Any] = (
+        {'dynamo': False} if 'dynamo' in inspect.signature(torch.onnx.export).parameters else {}
+    )
     buffer = io.BytesIO()
     try:
         with tracing():
             torch.onnx.export(
                 deployed.network,
                 (deployed.image(*TRACED_SIZE),),
-                buffer,
+                buffer,  # type: ignore[arg-type]  # newer stubs know no buffers, which tracing writes to
                 input_names=['input'],
                 output_names=['output'],
                 opset_version=OPSET,
@@ -116,7 +122,7 @@ def _trace(deployed: Deployed) -> bytes:
     return buffer.getvalue()
 
 
-def _to_float16(model):
+def _to_float16(model: ModelProto) -> ModelProto:
     """The model with weights and features in float16, and float32 images."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -127,7 +133,7 @@ def _to_float16(model):
     return model
 
 
-def _sort(graph) -> None:
+def _sort(graph: GraphProto) -> None:
     """Put the nodes of a graph in an order in which each stands behind those whose outputs it takes."""
     waiting, known = list(graph.node), {''}
     known.update(value.name for value in (*graph.input, *graph.initializer))

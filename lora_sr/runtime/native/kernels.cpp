@@ -117,7 +117,7 @@ static inline Vector reciprocal(Vector x) {
 }
 
 // 2^x, for x from -126 to 126. Beyond, the coarse one with AVX512 goes on to 0 and infinity, and the others stay at the
-// value of the nearer end. On [-0.5, 0.5] it is the polynomial that minimises the largest relative error: 7.5e-8, of the
+// value of the nearer end. On [-0.5, 0.5] it is the polynomial that minimizes the largest relative error: 7.5e-8, of the
 // coarse one 7.5e-5.
 template <bool COARSE>
 static inline Vector power_of_two(Vector x) {
@@ -154,7 +154,7 @@ static inline Vector sigmoid(Vector x) {
     return reciprocal<COARSE>(1.0f + power_of_two<COARSE>(x * -1.44269504f));
 }
 
-// x * Phi(x). Phi(-|x|) is e^(-x^2 / 2) times a polynomial in 1 / (1 + |x| / 4) that minimises the largest relative error,
+// x * Phi(x). Phi(-|x|) is e^(-x^2 / 2) times a polynomial in 1 / (1 + |x| / 4) that minimizes the largest relative error,
 // 8.7e-8.
 static inline Vector gelu(Vector x) {
     const Vector t = reciprocal<false>(1.0f + 0.25f * maximum(x, -x));

@@ -57,7 +57,7 @@ def _lower_span(program: Program, network: SPAN) -> None:
         plain = cast(nn.Conv2d, layer.eval_conv)
         return program.conv([source], plain.weight, plain.bias, activation, combination, other)
 
-    mean = cast(Tensor, network.mean).flatten()
+    mean = network.mean.flatten()
     factor = torch.full_like(mean, network.img_range)
     shallow = features = conv(program.load_image(factor, -mean * factor), network.conv_1)
     after_first_block = first_of_block = shallow  # until there is a block
@@ -93,8 +93,8 @@ def _lower_lkdn(program: Program, network: LKDN) -> None:
     def block(source: Map, layers: LKDB) -> Map:
         halves: list[Map] = []
         refined = source
-        for distil, refine in ((layers.c1_d, layers.c1_r), (layers.c2_d, layers.c2_r), (layers.c3_d, layers.c3_r)):
-            halves.append(pointwise([refined], distil, 'gelu'))
+        for distill, refine in ((layers.c1_d, layers.c1_r), (layers.c2_d, layers.c2_r), (layers.c3_d, layers.c3_r)):
+            halves.append(pointwise([refined], distill, 'gelu'))
             refined = separable(refined, refine, 'gelu')
         halves.append(separable(refined, layers.c4, 'gelu'))
         fused = pointwise(halves, layers.c5)

@@ -134,9 +134,9 @@ CHANGES = [
     ('val.val_freq', ..., 'val.val_freq is missing'),
     ('val.metrics.psnr.type', 'psnr', "val.metrics.psnr.type: there is no metric 'psnr'; "),
     ('val.metrics.psnr.crop_border', ..., 'val.metrics.psnr.crop_border is missing'),
-    ('datasets.train', ..., 'datasets.train is missing; the data sets are val'),
-    ('datasets.test_1', {}, 'datasets.test_1: a data set is named train or val'),
-    ('datasets.train.type', 'PairedDataset', "datasets.train.type: there is no data set 'PairedDataset'; did you mean"),
+    ('datasets.train', ..., 'datasets.train is missing; the datasets are val'),
+    ('datasets.test_1', {}, 'datasets.test_1: a dataset is named train or val'),
+    ('datasets.train.type', 'PairedDataset', "datasets.train.type: there is no dataset 'PairedDataset'; did you mean"),
     ('datasets.train.dataroot_gt', 'none', 'datasets.train.dataroot_gt: none does not exist'),
     ('datasets.train.dataroot_lq', ..., 'datasets.train.dataroot_lq is missing'),
     ('datasets.train.io_backend', {'type': 'zip'}, 'datasets.train.io_backend has to be {type: disk} or {type: lmdb}'),
@@ -218,7 +218,7 @@ class SRModel(sr_model.SRModel):
 
 @pytest.fixture
 def others(monkeypatch):
-    """A model, a data set and a loss of somebody else's."""
+    """A model, a dataset and a loss of somebody else's."""
     from basicsr.data.paired_image_dataset import PairedImageDataset
     from basicsr.models.sr_model import SRModel
 

@@ -113,7 +113,7 @@ def small_training(file: Path, data: Path, folder: Path) -> dict:
 
 
 def small_test(file: Path, data: Path, checkpoint: str) -> dict:
-    """A test file on one small data set."""
+    """A test file on one small dataset."""
     options = load_options(file)
     shrink(options['network_g'])
     roots = {f'dataroot_{key}': f'{data}/{key}' for key in ('gt', 'lq')}

@@ -258,7 +258,7 @@ def test_rounding_keeps_sums():
     rounded = round_keeping_sums(weight)
     assert torch.equal(rounded, rounded.to(torch.bfloat16).double())
     plain = weight.to(torch.bfloat16).double()
-    largest = weight.abs().max(-1).values / 2**7  # the distance of neighbours in bfloat16, at most
+    largest = weight.abs().max(-1).values / 2**7  # the distance of neighbors in bfloat16, at most
     assert ((rounded - weight).abs().max(-1).values <= largest).all()
     error, plain_error = ((values.sum(-1) - weight.sum(-1)).pow(2).mean() for values in (rounded, plain))
     assert error < plain_error / 4

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_sr.archs.lkdn import LKDB
+from lora_sr.archs.reparam import bias_of
 
 # What the calibration images reach at most. A product of two such values is still 256 times below float16's largest.
 LARGEST = 16.0
 
 
 @torch.no_grad()
-def fit_half_range(network: nn.Module, images: list[Tensor]) -> nn.Module:
+def fit_float16(network: nn.Module, images: list[Tensor]) -> nn.Module:
     """Scale the inner values of LKDN's blocks by powers of two such that float16 can hold them, in place.
 
     A block multiplies its features with a map made of them, and LayerNorm takes the size of the product away again. So
@@ -57,14 +58,14 @@ def _power_of_two(largest: float) -> float:
 def _rescale(layer: nn.Conv2d, scale_in: float, scale_out: float) -> None:
     """Let a layer take its input times ``scale_in`` and give its output times ``scale_out``."""
     layer.weight.mul_(scale_out / scale_in)
-    layer.bias.mul_(scale_out)
+    bias_of(layer).mul_(scale_out)
 
 
 def _largest_values(network: nn.Module, layers: list[nn.Conv2d], images: list[Tensor]) -> dict[nn.Conv2d, float]:
     """The largest absolute value that each layer gives for the images."""
     largest = dict.fromkeys(layers, 0.0)
 
-    def note(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def note(layer: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         largest[layer] = max(largest[layer], output.abs().max().item())
 
     hooks = [layer.register_forward_hook(note) for layer in layers]

@@ -14,6 +14,10 @@ class InputError(ValueError):
     """
 
 
+class MissingBasicSR(InputError):
+    """Something needs BasicSR, which is not installed."""
+
+
 def import_basicsr(needed_by: str) -> None:
     """Import BasicSR, and so plug into it.
 
@@ -21,7 +25,7 @@ def import_basicsr(needed_by: str) -> None:
         needed_by: What needs it, for the message.
 
     Raises:
-        InputError: It is not installed.
+        MissingBasicSR: It is not installed.
     """
     try:
         # A folder of that name is imported as well, as a package without a file of its own.
@@ -34,4 +38,4 @@ def import_basicsr(needed_by: str) -> None:
     if sys.version_info >= (3, 13):
         version = '.'.join(map(str, sys.version_info[:2]))
         remedy = f'it does not install on Python 3.13 and later, and this is {version}; use Python 3.9 to 3.12'
-    raise InputError(f'{needed_by} needs BasicSR, which is not installed: {remedy}.')
+    raise MissingBasicSR(f'{needed_by} needs BasicSR, which is not installed: {remedy}.')

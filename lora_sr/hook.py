@@ -151,8 +151,8 @@ def _plug() -> None:
             sys.modules[PACKAGE].__file__,
         )
         return
-    from lora_sr.basicsr import patches, registration
+    from lora_sr.basicsr import log, patches, registration
 
     patches.apply()
     registration.register_all()
-    registration.join_logs()
+    log.join_logs()

@@ -81,7 +81,14 @@ def load_options(path: str | os.PathLike) -> dict:
         raise InputError(f'the option file {path} is not a text file in UTF-8') from error
     if not isinstance(options, dict):
         raise InputError(f"the option file {path} holds no options; it has to be a mapping such as 'name: my_run'")
-    return options
+    return _unshared(options)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which what an anchor names stands at each of its places by itself, so that one can be changed."""
+    if isinstance(value, dict):
+        return type(value)((key, _unshared(inner)) for key, inner in value.items())
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def apply_overrides(options: dict, entries: Iterable[str] | None) -> None:

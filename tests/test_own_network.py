@@ -11,10 +11,11 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from basicsr.metrics import calculate_psnr
 from own_network import SOURCE
 from tiny_run import TINY_OPTIONS, run_python, write_pairs
 
-from lora_sr.adapters import LoRAConfig, add_lora, infer_lora_config
+from lora_sr.adapters import add_lora, infer_lora_config
 from lora_sr.checkpoints import NetworkSource, load_network
 
 pytestmark = pytest.mark.slow
@@ -61,6 +62,18 @@ def live(folder):
     network = add_lora(own_class(folder)(), infer_lora_config(state))
     network.load_state_dict(state, strict=True)
     return network.eval()
+
+
+def mean_psnr(network, pairs):
+    """On Y, by BasicSR, two pixels of border left out."""
+    values = []
+    for file in sorted((pairs / 'lq').iterdir()):
+        lr = torch.from_numpy(cv2.imread(str(file))[:, :, ::-1].transpose(2, 0, 1) / np.float32(255))[None]
+        with torch.no_grad():
+            image = network(lr)[0].clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()[:, :, ::-1]
+        original = cv2.imread(str(pairs / 'gt' / file.name))
+        values.append(calculate_psnr(image, original, crop_border=2, test_y_channel=True))
+    return np.mean(values)
 
 
 def lora_sr(folder, *arguments, status=0):
@@ -123,7 +136,9 @@ def test_the_whole_way(folder):
 
     sets = f'pairs={folder / "pairs/gt"},{folder / "pairs/lq"}'
     lora_sr(folder, 'compare', 'mine=merged.pth', *TEACH, '--set', sets, '-o', 'table.json')
-    assert json.loads((folder / 'table.json').read_text())
+    (mine,) = [row for row in json.loads((folder / 'table.json').read_text())['methods'] if row['name'] == 'mine']
+    found = [value for key, value in mine.items() if 'psnr' in key.lower()]
+    assert found == pytest.approx([mean_psnr(network, folder / 'pairs')], abs=1e-3)
 
 
 @pytest.mark.slow
@@ -144,4 +159,3 @@ def test_in_python(folder):
     with torch.no_grad():
         assert torch.equal(network(image), live(folder)(image))
         assert load_network(network) is network
-    assert LoRAConfig.from_dict(LORA).rank == 2

@@ -120,7 +120,7 @@ def _probe(network: nn.Module) -> NetworkInfo | None:
 
 
 def _copy(network: nn.Module, device: str) -> nn.Module:
-    copy = deepcopy(network).to(device).eval()
+    copy = deepcopy(network).float().to(device).eval()
     remove_padding(copy)
     return copy
 

@@ -10,6 +10,7 @@ from basicsr.test import test_pipeline
 from basicsr.train import train_pipeline
 
 from lora_sr.basicsr.patches.options import mistakes, tell
+from lora_sr.checkpoints.content import forget
 from lora_sr.errors import InputError
 
 
@@ -44,5 +45,6 @@ def run_pipeline(is_train: bool, argv: list[str]) -> None:
             (train_pipeline if is_train else test_pipeline)(os.getcwd())
     finally:
         sys.argv = before
+        forget()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -22,12 +22,14 @@ from lora_sr.option_file import OptionDumper
 DEFAULTS = (('--launcher', 'none'), ('--local_rank', '0'))  # arguments that need not be repeated
 _effective: dict[str, Any] = {}
 _overrides: list[str] = []
+_text = ''
 
 
-def begin(options: Mapping[str, Any], overrides: list[str] | None) -> None:
-    """Take down the effective options of the run that begins: those of its file with ``--force_yml`` applied."""
-    global _effective, _overrides
+def begin(file: str, options: Mapping[str, Any], overrides: list[str] | None) -> None:
+    """Take down the run that begins: the text of its option file, and the options with ``--force_yml`` applied."""
+    global _effective, _overrides, _text
     _effective, _overrides = _plain(options), list(overrides or ())
+    _text = Path(file).read_text(encoding='utf-8')
 
 
 def options_hash() -> str | None:
@@ -59,12 +61,17 @@ def origin(model: Any, label: str, iteration: int, state: Mapping[str, Tensor]) 
 def write_options(option_file: str, folder: str) -> None:
     """Write the effective options of a run into its folder, with the command that repeats it on top.
 
-    Without overrides the file is the user's, comments included.
+    Without overrides the file is the user's, comments included. Modules that lie beside it are named by their paths.
     """
     source, target = Path(option_file), Path(folder, os.path.basename(option_file))
-    text = source.read_text(encoding='utf-8')
-    if _overrides:
-        text = yaml.dump(_effective, Dumper=OptionDumper, sort_keys=False, allow_unicode=True, width=120)
+    text, beside = _text, source.parent.resolve()
+    imports = [
+        str(beside / name) if not Path(name).exists() and (beside / name).is_file() else name
+        for name in _effective.get('imports') or ()
+    ]
+    if _overrides or imports != list(_effective.get('imports') or ()):
+        effective = {**_effective, 'imports': imports} if imports else _effective
+        text = yaml.dump(effective, Dumper=OptionDumper, sort_keys=False, allow_unicode=True, width=120)
     changed = f'# {source.name} with --force_yml {shlex.join(_overrides)}\n' if _overrides else ''
     head = f'# {time.asctime()}, in {os.getcwd()}:\n# {command_line()}\n{changed}\n'
     target.write_text(head + text, encoding='utf-8')
@@ -84,8 +91,12 @@ def command_line() -> str:
         start = ['python', '-m', f'lora_sr.{path.stem}']
     elif path.stem == 'lora-sr':
         start = ['lora-sr', 'train']
+    elif path.parent.name == 'cli' and path.stem == 'main':
+        start = ['python', '-m', 'lora_sr.cli.main', 'train']
     if 'TORCHELASTIC_RUN_ID' in os.environ:
-        start = ['torchrun', '--nproc_per_node', os.environ.get('LOCAL_WORLD_SIZE', '1'), *start[1:]]
+        nodes = os.environ.get('GROUP_WORLD_SIZE', '1')
+        launcher = ['torchrun', *(['--nnodes', nodes] if nodes != '1' else [])]
+        start = [*launcher, '--nproc_per_node', os.environ.get('LOCAL_WORLD_SIZE', '1'), *start[1:]]
     return shlex.join([*start, *arguments])
 
 

@@ -27,6 +27,7 @@ from lora_sr.adapters.allocation import allocate_ranks, base_weight, layer_impor
 from lora_sr.archs.adaptsr import AdaptSR
 from lora_sr.basicsr.options import check_options
 from lora_sr.basicsr.patches.options import mistakes
+from lora_sr.checkpoints.imports import import_modules
 from lora_sr.errors import InputError
 from lora_sr.option_file import load_options
 
@@ -94,6 +95,7 @@ def allocate(
     if chart is not None:
         _figure_class()
     options = load_options(option_file)
+    import_modules(options.get('imports') or (), option_file)
     network = options.get('network_g')
     if not isinstance(network, dict) or network.get('type') != 'AdaptSR':
         kind = network.get('type') if isinstance(network, dict) else network

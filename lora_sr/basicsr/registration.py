@@ -1,4 +1,4 @@
-"""What this package adds to BasicSR's registries, and to its log."""
+"""What this package adds to BasicSR's registries."""
 
 from __future__ import annotations
 
@@ -46,27 +46,3 @@ def register_all() -> None:
     if taken and multiprocessing.parent_process() is None and int(os.environ.get('LOCAL_RANK', 0)) == 0:
         ours = ', '.join(f'{name}_{SUFFIX}' for name in taken)
         LOG.warning('BasicSR has its own %s. The ones of lora_sr are registered as %s.', ', '.join(taken), ours)
-
-
-def join_logs() -> None:
-    """Let what this package logs go where BasicSR's log goes: in a run, to the console and to its file."""
-    ours = logging.getLogger('lora_sr')
-    ours.parent = LOG
-    if not any(isinstance(one, _Once) for one in ours.filters):
-        ours.addFilter(_Once())
-
-
-class _Once(logging.Filter):
-    """Lets each message through once from where a run has set up its log: a run builds a network several times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if not LOG.handlers:
-            return True
-        message = record.getMessage()
-        is_new = message not in self.seen
-        self.seen.add(message)
-        return is_new

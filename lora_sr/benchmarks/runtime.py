@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Callable, Sequence, cast
@@ -20,7 +20,7 @@ from lora_sr.archs.lkdn import LKDN, LKDN_S
 from lora_sr.archs.reparam import bias_of, deploy_form
 from lora_sr.archs.span import SPAN, Conv3XC
 from lora_sr.benchmarks.lkdn import with_official_structure
-from lora_sr.checkpoints import load_network
+from lora_sr.checkpoints import NetworkLike, load_network
 from lora_sr.errors import InputError
 from lora_sr.runtime.deployed import optimize
 from lora_sr.runtime.synthetic import synthetic_image
@@ -64,12 +64,12 @@ class Measured:
     psnr: float
 
 
-def run(checkpoints: Sequence[str | os.PathLike] = (), sizes: Sequence[tuple[int, int]] = ((256, 256),)) -> None:
+def run(sources: Mapping[str, NetworkLike], sizes: Sequence[tuple[int, int]] = ((256, 256),)) -> None:
     """Print times of networks in all their forms, and their ratios.
 
     Args:
-        checkpoints: See :func:`lora_sr.load_network`. By default SPAN with 26 and 28 channels, LKDN and LKDN-S, x4,
-            with random weights.
+        sources: Name -> what :func:`lora_sr.load_network` takes. By default SPAN with 26 and 28 channels, LKDN and
+            LKDN-S, x4, with random weights.
         sizes: Heights and widths of the LR images.
 
     Raises:
@@ -79,7 +79,7 @@ def run(checkpoints: Sequence[str | os.PathLike] = (), sizes: Sequence[tuple[int
         if min(size) < 1:
             raise InputError(f'The size is {size[0]} {size[1]}: height and width have to be at least 1.')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    loaded = {os.path.basename(path): load_network(path) for path in checkpoints}
+    loaded = {name: load_network(source) for name, source in sources.items()}
     networks = loaded or _random_networks()
     where = torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
     bandwidth, rates = measure_bandwidth(device), {dtype: measure_rate(device, dtype) for dtype in _dtypes(device)}

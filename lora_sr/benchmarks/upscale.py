@@ -11,7 +11,7 @@ from typing import NamedTuple, Sequence
 
 import torch
 
-from lora_sr.checkpoints import load_network
+from lora_sr.checkpoints import NetworkLike, load_network
 from lora_sr.deploy.upscale import DEFAULT_QUALITY, Job, plan, run_jobs
 from lora_sr.errors import InputError
 from lora_sr.files import write_whole
@@ -47,7 +47,7 @@ def in_turn(jobs: Sequence[Job], upscaler: Upscaler) -> Steps:
 
 def run(
     inputs: Sequence[str | os.PathLike],
-    model: str | os.PathLike,
+    model: NetworkLike,
     dtype: torch.dtype = torch.float32,
     repeats: int = REPEATS,
 ) -> None:

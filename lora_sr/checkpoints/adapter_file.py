@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,3 +103,16 @@ class AdapterFile:
                 f'The adapter {self.path} was trained on another base than {name}: its fingerprint is '
                 f'{trained_on[:SHOWN]}, got {found[:SHOWN]}; put it on this one with --force.'
             )
+
+
+def check_once(files: Sequence[AdapterFile], force: bool) -> None:
+    """Check that no adapter stands twice among those that go onto one base.
+
+    Raises:
+        InputError: One does; ``force`` allows it.
+    """
+    seen: dict[str, Path] = {}
+    for file in files:
+        other = seen.setdefault(file.fingerprint, file.path)
+        if file is not files[0] and other is not file.path and not force:
+            raise InputError(f'{other} and {file.path} are one adapter: put it on twice with --force.')

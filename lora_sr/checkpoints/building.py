@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from lora_sr.archs import AdaptSR
-from lora_sr.archs.registry import Arch, find_arch, known_archs
-from lora_sr.errors import InputError
+from lora_sr.archs.registry import OWN, Arch, find_arch, known_archs
+from lora_sr.checkpoints.imports import IMPORTED
+from lora_sr.errors import InputError, MissingBasicSR
 
 
 def build_network(section: object, where: str = 'network_g') -> nn.Module:
@@ -46,9 +47,8 @@ def _arch_and_arguments(section: object, where: str) -> tuple[Arch, dict[str, An
     name = section.get('type')
     if not isinstance(name, str):
         raise InputError(f'{where}.type is missing' if name is None else f'{where}.type has to be a name, not {name!r}')
-    arch = AdaptSR if name == AdaptSR.__name__ else find_arch(name)
+    arch, known = _find(name)
     if arch is None:
-        known = known_archs()
         near = difflib.get_close_matches(name, known, n=3)
         hint = f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(sorted(known))}'
         raise InputError(
@@ -60,6 +60,22 @@ def _arch_and_arguments(section: object, where: str) -> tuple[Arch, dict[str, An
     if arch is AdaptSR:
         _arch_and_arguments(arguments['base'], f'{where}.base')  # whose mistakes are told by their own names
     return arch, arguments
+
+
+def _find(name: str) -> tuple[Arch | None, Mapping[str, Arch]]:
+    """The network of that name, and all that there are: without BasicSR, this package's and imported modules'."""
+    if name == AdaptSR.__name__:
+        return AdaptSR, {}
+    try:
+        arch = find_arch(name)
+        known = {} if arch is not None else known_archs()
+    except MissingBasicSR:
+        arch, known = None, OWN
+    for module in IMPORTED:
+        found = getattr(module, name, None)
+        if arch is None and isinstance(found, type) and issubclass(found, nn.Module):
+            arch = found
+    return arch, known
 
 
 def _check_arguments(where: str, arch: Any, arguments: Mapping[str, Any]) -> None:

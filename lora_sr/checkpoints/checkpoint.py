@@ -59,7 +59,7 @@ class Checkpoint:
             raise InputError(f'{path} has no "{param_key}": it has {", ".join(list(content)[:4])}.')
         state = content if param_key is None else content[param_key]
         if not is_state_dict(state):
-            raise InputError(f'{path} holds no state dict, i.e. no mapping of names to tensors.')
+            raise InputError(f'{path} holds no state dict, i.e. no mapping of names to tensors{_nested(content)}.')
         return cls(Path(path), content, param_key, without_module_prefix(state))
 
     @property
@@ -87,3 +87,8 @@ class Checkpoint:
 def is_state_dict(value: Any) -> bool:
     """Whether a value is a mapping of names to tensors, with at least one."""
     return isinstance(value, Mapping) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
+
+
+def _nested(content: Content) -> str:
+    keys = [str(key) for key, value in content.items() if is_state_dict(value)]
+    return f': there is one under {" and one under ".join(keys)}, which --param-key has to name' if keys else ''

@@ -6,13 +6,16 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from lora_sr.errors import InputError
 
+IMPORTED: list[ModuleType] = []  # in their order
 
-def import_modules(names: Iterable[str], beside: str | os.PathLike[str] | None = None) -> None:
+
+def import_modules(names: Sequence[str], beside: str | os.PathLike[str] | None = None) -> None:
     """Import modules, each once.
 
     Args:
@@ -23,17 +26,24 @@ def import_modules(names: Iterable[str], beside: str | os.PathLike[str] | None =
     Raises:
         InputError: A module is not there, or fails to import.
     """
+    if isinstance(names, str) or not all(isinstance(name, (str, os.PathLike)) for name in names):
+        raise InputError(f'imports must be a list of modules and .py files, got {names!r}.')
     for name in names:
         try:
             if os.fspath(name).endswith('.py'):
-                _import_file(_find(Path(name), beside))
+                _import_file(_find(Path(name).expanduser(), beside))
             else:
-                importlib.import_module(name)
+                _note(importlib.import_module(name))
         except InputError:
             raise
         except Exception as error:  # whatever a module of somebody's raises
             reason = f'{type(error).__name__}: {error}'.splitlines()[0]
             raise InputError(f'The module {name} cannot be imported: {reason}.') from error
+
+
+def _note(module: ModuleType) -> None:
+    if module not in IMPORTED:
+        IMPORTED.append(module)
 
 
 def _find(file: Path, beside: str | os.PathLike[str] | None) -> Path:
@@ -50,6 +60,9 @@ def _import_file(file: Path) -> None:
         if origin is not None and Path(origin).resolve() == file:
             return
         raise InputError(f'The module {file} must have a name of its own, got that of {origin or "a built-in module"}.')
+    found = importlib.util.find_spec(file.stem)
+    if found is not None and found.origin is not None and Path(found.origin).resolve() != file:
+        raise InputError(f'The module {file} must have a name of its own, got that of {found.origin}.')
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -58,6 +71,7 @@ def _import_file(file: Path) -> None:
     sys.modules[file.stem] = module
     try:
         spec.loader.exec_module(module)
+        _note(module)
     except BaseException:
         del sys.modules[file.stem]
         raise

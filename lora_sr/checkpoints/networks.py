@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Union
@@ -19,16 +21,18 @@ from lora_sr.adapters import (
     remove_lora,
 )
 from lora_sr.archs import deploy_form, fold, is_training_form, take_any_size
-from lora_sr.checkpoints.adapter_file import AdapterFile
+from lora_sr.checkpoints.adapter_file import AdapterFile, check_once
 from lora_sr.checkpoints.building import base_section, build_network
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
-from lora_sr.checkpoints.content import load_weights
-from lora_sr.checkpoints.families import FAMILIES
+from lora_sr.checkpoints.content import load_weights, read_checkpoint
+from lora_sr.checkpoints.families import FAMILIES, OURS
 from lora_sr.checkpoints.imports import import_modules
-from lora_sr.checkpoints.origin import Origin
+from lora_sr.checkpoints.origin import Origin, fingerprint
 from lora_sr.checkpoints.stock import STOCK_NETWORKS
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, MissingBasicSR
 from lora_sr.option_file import load_options
+
+LOG = logging.getLogger('lora_sr')
 
 PathLike = Union[str, 'os.PathLike[str]']
 OPTION_SUFFIXES = ('.yml', '.yaml')
@@ -145,7 +149,10 @@ def open_network(source: NetworkLike, param_key: str | None = None, needs_weight
     Raises:
         InputError: As :func:`load_network`; or an adapter does not fit, or was trained on another base.
     """
-    source = source if isinstance(source, NetworkSource) else NetworkSource(source, param_key=param_key)
+    if not isinstance(source, NetworkSource):
+        source = NetworkSource(source, param_key=param_key)
+    elif param_key is not None:
+        source = replace(source, param_key=param_key)
     import_modules(source.imports)
     named, options = source.checkpoint, source.options
     if isinstance(named, (str, os.PathLike)) and Path(named).suffix in OPTION_SUFFIXES:
@@ -161,8 +168,15 @@ def open_network(source: NetworkLike, param_key: str | None = None, needs_weight
     return _with_adapters(opened, source) if source.adapters else opened
 
 
-def _read(named: PathLike | Checkpoint, param_key: str | None) -> Checkpoint:
-    return named if isinstance(named, Checkpoint) else Checkpoint.read(os.path.expanduser(named), param_key)
+def _read(named: PathLike | Checkpoint, param_key: str | None, or_params: bool = False) -> Checkpoint:
+    """The file that is named; ``or_params`` takes ``params`` where there is no ``param_key``, as a run does."""
+    if isinstance(named, Checkpoint):
+        return named if param_key is None else Checkpoint.of(named.path, named.content, param_key)
+    path = os.path.expanduser(named)
+    content = read_checkpoint(path)
+    if or_params and param_key not in content and 'params' in content:
+        param_key = None
+    return Checkpoint.of(path, content, param_key)
 
 
 def reopen(opened: OpenedNetwork, path: PathLike) -> nn.Module:
@@ -191,12 +205,14 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
     path, state, origin = checkpoint.path, checkpoint.state, checkpoint.origin
     if checkpoint.form == ADAPTER:
         raise InputError(f'{path} is an adapter, not a network: put it onto its base with `lora-sr adapter merge`.')
-    if checkpoint.family is None:
-        if origin is not None and origin.network is not None:
-            try:
-                return _open_by_section(checkpoint, origin.network, 'network_g')
-            except InputError as error:
+    # Of networks that are not ours the keys do not tell everything; what their run has written down does.
+    if checkpoint.family not in OURS and origin is not None and origin.network is not None:
+        try:
+            return _open_by_section(checkpoint, origin.network, 'network_g')
+        except InputError as error:
+            if checkpoint.family is None:
                 raise UnknownNetwork(f'{path} names the network of its run, but {error}', checkpoint) from None
+    if checkpoint.family is None:
         raise UnknownNetwork(
             f'{path} belongs to no network known here ({", ".join(FAMILIES)}): its first keys are '
             f'{", ".join(list(state)[:3])}. Name the option file of its network with -opt, and the module of a network '
@@ -208,6 +224,8 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
         if checkpoint.form == ADAPTED and not any(True for _ in adapted_modules(network)):
             add_lora(network, infer_lora_config(state))
         return _loaded(network, checkpoint, None)
+    except MissingBasicSR as error:
+        raise MissingBasicSR(f'{path} cannot be used: {error}') from None
     except KeyError as error:
         raise UnknownNetwork(f'{path} is incomplete: it lacks {error.args[0]}.', checkpoint) from None
     except InputError as error:
@@ -245,10 +263,11 @@ def _open_by_options(
     opt = _load(options)
     section = _section_of(options, opt)
     paths = opt['path'] if isinstance(opt.get('path'), Mapping) else {}
-    strict = True
+    strict, or_params = True, False
     if named is None:
         named = paths.get('pretrain_network_g')
         # As for any other file, its average comes first; a key that is written down counts.
+        or_params = param_key is None
         param_key = param_key or paths.get('param_key_g')
         strict = paths.get('strict_load_g', True)
     if named is None:
@@ -256,7 +275,7 @@ def _open_by_options(
             raise InputError(f'{options} names no weights in path.pretrain_network_g: give a checkpoint beside it.')
         network = take_any_size(build_network(section).eval())
         return OpenedNetwork(network, os.fspath(options), None, section, Origin(network=dict(section)))
-    return _open_by_section(_read(named, param_key), section, f'{options}: network_g', strict)
+    return _open_by_section(_read(named, param_key, or_params), section, f'{options}: network_g', strict)
 
 
 def _open_by_section(
@@ -281,28 +300,48 @@ def _loaded(
     network: nn.Module, checkpoint: Checkpoint, section: Mapping[str, Any] | None, strict: bool = True
 ) -> OpenedNetwork:
     try:
-        load_weights(network, checkpoint.state, checkpoint.path, strict=strict)
+        load_weights(network, checkpoint.state, checkpoint.path)
     except InputError:
-        if not is_training_form(network):
+        folded = fold(deepcopy(network)) if is_training_form(network) else None
+        if folded is not None and folded.state_dict().keys() == checkpoint.state.keys():  # a file of the deploy form
+            load_weights(folded, checkpoint.state, checkpoint.path)
+            network = folded
+        elif strict:
             raise
-        load_weights(fold(network), checkpoint.state, checkpoint.path, strict=strict)  # a file of the deploy form
+        else:
+            _load_some(network, checkpoint)
     origin = checkpoint.origin or Origin()
     if section is not None and origin.network is None:
         origin = replace(origin, network=dict(section))
     return OpenedNetwork(take_any_size(network.eval()), os.fspath(checkpoint.path), checkpoint, section, origin)
 
 
+def _load_some(network: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load what fits, as ``strict_load_g: false`` asks for, and say what does not."""
+    own, state = network.state_dict(), checkpoint.state
+    fitting = [key for key in own if key in state and state[key].shape == own[key].shape]
+    if not fitting:
+        raise InputError(f'{checkpoint.path} does not fit {type(network).__name__}: none of its tensors does.')
+    load_weights(network, state, checkpoint.path, strict=False)
+    rest = [key for key in own if key not in fitting]
+    if rest:
+        LOG.warning(
+            f'{checkpoint.path} gives {len(fitting)} of {len(own)} tensors of {type(network).__name__}; the others '
+            f'stay random, {rest[0]} among them.'
+        )
+
+
 def _with_adapters(opened: OpenedNetwork, source: NetworkSource) -> OpenedNetwork:
-    network = opened.network
+    network = deepcopy(opened.network) if opened.checkpoint is None else opened.network  # a live one stays as it is
     if any(True for _ in adapted_modules(network)):
         raise InputError(
             f'{opened.name} carries LoRA already, where adapters need a base: merge it with `lora-sr merge`.'
         )
     files = [(AdapterFile.read(path), weight) for path, weight in source.adapters]
+    check_once([file for file, _ in files], source.force)
     state = network.state_dict()
     for file, _ in files:
         file.check_fit(state, opened.name, is_training_form(network))
         file.check_base(state, opened.origin, opened.name, source.force)
     load_adapter(network, mix_adapters([(file.adapter, weight) for file, weight in files]))
-    origin = opened.origin.with_adapters(state, [file.fingerprint for file, _ in files])
-    return replace(opened, origin=origin)
+    return replace(opened, network=network, origin=replace(opened.origin, base=fingerprint(state)))

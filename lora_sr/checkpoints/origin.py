@@ -15,8 +15,8 @@ from torch import Tensor
 from lora_sr.adapters import is_lora_key
 
 KEY = 'lora_sr'  # in a .pth file beside the state dicts, in the metadata of other formats
-# Buffers that follow from the sizes of a network, and that not every file has.
-DERIVED = ('attn_mask', 'relative_position_index', 'num_batches_tracked')
+# Buffers that follow from the sizes of a network and that not every file has, or that move while it trains.
+DERIVED = ('attn_mask', 'relative_position_index', 'num_batches_tracked', 'running_mean', 'running_var')
 SHOWN = 12  # digits of a fingerprint
 
 
@@ -49,8 +49,10 @@ class Origin:
             object.__setattr__(self, 'version', lora_sr.__version__)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is known, in plain values, which ``torch.load(weights_only=True)`` reads."""
-        values = {**dataclasses.asdict(self), 'adapters': list(self.adapters)}
+        """What is known, in values that ``torch.load(weights_only=True)`` reads; the version is that at hand."""
+        import lora_sr
+
+        values = {**dataclasses.asdict(self), 'adapters': list(self.adapters), 'version': lora_sr.__version__}
         return {key: value for key, value in values.items() if value not in (None, [])}
 
     def to_json(self) -> str:
@@ -67,9 +69,9 @@ class Origin:
                 return None
         if not isinstance(value, Mapping):
             return None
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {key: value[key] for key in value if key in known}
-        return cls(**{**values, 'adapters': tuple(values.get('adapters', ()))})
+        values = {key: value[key] for key, kind in _KINDS.items() if isinstance(value.get(key), kind)}
+        adapters = tuple(adapter for adapter in values.pop('adapters', ()) if isinstance(adapter, str))
+        return cls(**{'version': 'unknown', **values, 'adapters': adapters})
 
     def with_adapters(self, base: Mapping[str, Tensor], adapters: Iterable[str]) -> Origin:
         """The origin of what becomes of a base, given by its state dict, when adapters are put on it."""
@@ -89,8 +91,19 @@ class Origin:
         return ', '.join([*parts, f'lora_sr {self.version}'])
 
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    'run': str,
+    'iteration': int,
+    'options': str,
+    'network': Mapping,
+    'base': str,
+    'adapters': (list, tuple),
+    'version': str,
+}
+
+
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the weights of a base: names, types, shapes and values, whatever their order.
+    """SHA-256 of the weights of a base: names, shapes and values, whatever their order and precision.
 
     LoRA's tensors do not count, so that an adapted network has the fingerprint of its base.
     """
@@ -99,7 +112,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         value = state[key]
         if is_lora_key(key) or key.endswith(DERIVED):
             continue
-        digest.update(f'{key} {value.dtype} {tuple(value.shape)}\n'.encode())
+        digest.update(f'{key} {tuple(value.shape)}\n'.encode())
         digest.update(_bytes(value))
     return digest.hexdigest()
 
@@ -114,5 +127,6 @@ def adapter_fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def _bytes(value: Tensor) -> bytes:
+    value = value.float() if value.is_floating_point() else value
     contiguous = value.detach().cpu().contiguous().reshape(-1)
     return contiguous.view(torch.uint8).numpy().tobytes() if contiguous.numel() else b''

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command to `lora-sr`."""
@@ -13,7 +15,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help='measure speed and memory beside the alternatives',
         description='Measure speed and memory beside the alternatives. Without a SUBJECT it is `runtime`.',
     )
-    parser.set_defaults(run=run_runtime, checkpoints=[], size=None)
+    parser.set_defaults(
+        run=run_runtime, checkpoints=[], size=None, options=None, imports=[], param_key=None, force=False
+    )
     subjects = parser.add_subparsers(dest='subject', metavar='SUBJECT')
 
     runtime = subjects.add_parser('runtime', help="deployed networks beside the papers' code")
@@ -26,11 +30,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar=('HEIGHT', 'WIDTH'),
         help='of the LR image (default: 256 256); may be repeated',
     )
+    add_network_options(runtime)
     runtime.set_defaults(run=run_runtime)
 
     upscale = subjects.add_parser('upscale', help='`lora-sr upscale` beside its three steps in turn')
     upscale.add_argument('inputs', nargs='+', metavar='INPUT', help='image, folder, or quoted pattern')
-    upscale.add_argument('-m', '--model', required=True, metavar='CHECKPOINT')
+    upscale.add_argument('-m', '--model', metavar='CHECKPOINT', help=CHECKPOINT)
+    add_network_options(upscale)
     upscale.set_defaults(run=run_upscale)
 
     affinity = subjects.add_parser('affinity', help='spatial affinity loss: blockwise against naive')
@@ -57,14 +63,15 @@ def run_runtime(args: argparse.Namespace) -> None:
     """Measure the deployed networks."""
     from lora_sr.benchmarks import runtime as runtime_benchmark
 
-    runtime_benchmark.run(args.checkpoints, [tuple(size) for size in args.size or [(256, 256)]])
+    networks = {Path(file).name: network_source(args, file) for file in args.checkpoints}
+    runtime_benchmark.run(networks, [tuple(size) for size in args.size or [(256, 256)]])
 
 
 def run_upscale(args: argparse.Namespace) -> None:
     """Measure `lora-sr upscale`."""
     from lora_sr.benchmarks import upscale as upscale_benchmark
 
-    upscale_benchmark.run(args.inputs, args.model)
+    upscale_benchmark.run(args.inputs, network_source(args, args.model))
 
 
 def run_affinity(args: argparse.Namespace) -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from lora_sr.cli.arguments import add_network_options, by_name, named, network_source
+
+if TYPE_CHECKING:
+    from lora_sr.checkpoints import NetworkSource, OpenedNetwork
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,7 +28,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=named('FILE'),
         metavar='NAME=FILE',
         help="checkpoint, or option file of BasicSR (.yml) with any registered network and its path's weights; "
-        '-opt serves the checkpoints that belong to no known network',
+        '-opt serves those whose network it is; adapters go onto each',
     )
     parser.add_argument(
         '--set',
@@ -59,13 +64,31 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
+def _network(args: argparse.Namespace, file: str) -> NetworkSource | OpenedNetwork:
+    """A network that is compared: by the option file of ``-opt`` where that fits, else as the file itself tells."""
+    from lora_sr.checkpoints import Checkpoint, open_network
+    from lora_sr.errors import InputError
+
+    source = network_source(args, file)
+    if args.options is None or file.endswith(('.yml', '.yaml')):
+        return replace(source, options=None)
+    source = replace(source, checkpoint=Checkpoint.read(file, args.param_key), param_key=None)
+    try:
+        return open_network(source)
+    except InputError as error:
+        try:
+            return open_network(replace(source, options=None))
+        except InputError:
+            raise error from None
+
+
 def run(args: argparse.Namespace) -> None:
     """Compare, and print the table."""
     from lora_sr.report.comparison import compare
     from lora_sr.report.tables import format_table
 
     compare(
-        {name: network_source(args, file) for name, file in by_name(args.networks).items()},
+        {name: _network(args, file) for name, file in by_name(args.networks).items()},
         {name: _folders(value) for name, value in by_name(args.sets).items()},
         rgb=args.rgb,
         runtime=args.runtime,

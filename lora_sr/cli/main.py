@@ -67,6 +67,9 @@ def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False) ->
             return run() or 0
         except InputError as error:
             message, status = f'error: {error}', 2
+        except BrokenPipeError:  # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except BaseException as error:
             # NumPy and torch turn Ctrl-C into an ImportError where it meets their first lines.
             if not (isinstance(error, KeyboardInterrupt) or (interrupts and isinstance(error, Exception))):

@@ -21,13 +21,14 @@ from lora_sr.adapters import (
 from lora_sr.adapters.adapter_file import SUFFIX
 from lora_sr.archs import is_training_form
 from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkSource, Origin, open_network
+from lora_sr.checkpoints.adapter_file import check_once
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
 from lora_sr.checkpoints.families import OURS
 from lora_sr.checkpoints.networks import UnknownNetwork
 from lora_sr.checkpoints.origin import KEY
 from lora_sr.checkpoints.writing import SUFFIXES, write_state
 from lora_sr.deploy.mixing import FittedMix, fit_mix
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, MissingBasicSR
 from lora_sr.files import check_output
 
 
@@ -184,6 +185,7 @@ def _mix(
     source = base if isinstance(base, NetworkSource) else NetworkSource(base)
     checkpoint = _read_base(source)
     files = [AdapterFile.read(path) for path, _ in adapters]
+    check_once(files, source.force)
     network = _network(source, checkpoint, pairs)
     state = checkpoint.state if network is None else network.state_dict()
     for file in files:
@@ -197,15 +199,18 @@ def _mix(
         fitted = fit_mix(network, [file.adapter for file in files], weights, pairs.gt, pairs.lr, pairs.scale)
         weights = fitted.weights
     mixed = mix_adapters((file.adapter, weight) for file, weight in zip(files, weights))
-    origin = (checkpoint.origin or Origin()).with_adapters(state, [file.fingerprint for file in files])
+    is_merged = finish is merge_adapter  # else the file carries them beside its base
+    merged = [file.fingerprint for file, weight in zip(files, weights) if weight and is_merged]
+    origin = (checkpoint.origin or Origin()).with_adapters(state, merged)
     write_state(finish(checkpoint.state, mixed), Path(output), origin)  # it is exact: there is nothing to prove
     return MixReport([os.fspath(path) for path, _ in adapters], weights, len(mixed.layers), fitted)
 
 
 def _read_base(source: NetworkSource) -> Checkpoint:
     path = source.checkpoint
-    assert isinstance(path, (str, os.PathLike))  # the command line asks for a file
-    checkpoint = Checkpoint.read(path, source.param_key)
+    if path is None or isinstance(path, nn.Module):
+        raise InputError('The base of an adapter must be a checkpoint, got none.')
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.read(path, source.param_key)
     if checkpoint.form == ADAPTER:
         raise InputError(f'{path} is an adapter, where a checkpoint of the base is right.')
     if checkpoint.form == ADAPTED:
@@ -237,6 +242,9 @@ def _network(source: NetworkSource, checkpoint: Checkpoint, pairs: Pairs | None)
                 f'{checkpoint.path} belongs to no network known here, so --fit cannot run it: give '
                 'an option file whose network_g is that network, with -opt.'
             ) from error
+    except MissingBasicSR:  # no network is needed for adding up
+        if pairs:
+            raise
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_sr.adapters import adapted_modules, count_parameters, is_lora_key, lora_layers, merge_state_dict
-from lora_sr.archs import deploy_form, network_info
+from lora_sr.archs import NetworkInfo, deploy_form, network_info
 from lora_sr.archs.reparam import TOLERANCE, Foldable, relative_difference
 from lora_sr.checkpoints import Checkpoint, NetworkLike, OpenedNetwork, Origin, open_network
 from lora_sr.checkpoints.building import base_section
@@ -43,14 +44,18 @@ class MergeReport:
     def __str__(self) -> str:
         known = self.network is not None
         lora = f' ({self.lora_parameters:,} parameters, {self.lora_parameters / self.trained_parameters:.1%} of all)'
-        difference = f'{self.difference:.1e} of the largest output (trained against written network)' if known else ''
+        difference = 'not measured, as an unknown network cannot be run'
+        if self.difference is not None:
+            difference = f'{self.difference:.1e} of the largest output (trained against written network)'
+        elif known:
+            difference = 'not measured, as it is not known which images the network takes'
         return (
             f'network               {self.network if known else "unknown here"}\n'
             f'layers with LoRA      {self.layers}{lora if self.layers else ""}\n'
             f'modules folded        {self.folded}\n'
             f'{"parameters    " if known else "values in file"}        '
             f'{self.trained_parameters:,} -> {self.plain_parameters:,}\n'
-            f'largest difference    {difference or "not measured, as an unknown network cannot be run"}'
+            f'largest difference    {difference}'
         )
 
 
@@ -87,6 +92,8 @@ def merge_checkpoint(
             raise
         return _merge_unknown(error.checkpoint, output)
     trained = opened.network
+    if opened.checkpoint is None:  # a live network stays as it is
+        trained = deepcopy(trained).cpu().eval()
     layers = sum(1 for _ in lora_layers(trained))
     folded = sum(1 for module in trained.modules() if isinstance(module, Foldable) and module.is_training_form)
     if not any(True for _ in adapted_modules(trained)) and not folded:
@@ -98,8 +105,11 @@ def merge_checkpoint(
 
     with writing(plain.state_dict(), output, merged_origin(opened)) as partial:
         written = reopen(opened, partial)
-        difference = _difference(trained, written, torch.float64 if folded else torch.float32)
-        if not difference <= TOLERANCE:
+        # A network that a family knows runs, or fails as it would for any user.
+        is_known = opened.checkpoint is not None and opened.checkpoint.family is not None
+        dtype = torch.float64 if folded else torch.float32
+        difference = _difference(trained, written, dtype) if is_known or network_info(trained) else None
+        if difference is not None and not difference <= TOLERANCE:
             raise InputError(
                 f'The written network differs from the trained one by {difference:.1e} of the largest output, more '
                 f'than {TOLERANCE:.0e}: {opened.name} has weights too large for float32, or NaN.'
@@ -119,8 +129,8 @@ def merge_checkpoint(
 def merged_origin(opened: OpenedNetwork) -> Origin:
     """Where the merged form of a network comes from."""
     origin, network = opened.origin, opened.origin.network
-    state = opened.network.state_dict() if opened.checkpoint is None else opened.checkpoint.state
-    if opened.checkpoint is None or opened.checkpoint.form == ADAPTED:
+    state = opened.network.state_dict()
+    if any(map(is_lora_key, state)):
         origin = _with_own_adapter(origin, state)
     return origin if network is None else replace(origin, network=dict(base_section(network)))
 
@@ -153,7 +163,7 @@ def _merge_unknown(checkpoint: Checkpoint, output: Path) -> MergeReport:
 
 @torch.no_grad()
 def _difference(trained: nn.Module, written: nn.Module, dtype: torch.dtype) -> float:
-    info = network_info(trained)
-    channels, size = (3, (32, 40)) if info is None else (info.in_channels, info.size(32, 40))
-    images = torch.rand(2, channels, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    info = network_info(trained) or NetworkInfo(3, 3, 1)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, info.in_channels, *info.size(32, 40), generator=generator).to(dtype) * info.value_range
     return relative_difference(*(network.to(dtype)(images) for network in (trained, written)))

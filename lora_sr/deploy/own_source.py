@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import sys
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from lora_sr.archs import NetworkInfo
 from lora_sr.errors import InputError
 
 REGISTRIES = ('basicsr.utils.registry', 'basicsr.utils', 'lora_sr')  # what a module needs to register itself, no more
-ALLOWED = {'torch', '__future__', *getattr(sys, 'stdlib_module_names', ('math', 'functools', 'typing', 'collections'))}
+STANDARD_LIBRARY = sysconfig.get_paths()['stdlib']
 
 # The organizers' program gives images of any size.
 _PADDED_FORWARD = '''
@@ -56,13 +58,16 @@ def write_own_source(
     lines = source.splitlines()
     tree = ast.parse(source)
     for first, last in _registration(tree):
-        lines[first - 1 : last] = [''] * (last - first + 1)
+        line = lines[first - 1]
+        indent = line[: len(line) - len(line.lstrip())]
+        replaced = '' if line.lstrip().startswith('@') else f'{indent}pass'
+        lines[first - 1 : last] = [replaced] + [''] * (last - first)
     for module in _imports(ast.parse('\n'.join(lines))):
-        if module.split('.')[0] not in ALLOWED:
+        if not _is_allowed(module.split('.')[0]):
             raise InputError(
                 f'{kind.__name__} cannot be submitted: its module must import torch alone, got an import of {module}.'
             )
-    given = ', '.join(f'{key}={value!r}' for key, value in arguments.items())
+    given = ', '.join(f'{key}={_plain(value)!r}' for key, value in arguments.items())
     padded = '' if info.size_multiple == 1 else _PADDED_FORWARD.format(scale=info.scale, multiple=info.size_multiple)
     return '\n'.join(
         [
@@ -79,6 +84,22 @@ def write_own_source(
             padded,
         ]
     )
+
+
+def _is_allowed(name: str) -> bool:
+    """Whether a module is torch, or of Python's own."""
+    if name in ('torch', '__future__', *sys.builtin_module_names, *getattr(sys, 'stdlib_module_names', ())):
+        return True
+    spec = importlib.util.find_spec(name) if name else None  # Python 3.9 has no list of its modules
+    origin = getattr(spec, 'origin', None) or ''
+    return origin.startswith(STANDARD_LIBRARY) and 'site-packages' not in origin
+
+
+def _plain(value: Any) -> Any:
+    """A value of an option file as its ``repr`` is Python."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _registration(tree: ast.Module) -> list[tuple[int, int]]:

@@ -26,8 +26,7 @@ from lora_sr.archs.complexity import (
     count_flops,
     count_multi_adds_720p,
 )
-from lora_sr.checkpoints import NetworkLike, NetworkSource, OpenedNetwork, open_network
-from lora_sr.checkpoints.networks import UnknownNetwork
+from lora_sr.checkpoints import NetworkLike, OpenedNetwork, open_network
 from lora_sr.data.sources import IMAGE_SUFFIXES, Source, find_sources, read_image
 from lora_sr.errors import InputError
 from lora_sr.files import check_output, write_whole
@@ -65,7 +64,7 @@ class _Versions:
 
 
 def compare(
-    networks: Mapping[str, NetworkLike],
+    networks: Mapping[str, NetworkLike | OpenedNetwork],
     sets: dict[str, tuple[str | os.PathLike, str | os.PathLike | None]] | None = None,
     rgb: bool = False,
     runtime: bool = False,
@@ -85,8 +84,8 @@ def compare(
     while the networks run.
 
     Args:
-        networks: Name -> whatever :func:`lora_sr.load_network` takes. An option file that names no weights is measured
-            for its costs alone.
+        networks: Name -> whatever :func:`lora_sr.load_network` takes, or a network that has been opened. An option file
+            that names no weights is measured for its costs alone.
         sets: Name -> folder of the original images, and that of the LR images of the same names (or with ``x{scale}``
             behind); with ``None`` they are made by MATLAB's bicubic. Without any set costs alone are given.
         rgb: Measure PSNR and SSIM on RGB too, beside those on Y.
@@ -176,7 +175,7 @@ def super_resolve(network: nn.Module, image: np.ndarray) -> np.ndarray:
 
 
 def _check_request(
-    networks: Mapping[str, NetworkLike],
+    networks: Mapping[str, NetworkLike | OpenedNetwork],
     sets: Mapping[str, tuple[str | os.PathLike, str | os.PathLike | None]],
     rgb: bool,
     runtime: bool,
@@ -210,10 +209,10 @@ def _check_distinct(paths: list[str | os.PathLike]) -> None:
         seen.add(real)
 
 
-def _read_contestant(name: str, source: NetworkLike) -> _Contestant:
+def _read_contestant(name: str, source: NetworkLike | OpenedNetwork) -> _Contestant:
     """A network in deploy form that takes RGB images of any size."""
     try:
-        opened = _open(source)
+        opened = source if isinstance(source, OpenedNetwork) else open_network(source, needs_weights=False)
         network = deploy_form(opened.network)
     except InputError as error:
         raise InputError(f'"{name}": {error}') from None
@@ -229,16 +228,6 @@ def _read_contestant(name: str, source: NetworkLike) -> _Contestant:
         raise InputError(f'"{name}" gives images of {info.out_channels} channels: compare measures networks of RGB.')
     has_weights = opened.checkpoint is not None or opened.section is None  # a live network has some
     return _Contestant(take_any_size(network), info.scale, has_weights)
-
-
-def _open(source: NetworkLike) -> OpenedNetwork:
-    """The network that is named; of several, an option file given beside them serves those that no family knows."""
-    if not isinstance(source, NetworkSource) or source.options is None or source.checkpoint is None:
-        return open_network(source, needs_weights=False)
-    try:
-        return open_network(replace(source, options=None), needs_weights=False)
-    except UnknownNetwork as error:
-        return open_network(replace(source, checkpoint=error.checkpoint))
 
 
 def _common_scale(contestants: dict[str, _Contestant]) -> int:

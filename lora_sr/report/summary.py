@@ -74,6 +74,8 @@ def inspect_file(source: NetworkLike, fold: bool = True) -> str:
         return format_inspection(inspect_network(path), fold)
     options = source.options if path is None else path if isinstance(path, (str, os.PathLike)) else None
     if options is not None and Path(options).suffix in OPTION_SUFFIXES:
+        if source.adapters:  # they go onto weights
+            return format_inspection(inspect_network(open_network(source).network), fold)
         return format_inspection(inspect_network(network_of_options(options, source.imports)), fold)
     summary = summarize_checkpoint(source)
     if summary.network is None:
@@ -81,7 +83,7 @@ def inspect_file(source: NetworkLike, fold: bool = True) -> str:
     return f'{summary}\n\n{format_inspection(inspect_network(summary.network), fold)}'
 
 
-def summarize_checkpoint(source: str | os.PathLike[str] | NetworkSource) -> CheckpointSummary:
+def summarize_checkpoint(source: str | os.PathLike[str] | Checkpoint | NetworkSource) -> CheckpointSummary:
     """Tell what a file of weights is: a network in any form, an adapter, a discriminator, or the state of a training.
 
     Of several state dicts the one is looked at that the other commands read: ``params_ema``, else ``params``, else the
@@ -94,9 +96,11 @@ def summarize_checkpoint(source: str | os.PathLike[str] | NetworkSource) -> Chec
         InputError: The file cannot be read, or holds no tensors by name.
     """
     source = source if isinstance(source, NetworkSource) else NetworkSource(source)
-    assert isinstance(source.checkpoint, (str, os.PathLike))
-    path = Path(source.checkpoint)
-    content = read_checkpoint(path)
+    named = source.checkpoint
+    if named is None or isinstance(named, nn.Module):
+        raise InputError('No file is named: give a checkpoint, or an option file.')
+    path = named.path if isinstance(named, Checkpoint) else Path(named)
+    content = named.content if isinstance(named, Checkpoint) else read_checkpoint(path)
     rows = {'file': f'{path}, {path.stat().st_size:,} bytes'}
     if isinstance(content.get('optimizers'), list) or {'state', 'param_groups'} <= content.keys():
         return _summarize_training_state(path, content, rows)
@@ -115,7 +119,7 @@ def summarize_checkpoint(source: str | os.PathLike[str] | NetworkSource) -> Chec
     rows['iteration'] = _iteration(path, content)
     if opened is None:
         return _summarize_unknown(checkpoint, rows, obstacle)
-    return _summarize_network(checkpoint, opened, rows)
+    return _summarize_network(checkpoint, opened, rows, source)
 
 
 def _choose_state_dict(path: Path, content: Content, param_key: str | None) -> tuple[Checkpoint, str]:
@@ -135,7 +139,9 @@ def _choose_state_dict(path: Path, content: Content, param_key: str | None) -> t
     return Checkpoint.of(path, content, param_key), ', '.join(found) + beside
 
 
-def _summarize_network(checkpoint: Checkpoint, opened: OpenedNetwork, rows: dict[str, str]) -> CheckpointSummary:
+def _summarize_network(
+    checkpoint: Checkpoint, opened: OpenedNetwork, rows: dict[str, str], source: NetworkSource
+) -> CheckpointSummary:
     path, param_key, network = checkpoint.path, checkpoint.param_key, opened.network
     is_adapted, has_branches = any(True for _ in adapted_modules(network)), is_training_form(network)
     family = _family(network, is_adapted)
@@ -155,28 +161,29 @@ def _summarize_network(checkpoint: Checkpoint, opened: OpenedNetwork, rows: dict
         'parameters': parameters,
     }
     rows = {'file': rows.pop('file'), **{key: value for key, value in described.items() if value}, **rows}
-    commands = []
+    commands, more = [], _teaching(source)
     if is_adapted or has_branches:
-        commands.append(_command('lora-sr merge', path, '-o', f'{path.stem}_merged.pth', param_key=param_key))
-        if is_adapted:
+        commands.append(_command('lora-sr merge', path, *more, '-o', f'{path.stem}_merged.pth', param_key=param_key))
+        if checkpoint.form == ADAPTED:
             commands.append(_extract(path, param_key))
         return CheckpointSummary(rows, commands, network)
     takes_any_size = info is not None and info.fixed_size is None
     channels = (info.in_channels, info.out_channels) if info is not None else None
-    more = _teaching(opened)
     if takes_any_size and (param_key is None or param_key in PARAM_KEYS):  # else the two would not find it
         if channels in ((1, 1), (3, 3)):
             commands.append(_command('lora-sr upscale', 'INPUT', '-m', path, '-o', 'OUTPUT', *more))
         if channels == (3, 3) and info is not None and info.value_range == 1:
             commands.append(_command('lora-sr compare', f'{path.stem.replace("=", "_")}={path}', *more))
-    if type(network).__name__ in OURS:
+    is_own = opened.section is not None and takes_any_size and channels == (3, 3)
+    if type(network).__name__ in OURS or is_own:
         target = ('--team', 'N', '--name', 'NAME', '-o', 'FOLDER')
-        commands.append(_command('lora-sr submission', '-m', path, *target, param_key=param_key))
+        commands.append(_command('lora-sr submission', '-m', path, *more, *target, param_key=param_key))
     exports = {'onnx': f'{path.stem}.onnx'} if takes_any_size else {}
     if takes_any_size and is_for_chainner(network):
         exports['chainner'] = f'{path.stem}_chainner.pth'
     commands += [
-        _command(f'lora-sr export {kind}', path, '-o', file, param_key=param_key) for kind, file in exports.items()
+        _command(f'lora-sr export {kind}', path, *more, '-o', file, param_key=param_key)
+        for kind, file in exports.items()
     ]
     return CheckpointSummary(rows, commands, network)
 
@@ -278,9 +285,14 @@ def _form(network: nn.Module, is_adapted: bool, has_branches: bool) -> str:
     return '; '.join(forms) or 'plain: a base, or merged, which cannot be told apart'
 
 
-def _teaching(opened: OpenedNetwork) -> tuple[str, ...]:
-    """What further commands need to know the network."""
-    return () if opened.section is None else ('-opt', 'OPTION_FILE')
+def _teaching(source: NetworkSource) -> tuple[str | os.PathLike[str], ...]:
+    """The arguments that made a network of the file, for the commands that come next."""
+    arguments: list[str | os.PathLike[str]] = [] if source.options is None else ['-opt', source.options]
+    for module in source.imports:
+        arguments += ['--import', module]
+    for adapter, weight in source.adapters:
+        arguments += ['--adapter', f'{os.fspath(adapter)}={weight:g}']
+    return tuple(arguments)
 
 
 def _channels(network: nn.Module, info: NetworkInfo) -> str:

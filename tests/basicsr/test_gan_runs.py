@@ -76,7 +76,9 @@ def losses(log: str, name: str) -> list:
 def moved(models: Path, before: dict) -> dict:
     """How many `lora_B` of a checkpoint have moved, by its key; and all but LoRA has to be as it was, to the bit."""
     counts = {}
-    for key, weights in read_checkpoint(models / 'net_g_latest.pth').items():
+    content = read_checkpoint(models / 'net_g_latest.pth')
+    for key in content.keys() - {'lora_sr'}:  # where it comes from
+        weights = content[key]
         assert {name for name in weights if not is_lora_key(name)} == {name for name in before if not is_lora_key(name)}
         for name, value in weights.items():
             if not is_lora_key(name):
@@ -151,7 +153,8 @@ def test_gan_resumes(data, tmp_path):
     for name, optimizer in zip('gd', state['optimizers']):
         assert {int(one['step']) for one in optimizer['state'].values()} == {2}, name
         after = read_checkpoint(folder / 'models' / f'net_{name}_2.pth')
-        assert after.keys() == before[name].keys() == ({'params', 'params_ema'} if name == 'g' else {'params'})
+        keys = {'params', 'params_ema', 'lora_sr'} if name == 'g' else {'params', 'lora_sr'}
+        assert after.keys() == before[name].keys() == keys
         for key, weights in after.items():
             trained = [tensor for tensor in weights if name == 'd' or tensor.endswith(('lora_A', 'lora_B'))]
             for tensor, value in weights.items():

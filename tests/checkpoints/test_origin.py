@@ -22,8 +22,10 @@ from lora_sr.option_file import load_options
 def test_fingerprint_is_of_names_types_shapes_and_values():
     state = {'b.weight': torch.arange(6.0).view(2, 3), 'a': torch.ones((), dtype=torch.float16)}
     digest = hashlib.sha256()
-    digest.update(b'a torch.float16 ()\n' + state['a'].numpy().tobytes())
-    digest.update(b'b.weight torch.float32 (2, 3)\n' + state['b.weight'].numpy().tobytes())
+    digest.update(b'a ()\n' + state['a'].float().numpy().tobytes())
+    digest.update(b'b.weight (2, 3)\n' + state['b.weight'].numpy().tobytes())
+    half = {key: value.half() for key, value in state.items()}  # these values are the same in every precision
+    assert fingerprint(half) == fingerprint({**state, 'bn.running_mean': torch.rand(3)}) == digest.hexdigest()
     assert fingerprint(state) == digest.hexdigest()
     assert fingerprint({**dict(reversed(state.items())), 'b.lora_A': torch.rand(1)}) == digest.hexdigest()
     for other in (
@@ -42,7 +44,8 @@ def test_origin_reads_what_it_writes():
     assert origin.version == lora_sr.__version__
     for other in ('{', '3', 3, None, []):
         assert Origin.parse(other) is None
-    assert Origin.parse({'run': 'a', 'of a later version': 1}) == Origin(run='a')
+    later = {'run': 'a', 'of a later version': 1, 'version': '9.9', 'iteration': '7', 'adapters': None}
+    assert Origin.parse(later) == Origin(run='a', version='9.9')
 
 
 @pytest.fixture(scope='module')
@@ -149,3 +152,30 @@ def test_another_base_and_an_adapter_put_on_twice_are_told(files, capsys, comman
     if 'apply' in command:  # it leaves the weights of the base alone
         return
     assert not torch.equal(*(Checkpoint.read(f'{n}.pth').state['conv_2.eval_conv.weight'] for n in ('once', 'twice')))
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        'adapter merge base.pth a.safetensors a.safetensors',
+        'merge base.pth --adapter a.safetensors --adapter a.safetensors',
+    ],
+)
+def test_one_adapter_twice_in_a_list_is_told(files, capsys, command):
+    assert main([*command.split(), '-o', 'x.pth']) == 2
+    assert 'are one adapter: put it on twice with --force' in capsys.readouterr().err
+    assert main([*command.split(), '-o', 'x.pth', '--force']) == 0
+
+
+def test_what_was_merged_is_what_is_said(files):
+    """Not what stands beside its base, nor what has no weight, nor what has no LoRA."""
+    assert main(['adapter', 'apply', 'base.pth', 'a.safetensors', '-o', 'applied.pth']) == 0
+    assert Checkpoint.read('applied.pth').origin.adapters == ()
+    assert main(['merge', 'applied.pth', '-o', 'merged.pth']) == 0
+    assert len(Checkpoint.read('merged.pth').origin.adapters) == 1
+    assert main(['adapter', 'merge', 'base.pth', 'a.safetensors=0', '-o', 'none.pth']) == 0
+    assert Checkpoint.read('none.pth').origin.adapters == ()
+    assert main(['export', 'torchscript', 'base.pth', '-o', 'net.pt']) == 0
+    extra = {'metadata.json': ''}
+    torch.jit.load('net.pt', _extra_files=extra)
+    assert Origin.parse(json.loads(extra['metadata.json'])['lora_sr']).adapters == ()

@@ -228,7 +228,7 @@ def test_fit_is_never_worse_than_its_start(files, capsys):
     assert run('apply', folder / 'base.pth', f'{a}=0', '-o', folder / 'same.pth', *fit) == 0
     printed = capsys.readouterr().out
     assert 'weight 0.0000' in printed and printed.count('inf dB') == 2
-    assert run('merge', folder / 'base.pth', f'{a}=0.4', f'{a}=0.2', '-o', folder / 'twice.pth', *fit) == 0
+    assert run('merge', folder / 'base.pth', f'{a}=0.4', f'{a}=0.2', '-o', folder / 'twice.pth', '--force', *fit) == 0
     weights = [float(text) for text in re.findall(r'weight (-?[\d.]+)', capsys.readouterr().out)]
     assert weights == pytest.approx([0.1, -0.1], abs=1e-2)
 

@@ -35,6 +35,7 @@ def apply() -> None:
         checkpoints.patch_load_network,
         resume.patch_resume_training,
         checkpoints.patch_saving,
+        checkpoints.patch_build_model,
         checkpoints.patch_frozen_warnings,
         checkpoints.patch_missing_lora_warnings,
         average.patch_average,

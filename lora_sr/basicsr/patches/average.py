@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch
-from lora_sr.checkpoints.content import forget, read_checkpoint, without_module_prefix
+from lora_sr.checkpoints.content import read_checkpoint, without_module_prefix
 
 
 def patch_average() -> None:
@@ -29,14 +29,12 @@ def patch_average() -> None:
         original(self)
         average, path = getattr(self, 'net_g_ema', None), self.opt['path']
         if average is None or path.get('resume_state'):
-            forget()
             return
         own = self.get_bare_model(self.net_g).state_dict()
         given: dict[str, Any] = {}
         if path.get('pretrain_network_g') is not None:
             content = read_checkpoint(path['pretrain_network_g'])
             given = without_module_prefix(content.get('params_ema', content.get('params', content)))
-        forget()
         copied = {key: value for key, value in own.items() if key not in given or given[key].shape != value.shape}
         average.load_state_dict({**average.state_dict(), **copied})
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_sr.adapters import is_lora_key
 from lora_sr.basicsr import provenance
-from lora_sr.basicsr.patches.tools import is_defective, patch
+from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch, replace_everywhere
 from lora_sr.checkpoints.content import forget, load_weights, read_checkpoint, without_module_prefix
 from lora_sr.checkpoints.origin import KEY, fingerprint
 from lora_sr.files import save_atomically
@@ -39,12 +39,9 @@ def patch_load_network() -> None:
             param_key = None
         bare = self.get_bare_model(net)
         load_weights(bare, content, load_path, param_key, strict, self._print_different_keys_loading)
-        if not self.is_train:
-            forget()  # in training the average may be in the same file
-        elif net is getattr(self, 'net_g', None):
+        if self.is_train and net is getattr(self, 'net_g', None):
             resumed = content.origin if Path(load_path).parent == Path(self.opt['path'].get('models', '')) else None
-            known = None if resumed is None else resumed.base
-            self.base_fingerprint = known or fingerprint(bare.state_dict())
+            self.base_fingerprint = fingerprint(bare.state_dict()) if resumed is None else resumed.base
 
     BaseModel.load_network = load_network
 
@@ -139,3 +136,22 @@ def patch_missing_lora_warnings() -> None:
         original(self, crt_net, load_net, strict)
 
     BaseModel._print_different_keys_loading = _print_different_keys_loading
+
+
+def patch_build_model() -> None:
+    """Checkpoints that were read for the check of the options are given to the model, and not kept any longer."""
+    from basicsr import models
+
+    original = models.build_model
+    if is_patch(original):
+        return
+
+    @patch
+    @functools.wraps(original)
+    def build_model(opt: dict[str, Any]) -> Any:
+        try:
+            return original(opt)
+        finally:
+            forget()
+
+    replace_everywhere(original, build_model)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from lora_sr.basicsr import provenance
+from lora_sr.basicsr.log import start_log
 from lora_sr.basicsr.patches.distributed import start_distributed
 from lora_sr.basicsr.patches.resume import patch_load_resume_state
 from lora_sr.basicsr.patches.tools import is_defective, patch, replace_everywhere, swapped
@@ -86,7 +87,8 @@ def patch_parse_options() -> None:
         try:
             opt = load_options(path)
             apply_overrides(opt, entries)
-            provenance.begin(opt, entries)
+            provenance.begin(path, opt, entries)
+            start_log()
             import_modules(_modules_to_import(opt), path)
             remember()  # until the networks have been set up
             if _mode != 'skip' and os.environ.get(CHECK_VARIABLE) != '0':
@@ -124,6 +126,7 @@ def _modules_to_import(opt: dict) -> list[str]:
 def patch_copy_opt_file() -> None:
     """`copy_opt_file` copies the file as it is, without what `--force_yml` changed: no record of the run."""
     from basicsr.utils import options
+    from basicsr.utils.dist_util import get_dist_info
 
     original = options.copy_opt_file
     if not is_defective(original, 'copyfile'):
@@ -132,7 +135,8 @@ def patch_copy_opt_file() -> None:
     @patch
     @functools.wraps(original)
     def copy_opt_file(opt_file: str, experiments_root: str) -> None:
-        provenance.write_options(opt_file, experiments_root)
+        if get_dist_info()[0] == 0:  # the process that has made the folder
+            provenance.write_options(opt_file, experiments_root)
 
     replace_everywhere(original, copy_opt_file)
 

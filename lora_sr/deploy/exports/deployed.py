@@ -7,6 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -37,13 +38,15 @@ class Deployed:
     """A network as it is deployed: merged, folded, without gradients, on the CPU in float32.
 
     Args:
-        network: The network.
+        network: The network as it goes into a file.
+        reference: The network before it was changed for that; what a file gives is compared with it.
         info: Which images it takes and gives.
         name: What its source is called in messages.
         origin: Where it comes from.
     """
 
     network: nn.Module
+    reference: nn.Module
     info: NetworkInfo
     name: str
     origin: Origin
@@ -78,7 +81,7 @@ class Deployed:
         largest, psnr = 0.0, math.inf
         with torch.no_grad():
             for image in self.checked_images():
-                expected, given = self.network(image), run(image)
+                expected, given = self.reference(image), run(image)
                 if given.shape != expected.shape or given.dtype != expected.dtype:
                     return Difference(math.inf, -math.inf)
                 # An untrained network gives values far outside the range.
@@ -142,14 +145,20 @@ def deployed_network(source: NetworkLike, param_key: str | None = None) -> Deplo
     except InputError as error:
         raise InputError(f'{opened.name} cannot be folded: {error}') from None
     take_any_size(network, 1)  # padding is Python, which no file can hold
+    reference = deepcopy(network)
     use_plain_attention(network)
     info = network_info(network)
-    if info is None or info.fixed_size is not None:
+    if info is None:
+        raise InputError(
+            f'{opened.name} cannot be exported: {type(network).__name__} must take one image, of any size '
+            'or of multiples of a number, and give one that is a whole number of times as large.'
+        )
+    if info.fixed_size is not None:
         raise InputError(
             f'{opened.name} cannot be exported: its {type(network).__name__} takes images of one size alone, as with '
             'an absolute position embedding, where any size or any multiple of a number is right.'
         )
-    deployed = Deployed(network, info, opened.name, merged_origin(opened))
+    deployed = Deployed(network, reference, info, opened.name, merged_origin(opened))
     images = deployed.checked_images()
     with torch.no_grad():
         if not network(images[0]).isfinite().all():

@@ -228,6 +228,7 @@ def lpips(img, img2, convolutions, heads) -> float:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec('pyiqa') is None, reason='pyiqa is not installed')
 def test_lpips_of_pyiqa(tmp_path):
     """With weights of our own in the folders that the sentences name, against the definition."""

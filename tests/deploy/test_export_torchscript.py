@@ -26,6 +26,7 @@ torch.save(outputs, 'outputs')
 """
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_file_gives_the_images_of_the_trained_network_in_a_bare_process(tmp_path, capsys):
     images = soft_images()

@@ -59,6 +59,7 @@ def checkpoint(tmp_path):
     return save(SPAN(feature_channels=6, upscale=4, deploy=True), tmp_path / 'span.pth')
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_official_entry_of_the_challenge(shared, tmp_path, capsys):
     folder, weights = tmp_path / 'DSCF', shared / 'weights/DSCLoRA/DSCF_ch26_x4.pth'
@@ -107,6 +108,7 @@ def test_the_official_entry_of_the_challenge(shared, tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     'make',
@@ -194,6 +196,7 @@ def test_a_file_that_is_wrong_does_not_appear(checkpoint, tmp_path, monkeypatch,
     assert everything(tmp_path) == {'span.pth'} and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_weights_that_are_nan_are_not_handed_in(tmp_path):
     network = SPAN(feature_channels=4, deploy=True)
     nn.init.constant_(network.conv_cat.bias, torch.nan)

@@ -100,6 +100,7 @@ def run_training(folder, *arguments) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_distillation_run_and_resume(device, pairs, tmp_path):
     torch.manual_seed(0)
     torch.save(SPAN(feature_channels=6, upscale=2, deploy=True).state_dict(), tmp_path / 'student.pth')

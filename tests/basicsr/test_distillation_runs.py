@@ -133,7 +133,7 @@ def test_two_processes_train_the_same_option_file(run_folder):
     assert len(images[0]) > 1 and images[0] != images[1]
     assert len(weights[0]) > 1 and weights[0] == weights[1]
     saved = read_checkpoint(run_folder / 'experiments' / 'tiny' / 'models' / 'net_g_latest.pth')
-    assert saved.keys() == {'params', 'params_ema'}
+    assert saved.keys() == {'params', 'params_ema', 'lora_sr'}
 
 
 def test_merged_network_has_the_adapted_network_s_table(whole, run_folder):

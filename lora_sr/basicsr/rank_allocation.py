@@ -287,16 +287,16 @@ def write_ranks(
     lora_entry = network_entry and _entry(network_entry[1], 'lora')
     if name_entry is None or lora_entry is None:
         raise refusal
-    name, lora = name_entry[1], lora_entry[1]
+    name, node = name_entry[1], lora_entry[1]
     end_of_name = name.end_mark.index - (name.style in ('"', "'"))
-    first, last = lora.value[0][0], lora.value[-1][1]
+    first, last = node.value[0][0], node.value[-1][1]
     line = text[text.rfind('\n', 0, first.start_mark.index) + 1 :]
-    column = len(line) - len(line.lstrip(' ')) + 2 if lora.flow_style else first.start_mark.column
-    entry = _pattern_text(pattern, comment, column, lora.flow_style)
-    old = _entry(lora, 'rank_pattern')
+    column = len(line) - len(line.lstrip(' ')) + 2 if node.flow_style else first.start_mark.column
+    entry = _pattern_text(pattern, comment, column, node.flow_style)
+    old = _entry(node, 'rank_pattern')
     if old is not None:
         edit = (old[0].start_mark.index, _end(old[1]), entry)
-    elif lora.flow_style:
+    elif node.flow_style:
         edit = (_end(last), _end(last), f', {entry}')
     else:  # behind the comment, if any, at the end of the last line
         end = text.find('\n', _end(last))
@@ -317,7 +317,7 @@ def write_ranks(
         raise refusal
 
 
-def _entry(mapping: yaml.MappingNode, key: str) -> tuple[yaml.Node, yaml.Node] | None:
+def _entry(mapping: Any, key: str) -> tuple[Any, Any] | None:
     """The nodes of a key and its value."""
     return next((entry for entry in mapping.value if entry[0].value == key), None)
 

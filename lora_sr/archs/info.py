@@ -71,6 +71,16 @@ def network_info(network: nn.Module) -> NetworkInfo | None:
     return found
 
 
+def refusal(network: nn.Module) -> str:
+    """Why :func:`network_info` found nothing, as the end of a sentence: what the network says of an RGB image."""
+    try:
+        with torch.no_grad():
+            _copy(network, 'cpu')(torch.zeros(1, 3, 32, 32))
+    except Exception as error:  # whatever a network makes of it
+        return f' ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""})'
+    return ''
+
+
 def take_any_size(network: Network, multiple: int | None = None) -> Network:
     """Let a network take images of any size, in place: what does not fit is padded before it and cropped behind it.
 

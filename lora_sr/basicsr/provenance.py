@@ -61,12 +61,14 @@ def origin(model: Any, label: str, iteration: int, state: Mapping[str, Tensor]) 
 def write_options(option_file: str, folder: str) -> None:
     """Write the effective options of a run into its folder, with the command that repeats it on top.
 
-    Without overrides the file is the user's, comments included. Modules that lie beside it are named by their paths.
+    Without overrides the file is the user's, comments included. Files to import are named by their whole paths.
     """
     source, target = Path(option_file), Path(folder, os.path.basename(option_file))
     text, beside = _text, source.parent.resolve()
     imports = [
-        str(beside / name) if not Path(name).exists() and (beside / name).is_file() else name
+        str(next(place for place in (Path(name), beside / name) if place.is_file()).resolve())
+        if name.endswith('.py')
+        else name
         for name in _effective.get('imports') or ()
     ]
     if _overrides or imports != list(_effective.get('imports') or ()):

@@ -6,11 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from lora_sr.adapters import Adapter, describe_misfit, parse_adapter
-from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
+from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint, is_state_dict
+from lora_sr.checkpoints.content import without_module_prefix
 from lora_sr.checkpoints.origin import SHOWN, Origin, adapter_fingerprint, fingerprint
 from lora_sr.errors import InputError
 
@@ -78,7 +80,14 @@ class AdapterFile:
             if not value.isfinite().all():
                 raise InputError(f'The adapter {self.path} has values that are not finite, in {key}.')
 
-    def check_base(self, base: Mapping[str, Tensor], origin: Origin | None, name: object, force: bool) -> None:
+    def check_base(
+        self,
+        base: Mapping[str, Tensor],
+        origin: Origin | None,
+        name: object,
+        force: bool,
+        content: Mapping[str, Any] | None = None,
+    ) -> None:
         """Check that a base is the one that the adapter was trained on, and does not carry it already.
 
         Args:
@@ -86,6 +95,7 @@ class AdapterFile:
             origin: Where the base comes from.
             name: What the base is called in the message.
             force: Check nothing.
+            content: What else is in the file of the base, where another state dict may be the right one.
 
         Raises:
             InputError: It is another one, or it carries the adapter.
@@ -99,6 +109,12 @@ class AdapterFile:
             return
         found = fingerprint(base)
         if found != trained_on:
+            for key, value in (content or {}).items():
+                if is_state_dict(value) and fingerprint(without_module_prefix(value)) == trained_on:
+                    raise InputError(
+                        f'The adapter {self.path} was trained on the state dict {key} of {name}, which is not the one '
+                        f'that is read: name it with --param-key {key}.'
+                    )
             raise InputError(
                 f'The adapter {self.path} was trained on another base than {name}: its fingerprint is '
                 f'{trained_on[:SHOWN]}, got {found[:SHOWN]}; put it on this one with --force.'

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -30,14 +31,16 @@ def import_modules(names: Sequence[str], beside: str | os.PathLike[str] | None =
         raise InputError(f'imports must be a list of modules and .py files, got {names!r}.')
     for name in names:
         try:
+            if Path(name).exists() and Path(name).suffix != '.py' and Path(name).suffix:
+                raise InputError(f'{name} must be a module or a .py file to be imported.')
             if os.fspath(name).endswith('.py'):
                 _import_file(_find(Path(name).expanduser(), beside))
             else:
                 _note(importlib.import_module(name))
         except InputError:
             raise
-        except Exception as error:  # whatever a module of somebody's raises
-            reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+        except (Exception, SystemExit) as error:  # whatever a module of somebody's raises
+            reason = f'{type(error).__name__}: {error}'.splitlines()[0] + _place(error)
             raise InputError(f'The module {name} cannot be imported: {reason}.') from error
 
 
@@ -48,12 +51,19 @@ def _note(module: ModuleType) -> None:
 
 def _find(file: Path, beside: str | os.PathLike[str] | None) -> Path:
     there = file if beside is None else Path(beside).parent / file
-    return (file if file.is_file() or not there.is_file() else there).resolve()
+    if not file.is_file() and not there.is_file():
+        places = f'{file.resolve()}' + ('' if there == file else f' or {there.resolve()}')
+        raise InputError(f'There is no file {places} to import.')
+    return (file if file.is_file() else there).resolve()
+
+
+def _place(error: BaseException) -> str:
+    """Where in a file of the user's an error was raised."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith('<')]
+    return f' ({frames[-1].filename}, line {frames[-1].lineno})' if len(frames) > 1 else ''
 
 
 def _import_file(file: Path) -> None:
-    if not file.is_file():
-        raise InputError(f'There is no file {file} to import.')
     known = sys.modules.get(file.stem)
     if known is not None:
         origin = getattr(known, '__file__', None)
@@ -62,7 +72,9 @@ def _import_file(file: Path) -> None:
         raise InputError(f'The module {file} must have a name of its own, got that of {origin or "a built-in module"}.')
     found = importlib.util.find_spec(file.stem)
     if found is not None and found.origin is not None and Path(found.origin).resolve() != file:
-        raise InputError(f'The module {file} must have a name of its own, got that of {found.origin}.')
+        raise InputError(
+            f'The module {file} must have a name of its own: as {file.stem} Python would import {found.origin}.'
+        )
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)

@@ -342,6 +342,7 @@ def _with_adapters(opened: OpenedNetwork, source: NetworkSource) -> OpenedNetwor
     state = network.state_dict()
     for file, _ in files:
         file.check_fit(state, opened.name, is_training_form(network))
-        file.check_base(state, opened.origin, opened.name, source.force)
+        content = None if opened.checkpoint is None else opened.checkpoint.content
+        file.check_base(state, opened.origin, opened.name, source.force, content)
     load_adapter(network, mix_adapters([(file.adapter, weight) for file, weight in files]))
     return replace(opened, network=network, origin=replace(opened.origin, base=fingerprint(state)))

@@ -190,7 +190,7 @@ def _mix(
     state = checkpoint.state if network is None else network.state_dict()
     for file in files:
         file.check_fit(state, checkpoint.path, network is not None and is_training_form(network))
-        file.check_base(state, checkpoint.origin, checkpoint.path, source.force)
+        file.check_base(state, checkpoint.origin, checkpoint.path, source.force, checkpoint.content)
     unsaid = 1 / len(adapters) if pairs else 1.0
     weights = [unsaid if weight is None else weight for _, weight in adapters]
     fitted = None

@@ -92,6 +92,8 @@ def merge_checkpoint(
             raise
         return _merge_unknown(error.checkpoint, output)
     trained = opened.network
+    if opened.checkpoint is not None and output.exists() and output.samefile(opened.checkpoint.path):
+        raise InputError(f'The output {output} is the input, whose updates would be lost: choose another output.')
     if opened.checkpoint is None:  # a live network stays as it is
         trained = deepcopy(trained).cpu().eval()
     layers = sum(1 for _ in lora_layers(trained))

@@ -60,7 +60,8 @@ def write_own_source(
     for first, last in _registration(tree):
         line = lines[first - 1]
         indent = line[: len(line) - len(line.lstrip())]
-        replaced = '' if line.lstrip().startswith('@') else f'{indent}pass'
+        # In a block something has to stand.
+        replaced = f'{indent}pass' if indent and not line.lstrip().startswith('@') else ''
         lines[first - 1 : last] = [replaced] + [''] * (last - first)
     for module in _imports(ast.parse('\n'.join(lines))):
         if not _is_allowed(module.split('.')[0]):

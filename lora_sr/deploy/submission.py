@@ -22,6 +22,7 @@ from torch import nn
 from lora_sr.adapters import count_parameters
 from lora_sr.archs import LKDN, SPAN, NetworkInfo, network_info
 from lora_sr.archs.complexity import CHALLENGE_SIDE, count_activations, count_convolutions, count_flops
+from lora_sr.archs.info import refusal
 from lora_sr.archs.reparam import deploy_form, relative_difference
 from lora_sr.checkpoints import NetworkLike, OpenedNetwork, open_network
 from lora_sr.deploy.own_source import write_own_source
@@ -186,7 +187,8 @@ def write_submission(
         raise InputError(f'{opened.name} cannot be folded: {error}') from None
     info = network_info(network)
     if info is None or info.fixed_size is not None or (info.in_channels, info.out_channels) != (3, 3):
-        raise InputError(f'{opened.name} does not take RGB images of any size, as a submission has to.')
+        reason = refusal(network) if info is None else ''
+        raise InputError(f'{opened.name} does not take RGB images of any size, as a submission has to{reason}.')
 
     class_name = class_name_for(_write(opened, network, info, '', '_'), name)
     stem = f'team{team:02}_{re.sub(r"[^A-Za-z0-9_]", "_", name)}'

@@ -26,6 +26,7 @@ from lora_sr.archs.complexity import (
     count_flops,
     count_multi_adds_720p,
 )
+from lora_sr.archs.info import refusal
 from lora_sr.checkpoints import NetworkLike, OpenedNetwork, open_network
 from lora_sr.data.sources import IMAGE_SUFFIXES, Source, find_sources, read_image
 from lora_sr.errors import InputError
@@ -223,7 +224,8 @@ def _read_contestant(name: str, source: NetworkLike | OpenedNetwork) -> _Contest
             'networks for values in [0, 1].'
         )
     if info is None or info.fixed_size is not None or info.in_channels != 3:
-        raise InputError(f'"{name}" does not take RGB images of any size: compare measures networks that do.')
+        reason = refusal(network) if info is None else ''
+        raise InputError(f'"{name}" does not take RGB images of any size{reason}: compare measures networks that do.')
     if info.out_channels != 3:
         raise InputError(f'"{name}" gives images of {info.out_channels} channels: compare measures networks of RGB.')
     has_weights = opened.checkpoint is not None or opened.section is None  # a live network has some

@@ -116,6 +116,8 @@ def summarize_checkpoint(source: str | os.PathLike[str] | Checkpoint | NetworkSo
     except UnknownNetwork as error:  # a network of one's own may look like one that is known
         if checkpoint.family is not None:
             obstacle = f'looks like {checkpoint.family}, but {error}'
+        elif content.origin is not None and content.origin.network is not None:
+            obstacle = str(error)
     rows['iteration'] = _iteration(path, content)
     if opened is None:
         return _summarize_unknown(checkpoint, rows, obstacle)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_sr.archs.info import NetworkInfo, network_info
+from lora_sr.archs.info import NetworkInfo, network_info, refusal
 from lora_sr.archs.receptive_field import receptive_radius
 from lora_sr.errors import InputError
 from lora_sr.runtime.deployed import optimize
@@ -43,7 +43,10 @@ class Upscaler:
         self.name = type(network).__name__
         info = network_info(network)
         if info is None or info.fixed_size is not None or info.in_channels not in (1, 3):
-            raise InputError(f'{self.name} does not take RGB or gray images of any size, as upscaling needs it.')
+            reason = refusal(network) if info is None else ''
+            raise InputError(
+                f'{self.name} does not take RGB or gray images of any size, as upscaling needs it{reason}.'
+            )
         self.info = info
         self.channels, self.multiple, self.scale = info.in_channels, info.size_multiple, info.scale
         if info.out_channels != self.channels:

@@ -119,7 +119,12 @@ def test_part_of_a_file_is_told(files, caplog):
             "imports must be a list of modules and .py files, got 'my_arch.py'",
         ),
         (NetworkSource('plain.pth', imports=['tabnanny.py']), 'must have a name of its own'),
-        (NetworkSource('plain.pth', imports=['absent.py']), 'There is no file .*absent.py'),
+        (NetworkSource('plain.pth', imports=['absent.py']), 'There is no file .*absent.py to import'),
+        (
+            NetworkSource('plain.pth', imports=['exits.py']),
+            r'exits.py cannot be imported: SystemExit: 0 \(.*exits.py, line 2\)',
+        ),
+        (NetworkSource('plain.pth', imports=['list.yml']), 'list.yml must be a module or a .py file'),
         (NetworkSource('plain.pth', imports=['no.such']), 'The module no.such cannot be imported: ModuleNotFoundError'),
         ('list.yml', 'imports must be a list'),
     ],
@@ -127,6 +132,7 @@ def test_part_of_a_file_is_told(files, caplog):
 def test_mistakes(files, source, sentence):
     torch.save({'state_dict': edsr().state_dict(), 'epoch': 3}, 'nested.pth')
     (files / 'tabnanny.py').write_text('')
+    (files / 'exits.py').write_text('\nraise SystemExit(0)\n')
     (files / 'list.yml').write_text('imports: my_arch.py\nnetwork_g: {type: SPAN}\n')
     with pytest.raises(InputError, match=sentence):
         open_network(source)

@@ -179,3 +179,21 @@ def test_what_was_merged_is_what_is_said(files):
     extra = {'metadata.json': ''}
     torch.jit.load('net.pt', _extra_files=extra)
     assert Origin.parse(json.loads(extra['metadata.json'])['lora_sr']).adapters == ()
+
+
+def test_the_other_state_dict_of_a_file_is_named(files, capsys):
+    base, other = (torch.load(f'{name}.pth', weights_only=True)['params'] for name in ('base', 'other'))
+    torch.save({'params': base, 'params_ema': other}, 'both.pth')
+    capsys.readouterr()
+    for command in ('adapter merge both.pth a.safetensors', 'merge both.pth --adapter a.safetensors'):
+        assert main([*command.split(), '-o', 'm.pth']) == 2
+        error = capsys.readouterr().err
+        assert 'was trained on the state dict params of both.pth' in error and '--param-key params.' in error
+        assert main([*command.split(), '-o', 'm.pth', '--param-key', 'params']) == 0
+        (files / 'm.pth').unlink()
+
+
+def test_a_merge_does_not_replace_what_it_merges(files, capsys):
+    assert main(['merge', 'adapted.pth', '-o', 'adapted.pth', '--overwrite']) == 2
+    assert 'adapted.pth is the input, whose updates would be lost' in capsys.readouterr().err
+    assert Checkpoint.read('adapted.pth').form == 'adapted'

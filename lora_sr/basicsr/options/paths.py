@@ -17,7 +17,7 @@ from lora_sr.archs import fold
 from lora_sr.basicsr.options import schema
 from lora_sr.basicsr.options.check import Check
 from lora_sr.checkpoints import Checkpoint
-from lora_sr.checkpoints.content import load_weights, read_checkpoint, without_module_prefix
+from lora_sr.checkpoints.content import PARAM_KEYS, load_weights, read_checkpoint, without_module_prefix
 from lora_sr.checkpoints.families import FAMILIES, family_of
 from lora_sr.errors import InputError
 
@@ -67,6 +67,11 @@ def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
             content, param_key = Checkpoint.read(file, param_key).state, None
         else:
             content = read_checkpoint(file)
+            if param_key not in (None, *PARAM_KEYS, *content):
+                keys = [key for key in content if key in PARAM_KEYS] or list(content)[:4]
+                raise InputError(
+                    f'{file} has no {param_key!r}, as path.param_key_{letter} says; it has {", ".join(keys)}'
+                )
             if all(map(is_lora_key, content)):
                 raise InputError(f'{file} is an adapter; `lora-sr adapter apply` puts it onto its base')
         if net is None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lora_sr
 from lora_sr.adapters import count_parameters
 from lora_sr.archs import NetworkInfo, network_info, take_any_size
+from lora_sr.archs.info import refusal
 from lora_sr.archs.reparam import deploy_form
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints import NetworkLike, Origin, open_network
@@ -151,7 +152,7 @@ def deployed_network(source: NetworkLike, param_key: str | None = None) -> Deplo
     if info is None:
         raise InputError(
             f'{opened.name} cannot be exported: {type(network).__name__} must take one image, of any size '
-            'or of multiples of a number, and give one that is a whole number of times as large.'
+            f'or of multiples of a number, and give one that is a whole number of times as large{refusal(network)}.'
         )
     if info.fixed_size is not None:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import os
@@ -102,7 +103,7 @@ def _trace(deployed: Deployed) -> bytes:
     )
     buffer = io.BytesIO()
     try:
-        with tracing():
+        with tracing(), contextlib.redirect_stdout(io.StringIO()):  # on which torch shows graphs that it refuses
             torch.onnx.export(
                 deployed.network,
                 (deployed.image(*TRACED_SIZE),),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_sr.archs.info import NetworkInfo
 from lora_sr.archs.reparam import Foldable, bias_of
 from lora_sr.errors import InputError
 
@@ -232,12 +233,17 @@ class LKDN(nn.Module):
                 raise InputError(f'"{key}" of LKDN is {name!r}: it must be one of {", ".join(known)}.')
         self.num_in, self.num_block, self.upscale = num_in, num_block, upscale
         self.num_feat, self.num_atten = num_feat, num_atten
+        self.num_in_ch, self.num_out_ch = num_in_ch, num_out_ch
         self.fea_conv = BSConvU(num_in_ch * num_in, num_feat)
         for i in range(num_block):
             setattr(self, f'B{i + 1}', LKDB(num_feat, num_atten, CONVS[conv]))
         self.c1 = nn.Conv2d(num_feat * num_block, num_feat, 1)
         self.c2 = BSConvU(num_feat, num_feat)
         self.upsampler = UPSAMPLERS[upsampler](num_feat, num_out_ch, upscale)
+
+    def declared_info(self) -> NetworkInfo:
+        """Which images it takes and gives: of any size."""
+        return NetworkInfo(self.num_in_ch, self.num_out_ch, self.upscale)
 
     @property
     def sizes(self) -> dict[str, int]:

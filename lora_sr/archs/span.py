@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_sr.adapters import is_lora_key
+from lora_sr.archs.info import NetworkInfo
 from lora_sr.archs.reparam import Foldable, bias_of
 from lora_sr.errors import InputError
 
@@ -185,6 +186,10 @@ class SPAN(nn.Module):
         self.upsampler = nn.Sequential(
             nn.Conv2d(feature_channels, num_out_ch * upscale**2, 3, padding=1), nn.PixelShuffle(upscale)
         )
+
+    def declared_info(self) -> NetworkInfo:
+        """Which images it takes and gives: RGB of any size."""
+        return NetworkInfo(3, 3, self.upscale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W), RGB in [0, 1] -> (N, 3, upscale * H, upscale * W)."""

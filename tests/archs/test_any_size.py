@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from lora_sr.adapters import LoRAConfig, add_lora
 from lora_sr.archs import NetworkInfo, network_info, take_any_size
+from lora_sr.archs.dsclora import DSCLoRA
+from lora_sr.archs.info import _probe
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints import load_network
@@ -152,6 +154,20 @@ def test_what_a_network_takes(build, channels, multiple):
     with torch.no_grad():
         shape = network.eval()(torch.zeros(1, channels, height, width)).shape
     assert shape == (1, info.out_channels, height * info.scale, width * info.scale)
+
+
+@pytest.mark.parametrize(
+    'network',
+    [
+        SPAN(feature_channels=4, upscale=3),
+        DSCLoRA(feature_channels=4, upscale=2),
+        LKDN(num_feat=6, num_atten=4, num_block=1, upscale=2),
+        LKDN(num_in_ch=1, num_out_ch=1, num_feat=6, num_atten=4, num_block=1),
+    ],
+    ids=lambda network: type(network).__name__,
+)
+def test_what_a_network_declares_is_what_trying_finds(network):
+    assert network_info(network) == _probe(network) == network.declared_info()
 
 
 def test_networks_that_take_nothing_in_multiples():

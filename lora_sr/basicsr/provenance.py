@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from lora_sr.adapters import is_lora_key
+from lora_sr.checkpoints.imports import find_file
 from lora_sr.checkpoints.origin import Origin, fingerprint
 from lora_sr.option_file import OptionDumper
 
@@ -64,14 +65,10 @@ def write_options(option_file: str, folder: str) -> None:
     Without overrides the file is the user's, comments included. Files to import are named by their whole paths.
     """
     source, target = Path(option_file), Path(folder, os.path.basename(option_file))
-    text, beside = _text, source.parent.resolve()
-    imports = [
-        str(next(place for place in (Path(name), beside / name) if place.is_file()).resolve())
-        if name.endswith('.py')
-        else name
-        for name in _effective.get('imports') or ()
-    ]
-    if _overrides or imports != list(_effective.get('imports') or ()):
+    text = _text
+    named = list(_effective.get('imports') or ())
+    imports = [str(find_file(name, option_file)) if name.endswith('.py') else name for name in named]
+    if _overrides or imports != named:
         effective = {**_effective, 'imports': imports} if imports else _effective
         text = yaml.dump(effective, Dumper=OptionDumper, sort_keys=False, allow_unicode=True, width=120)
     changed = f'# {source.name} with --force_yml {shlex.join(_overrides)}\n' if _overrides else ''

@@ -34,7 +34,7 @@ def import_modules(names: Sequence[str], beside: str | os.PathLike[str] | None =
             if Path(name).exists() and Path(name).suffix != '.py' and Path(name).suffix:
                 raise InputError(f'{name} must be a module or a .py file to be imported.')
             if os.fspath(name).endswith('.py'):
-                _import_file(_find(Path(name).expanduser(), beside))
+                _import_file(find_file(name, beside))
             else:
                 _note(importlib.import_module(name))
         except InputError:
@@ -44,17 +44,23 @@ def import_modules(names: Sequence[str], beside: str | os.PathLike[str] | None =
             raise InputError(f'The module {name} cannot be imported: {reason}.') from error
 
 
-def _note(module: ModuleType) -> None:
-    if module not in IMPORTED:
-        IMPORTED.append(module)
+def find_file(name: str | os.PathLike[str], beside: str | os.PathLike[str] | None) -> Path:
+    """The whole path of a ``.py`` file to import, which is here or beside the option file that names it.
 
-
-def _find(file: Path, beside: str | os.PathLike[str] | None) -> Path:
+    Raises:
+        InputError: It is in neither place.
+    """
+    file = Path(name).expanduser()
     there = file if beside is None else Path(beside).parent / file
     if not file.is_file() and not there.is_file():
         places = f'{file.resolve()}' + ('' if there == file else f' or {there.resolve()}')
         raise InputError(f'There is no file {places} to import.')
     return (file if file.is_file() else there).resolve()
+
+
+def _note(module: ModuleType) -> None:
+    if module not in IMPORTED:
+        IMPORTED.append(module)
 
 
 def _place(error: BaseException) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -12,6 +14,13 @@ class InputError(ValueError):
     Its message is one sentence for the user that names the key or the file, its value, and what would be right.
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of the message about an unknown name: the nearest known ones, or all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3)
+    return f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(known)}'
 
 
 class MissingBasicSR(InputError):

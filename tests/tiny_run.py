@@ -82,9 +82,21 @@ def write_pairs(root: Path, count: int = 8, gt_size: int = 32, scale: int = 2) -
         (database / 'meta_info.txt').write_text(''.join(lines))
 
 
+def change(options: dict, path: str, value=...):
+    """Set what stands at `a.b.c`, or remove it."""
+    *parents, key = path.split('.')
+    for parent in parents:
+        options = options[parent]
+    if value is ...:
+        del options[key]
+    else:
+        options[key] = value
+
+
 def python_environment() -> dict:
     """The environment of a run: this repository's package, one thread, and no launcher's variables."""
-    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS='1')
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get('PYTHONPATH')])]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS='1')
     for name in ('RANK', 'WORLD_SIZE', 'SLURM_PROCID'):
         environment.pop(name, None)
     return environment

@@ -12,7 +12,7 @@ from torch import nn
 from lora_sr.archs import AdaptSR
 from lora_sr.archs.registry import OWN, Arch, find_arch, known_archs
 from lora_sr.checkpoints.imports import IMPORTED
-from lora_sr.errors import InputError, MissingBasicSR
+from lora_sr.errors import InputError, MissingBasicSR, did_you_mean
 
 
 def build_network(section: object, where: str = 'network_g') -> nn.Module:
@@ -25,14 +25,23 @@ def build_network(section: object, where: str = 'network_g') -> nn.Module:
     Raises:
         InputError: There is no network of that name, an argument is not known to it or missing, or it refuses them.
     """
-    arch, arguments = _arch_and_arguments(section, where)
+    arch, known = _check_section(section, where)
+    return construct(arch, known, where)
+
+
+def construct(arch: Arch, section: Mapping[str, Any], where: str) -> nn.Module:
+    """Build the network of a section whose type and keys are known.
+
+    Raises:
+        InputError: It refuses the values.
+    """
     try:
-        return arch(**arguments)
+        return arch(**{key: value for key, value in section.items() if key != 'type'})
     except InputError as error:
         raise InputError(f'{where}: {error}') from None
     except Exception as error:  # whatever a constructor, also one of others, makes of wrong values
         reason = f': {error}' if str(error) else ''
-        raise InputError(f'{where}: {section["type"]} cannot be built from these values{reason}') from error  # type: ignore[index]
+        raise InputError(f'{where}: {section["type"]} cannot be built from these values{reason}') from error
 
 
 def base_section(section: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -41,7 +50,8 @@ def base_section(section: Mapping[str, Any]) -> Mapping[str, Any]:
     return base if section.get('type') == AdaptSR.__name__ and isinstance(base, Mapping) else section
 
 
-def _arch_and_arguments(section: object, where: str) -> tuple[Arch, dict[str, Any]]:
+def _check_section(section: object, where: str) -> tuple[Arch, Mapping[str, Any]]:
+    """Check the type and the keys of a section. Returns what it names, and the section."""
     if not isinstance(section, Mapping):
         raise InputError(f'{where} has to be a section of keys, not {section!r}')
     name = section.get('type')
@@ -49,17 +59,12 @@ def _arch_and_arguments(section: object, where: str) -> tuple[Arch, dict[str, An
         raise InputError(f'{where}.type is missing' if name is None else f'{where}.type has to be a name, not {name!r}')
     arch, known = _find(name)
     if arch is None:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(sorted(known))}'
-        raise InputError(
-            f"{where}.type: there is no network '{name}'; {hint} (--import, or imports in the option file, teaches a "
-            'network of your own)'
-        )
-    arguments = {key: value for key, value in section.items() if key != 'type'}
-    _check_arguments(where, arch, arguments)
+        hint = f'{did_you_mean(name, known)} (--import, or imports in the option file, teaches a network of your own)'
+        raise InputError(f"{where}.type: there is no network '{name}'; {hint}")
+    _check_arguments(where, arch, {key: value for key, value in section.items() if key != 'type'})
     if arch is AdaptSR:
-        _arch_and_arguments(arguments['base'], f'{where}.base')  # whose mistakes are told by their own names
-    return arch, arguments
+        _check_section(section['base'], f'{where}.base')  # whose mistakes are told by their own names
+    return arch, section
 
 
 def _find(name: str) -> tuple[Arch | None, Mapping[str, Arch]]:

@@ -171,7 +171,6 @@ def test_a_square_image_is_not_compiled_for_squares_alone(device, monkeypatch, m
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 @torch.inference_mode()
 def test_compiled_and_recorded():
     network = enlarge().cuda()

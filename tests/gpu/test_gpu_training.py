@@ -1,15 +1,12 @@
 """Training on a GPU: adapted networks, the affinity loss, and whole runs through BasicSR."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
 from basicsr.archs.edsr_arch import EDSR
-from tiny_run import REPOSITORY, TINY_OPTIONS, python_environment
+from tiny_run import TINY_OPTIONS, run_python
 from torch.nn import functional as F
 
 from lora_sr.adapters import LoRAConfig, add_lora, merge_lora
@@ -20,6 +17,7 @@ from lora_sr.benchmarks.affinity import naive_affinity_distance
 from lora_sr.losses.affinity import spatial_affinity_distance
 from lora_sr.optim import Adan
 
+COMMAND = ('-m', 'lora_sr.train', '-opt', 'run.yml')
 EDSR_OPTIONS = {'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 2, 'upscale': 2}
 NETWORKS = {
     'AdaptSR': lambda: AdaptSR({'type': 'EDSR', **EDSR_OPTIONS}, {'groups': ['all'], 'rank': 2}),
@@ -84,20 +82,10 @@ def test_affinity_equals_the_naive_form(device, shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 def test_affinity_needs_a_third_of_the_naive_memory():
     from lora_sr.benchmarks.affinity import measure_cuda_memory
 
     assert 3 * measure_cuda_memory('blockwise') <= measure_cuda_memory('naive')
-
-
-def run_training(folder, *arguments) -> str:
-    environment = python_environment()
-    environment['PYTHONPATH'] = os.pathsep.join([str(REPOSITORY), os.environ.get('PYTHONPATH', '')])
-    command = [sys.executable, '-m', 'lora_sr.train', '-opt', 'run.yml', *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stderr
 
 
 @pytest.mark.slow
@@ -123,9 +111,9 @@ def test_distillation_run_and_resume(device, pairs, tmp_path):
     )
     options['logger']['save_checkpoint_freq'] = 5
     (tmp_path / 'run.yml').write_text(yaml.safe_dump(options, sort_keys=False))
-    first = run_training(tmp_path, '--force_yml', 'train:total_iter=5')
+    first = run_python(*COMMAND, '--force_yml', 'train:total_iter=5', cwd=tmp_path).stderr
     assert iterations(first) == [1, 2, 3, 4, 5] and f'Use {prefetch} prefetch' in first
-    second = run_training(tmp_path, '--auto_resume')
+    second = run_python(*COMMAND, '--auto_resume', cwd=tmp_path).stderr
     assert iterations(second) == [6, 7, 8]
     assert 'Resuming training from epoch' in second and (tmp_path / 'experiments/tiny/models/net_g_latest.pth').exists()
 

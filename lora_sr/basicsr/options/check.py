@@ -16,6 +16,7 @@ from basicsr.utils.registry import MODEL_REGISTRY, Registry
 
 from lora_sr.basicsr.options import schema
 from lora_sr.basicsr.options.schema import Kind
+from lora_sr.errors import did_you_mean
 
 OWN_MODULES = ('basicsr.', 'lora_sr.')
 
@@ -158,9 +159,7 @@ class Check:
             self.add(f'{where} has to be a name, not {name!r}')
         elif found is None:
             known = [name for name, _ in (registry.items() if isinstance(registry, dict) else registry)]
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(sorted(known))}'
-            self.add(f"{where}: there is no {what} '{name}'; {hint}")
+            self.add(f"{where}: there is no {what} '{name}'; {did_you_mean(name, known)}")
         return found
 
     def arguments(

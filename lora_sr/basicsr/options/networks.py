@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_sr.archs.adaptsr import AdaptSR
 from lora_sr.basicsr.options.check import Check
+from lora_sr.checkpoints.building import construct
 from lora_sr.errors import InputError
 
 
@@ -40,7 +41,13 @@ def _check_network(check: Check, where: str, section: Any, has_scale: bool, is_b
             return None
     if has_scale and not _has_the_scale(check, where, section, arch):
         return None
-    return _build(check, where, section, arch) if is_built else None
+    if not is_built:
+        return None
+    try:
+        return construct(arch, section, where)
+    except InputError as error:
+        check.add(str(error))
+        return None
 
 
 def _has_the_scale(check: Check, where: str, section: dict, arch: Callable) -> bool:
@@ -55,14 +62,3 @@ def _has_the_scale(check: Check, where: str, section: dict, arch: Callable) -> b
             check.add(f'{where}.{name} is {value}{default}, but scale is {scale}; they have to be equal')
             return False
     return True
-
-
-def _build(check: Check, where: str, section: dict, arch: Callable) -> nn.Module | None:
-    try:
-        return arch(**{name: value for name, value in section.items() if name != 'type'})
-    except InputError as error:
-        check.add(f'{where}: {error}')
-    except Exception as error:  # whatever a constructor, also one of others, makes of wrong values
-        reason = f': {error}' if str(error) else ''
-        check.add(f'{where}: {section["type"]} cannot be built from these values{reason}')
-    return None

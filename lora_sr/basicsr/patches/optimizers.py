@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import TYPE_CHECKING, Any, Iterable
 
 import torch
 
 from lora_sr.basicsr.patches.tools import is_defective, patch
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from basicsr.utils.registry import Registry
@@ -63,9 +62,7 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     known = {key: value for key, value in vars(torch.optim).items() if _is_optimizer(value)}
     known.update(iter(optimizer_registry()))
     if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=3)
-        hint = f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(sorted(known))}.'
-        raise InputError(f"there is no optimizer '{name}'; {hint}")
+        raise InputError(f"there is no optimizer '{name}'; {did_you_mean(str(name), known)}")
     return known[name]
 
 

@@ -13,7 +13,7 @@ import torch
 from basicsr.archs.swinir_arch import SwinIR
 from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 from PIL import Image
-from tiny_run import TINY_OPTIONS, write_pairs
+from tiny_run import TINY_OPTIONS, change, write_pairs
 
 from lora_sr.archs.adaptsr import AdaptSR
 from lora_sr.archs.lkdn import LKDN
@@ -49,17 +49,6 @@ def distillation(options, tmp_path):
     options.update(yaml.load(DISTILLATION.format(teacher=tmp_path / 'teacher.pth'), Loader=OptionLoader))
     options['model_type'] = 'DistillationModel'
     return options
-
-
-def change(options: dict, path: str, value=...):
-    """Set what stands at `a.b.c`, or remove it."""
-    *parents, key = path.split('.')
-    for parent in parents:
-        options = options[parent]
-    if value is ...:
-        del options[key]
-    else:
-        options[key] = value
 
 
 def check(options, tmp_path, is_train=True):

@@ -8,6 +8,7 @@ import torch
 import torchvision
 import yaml
 from tiny_gan import tiny_gan_options, write_data
+from tiny_run import change
 
 from lora_sr.basicsr.options import check_options
 from lora_sr.option_file import OptionLoader
@@ -26,17 +27,6 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def options(data):
     return lambda model: yaml.load(tiny_gan_options(model, data), Loader=OptionLoader)
-
-
-def change(options: dict, path: str, value=...):
-    """Set what stands at `a.b.c`, or remove it."""
-    *parents, key = path.split('.')
-    for parent in parents:
-        options = options[parent]
-    if value is ...:
-        del options[key]
-    else:
-        options[key] = value
 
 
 @pytest.mark.parametrize('model', MODELS)

@@ -10,7 +10,7 @@ import re
 import jsonschema
 import pytest
 from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
-from tiny_run import REPOSITORY
+from tiny_run import REPOSITORY, change
 
 from lora_sr.adapters import LoRAConfig
 from lora_sr.basicsr.options import schema
@@ -85,14 +85,8 @@ def test_shipped_files_name_the_schema_and_fit_it(file, validator):
     ],
 )
 def test_json_schema_finds_mistakes(validator, file, path, value, places):
-    options = section = plain(file)
-    *parents, key = path.split('.')
-    for parent in parents:
-        section = section[parent]
-    if value is ...:
-        del section[key]
-    else:
-        section[key] = value
+    options = plain(file)
+    change(options, path, value)
     assert [error.json_path for error in validator.iter_errors(options)] == places
 
 

@@ -47,6 +47,16 @@ def _reads_others(function: Callable, parameters: Mapping[str, inspect.Parameter
     return any(instruction.argval == rest[0] for instruction in dis.get_instructions(code))
 
 
+def _nearest(key: str, known: list[str], needed: list[str], cutoff: float) -> str | None:
+    """The known key that another may be meant to be: of equally near ones, one of the same letters, or a needed one."""
+    near = difflib.get_close_matches(key, known, n=3, cutoff=cutoff)
+
+    def nearness(name: str) -> tuple[float, bool, bool]:
+        return difflib.SequenceMatcher(None, name, key).ratio(), sorted(name) == sorted(key), name in needed
+
+    return max(near, key=nearness, default=None)
+
+
 class Check:
     """The check of one option file: its options, what has been found wrong with them, and the tools to find it.
 
@@ -56,6 +66,7 @@ class Check:
     def __init__(self, opt: dict, is_train: bool, root: Path, processes: int):
         self.opt, self.is_train, self.root, self.processes = opt, is_train, root, processes
         self.problems: list[str] = []
+        self.misspelled: dict[str, str] = {}  # whole names of keys, with a dot at the end: as they stand, as meant
         self.networks: dict = {}
         model = opt.get('model_type')
         self.ours = model == schema.DISTILLATION
@@ -66,6 +77,11 @@ class Check:
     def add(self, sentence: object) -> None:
         """Keep a sentence about what is wrong."""
         self.problems.append(str(sentence))
+
+    def add_missing(self, sentence: str, *keys: str) -> None:
+        """Keep a sentence about keys that are missing, unless one of them, or its section, is told to be misspelled."""
+        if not any(f'{key}.'.startswith(meant) for key in keys for meant in self.misspelled.values()):
+            self.add(sentence)
 
     def readers(self, registry: Registry, name: object, known: str) -> set[str]:
         """The facts about what reads a section: a model's or dataset's name, and ``reads:KEY`` as its code has it.
@@ -136,11 +152,12 @@ class Check:
         complete = True
         absent = [key for key in known if key not in given]
         for key in [key for key in given if key not in known]:
-            near = difflib.get_close_matches(str(key), absent, n=1, cutoff=0.85 if is_open else 0.6)
-            if near:
-                absent.remove(near[0])
-                complete = complete and near[0] not in needed
-                self.add(f"{prefix}{key} is not a known key; did you mean '{near[0]}'?")
+            near = _nearest(str(key), absent, needed, cutoff=0.85 if is_open else 0.6)
+            if near is not None:
+                absent.remove(near)
+                self.misspelled[f'{prefix}{key}.'] = f'{prefix}{near}.'
+                complete = complete and near not in needed
+                self.add(f"{prefix}{key} is not a known key; did you mean '{near}'?")
             elif not is_open:
                 complete = False
                 self.add(f'{prefix}{key} is not a known key; the keys here are {", ".join(known)}')
@@ -165,7 +182,7 @@ class Check:
     def arguments(
         self, where: str, function: Callable, given: dict, ours: tuple[str, ...] = (), supplied: tuple[str, ...] = ()
     ) -> bool:
-        """Check keys of a section against the parameters of what they are handed to.
+        """Check keys of a section against the parameters of what they are handed to. Returns whether it takes them.
 
         Args:
             ours: keys of the section that are not handed on.
@@ -178,8 +195,10 @@ class Check:
             if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and name not in supplied
         ]
         needed = [name for name in named if parameters[name].default is inspect.Parameter.empty]
-        given = {key: value for key, value in given.items() if key not in ('type', *ours)}
-        return self.keys(where, given, named, needed, is_open=_reads_others(function, parameters))
+        given = {key: value for key, value in given.items() if key != 'type'}
+        before = len(self.problems)
+        self.keys(where, given, [*named, *ours], needed, is_open=_reads_others(function, parameters))
+        return len(self.problems) == before
 
     def subsection(self, name: str) -> dict:
         """A section of the file, empty where it is missing or is none (which is told elsewhere)."""

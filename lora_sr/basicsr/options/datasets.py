@@ -22,7 +22,8 @@ def check_datasets(check: Check) -> None:
     if not isinstance(datasets, dict) or not datasets:
         check.add(f'datasets has to be a section of datasets, not {datasets!r}')
         return
-    if check.is_train and 'train' not in datasets:
+    known_names = {str(name).split('_')[0] for name in datasets} <= {'train', 'val'}
+    if check.is_train and 'train' not in datasets and known_names:  # of another name, it is told that it is wrong
         check.add(f'datasets.train is missing; the datasets are {", ".join(map(str, datasets))}')
     for name, dataset in datasets.items():
         phase = str(name).split('_')[0]
@@ -78,8 +79,8 @@ def _check_dataset(check: Check, where: str, dataset: Any, training: bool) -> No
             _check_amount(check, where, dataset, count)
     scale = check.opt.get('scale')
     if scale is None:
-        if not any("'scale'?" in problem or problem == 'scale is missing' for problem in check.problems):
-            check.add('scale is missing')
+        if 'scale is missing' not in check.problems:
+            check.add_missing('scale is missing', 'scale')
         return
     if degraded or not complete or len(check.problems) > before or not isinstance(scale, int) or scale < 1:
         return

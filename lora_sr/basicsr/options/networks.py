@@ -37,7 +37,8 @@ def _check_network(check: Check, where: str, section: Any, has_scale: bool, is_b
     is_adapted = arch is AdaptSR  # and its base has been through this check
     if not is_adapted and check.opt.get('model_type') == 'SwinIRModel' and where.startswith('network_g'):
         if 'window_size' not in section:
-            check.add(f'{where}.window_size is missing; SwinIRModel reads it (SRModel does without, on an AdaptSR)')
+            key = f'{where}.window_size'
+            check.add_missing(f'{key} is missing; SwinIRModel reads it (SRModel does without, on an AdaptSR)', key)
             return None
     if has_scale and not _has_the_scale(check, where, section, arch):
         return None

@@ -35,16 +35,17 @@ def check_path(check: Check) -> None:
     resume = path.get('resume_state')
     files = [key for key in path if key.startswith('pretrain_network') and schema.PATH.holds(path[key])]
     for key in files:
-        if not check.ours or check.is_train or key != 'pretrain_network_t':
+        if f'path.{key}.' not in check.misspelled and (not check.ours or check.is_train or key != 'pretrain_network_t'):
             network = key[len('pretrain_') :]
             if network not in check.opt:
-                check.add(f'path.{key} is given, but there is no {network}')
+                check.add_missing(f'path.{key} is given, but there is no {network}', network)
             else:
                 _check_checkpoint(check, path, key, network)
     if check.is_train and path.get('pretrain_network_g') is None and not _resumes(check):
         section = check.opt.get('network_g')
         if isinstance(section, dict) and section.get('type') == 'AdaptSR':
-            check.add('path.pretrain_network_g, the weights of the network that AdaptSR adapts, is missing')
+            key = 'path.pretrain_network_g'
+            check.add_missing(f'{key}, the weights of the network that AdaptSR adapts, is missing', key)
     if check.is_train and schema.PATH.holds(resume):
         try:
             read_checkpoint(os.path.expanduser(str(resume)))

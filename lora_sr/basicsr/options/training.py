@@ -50,7 +50,8 @@ def _check_parts(check: Check, train: dict) -> None:
     if check.ours:
         _check_affinity(check, train)
     elif model in schema.PLAIN.split() and not (train.get('pixel_opt') or train.get('perceptual_opt')):
-        check.add(f'train.pixel_opt and train.perceptual_opt are both missing; {model} needs one of them')
+        keys = ('train.pixel_opt', 'train.perceptual_opt')
+        check.add_missing(f'{" and ".join(keys)} are both missing; {model} needs one of them', *keys)
     elif model in schema.GAN.split():
         _check_gan(check, train)
 
@@ -71,8 +72,7 @@ def _check_optimizer(check: Check, where: str, section: Any) -> None:
         return
     check.arguments(where, optimizer, section, supplied=('params',))
     if 'lr' not in section:
-        if not any(problem.endswith("did you mean 'lr'?") for problem in check.problems):
-            check.add(f'{where}.lr is missing')
+        check.add_missing(f'{where}.lr is missing', f'{where}.lr')
     elif check.value(f'{where}.lr', section['lr'], schema.number()):
         _try_optimizer(check, where, optimizer, section)
 
@@ -228,19 +228,14 @@ def _check_scheduler(check: Check, section: Any, total: Any) -> None:
 
 def _check_distillation_options(check: Check) -> None:
     for keys, sentence in distillation.option_faults(check.opt).items():
-        # Unless a section is told that holds the key, the key itself, or one that was meant to be it.
-        names = [(key.partition('.')[0], key, key.rpartition('.')[2]) for key in keys.split()]
-        if not any(
-            problem.startswith((f'{section} ', f'{key} ')) or f"did you mean '{name}'?" in problem
-            for section, key, name in names
-            for problem in check.problems
-        ):
-            check.add(sentence)
+        told = tuple(f'{name} ' for key in keys.split() for name in (key.partition('.')[0], key))
+        if not any(problem.startswith(told) for problem in check.problems):  # the key, or the section that holds it
+            check.add_missing(sentence, *keys.split())
 
 
 def _check_affinity(check: Check, train: dict) -> None:
     affinity = train.get('affinity_opt')
-    if not isinstance(affinity, dict):
+    if not isinstance(affinity, dict) or 'train.affinity_opt.layers.' in check.misspelled.values():
         return
     gpus: Any = check.opt.get('num_gpu')
     gpus = torch.cuda.device_count() if gpus == 'auto' else gpus

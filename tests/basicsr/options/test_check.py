@@ -10,9 +10,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from basicsr.archs.swinir_arch import SwinIR
 from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 from PIL import Image
+from tiny_gan import tiny_gan_options, write_data
 from tiny_run import TINY_OPTIONS, change, write_pairs
 
 from lora_sr.archs.adaptsr import AdaptSR
@@ -41,8 +43,6 @@ def options(tiny_options):
 
 @pytest.fixture
 def distillation(options, tmp_path):
-    import yaml
-
     from lora_sr.archs.span import SPAN
 
     torch.save({'params': SPAN(feature_channels=8, upscale=2).state_dict()}, tmp_path / 'teacher.pth')
@@ -303,6 +303,39 @@ def paths_of(section: dict, start: str = '') -> list[str]:
     for key, value in section.items():
         found += [f'{start}{key}', *(paths_of(value, f'{start}{key}.') if isinstance(value, dict) else [])]
     return found
+
+
+def misspell(options: dict, path: str) -> tuple[dict, str]:
+    """A copy of options with the last two letters of a key swapped, in its place, and that key as it now stands."""
+    options = section = copy.deepcopy(options)
+    *parents, key = path.split('.')
+    for parent in parents:
+        section = section[parent]
+    wrong = f'{key[:-2]}{key[-1]}{key[-2]}'
+    entries = [(wrong if name == key else name, value) for name, value in section.items()]
+    section.clear()
+    section.update(entries)
+    return options, wrong
+
+
+GANS = [pytest.param(model, marks=pytest.mark.slow) for model in ('ESRGANModel', 'RealESRGANModel')]
+
+
+@pytest.mark.parametrize('model', ['SRModel', 'DistillationModel', *GANS])
+def test_a_misspelled_key_is_told_in_one_sentence(request, tmp_path, model):
+    """Not also what follows from it: that the key is missing, that a constructor refuses it, that scales differ."""
+    if 'GAN' in model:
+        write_data(tmp_path)
+        options = yaml.load(tiny_gan_options(model, tmp_path), Loader=OptionLoader)
+    else:
+        options = request.getfixturevalue('options' if model == 'SRModel' else 'distillation')
+    paths = [path for path in paths_of(options) if len(path.split('.')[-1]) > 4 and path != 'val.metrics.psnr']
+    assert len(paths) > 30
+    for path in paths:
+        misspelled, key = misspell(options, path)
+        if key != path.split('.')[-1]:
+            (problem,) = check(misspelled, tmp_path)
+            assert key in problem and path.split('.')[-1] in problem.partition(key)[2]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 import types
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from basicsr.archs import discriminator_arch
+from basicsr.data import prefetch_dataloader
 from basicsr.losses import basic_loss
 from basicsr.models import base_model, build_model, realesrgan_model, realesrnet_model
 from basicsr.models.base_model import BaseModel
@@ -147,6 +149,56 @@ def test_database_is_shared_within_a_process(pairs):
         lmdb.open(path, readonly=True, lock=False)
     del first, second
     lmdb.open(path, readonly=True, lock=False).close()
+
+
+# --- batches read ahead ---
+
+
+class Breaks(torch.utils.data.Dataset):
+    """Four samples, of which reading the last one fails; counts the threads that read."""
+
+    def __init__(self):
+        self.readers = set()
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        self.readers.add(threading.get_ident())
+        if index == 3:
+            raise KeyError('type')
+        return {'value': torch.tensor(index)}
+
+
+def test_error_in_the_thread_that_reads_ahead():
+    loader = prefetch_dataloader.PrefetchDataLoader(1, dataset=Breaks())
+    batches = prefetch_dataloader.CPUPrefetcher(loader)
+    batches.reset()
+    assert [int(batches.next()['value']) for _ in range(3)] == [0, 1, 2]
+    for _ in range(2):  # whoever goes on after it does not wait, either
+        with pytest.raises(KeyError, match='type'):
+            batches.next()
+
+
+def test_no_batch_after_the_last_one():
+    loader = prefetch_dataloader.PrefetchDataLoader(1, dataset=torch.utils.data.Subset(Breaks(), [0, 1]))
+    batches = prefetch_dataloader.CPUPrefetcher(loader)
+    assert [int(batches.next()['value']) for _ in range(2)] == [0, 1]
+    assert batches.next() is None and batches.next() is None
+    batches.reset()
+    assert int(batches.next()['value']) == 0
+
+
+def test_a_dataset_is_read_by_one_thread():
+    """BasicSR's prefetcher begins when it is made and again at the reset: two threads open one dataset at once."""
+    theirs, ours = stock(prefetch_dataloader, 'CPUPrefetcher'), prefetch_dataloader.CPUPrefetcher
+    for prefetcher, expected in ((theirs, 2), (ours, 1)):
+        dataset = Breaks()
+        batches = prefetcher(prefetch_dataloader.PrefetchDataLoader(1, dataset=dataset, sampler=[0] * 50))
+        batches.reset()
+        while batches.next():
+            pass
+        assert len(dataset.readers) == expected
 
 
 # --- option files ---
@@ -491,6 +543,7 @@ def test_training_script_of_a_clone(place, tiny_options, tmp_path):
 
 SHIM = """\
 import sys
+import threading
 import types
 import torchvision.transforms.functional as functional
 sys.modules.setdefault('torchvision.transforms.functional_tensor', functional)
@@ -697,6 +750,15 @@ class Good:
     def forward(self, x):
         return self.linear2(self.linear1(x.flatten(1)))
 
+    def run(self):
+        try:
+            self.queue.put(next(self.generator))
+        except BaseException as error:
+            self.queue.put(error)
+
+    def begin_later(self, loader):
+        self.ori_loader = loader
+
     @staticmethod
     def filter2D(img, kernel):
         return img.contiguous().view(1, -1) * kernel
@@ -744,6 +806,14 @@ LEFT_ALONE = [
         [(img_process_util, 'filter2D'), (discriminator_arch.VGGStyleDiscriminator, 'forward')],
     ),
     (patches.lmdb.patch_lmdb_backend, [(LmdbBackend, '__init__', 'open_database')]),
+    (patches.prefetch.patch_prefetch_thread, [(prefetch_dataloader.PrefetchGenerator, 'run')]),
+    (
+        patches.prefetch.patch_prefetchers,
+        [
+            (prefetch_dataloader.CPUPrefetcher, '__init__', 'begin_later'),
+            (prefetch_dataloader.CUDAPrefetcher, '__init__', 'begin_later'),
+        ],
+    ),
     (patches.losses.patch_perceptual_criterion, [(basic_loss.PerceptualLoss, '__init__', 'perceptual_loss')]),
     (patches.options.patch_ordered_yaml, [(options, 'ordered_yaml')]),
 ]

@@ -20,6 +20,7 @@ def apply() -> None:
         losses,
         optimizers,
         options,
+        prefetch,
         resume,
     )
 
@@ -27,6 +28,8 @@ def apply() -> None:
         resume.patch_training_state_types,
         optimizers.patch_get_optimizer,
         lmdb.patch_lmdb_backend,
+        prefetch.patch_prefetch_thread,
+        prefetch.patch_prefetchers,
         options.patch_ordered_yaml,
         distributed.patch_distributed_start,
         distributed.patch_model_to_device,

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""What ends a command with a sentence instead of a traceback."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ class InputError(ValueError):
 
     Its message is one sentence for the user that names the key or the file, its value, and what would be right.
     The command line prints it without a traceback and exits with status 2.
+    """
+
+
+class DivergenceError(ArithmeticError):
+    """A training whose losses or weights are no longer finite.
+
+    Its message says where, and from what the run can go on. The command line prints it without a traceback and exits
+    with status 1.
     """
 
 

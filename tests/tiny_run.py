@@ -82,6 +82,30 @@ def write_pairs(root: Path, count: int = 8, gt_size: int = 32, scale: int = 2) -
         (database / 'meta_info.txt').write_text(''.join(lines))
 
 
+def model_options(folder: Path) -> dict:
+    """Options of a small network, as `parse_options` hands them to its model, which saves in a folder."""
+    folders = {name: str(folder / name) for name in ('models', 'training_states')}
+    for path in folders.values():
+        os.makedirs(path)
+    return {
+        'name': 'tiny',
+        'model_type': 'SRModel',
+        'num_gpu': 0,
+        'is_train': True,
+        'dist': False,
+        'rank': 0,
+        'path': folders,
+        'network_g': {'type': 'MSRResNet', 'num_feat': 2, 'num_block': 1, 'upscale': 2},
+        'train': {
+            'optim_g': {'type': 'Adam', 'lr': 1e-3, 'betas': [0.9, 0.99]},
+            'scheduler': {'type': 'MultiStepLR', 'milestones': [4], 'gamma': 0.5},
+            'pixel_opt': {'type': 'L1Loss'},
+            'total_iter': 20,
+        },
+        'val': {'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 2}}},
+    }
+
+
 def change(options: dict, path: str, value=...):
     """Set what stands at `a.b.c`, or remove it."""
     *parents, key = path.split('.')

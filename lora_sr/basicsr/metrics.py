@@ -52,8 +52,13 @@ def calculate_dists(
 
 
 def is_iqa_metric(metric: Callable) -> bool:
-    """Whether a registered metric is one of these, which need pyiqa and are the better the less they give."""
+    """Whether a registered metric is one of these, which need pyiqa."""
     return metric in (calculate_lpips, calculate_dists)
+
+
+def is_less_better(name: str) -> bool:
+    """Whether less is better in the metric of that name."""
+    return name in ('calculate_niqe', 'calculate_fid', calculate_lpips.__name__, calculate_dists.__name__)
 
 
 def prepare_metric(metric: Callable) -> None:

@@ -11,20 +11,23 @@ from basicsr.train import train_pipeline
 
 from lora_sr.basicsr.patches.options import mistakes, tell
 from lora_sr.checkpoints.content import forget
-from lora_sr.errors import InputError
+from lora_sr.errors import DivergenceError, InputError
 
 
 def run(is_train: bool, argv: list[str]) -> int:
     """Run BasicSR's pipeline in the current folder, which begins with the check of the option file.
 
-    Returns the exit status: 0; 2 after mistakes in the input, each told in a line on the standard error by the first
-    process of each machine; or 130 after Ctrl-C.
+    Returns the exit status: 0; 2 after mistakes in the input and 1 after a training that diverged, each told in a line
+    on the standard error by the first process of each machine; or 130 after Ctrl-C.
     """
     try:
         run_pipeline(is_train, argv)
     except InputError as error:
         tell(error)
         return 2
+    except DivergenceError as error:
+        tell(error)
+        return 1
     except KeyboardInterrupt:
         hint = '; --auto_resume goes on from its last checkpoint' if is_train else ''
         print(f'interrupted{hint}', file=sys.stderr, flush=True)

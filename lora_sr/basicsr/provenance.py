@@ -38,6 +38,14 @@ def options_hash() -> str | None:
     return hashlib.sha256(json.dumps(_effective, sort_keys=True).encode()).hexdigest() if _effective else None
 
 
+def given(path: str) -> Any:
+    """An option, ``a.b.c``, as the user gave it, with ``--force_yml`` applied; ``None`` where it was not given."""
+    value: Any = _effective
+    for key in path.split('.'):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
 def origin(model: Any, label: str, iteration: int, state: Mapping[str, Tensor]) -> Origin:
     """Where a network that a run saves comes from.
 

@@ -113,7 +113,7 @@ def load_weights(
         tell_differences: A function of the network, the weights and ``strict`` that logs where they differ.
 
     Raises:
-        InputError: There are no such weights in ``content``, or they do not fit.
+        InputError: There are no such weights in ``content``, they do not fit, or are not finite.
     """
     if param_key is not None:
         if param_key not in content and 'params' in content:
@@ -144,6 +144,9 @@ def load_weights(
         net.load_state_dict(weights, strict=strict)
     except RuntimeError as error:
         raise InputError(f'{path} does not fit {type(net).__name__}: {_misfit(net, weights) or error}') from error
+    for name, _ in net.named_parameters():
+        if name in weights and not torch.isfinite(weights[name]).all():
+            raise InputError(f'{path} holds values that are not finite: {name}.')
 
 
 def without_module_prefix(weights: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:

@@ -68,9 +68,8 @@ def test_same_seed_gives_the_same_losses_and_both_sets_are_validated(whole, run_
     first, second = whole[1], run_python(*COMMAND, '--force_yml', 'name=again', cwd=run_folder)
     assert len(losses(first)) == 20 and losses(first) == losses(second)
     for name in ('first', 'second'):
-        assert (
-            len(re.findall(rf'Validation {name}\n\t # psnr: \d+\.\d+', first.stderr)) == 3
-        )  # at 10, at 20, at the end
+        # at 10 and at 20, which is the end
+        assert len(re.findall(rf'Validation {name}\n\t # psnr: \d+\.\d+', first.stderr)) == 2
 
 
 def test_killed_run_resumes_with_its_learning_rate_average_and_losses(whole, run_folder):
@@ -97,13 +96,7 @@ def test_killed_run_resumes_with_its_learning_rate_average_and_losses(whole, run
     for key, average in after['params_ema'].items():
         torch.testing.assert_close(average, 0.9 * seam['params_ema'][key] + 0.1 * after['params'][key])
     assert any((seam['params_ema'][key] - value).abs().max() > 1e-4 for key, value in seam['params'].items())
-    # After the seam the images come in another order: the losses are of the same level, not the same.
-    for index in range(3):
-        levels = [
-            torch.tensor([float(line[index]) for line in losses(run)[reached - 20 :]]).mean()
-            for run in (whole[1], rest)
-        ]
-        assert levels[1].item() == pytest.approx(levels[0].item(), rel=0.3)
+    assert losses(rest) == losses(whole[1])[reached:]
 
 
 RANK_WEIGHTS = """

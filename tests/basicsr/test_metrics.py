@@ -143,6 +143,7 @@ def test_the_least_is_the_best(pyiqa, validation):
 def options(tiny_options):
     opt = load_options(tiny_options)
     opt['val']['metrics']['lpips'] = {'type': 'calculate_lpips', 'crop_border': 2, 'better': 'lower'}
+    opt['val']['metrics']['niqe'] = {'type': 'calculate_niqe', 'crop_border': 2, 'better': 'lower'}
     return opt
 
 
@@ -194,6 +195,7 @@ def test_weights_that_cannot_be_had(pyiqa, monkeypatch, options, tmp_path):
     [
         ('lpips', 'higher', 'val.metrics.lpips.better has to be lower, since less is better in calculate_lpips'),
         ('lpips', None, 'val.metrics.lpips.better has to be higher or lower, not None'),
+        ('niqe', 'higher', 'val.metrics.niqe.better has to be lower, since less is better in calculate_niqe'),
         ('psnr', 'Higher', "val.metrics.psnr.better has to be higher or lower, not 'Higher'"),
         ('psnr', 'higher', None),
     ],
@@ -203,10 +205,19 @@ def test_which_is_better(pyiqa, options, tmp_path, metric, better, sentence):
     assert check_options(options, True, tmp_path) == [sentence] * (sentence is not None)
 
 
-def test_less_is_not_better_by_default(pyiqa, options, tmp_path):
+def test_less_is_better_by_the_metric_itself(pyiqa, options, tmp_path):
     del options['val']['metrics']['lpips']['better']
-    sentence = 'val.metrics.lpips.better has to be lower, since less is better in calculate_lpips'
-    assert check_options(options, True, tmp_path) == [sentence]
+    assert check_options(options, True, tmp_path) == []
+
+
+def test_the_least_niqe_is_the_best(validation):
+    """BasicSR's own metric, in an option file that says nothing of what is better."""
+    model, loader = validation
+    model.opt['val']['metrics'] = {'niqe': {'type': 'calculate_niqe', 'crop_border': 0}}
+    model._initialize_best_metric_results('val')
+    for iteration, value in ((10, 5.0), (20, 4.0), (30, 4.5)):
+        model._update_best_metric_result('val', 'niqe', value, iteration)
+    assert model.best_metric_results['val']['niqe'] == {'better': 'lower', 'val': 4.0, 'iter': 20}
 
 
 # --- pyiqa itself ---

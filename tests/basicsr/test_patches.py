@@ -1,6 +1,7 @@
 """Each patch of BasicSR: the defect, its repair, and that what is not defective is left alone."""
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from basicsr.models import base_model, build_model, realesrgan_model, realesrnet
 from basicsr.models.base_model import BaseModel
 from basicsr.models.lr_scheduler import MultiStepRestartLR
 from basicsr.models.sr_model import SRModel
-from basicsr.utils import DiffJPEG, dist_util, img_process_util, misc, options
+from basicsr.utils import DiffJPEG, dist_util, img_process_util, logger, misc, options
 from basicsr.utils.file_client import LmdbBackend
 from basicsr.utils.registry import Registry
 from scipy import ndimage
@@ -30,6 +31,7 @@ from tiny_run import REPOSITORY
 import lora_sr
 from lora_sr import files, hook
 from lora_sr.basicsr import patches
+from lora_sr.basicsr.metrics import is_less_better
 from lora_sr.basicsr.patches.optimizers import optimizer_registry
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.errors import InputError
@@ -154,51 +156,60 @@ def test_database_is_shared_within_a_process(pairs):
 # --- batches read ahead ---
 
 
-class Breaks(torch.utils.data.Dataset):
-    """Four samples, of which reading the last one fails; counts the threads that read."""
-
-    def __init__(self):
-        self.readers = set()
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        self.readers.add(threading.get_ident())
-        if index == 3:
-            raise KeyError('type')
-        return {'value': torch.tensor(index)}
+def breaks_at(last):
+    yield from range(last)
+    raise KeyError('type')
 
 
 def test_error_in_the_thread_that_reads_ahead():
-    loader = prefetch_dataloader.PrefetchDataLoader(1, dataset=Breaks())
-    batches = prefetch_dataloader.CPUPrefetcher(loader)
-    batches.reset()
-    assert [int(batches.next()['value']) for _ in range(3)] == [0, 1, 2]
+    batches = prefetch_dataloader.PrefetchGenerator(breaks_at(3), 1)
+    assert [next(batches) for _ in range(3)] == [0, 1, 2]
     for _ in range(2):  # whoever goes on after it does not wait, either
         with pytest.raises(KeyError, match='type'):
-            batches.next()
+            next(batches)
 
 
 def test_no_batch_after_the_last_one():
-    loader = prefetch_dataloader.PrefetchDataLoader(1, dataset=torch.utils.data.Subset(Breaks(), [0, 1]))
-    batches = prefetch_dataloader.CPUPrefetcher(loader)
-    assert [int(batches.next()['value']) for _ in range(2)] == [0, 1]
-    assert batches.next() is None and batches.next() is None
-    batches.reset()
-    assert int(batches.next()['value']) == 0
+    batches = prefetch_dataloader.PrefetchGenerator(iter([0, 1]), 1)
+    assert list(batches) == [0, 1] and list(batches) == []
 
 
-def test_a_dataset_is_read_by_one_thread():
+class Loader(list):
+    """Batches, and how often somebody began to read them."""
+
+    begun = 0
+
+    def __iter__(self):
+        self.begun += 1
+        return super().__iter__()
+
+
+def test_a_loader_is_begun_once():
     """BasicSR's prefetcher begins when it is made and again at the reset: two threads open one dataset at once."""
-    theirs, ours = stock(prefetch_dataloader, 'CPUPrefetcher'), prefetch_dataloader.CPUPrefetcher
-    for prefetcher, expected in ((theirs, 2), (ours, 1)):
-        dataset = Breaks()
-        batches = prefetcher(prefetch_dataloader.PrefetchDataLoader(1, dataset=dataset, sampler=[0] * 50))
+    for prefetcher, begun in ((stock(prefetch_dataloader, 'CPUPrefetcher'), 2), (prefetch_dataloader.CPUPrefetcher, 1)):
+        loader = Loader('ab')
+        batches = prefetcher(loader)
         batches.reset()
-        while batches.next():
-            pass
-        assert len(dataset.readers) == expected
+        assert [batches.next() for _ in range(3)] == ['a', 'b', None] and loader.begun == begun
+    assert prefetch_dataloader.CPUPrefetcher(loader).next() == 'a'
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_without_workers_no_thread_reads(workers):
+    """A thread would draw crops and flips from the random state that the training draws from."""
+
+    class Threads(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return threading.get_ident()
+
+    loader = prefetch_dataloader.PrefetchDataLoader(1, dataset=Threads(), num_workers=workers)
+    batches = iter(loader)
+    assert isinstance(batches, prefetch_dataloader.PrefetchGenerator) == bool(workers)
+    values = {int(batch) for batch in batches}
+    assert workers or values == {threading.get_ident()}
 
 
 # --- option files ---
@@ -759,6 +770,16 @@ class Good:
     def begin_later(self, loader):
         self.ori_loader = loader
 
+    def _initialize_best_metric_results(self, dataset_name):
+        better = 'lower' if is_less_better(dataset_name) else 'higher'
+        self.best_metric_results = {dataset_name: {'better': better}}
+
+    def reduce_loss_dict(self, loss_dict):
+        return {name: value.item() for name, value in loss_dict.items() if math.isfinite(value)}
+
+    def message_logger(self, opt, start_iter=1, tb_logger=None):
+        self.last = opt['train']['total_iter']
+
     @staticmethod
     def filter2D(img, kernel):
         return img.contiguous().view(1, -1) * kernel
@@ -814,6 +835,9 @@ LEFT_ALONE = [
             (prefetch_dataloader.CUDAPrefetcher, '__init__', 'begin_later'),
         ],
     ),
+    (patches.validation.patch_best_metrics, [(BaseModel, '_initialize_best_metric_results')]),
+    (patches.divergence.patch_reduce_loss_dict, [(BaseModel, 'reduce_loss_dict')]),
+    (patches.messages.patch_remaining_time, [(logger.MessageLogger, '__init__', 'message_logger')]),
     (patches.losses.patch_perceptual_criterion, [(basic_loss.PerceptualLoss, '__init__', 'perceptual_loss')]),
     (patches.options.patch_ordered_yaml, [(options, 'ordered_yaml')]),
 ]
@@ -852,6 +876,10 @@ def test_every_patch_has_such_a_test():
         patches.average.patch_average,
         patches.resume.patch_training_state_types,
         patches.resume.patch_load_resume_state,  # test_load_resume_state_of_a_script_is_replaced
+        patches.samples.patch_build_dataloader,  # no BasicSR seeds samples, see tests/basicsr/test_samples.py
+        patches.samples.patch_create_train_val_dataloader,
+        patches.samples.patch_update_learning_rate,
+        patches.validation.patch_validation,  # its end, in train_pipeline, cannot be told from here
         patches.options.patch_parse_options,  # no BasicSR checks options as it does
         patches.checkpoints.patch_build_model,  # no defect, but the end of what patch_parse_options begins
         patches.options.patch_copy_opt_file,  # BasicSR's has no other form, see tests/checkpoints/test_origin.py

@@ -32,6 +32,16 @@ def check_datasets(check: Check) -> None:
             check.add(f'datasets.{name}: a dataset is named {allowed}')
         elif check.is_train or phase != 'train':
             _check_dataset(check, f'datasets.{name}', dataset, phase == 'train')
+    _check_names(check, datasets)
+
+
+def _check_names(check: Check, datasets: dict) -> None:
+    """The best metrics, the curves and the images of a validation set go by its name."""
+    named: dict[str, str] = {}
+    for key, dataset in datasets.items():
+        name = dataset.get('name') if isinstance(dataset, dict) and key != 'train' else None
+        if isinstance(name, str) and named.setdefault(name, key) != key:
+            check.add(f'datasets.{key}.name must differ from that of datasets.{named[name]}, got {name} for both')
 
 
 def _check_dataset(check: Check, where: str, dataset: Any, training: bool) -> None:
@@ -102,20 +112,13 @@ def _check_loading(check: Check, where: str, dataset: dict) -> None:
 
 
 def _check_amount(check: Check, where: str, dataset: dict, count: int) -> None:
-    """BasicSR counts an epoch's last, incomplete batch but drops it: on little data a run would end early."""
-    world, batch = check.processes, _batch(check, dataset)
-    ratio = dataset.get('dataset_enlarge_ratio', 1)
-    drawn = math.ceil(count * ratio / world)
-    total = check.subsection('train').get('total_iter')
-    if not isinstance(total, (int, float)):
-        return
-    counted = math.ceil(count * ratio / (dataset['batch_size_per_gpu'] * world))
-    iterations = (math.ceil(total / counted) + 1) * (drawn // batch)
-    if iterations < total:
-        enough = math.ceil(100 * batch * world / count)
+    """A loader drops the last, incomplete batch of an epoch: of too little data that is all there is."""
+    batch, ratio = _batch(check, dataset), dataset.get('dataset_enlarge_ratio', 1)
+    drawn = math.ceil(count * ratio / check.processes)
+    if drawn < batch:
+        enough = math.ceil(100 * batch * check.processes / count)
         check.add(
-            f'{where} gives only {drawn // batch} whole batches of {batch} an epoch, so that BasicSR would stop '
-            f'after {iterations} of {total} iterations; set dataset_enlarge_ratio: {enough}'
+            f'{where} has {drawn} patches an epoch, fewer than a batch of {batch}; set dataset_enlarge_ratio: {enough}'
         )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from basicsr.utils.registry import METRIC_REGISTRY, MODEL_REGISTRY
 
-from lora_sr.basicsr.metrics import is_iqa_metric, prepare_metric
+from lora_sr.basicsr.metrics import is_iqa_metric, is_less_better, prepare_metric
 from lora_sr.basicsr.options import schema
 from lora_sr.basicsr.options.check import Check
 from lora_sr.basicsr.options.degradations import check_degradations
@@ -65,7 +64,7 @@ def check_val(check: Check) -> None:
         metric = check.registered(f'{where}.type', section.get('type'), METRIC_REGISTRY, 'metric')
         if metric is not None:
             complete = check.arguments(where, metric, section, ours=('better',), supplied=('img', 'img2'))
-            _check_better(check, where, section, metric)
+            _check_better(check, where, section)
             if complete and is_iqa_metric(metric):
                 try:
                     prepare_metric(metric)
@@ -73,10 +72,11 @@ def check_val(check: Check) -> None:
                     check.add(f'{where}: {error}')
 
 
-def _check_better(check: Check, where: str, section: dict, metric: Callable) -> None:
-    """BasicSR takes anything but `higher` for `lower`, and `higher` where nothing is said."""
-    better = section.get('better', 'higher')
+def _check_better(check: Check, where: str, section: dict) -> None:
+    """BasicSR takes anything but `higher` for `lower`."""
+    less = is_less_better(section['type'])
+    better = section.get('better', 'lower' if less else 'higher')
     if better not in ('higher', 'lower'):
         check.add(f'{where}.better has to be higher or lower, not {better!r}')
-    elif is_iqa_metric(metric) and better != 'lower':
+    elif less and better != 'lower':
         check.add(f'{where}.better has to be lower, since less is better in {section["type"]}')

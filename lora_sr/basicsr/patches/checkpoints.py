@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from lora_sr.adapters import is_lora_key
-from lora_sr.basicsr import provenance
+from lora_sr.basicsr import provenance, resume
+from lora_sr.basicsr.patches.divergence import check_weights
 from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch, replace_everywhere
 from lora_sr.checkpoints.content import forget, load_weights, read_checkpoint, without_module_prefix
 from lora_sr.checkpoints.origin import KEY, fingerprint
@@ -63,6 +64,7 @@ def patch_saving() -> None:
         nets = net if isinstance(net, list) else [net]
         keys = param_key if isinstance(param_key, list) else [param_key]
         assert len(nets) == len(keys), 'The lengths of net and param_key should be the same.'
+        check_weights(self, net_label, nets)
         content: dict[str, Any] = {}
         for one, key in zip(nets, keys):
             content[key] = without_module_prefix(self.get_bare_model(one).state_dict())
@@ -81,7 +83,10 @@ def patch_saving() -> None:
             'iter': current_iter,
             'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
             'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
-            KEY: provenance.origin(self, 'net_g', current_iter, {}).to_dict(),
+            KEY: {
+                **provenance.origin(self, 'net_g', current_iter, {}).to_dict(),
+                **resume.record(self, epoch, current_iter),
+            },
         }
         save_atomically(state, os.path.join(self.opt['path']['training_states'], f'{current_iter}.state'))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +47,6 @@ def patch_lmdb_backend() -> None:
 
 
 _databases: weakref.WeakValueDictionary[str, Environment] = weakref.WeakValueDictionary()
-_opening = threading.Lock()  # a training set may be read in a thread while a validation set begins
 
 
 def _open_database(path: str, settings: dict[str, Any]) -> Environment:
@@ -57,8 +55,7 @@ def _open_database(path: str, settings: dict[str, Any]) -> Environment:
     # A forked worker goes on with its parent's: read-only and without locks it is a mere memory map, and lmdb would
     # refuse to open it anew there.
     key = os.path.realpath(path)
-    with _opening:
-        environment = _databases.get(key)
-        if environment is None:
-            environment = _databases[key] = lmdb.open(path, **settings)
-        return environment
+    environment = _databases.get(key)
+    if environment is None:
+        environment = _databases[key] = lmdb.open(path, **settings)
+    return environment

@@ -16,6 +16,7 @@ from lora_sr.basicsr import provenance
 from lora_sr.basicsr.log import start_log
 from lora_sr.basicsr.patches.distributed import start_distributed
 from lora_sr.basicsr.patches.resume import patch_load_resume_state
+from lora_sr.basicsr.patches.samples import patch_create_train_val_dataloader
 from lora_sr.basicsr.patches.tools import is_defective, patch, replace_everywhere, swapped
 from lora_sr.checkpoints.content import forget, remember
 from lora_sr.checkpoints.imports import import_modules
@@ -42,7 +43,7 @@ def mistakes(mode: str) -> Iterator[None]:
         _mode = before
 
 
-def tell(error: InputError) -> None:
+def tell(error: Exception) -> None:
     """Print a mistake, an ``error: …`` for each of its lines, in the first process of each machine."""
     if int(os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', 0))) == 0:
         for line in str(error).splitlines():
@@ -81,6 +82,7 @@ def patch_parse_options() -> None:
     @functools.wraps(original)
     def parse_options(root_path: str, is_train: bool = True) -> tuple[dict, argparse.Namespace]:
         patch_load_resume_state()
+        patch_create_train_val_dataloader()
         path, entries, rest = _split_command_line(sys.argv[1:])
         if path is None:
             return original(root_path, is_train)  # argparse tells what is missing, or prints the help

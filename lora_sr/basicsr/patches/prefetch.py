@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from lora_sr.basicsr.patches.tools import is_defective, patch
 
@@ -13,12 +14,18 @@ from lora_sr.basicsr.patches.tools import is_defective, patch
 def patch_prefetch_thread() -> None:
     """``PrefetchGenerator`` loses an error of its thread, and whoever waits for the next batch waits forever.
 
-    So does whoever asks again after the last one.
+    So does whoever asks again after the last one. Without workers, moreover, its thread draws crops and flips from the
+    random state that the training draws from; there the batches are read where they are awaited.
     """
-    from basicsr.data.prefetch_dataloader import PrefetchGenerator
+    from basicsr.data.prefetch_dataloader import PrefetchDataLoader, PrefetchGenerator
 
     if not is_defective(PrefetchGenerator.run, 'put', without='BaseException'):
         return
+    begin = PrefetchDataLoader.__iter__
+
+    @patch
+    def __iter__(self: Any) -> Any:
+        return begin(self) if self.num_workers else DataLoader.__iter__(self)
 
     @patch
     def run(self: Any) -> None:
@@ -37,6 +44,7 @@ def patch_prefetch_thread() -> None:
         self.queue.put(None)  # the thread has ended: whoever asks again gets the same answer
         raise self.error or StopIteration
 
+    PrefetchDataLoader.__iter__ = __iter__
     PrefetchGenerator.error = None
     PrefetchGenerator.run = run
     PrefetchGenerator.__next__ = __next__
@@ -45,8 +53,8 @@ def patch_prefetch_thread() -> None:
 def patch_prefetchers() -> None:
     """``CPUPrefetcher`` and ``CUDAPrefetcher`` read when they are made, and again when ``train_pipeline`` resets them.
 
-    With ``prefetch_mode: cpu`` two threads then read one dataset at once, which opens its files at the first sample:
-    the slower thread fails on what the other one has taken. Here the first ``reset`` or ``next`` begins to read.
+    Two sets of workers are then started, or two threads read one dataset at once, which opens its files at the first
+    sample: the slower thread fails on what the other one has taken. Here the first ``reset`` or ``next`` begins.
     """
     from basicsr.data.prefetch_dataloader import CPUPrefetcher, CUDAPrefetcher
 

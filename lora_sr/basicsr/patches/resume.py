@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lora_sr.basicsr import resume
 from lora_sr.basicsr.patches.tools import is_defective, patch, replace_everywhere
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.errors import InputError
@@ -86,7 +87,7 @@ def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     With ``--auto_resume`` it is the state of the run with the highest iteration, else ``path.resume_state``.
 
     Raises:
-        InputError: The state, or a network saved with it, is missing or damaged.
+        InputError: The state, or a network saved with it, is missing or damaged, or is of other options.
     """
     path = opt['path'].get('resume_state')
     if opt['auto_resume']:
@@ -103,31 +104,25 @@ def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
         raise InputError(f'{path} is not a training state: it has no {", ".join(missing)}.')
     from basicsr.utils import misc
 
+    resume.check_options(opt, state)
     misc.check_resume(opt, state['iter'])
     return state
 
 
 def patch_resume_training() -> None:
-    """``BaseModel.resume_training`` takes the state of any optimizer, and its step fails on what is not its own."""
+    """``BaseModel.resume_training`` loads the learning rates of the state over those of the option file.
+
+    It also takes the state of any optimizer, whose step then fails on what is not its own, and forgets the metrics.
+    """
     from basicsr.models.base_model import BaseModel
 
     original = BaseModel.resume_training
     if not is_defective(original, 'load_state_dict', without='betas'):
         return
 
-    def number_of_betas(state: dict[str, Any]) -> list[int]:
-        return [len(group.get('betas') or ()) for group in state['param_groups']]
-
     @patch
     @functools.wraps(original)
     def resume_training(self: Any, resume_state: dict[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, resume_state['optimizers']):
-            if number_of_betas(optimizer.state_dict()) != number_of_betas(state):
-                options = ', '.join(key for key in state['param_groups'][0] if key != 'params')
-                raise InputError(
-                    f'the run cannot be resumed with {type(optimizer).__name__}: its optimizer had the options '
-                    f'{options}; go on with that one, or begin anew.'
-                )
-        original(self, resume_state)
+        resume.resume(self, resume_state, functools.partial(original, self, resume_state))
 
     BaseModel.resume_training = resume_training

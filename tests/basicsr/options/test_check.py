@@ -138,7 +138,11 @@ CHANGES = [
         0,
         'datasets.train.dataset_enlarge_ratio has to be a number of at least 1',
     ),
-    ('datasets.train.batch_size_per_gpu', 200, 'datasets.train gives only 0 whole batches of 200 an epoch'),
+    (
+        'datasets.train.batch_size_per_gpu',
+        200,
+        'datasets.train has 80 patches an epoch, fewer than a batch of 200; set dataset_enlarge_ratio: 2500',
+    ),
 ]
 
 
@@ -577,16 +581,23 @@ def test_validation_may_have_a_border(data, tmp_path):
     assert check(opt, tmp_path, is_train=False) == []
 
 
-def test_run_that_would_end_early(data, tmp_path):
+def test_data_for_less_than_a_batch(data, tmp_path):
     _, options = data
     opt = options('')
     change(opt, 'datasets.train.dataset_enlarge_ratio', 1)
-    change(opt, 'datasets.train.batch_size_per_gpu', 5)
-    change(opt, 'train.total_iter', 100)
-    assert check(opt, tmp_path) == [
-        'datasets.train gives only 1 whole batches of 5 an epoch, so that BasicSR would stop after 51 of 100 '
-        'iterations; set dataset_enlarge_ratio: 63'
-    ]
+    change(opt, 'datasets.train.batch_size_per_gpu', 9)
+    sentence = 'datasets.train has 8 patches an epoch, fewer than a batch of 9; set dataset_enlarge_ratio: 113'
+    assert check(opt, tmp_path) == [sentence]
+    change(opt, 'datasets.train.batch_size_per_gpu', 5)  # the three that are left over do not end a run early
+    assert check(opt, tmp_path) == []
+
+
+def test_validation_sets_of_one_name(options, tmp_path):
+    change(options, 'datasets.val_2', {**options['datasets']['val']})
+    sentence = 'datasets.val_2.name must differ from that of datasets.val, got val for both'
+    assert check(options, tmp_path) == [sentence]
+    change(options, 'datasets.val_2.name', 'train')  # no images and no curves go by the name of the training set
+    assert check(options, tmp_path) == []
 
 
 def test_output_folder_that_cannot_be_written(options, tmp_path):
@@ -808,8 +819,7 @@ def test_lr_images_without_gt_are_correct(without_gt, pairs, tmp_path):
         (
             'datasets.train.batch_size_per_gpu',
             161,
-            'datasets.train gives only 0 whole batches of 161 an epoch, so that BasicSR would stop after 0 of 6 '
-            'iterations; set dataset_enlarge_ratio: 1007',
+            'datasets.train has 160 patches an epoch, fewer than a batch of 161; set dataset_enlarge_ratio: 1007',
         ),
         (
             'train.pixel_opt',

@@ -1,0 +1,65 @@
+"""A training that has diverged ends, and overwrites nothing."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_sr.basicsr.patches.tools import is_defective, patch
+from lora_sr.errors import DivergenceError
+
+
+def patch_reduce_loss_dict() -> None:
+    """``reduce_loss_dict`` hands on a loss of NaN or infinity, and the run goes on for days, and saves what it makes.
+
+    Every model logs its losses by it, in every iteration.
+    """
+    from basicsr.models.base_model import BaseModel
+
+    original = BaseModel.reduce_loss_dict
+    if not is_defective(original, 'item', without='isfinite'):
+        return
+
+    @patch
+    @functools.wraps(original)
+    def reduce_loss_dict(self: Any, loss_dict: dict[str, Tensor]) -> dict[str, float]:
+        log = original(self, loss_dict)
+        for name, value in log.items():
+            if not math.isfinite(value):
+                raise DivergenceError(_sentence(self, f'the loss {name} is {value}'))
+        return log
+
+    BaseModel.reduce_loss_dict = reduce_loss_dict
+
+
+def check_weights(model: Any, label: str, networks: Iterable[nn.Module]) -> None:
+    """Refuse to save networks whose parameters are not finite: a step may break them after a loss that was.
+
+    Raises:
+        DivergenceError: Of the first such parameter.
+    """
+    for network in networks:
+        for name, value in model.get_bare_model(network).named_parameters():
+            if not torch.isfinite(value).all():
+                raise DivergenceError(_sentence(model, f'{name} of {label} is no longer finite'))
+
+
+def _sentence(model: Any, reason: str) -> str:
+    iteration = getattr(model, 'current_iter', None)
+    where = '' if iteration is None else f' at iteration {iteration:,}'
+    folder = model.opt.get('path', {}).get('training_states')
+    states = Path(folder).glob('*.state') if folder else ()
+    saved = [int(file.stem) for file in states if re.fullmatch('[0-9]+', file.stem)]
+    last = (
+        f'The last checkpoint is of iteration {max(saved):,}: lower the learning rate, and go on with --auto_resume.'
+        if saved
+        else 'No checkpoint had been saved: lower the learning rate, and look at the data.'
+    )
+    return f'the training was stopped{where}: {reason}. {last}'

@@ -1,0 +1,210 @@
+"""Going on with a run whose option file has changed since: what changes is applied, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lora_sr.adapters import LoRAConfig
+from lora_sr.archs.registry import find_arch
+from lora_sr.basicsr import provenance
+from lora_sr.basicsr.samples import stream_of
+from lora_sr.checkpoints.origin import KEY, Origin
+from lora_sr.errors import InputError
+
+LOG = logging.getLogger('basicsr')
+
+# What of a network can only be what it was: the tensors of its LoRA, and the alphas that are saved with them.
+LORA_KEYS = ('type', 'lora', 'rank', 'alpha', 'rank_pattern', 'alpha_pattern')
+# Of a scheduler: what it counts beside what begins with an underscore, and what follows from other options.
+COUNTED = ('last_epoch', 'verbose')
+DERIVED = ('base_lrs', 'cumulative_period')
+
+
+def record(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
+    """What a training state says beside BasicSR's own keys, to go on as if the run had not stopped.
+
+    ``samples``: see :meth:`lora_sr.basicsr.samples.SampleStream.record`. ``best``: the best value of each metric.
+    ``optimizer_types``: by section. ``trained``: the names of the tensors that each optimizer trains.
+    """
+    stream = stream_of(model.opt)
+    names = _names(model)
+    return {
+        **({} if stream is None else {'samples': stream.record(epoch, iteration)}),
+        'best': _best(model),
+        'optimizer_types': _optimizer_types(provenance.given('train')),
+        'trained': [[names.get(id(one), '') for one in _tensors(optimizer)] for optimizer in model.optimizers],
+    }
+
+
+def check_options(opt: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Refuse options with which the run of a training state cannot go on.
+
+    Raises:
+        InputError: Another optimizer, network or LoRA.
+    """
+    file = f'{opt["path"]["models"]}/net_g_{state["iter"]}.pth'
+    now = _optimizer_types(opt.get('train'))
+    for key, kind in state.get(KEY, {}).get('optimizer_types', {}).items():
+        if now.get(key, kind) != kind:
+            raise InputError(
+                f'train.{key}.type must be {kind} to resume this run, got {now[key]}; a new run may begin from {file}.'
+            )
+    origin = Origin.parse(state.get(KEY))
+    if origin is None or origin.network is None:
+        return
+    before, after = _lora_options(origin.network), _lora_options(opt['network_g'])
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            raise InputError(
+                f'network_g.{key} must be {_text(before.get(key))} to resume this run, got {_text(after.get(key))}; a '
+                f'new run may begin from {file}, merged.'
+            )
+
+
+def resume(model: Any, state: Mapping[str, Any], load: Callable[[], None]) -> None:
+    """Go on with a run: load what it counted, and apply what the option file says of learning rates since.
+
+    Args:
+        model: The model of the run, as it would begin.
+        state: The training state.
+        load: Loads the optimizers and schedulers of the state as they are.
+
+    Raises:
+        InputError: The state is of other optimizers.
+    """
+    optimizers, schedulers = model.optimizers, model.schedulers
+    if len(state['optimizers']) != len(optimizers):
+        raise InputError(
+            f'the run cannot be resumed: {type(model).__name__} has {len(optimizers)} optimizers, and its training '
+            f'state {len(state["optimizers"])}.'
+        )
+    for number, optimizer in enumerate(optimizers):
+        _check_optimizer(model, optimizer, state, number)
+    given = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
+    begun = [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers]
+    load()
+    # What else stands in a group may be counted there, as some optimizers do.
+    sections = [section for key, section in model.opt['train'].items() if key.startswith('optim_') and section]
+    settable = {'initial_lr', *(key for section in sections for key in section)} - {'lr', 'type'}
+    changed = {}
+    for optimizer, groups in zip(optimizers, given):
+        for group, settings in zip(optimizer.param_groups, groups):
+            own = {key: value for key, value in settings.items() if key in settable}
+            changed.update(_differences(group, own))
+            group.update(own)
+    for scheduler, beginning, saved in zip(schedulers, begun, state['schedulers']):
+        before, now = _scheduler_options(saved), _scheduler_options(beginning)
+        if before.keys() != now.keys():
+            changed['scheduler'] = ', '.join(before), ', '.join(now)
+        else:
+            changed.update(_differences(before, now))
+        if before != now:
+            _replay(scheduler, beginning, [group['lr'] for group in given[optimizers.index(scheduler.optimizer)]])
+    for key, (before, now) in changed.items():
+        if key in DERIVED:
+            continue
+        key = 'lr' if key == 'initial_lr' else key
+        LOG.warning(f'{key} of the option file was {_text(before)} and is {_text(now)} now: applied to the whole run.')
+    model.resumed_best = state.get(KEY, {}).get('best', {})
+    if hasattr(model, 'queue_size'):
+        LOG.warning('The pool of training pairs begins empty: the run differs from one that was not interrupted.')
+
+
+def _check_optimizer(model: Any, optimizer: Optimizer, state: Mapping[str, Any], number: int) -> None:
+    saved = state['optimizers'][number]['param_groups']
+    own = optimizer.param_groups
+    if [len(group.get('betas') or ()) for group in own] != [len(group.get('betas') or ()) for group in saved]:
+        options = ', '.join(key for key in saved[0] if key != 'params')
+        raise InputError(
+            f'the run cannot be resumed with {type(optimizer).__name__}: its optimizer had the options {options}; go '
+            f'on with that one, or begin anew.'
+        )
+    names = _names(model)
+    trained = [names.get(id(value), '') for value in _tensors(optimizer)]
+    before = state.get(KEY, {}).get('trained', [])[number : number + 1]
+    if before and before[0] != trained or [len(g['params']) for g in own] != [len(g['params']) for g in saved]:
+        differ = sorted(set(before[0]) ^ set(trained)) if before else []
+        example = f' ({differ[0]}, for one)' if differ else ''
+        raise InputError(
+            f'the run cannot be resumed: it trained {sum(len(group["params"]) for group in saved)} tensors, and '
+            f'{len(trained)} train now{example}; put that back, or begin a new run.'
+        )
+
+
+def _replay(scheduler: Any, beginning: dict[str, Any], rates: list[float]) -> None:
+    """Bring a scheduler from its beginning to where the run is, step by step."""
+    steps = scheduler.last_epoch
+    scheduler.load_state_dict(copy.deepcopy(beginning))
+    for group, rate in zip(scheduler.optimizer.param_groups, rates):
+        group['lr'] = rate
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # that no optimizer has stepped
+        for _ in range(steps):
+            scheduler.step()
+
+
+def _scheduler_options(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _plain(value) for key, value in state.items() if not key.startswith('_') and key not in COUNTED}
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    keys = [key for key in now if key in before]
+    return {key: (before[key], now[key]) for key in keys if _plain(before[key]) != _plain(now[key])}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _tensors(optimizer: Optimizer) -> Iterator[Any]:
+    return (value for group in optimizer.param_groups for value in group['params'])
+
+
+def _names(model: Any) -> dict[int, str]:
+    """The names of the tensors of all networks of a model, by identity."""
+    networks = {key: value for key, value in vars(model).items() if isinstance(value, nn.Module)}
+    return {
+        id(value): f'{key}.{name}'
+        for key, network in networks.items()
+        for name, value in model.get_bare_model(network).named_parameters()
+    }
+
+
+def _best(model: Any) -> dict[str, Any]:
+    """The best metrics as plain numbers; a metric may give numpy's, which no training state can hold."""
+    return {
+        dataset: {name: {**best, 'val': float(best['val'])} for name, best in metrics.items()}
+        for dataset, metrics in getattr(model, 'best_metric_results', {}).items()
+    }
+
+
+def _optimizer_types(train: Any) -> dict[str, str]:
+    sections = train.items() if isinstance(train, Mapping) else ()
+    return {key: value['type'] for key, value in sections if key.startswith('optim_') and 'type' in (value or {})}
+
+
+def _lora_options(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What a network section says of LoRA, with the defaults of what it leaves out."""
+    arch = find_arch(section['type'])
+    known = inspect.signature(arch).parameters if arch is not None else {}
+    options = {key: value.default for key, value in known.items() if key in LORA_KEYS}
+    options.update({key: value for key, value in section.items() if key in LORA_KEYS})
+    if isinstance(options.get('lora'), Mapping):
+        config = dataclasses.asdict(LoRAConfig.from_dict(options.pop('lora')))
+        options.update({f'lora.{key}': value for key, value in config.items()})
+    return options
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):  # BasicSR counts milestones: {100: 1, 200: 1}
+        value = sorted(value)
+    return '~' if value is None else str(value)

@@ -1,0 +1,266 @@
+"""Going on with a run: bit for bit where nothing has changed, by the option file where something has."""
+
+import copy
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+from basicsr.models import build_model
+from tiny_run import TINY_OPTIONS, change, logged, model_options, run_python
+
+from lora_sr.basicsr import resume
+from lora_sr.checkpoints.content import read_checkpoint
+from lora_sr.errors import InputError
+
+STEPS = {'type': 'MultiStepLR', 'milestones': [4, 8], 'gamma': 0.5}
+COSINE = {'type': 'CosineAnnealingRestartLR', 'periods': [10], 'restart_weights': [1], 'eta_min': 1e-7}
+
+
+@pytest.fixture
+def options(tmp_path):
+    opt = model_options(tmp_path)
+    opt['train']['scheduler'] = dict(STEPS)
+    return opt
+
+
+def rates(model, first, last, warmup=-1):
+    """The learning rates of iterations, each with a step."""
+    told = []
+    for iteration in range(first, last + 1):
+        model.update_learning_rate(iteration, warmup)
+        model.feed_data({'lq': torch.rand(1, 3, 6, 6), 'gt': torch.rand(1, 3, 12, 12)})
+        model.optimize_parameters(iteration)
+        told.append(model.get_current_learning_rate()[0])
+    return told
+
+
+def go_on(options, changes, at=6):
+    """A model that has been resumed at an iteration, with changed options."""
+    model = build_model(copy.deepcopy(options))
+    rates(model, 1, at)
+    model.save(0, at)
+    changed = copy.deepcopy(options)
+    for path, value in changes.items():
+        change(changed, path, value)
+    other = build_model(copy.deepcopy(changed))
+    other.resume_training(dict(read_checkpoint(f'{options["path"]["training_states"]}/{at}.state')))
+    return other, changed
+
+
+@pytest.mark.parametrize(
+    ('scheduler', 'changes', 'sentences'),
+    [
+        (STEPS, {}, []),
+        (COSINE, {}, []),
+        (STEPS, {'train.optim_g.lr': 1e-5}, ['lr of the option file was 0.001 and is 1e-05 now']),
+        (STEPS, {'train.scheduler.milestones': [5, 9]}, ['milestones of the option file was [4, 8] and is [5, 9] now']),
+        (STEPS, {'train.scheduler.gamma': 0.1}, ['gamma of the option file was 0.5 and is 0.1 now']),
+        (COSINE, {'train.scheduler.periods': [20]}, ['periods of the option file was [10] and is [20] now']),
+        (STEPS, {'train.scheduler': dict(COSINE)}, ['scheduler of the option file was milestones, gamma, ']),
+        (COSINE, {'train.scheduler': dict(STEPS)}, ['scheduler of the option file was periods, ']),
+        (COSINE, {'train.optim_g.lr': 1e-2, 'train.scheduler.eta_min': 1e-4}, ['lr', 'eta_min']),
+    ],
+)
+def test_learning_rates_are_those_of_the_option_file(options, caplog, monkeypatch, scheduler, changes, sentences):
+    """What remains of the run has the rates of a run with these options from its beginning, to the last bit."""
+    monkeypatch.setattr('lora_sr.basicsr.resume.LOG.propagate', True)
+    options['train']['scheduler'] = dict(scheduler)
+    resumed, changed = go_on(options, changes)
+    whole = build_model(copy.deepcopy(changed))
+    assert rates(resumed, 7, 10) == rates(whole, 1, 10)[6:]
+    told = {record.getMessage() for record in caplog.records if 'of the option file was' in record.getMessage()}
+    assert len(told) == len(sentences)
+    assert all(any(line.startswith(sentence) for line in told) for sentence in sentences)
+
+
+@pytest.mark.parametrize('scheduler', [STEPS, COSINE])
+def test_after_a_warm_up_the_rates_are_the_scheduler_s(options, scheduler):
+    options['train']['scheduler'] = dict(scheduler)
+    expected = rates(build_model(copy.deepcopy(options)), 1, 10)
+    warm = rates(build_model(copy.deepcopy(options)), 1, 10, warmup=6)
+    assert warm == [*(1e-3 / 6 * iteration for iteration in range(1, 6)), *expected[5:]]
+
+
+def test_settings_of_the_optimizer_are_those_of_the_option_file(options):
+    resumed, _ = go_on(options, {'train.optim_g.betas': [0.5, 0.9], 'train.optim_g.weight_decay': 0.1})
+    (group,) = resumed.optimizer_g.param_groups
+    assert list(group['betas']) == [0.5, 0.9] and group['weight_decay'] == 0.1
+    assert resumed.optimizer_g.state[group['params'][0]]['step'] == 6  # its moments go on
+
+
+def test_what_an_optimizer_counts_in_its_groups_goes_on(options):
+    """Some optimizers keep their estimates there, which no option file has."""
+    model = build_model(copy.deepcopy(options))
+    model.optimizer_g.param_groups[0]['estimate'] = 1.0
+    rates(model, 1, 2)
+    model.optimizer_g.param_groups[0]['estimate'] = 3.0
+    model.save(0, 2)
+    other = build_model(copy.deepcopy(options))
+    other.optimizer_g.param_groups[0]['estimate'] = 1.0
+    other.resume_training(dict(read_checkpoint(f'{options["path"]["training_states"]}/2.state')))
+    assert other.optimizer_g.param_groups[0]['estimate'] == 3.0
+
+
+@pytest.mark.parametrize('how', ['another tensor', 'fewer tensors'])
+def test_other_tensors_to_train(options, how):
+    model = build_model(copy.deepcopy(options))
+    rates(model, 1, 2)
+    model.save(0, 2)
+    state = dict(read_checkpoint(f'{options["path"]["training_states"]}/2.state'))
+    if how == 'another tensor':
+        state['lora_sr']['trained'][0][3] = 'net_g.other'
+    else:  # of BasicSR itself, which knows no names
+        del state['lora_sr']
+        state['optimizers'][0]['param_groups'][0]['params'].pop()
+    with pytest.raises(InputError, match=r'it trained \d+ tensors, and \d+ train now.*; put that back, or begin'):
+        build_model(copy.deepcopy(options)).resume_training(state)
+
+
+def test_the_best_metric_is_remembered(options):
+    model = build_model(copy.deepcopy(options))
+    model._initialize_best_metric_results('val')
+    model._update_best_metric_result('val', 'psnr', torch.tensor(30.0).numpy()[()], 2)
+    model.save(0, 4)
+    state = dict(read_checkpoint(f'{options["path"]["training_states"]}/4.state'))
+    options['val']['metrics']['niqe'] = {'type': 'calculate_niqe', 'crop_border': 2}
+    other = build_model(copy.deepcopy(options))
+    other.resume_training(state)
+    other._initialize_best_metric_results('val')
+    other._update_best_metric_result('val', 'psnr', 29.0, 8)
+    other._initialize_best_metric_results('another')
+    assert other.best_metric_results['val'] == {
+        'psnr': {'better': 'higher', 'val': 30.0, 'iter': 2},
+        'niqe': {'better': 'lower', 'val': float('inf'), 'iter': -1},
+    }
+    assert other.best_metric_results['another']['psnr']['iter'] == -1
+
+
+# --- what is refused before anything is written ---
+
+ADAPTSR = {'type': 'AdaptSR', 'base': {'type': 'MSRResNet'}, 'lora': {'groups': ['all'], 'rank': 2}}
+DSCLORA = {'type': 'DSCLoRA', 'feature_channels': 8, 'rank': 2}
+
+
+@pytest.mark.parametrize(
+    ('network', 'path', 'value', 'sentence'),
+    [
+        (ADAPTSR, 'network_g.lora.rank', 4, 'network_g.lora.rank must be 2 to resume this run, got 4; a new run may'),
+        (ADAPTSR, 'network_g.lora.alpha', 4, 'network_g.lora.alpha must be ~ to resume this run, got 4;'),
+        (ADAPTSR, 'network_g.lora.also_train', ['bias'], "network_g.lora.also_train must be [] to resume this run"),
+        (DSCLORA, 'network_g.rank', 4, 'network_g.rank must be 2 to resume this run, got 4;'),
+        (DSCLORA, 'network_g.alpha', 4, 'network_g.alpha must be 16 to resume this run, got 4;'),
+        (DSCLORA, 'network_g.type', 'SPAN', 'network_g.'),
+        (DSCLORA, 'train.optim_g.type', 'NAdam', 'train.optim_g.type must be Adam to resume this run, got NAdam;'),
+        # The default, written out; and what is not LoRA's.
+        (ADAPTSR, 'network_g.lora.alpha', None, None),
+        (DSCLORA, 'network_g.alpha', 16, None),
+        (ADAPTSR, 'network_g.base.res_scale', 1, None),
+        (DSCLORA, 'train.optim_g.lr', 1, None),
+    ],
+)  # fmt: skip
+def test_options_with_which_a_run_cannot_go_on(network, path, value, sentence):
+    opt = {'network_g': copy.deepcopy(network), 'train': {'optim_g': {'type': 'Adam'}}, 'path': {'models': 'models'}}
+    state = {'iter': 8, 'lora_sr': {'network': copy.deepcopy(network), 'optimizer_types': {'optim_g': 'Adam'}}}
+    resume.check_options(opt, state)
+    resume.check_options(opt, {'iter': 8})  # of BasicSR
+    change(opt, path, value)
+    if sentence is None:
+        resume.check_options(opt, state)
+        return
+    with pytest.raises(InputError) as refused:
+        resume.check_options(opt, state)
+    assert str(refused.value).startswith(sentence) and 'models/net_g_8.pth' in str(refused.value)
+
+
+# --- whole runs ---
+
+COMMAND = ['-m', 'lora_sr.train', '-opt', 'tiny.yml']
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def write_run(folder, pairs, workers=0, ratio=3, **section):
+    """13 iterations of a network that draws by itself, with dropped paths, in five epochs of BasicSR's or in one."""
+    opt = yaml.safe_load(TINY_OPTIONS.format(root=pairs, suffix='', backend='disk').replace('1e-3', '0.001'))
+    opt['datasets']['train'].update(num_worker_per_gpu=workers, dataset_enlarge_ratio=ratio, **section)
+    arguments = dict(upscale=2, img_size=8, window_size=8, depths=[2], embed_dim=6, num_heads=[1], mlp_ratio=2)
+    opt['network_g'] = {'type': 'SwinIR', 'upsampler': 'pixelshuffledirect', 'drop_path_rate': 0.5, **arguments}
+    opt.update(manual_seed=None, model_type='SwinIRModel')
+    opt['datasets']['train']['batch_size_per_gpu'] = 7  # of 24: three are left over
+    opt['train'].update(total_iter=13, ema_decay=0.9)
+    opt['logger']['save_checkpoint_freq'] = 5
+    (folder / 'tiny.yml').write_text(yaml.safe_dump(opt, sort_keys=False))
+
+
+@pytest.fixture(scope='module')
+def whole(pairs, tmp_path_factory):
+    """The files of such a run that did not stop."""
+    folder = tmp_path_factory.mktemp('whole')
+    write_run(folder, pairs)
+    run_python(*COMMAND, '--force_yml', 'manual_seed=3', cwd=folder)
+    return folder / 'experiments/tiny'
+
+
+def keep(files, folder, iteration):
+    """Leave in a folder what a run that was killed after an iteration had saved."""
+    for name in (f'models/net_g_{iteration}.pth', f'training_states/{iteration}.state'):
+        (folder / name).parent.mkdir(parents=True)
+        shutil.copy(files / name, folder / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('section', [{'workers': 4, 'persistent_workers': True}, {'prefetch_mode': 'cpu'}])
+def test_a_run_that_stopped_equals_one_that_did_not(whole, pairs, tmp_path, section):
+    """Weights, average, optimizer, scheduler, best metric and stream of samples, however these are read."""
+    write_run(tmp_path, pairs, **section)
+    keep(whole, tmp_path / 'experiments/tiny', 5)
+    done = run_python(*COMMAND, '--auto_resume', cwd=tmp_path)  # with the seed of the run, though none is given
+    assert sorted(logged(done)) == list(range(6, 14))
+    assert_equal(tmp_path / 'experiments/tiny', whole)
+
+
+@pytest.mark.slow
+def test_two_processes_that_stopped_equal_two_that_did_not(pairs, tmp_path):
+    write_run(tmp_path, pairs, workers=2, ratio=100)
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2]
+    command = [*launcher, *COMMAND, '--launcher', 'pytorch']
+    run_python(*command, '--force_yml', 'name=whole', 'manual_seed=3', cwd=tmp_path)
+    keep(tmp_path / 'experiments/whole', tmp_path / 'experiments/tiny', 5)
+    run_python(*command, '--auto_resume', cwd=tmp_path)
+    assert_equal(tmp_path / 'experiments/tiny', tmp_path / 'experiments/whole')
+
+
+def assert_equal(run, other):
+    for name in ('models/net_g_10.pth', 'models/net_g_latest.pth', 'training_states/10.state'):
+        contents = [dict(read_checkpoint(folder / name)) for folder in (run, other)]
+        ours = [content.pop('lora_sr') for content in contents]
+        assert same(*contents), name
+        if name.endswith('state'):
+            assert same(*({key: values[key] for key in ('samples', 'best', 'trained')} for values in ours))
+
+
+@pytest.mark.slow
+def test_refused_and_finished_runs(tiny_options, tmp_path):
+    run_python(*COMMAND, cwd=tmp_path)
+    record = (tmp_path / 'experiments/tiny/tiny.yml').read_text()
+    refused = run_python(*COMMAND, '--auto_resume', '--force_yml', 'train:optim_g:type=NAdam', cwd=tmp_path, status=2)
+    assert refused.stderr.count('error: ') == 1 and 'must be AdamW to resume this run, got NAdam' in refused.stderr
+    assert (tmp_path / 'experiments/tiny/tiny.yml').read_text() == record  # of the run as it was
+    more = run_python(*COMMAND, '--auto_resume', '--force_yml', 'train:total_iter=5', cwd=tmp_path)
+    assert 'Nothing is left to train: the run is at iteration 6, and train.total_iter is 5.' in more.stderr
+    assert not logged(more)
+    more = run_python(
+        *COMMAND, '--auto_resume', '--force_yml', 'train:total_iter=9', 'train:optim_g:lr=1e-5', cwd=tmp_path
+    )
+    assert logged(more) == {7: 2.5e-6, 8: 2.5e-6, 9: 2.5e-6}
+    assert re.search(r'\[eta: 0:00:00, ', more.stderr) and 'eta: -1 day' not in more.stderr

@@ -180,10 +180,14 @@ def _names(model: Any) -> dict[int, str]:
 
 
 def _best(model: Any) -> dict[str, Any]:
-    """The best metrics as plain numbers; a metric may give numpy's, which no training state can hold."""
+    """The best metrics, also before a run that goes on has validated.
+
+    They are plain numbers; a metric may give numpy's, which no training state can hold.
+    """
+    known = {**getattr(model, 'resumed_best', {}), **getattr(model, 'best_metric_results', {})}
     return {
         dataset: {name: {**best, 'val': float(best['val'])} for name, best in metrics.items()}
-        for dataset, metrics in getattr(model, 'best_metric_results', {}).items()
+        for dataset, metrics in known.items()
     }
 
 

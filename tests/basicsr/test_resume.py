@@ -124,6 +124,10 @@ def test_the_best_metric_is_remembered(options):
     model._update_best_metric_result('val', 'psnr', torch.tensor(30.0).numpy()[()], 2)
     model.save(0, 4)
     state = dict(read_checkpoint(f'{options["path"]["training_states"]}/4.state'))
+    other = build_model(copy.deepcopy(options))
+    other.resume_training(state)
+    other.save(0, 6)  # and stops once more before it validates
+    state = dict(read_checkpoint(f'{options["path"]["training_states"]}/6.state'))
     options['val']['metrics']['niqe'] = {'type': 'calculate_niqe', 'crop_border': 2}
     other = build_model(copy.deepcopy(options))
     other.resume_training(state)

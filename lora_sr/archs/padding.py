@@ -14,6 +14,11 @@ def pad_to_multiple(network: nn.Module, multiple: int) -> None:
         network.register_forward_hook(_Crop())
 
 
+def is_padded(network: nn.Module) -> bool:
+    """Whether a network takes images of any size by :func:`pad_to_multiple`."""
+    return any(isinstance(hook, _Pad) for hook in network._forward_pre_hooks.values())
+
+
 def remove_padding(network: nn.Module) -> None:
     """Undo what :func:`pad_to_multiple` did, in place."""
     for hooks in (network._forward_pre_hooks, network._forward_hooks):

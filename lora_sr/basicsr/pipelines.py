@@ -9,6 +9,7 @@ import torch.distributed as dist
 from basicsr.test import test_pipeline
 from basicsr.train import train_pipeline
 
+from lora_sr.basicsr import provenance
 from lora_sr.basicsr.patches.options import mistakes, tell
 from lora_sr.checkpoints.content import forget
 from lora_sr.errors import DivergenceError, InputError
@@ -29,7 +30,8 @@ def run(is_train: bool, argv: list[str]) -> int:
         tell(error)
         return 1
     except KeyboardInterrupt:
-        hint = '; --auto_resume goes on from its last checkpoint' if is_train else ''
+        iteration = provenance.last_state(os.getcwd()) if is_train else None
+        hint = '' if iteration is None else f'; --auto_resume goes on from iteration {iteration:,}'
         print(f'interrupted{hint}', file=sys.stderr, flush=True)
         return 130
     return 0

@@ -143,6 +143,17 @@ def stream_of(opt: Mapping[str, Any]) -> SampleStream | None:
     return _streams.get(opt.get('path', {}).get('training_states', ''))
 
 
+class SampleError(InputError):
+    """A sample of a data set that cannot be read, as a file that was there when the run began and is no more.
+
+    torch raises an error of a worker anew in the main process, with all of the worker's traceback for its message; the
+    sentence alone is kept.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.strip().rpartition(f'{type(self).__name__}: ')[2])
+
+
 class SeededDataset(Dataset):
     """A data set that reads each :class:`Sample` with random numbers of its own, in whatever process, after any other.
 
@@ -156,8 +167,17 @@ class SeededDataset(Dataset):
     def __getitem__(self, sample: Any) -> Any:
         if not isinstance(sample, Sample):
             return self.dataset[sample]
-        with _seeded(sample.seed):
-            return self.dataset[sample.index]
+        try:
+            with _seeded(sample.seed):
+                return self.dataset[sample.index]
+        except (InputError, OSError) as error:
+            raise SampleError(f'{self._name(sample.index)} cannot be read: {error}') from error
+
+    def _name(self, index: Any) -> str:
+        """What a sample is called in the data set, as far as it says."""
+        paths = getattr(self.dataset, 'paths', None)
+        path = paths[index] if isinstance(paths, list) and len(paths) == len(self) else f'sample {index}'
+        return str(path.get('gt_path', path) if isinstance(path, dict) else path)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]

@@ -40,13 +40,14 @@ class Content(dict[str, Any]):
         return Origin.parse(self.metadata.get(KEY, self.get(KEY)))
 
 
-_remembered: dict[tuple[int, ...], Content] | None = None
+_remembered: dict[tuple[int, ...] | str, Content] | None = None  # by the file itself, and by its name
 
 
 def remember() -> None:
     """Keep what is read from now on, and give it again to whoever reads the same file, until :func:`forget`.
 
-    A run reads its checkpoints when its options are checked, for its networks, and for their averages.
+    A run reads its checkpoints when its options are checked, for its networks, and for their averages. In between
+    BasicSR moves away the folder of the last run of that name, from which this one may start.
     """
     global _remembered
     if _remembered is None:
@@ -67,13 +68,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Content:
     """
     if _remembered is None:
         return _read(path)
+    name = os.path.abspath(path)
     try:
         status = os.stat(path)
     except OSError:
-        return _read(path)  # which tells what is wrong
+        return _remembered[name] if name in _remembered else _read(path)  # which tells what is wrong
     key = status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
     if key not in _remembered:
         _remembered[key] = _read(path)
+    _remembered[name] = _remembered[key]
     return _remembered[key]
 
 

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='who starts processes')
     parser.add_argument('--auto_resume', action='store_true', help='go on with the run of that name where it stopped')
     parser.add_argument('--debug', action='store_true', help='log and validate often, under a name of its own')
-    parser.add_argument('--local_rank', type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
         '--force_yml', nargs='+', metavar='A:B=VALUE', help='change the option file, e.g. train:optim_g:lr=1e-4'
     )

@@ -86,6 +86,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> None:
     """Prepare the databases and say what was made."""
     from lora_sr.data.prepare import prepare_databases
+    from lora_sr.data.sources import left_out
 
     try:
         prepared = prepare_databases(
@@ -106,10 +107,15 @@ def run(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
         raise SystemExit(130) from None
+    for folder in args.folders:
+        others = left_out(folder)
+        if others:
+            more = f', and {len(others) - 3} more' if len(others) > 3 else ''
+            print(f'not read in {folder}: {", ".join(others[:3])}{more}', file=sys.stderr)
     height, width = prepared.smallest
     for path in prepared.databases.values():
         print(f'{path}: {prepared.entries} entries of {prepared.images} images')
     print(
-        f'checked: counts, keys and sizes agree; the smallest HR entry has {height} x {width} pixels, '
+        f'checked: counts, keys and sizes agree; the smallest HR entry has {width} x {height} pixels, '
         f'so gt_size can be up to {min(height, width)}'
     )

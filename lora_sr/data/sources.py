@@ -13,9 +13,11 @@ import cv2
 import numpy as np
 
 from lora_sr.errors import InputError
+from lora_sr.images.decoding import decode
 from lora_sr.images.png import PNG_SIGNATURE
 
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
+JPEG_SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif')
+IMAGE_SUFFIXES = ('.png', *JPEG_SUFFIXES, '.bmp', '.tga', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 PUBLISHED_HR_FOLDERS = ('DIV2K_train_HR', 'Flickr2K_HR')
 SPLITS = ('train', 'test')
 
@@ -125,12 +127,7 @@ def read_image(path: Path) -> np.ndarray:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f'{path} cannot be read ({error.strerror}).') from error
-    image = None
-    if data and not _is_damaged(data):
-        try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        except cv2.error:  # an image beyond OpenCV's limit on pixels
-            pass
+    image = None if not data or _is_damaged(data) else decode(data, cv2.IMREAD_UNCHANGED)
     if image is None:
         raise InputError(f'{path} is damaged or is not an image: replace it or take it out of its folder.')
     if image.dtype != np.uint8:
@@ -313,6 +310,15 @@ def _images(folder: Path) -> list[Path]:
         )
     except OSError as error:
         raise InputError(f'{folder} cannot be read ({error.strerror}).') from error
+
+
+def left_out(folder: str | os.PathLike[str]) -> list[str]:
+    """The names of what a folder of images holds besides, which is not read: other files, and folders with a ``/``."""
+    if not _images(Path(folder)):  # the root of a published set, of which the folders are read
+        return []
+    entries = [path for path in Path(folder).iterdir() if not path.name.startswith('.')]
+    others = [path for path in entries if path.is_dir() or path.suffix.lower() not in IMAGE_SUFFIXES]
+    return sorted(f'{path.name}/' if path.is_dir() else path.name for path in others)
 
 
 def _some(names: Sequence[str]) -> str:

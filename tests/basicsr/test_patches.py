@@ -1,6 +1,7 @@
 """Each patch of BasicSR: the defect, its repair, and that what is not defective is left alone."""
 
 import copy
+import io
 import math
 import os
 import subprocess
@@ -10,6 +11,7 @@ import types
 from collections import Counter
 from pathlib import Path
 
+import cv2
 import lmdb
 import numpy as np
 import pytest
@@ -22,9 +24,10 @@ from basicsr.models import base_model, build_model, realesrgan_model, realesrnet
 from basicsr.models.base_model import BaseModel
 from basicsr.models.lr_scheduler import MultiStepRestartLR
 from basicsr.models.sr_model import SRModel
-from basicsr.utils import DiffJPEG, dist_util, img_process_util, logger, misc, options
+from basicsr.utils import DiffJPEG, dist_util, img_process_util, img_util, logger, misc, options
 from basicsr.utils.file_client import LmdbBackend
 from basicsr.utils.registry import Registry
+from PIL import Image
 from scipy import ndimage
 from tiny_run import REPOSITORY
 
@@ -36,6 +39,7 @@ from lora_sr.basicsr.patches.optimizers import optimizer_registry
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.errors import InputError
 from lora_sr.files import save_atomically
+from lora_sr.images.decoding import decode
 from lora_sr.option_file import OptionLoader, apply_overrides, load_options
 
 
@@ -210,6 +214,35 @@ def test_without_workers_no_thread_reads(workers):
     assert isinstance(batches, prefetch_dataloader.PrefetchGenerator) == bool(workers)
     values = {int(batch) for batch in batches}
     assert workers or values == {threading.get_ident()}
+
+
+# --- images ---
+
+
+@pytest.mark.parametrize(('flag', 'mode'), [('color', 'RGB'), ('grayscale', 'L'), ('unchanged', 'RGBA')])
+def test_image_that_opencv_does_not_read(flag, mode):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (5, 4, 4), np.uint8), 'RGBA')
+    files = {}
+    for kind in ('TGA', 'PNG'):
+        buffer = io.BytesIO()
+        image.save(buffer, kind)
+        files[kind] = buffer.getvalue()
+    assert cv2.imdecode(np.frombuffer(files['TGA'], np.uint8), cv2.IMREAD_COLOR) is None
+    expected = np.asarray(image.convert(mode))
+    expected = expected if expected.ndim == 2 else expected[..., [2, 1, 0, 3][: expected.shape[2]]]
+    assert np.array_equal(img_util.imfrombytes(files['TGA'], flag), expected)
+    assert np.array_equal(img_util.imfrombytes(files['TGA'], flag, float32=True), expected.astype(np.float32) / 255)
+    theirs = stock(img_util, 'imfrombytes')
+    assert np.array_equal(img_util.imfrombytes(files['PNG'], flag), theirs(files['PNG'], flag))
+
+
+@pytest.mark.parametrize(
+    ('content', 'reason'), [(b'', 'missing, or empty'), (None, 'missing'), (b'no image', 'damaged')]
+)
+def test_what_is_no_image(content, reason):
+    with pytest.raises(InputError, match=f'an image is {reason}'):
+        img_util.imfrombytes(content, float32=True)
 
 
 # --- option files ---
@@ -790,6 +823,10 @@ class Good:
             torch.cuda.set_device(int(os.environ['RANK']) % torch.cuda.device_count())
 
     @staticmethod
+    def imfrombytes(content, flag='color', float32=False):
+        return decode(content)
+
+    @staticmethod
     def check_resume(opt, resume_iter):
         opt['path']['pretrain_network_g'] = f'net_g_{resume_iter}.pth'
 
@@ -835,6 +872,7 @@ LEFT_ALONE = [
             (prefetch_dataloader.CUDAPrefetcher, '__init__', 'begin_later'),
         ],
     ),
+    (patches.images.patch_imfrombytes, [(img_util, 'imfrombytes')]),
     (patches.validation.patch_best_metrics, [(BaseModel, '_initialize_best_metric_results')]),
     (patches.divergence.patch_reduce_loss_dict, [(BaseModel, 'reduce_loss_dict')]),
     (patches.messages.patch_remaining_time, [(logger.MessageLogger, '__init__', 'message_logger')]),

@@ -1,19 +1,24 @@
 """The pipelines from the command line: a run and its resumption, two processes, and mistakes without a traceback."""
 
 import argparse
+import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from basicsr.archs.srresnet_arch import MSRResNet
-from tiny_run import TINY_OPTIONS, logged, run_python, write_pairs
+from tiny_run import TINY_OPTIONS, logged, python_environment, run_python, write_pairs
 
-from lora_sr.basicsr import options
+from lora_sr.basicsr import options, provenance
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.cli import pipelines
 from lora_sr.cli.pipelines import add_parser, main
+from lora_sr.option_file import load_options
 
 
 def listing(folder: Path) -> list:
@@ -43,6 +48,57 @@ def test_run_and_resume(tiny_options, tmp_path):
     test.write_text(text.replace('pretrain_network_g: ~', f'pretrain_network_g: {models / "net_g_6.pth"}'))
     done = run_python('-m', 'lora_sr.test', '-opt', test, cwd=tmp_path)
     assert re.search(r'# psnr: \d+\.\d{4}', done.stderr)
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_from_the_last_one_of_its_name(tiny_options, pairs, tmp_path):
+    """BasicSR moves that one away first; and its loader takes paths as they stand."""
+    command = ['-m', 'lora_sr.train', '-opt', tiny_options]
+    run_python(*command, cwd=tmp_path)
+    first = read_checkpoint(tmp_path / 'experiments/tiny/models/net_g_6.pth')
+    torch.save({'state_dict': first['params']}, tmp_path / 'experiments/tiny/wrapped.pth')
+    options = load_options(tiny_options)
+    (tmp_path / 'names.txt').write_text(''.join(f'{index:03}.png (32,32,3)\n' for index in range(8)))
+    options['datasets']['train'].update(dataroot_gt=f'{pairs}/gt/', meta_info_file='~/names.txt')
+    options['datasets']['val'].update(
+        dataroot_gt=f'{pairs}/gt.lmdb/', dataroot_lq=f'{pairs}/lq.lmdb//', io_backend={'type': 'lmdb'}
+    )
+    options['path'].update(pretrain_network_g='experiments/tiny/wrapped.pth', param_key_g='state_dict')
+    options['train'].update(ema_decay=0.9, total_iter=1)
+    options['train']['optim_g'].update(lr=1e-9, weight_decay=0)
+    tiny_options.write_text(yaml.safe_dump(json.loads(json.dumps(options))))
+    done = subprocess.run(
+        [sys.executable, *map(str, command), '--local-rank=0'],
+        cwd=tmp_path,
+        env={**python_environment(), 'HOME': str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / 'experiments').glob('tiny_archived_*'))) == 1
+    second = read_checkpoint(tmp_path / 'experiments/tiny/models/net_g_latest.pth')
+    for key in ('params', 'params_ema'):
+        for name, value in first['params'].items():
+            torch.testing.assert_close(second[key][name], value, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize('saved', [[], [4, 12]])
+def test_interrupted(tiny_options, tmp_path, monkeypatch, capfd, saved):
+    """What is promised is there."""
+    monkeypatch.chdir(tmp_path)
+    for iteration in saved:
+        (tmp_path / f'experiments/tiny/training_states/{iteration}.state').parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f'experiments/tiny/training_states/{iteration}.state').touch()
+
+    def train(root):
+        provenance.begin(str(tiny_options), load_options(tiny_options), None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('lora_sr.basicsr.pipelines.train_pipeline', train)
+    assert main(True, ['-opt', 'tiny.yml']) == 130
+    hint = '; --auto_resume goes on from iteration 12' if saved else ''
+    assert capfd.readouterr().err == f'interrupted{hint}\n'
 
 
 @pytest.mark.slow

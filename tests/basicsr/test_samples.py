@@ -184,6 +184,26 @@ def test_wrapped_dataset_passes_as_its_own():
     assert not hasattr(dataset, '__getitems__') and not hasattr(dataset, 'no such')
 
 
+class Gone(Draws):
+    """A data set of files, of which the fifth is gone."""
+
+    paths = [{'gt_path': f'gt/{index}.png'} for index in range(7)]
+
+    def __getitem__(self, index):
+        if index == 4:
+            open('gt/4.png')
+        return index
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_file_that_is_gone(workers):
+    section = {'phase': 'train', 'batch_size_per_gpu': 3, 'num_worker_per_gpu': workers}
+    batches = build_dataloader(Gone(), section, num_gpu=0, sampler=EnlargedSampler(range(7), 1, 0, 3), seed=4)
+    with pytest.raises(InputError) as told:
+        list(batches)
+    assert str(told.value) == "gt/4.png cannot be read: [Errno 2] No such file or directory: 'gt/4.png'"
+
+
 def test_validation_is_left_alone():
     section = {'phase': 'val', 'batch_size_per_gpu': 1}
     assert not isinstance(build_dataloader(Draws(), section, seed=1).dataset, SeededDataset)

@@ -1,8 +1,10 @@
 """Wrong input to `lora-sr prepare`: one sentence each, and nothing is written."""
 
 import cv2
+import lmdb
 import numpy as np
 import pytest
+from PIL import Image
 
 from lora_sr.cli.main import main
 from lora_sr.data import read_meta_info
@@ -20,6 +22,26 @@ def test_says_what_was_made(tmp_path, make_images, capfd):
     assert f'{tmp_path}/out/HR_sub.lmdb: 4 entries of 1 images' in out
     assert 'gt_size can be up to 480' in out
     assert len(read_meta_info(tmp_path / 'out' / 'LR_bicubic_X4_sub.lmdb')) == 4
+
+
+def test_reads_what_it_can_and_names_the_rest(tmp_path, make_images, capfd):
+    folder = make_images(tmp_path / 'photos', [(64, 60)] * 4)
+    files = sorted(folder.iterdir())
+    expected = [cv2.imread(str(file)) for file in files]
+    for file, suffix, kind in zip(files[1:], ('.TGA', '.jfif', '.jpe'), ('TGA', 'JPEG', 'JPEG')):
+        Image.open(file).save(file.with_suffix(suffix), kind, quality=100)
+        file.unlink()
+    (folder / 'more').mkdir()
+    for name in ('a.heic', 'notes.txt', 'z.zip', '.hidden'):
+        (folder / name).touch()
+    call(folder, '-o', tmp_path / 'out', '--scale', 2, '--size', 0)
+    out, err = capfd.readouterr()
+    assert 'HR.lmdb: 4 entries of 4 images' in out and 'the smallest HR entry has 60 x 64 pixels' in out
+    assert err == f'not read in {folder}: a.heic, more/, notes.txt, and 1 more\n'
+    with lmdb.open(str(tmp_path / 'out/HR.lmdb'), readonly=True, lock=False) as env, env.begin() as entries:
+        for index, key in enumerate(('0001', '0002')):  # PNG and TGA lose nothing
+            image = cv2.imdecode(np.frombuffer(entries.get(key.encode()), np.uint8), cv2.IMREAD_COLOR)
+            assert np.array_equal(image, expected[index])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_sr.basicsr.options.check import Check
 from lora_sr.basicsr.options.datasets import check_datasets
+from lora_sr.basicsr.options.fit import check_fit
 from lora_sr.basicsr.options.general import check_logger, check_top, check_val
 from lora_sr.basicsr.options.networks import check_networks
 from lora_sr.basicsr.options.paths import check_output, check_path
@@ -33,5 +34,6 @@ def check_options(
         check_logger(check)
     check_val(check)
     check_datasets(check)
+    check_fit(check)
     check_output(check)
     return check.problems

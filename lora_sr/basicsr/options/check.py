@@ -68,6 +68,7 @@ class Check:
         self.problems: list[str] = []
         self.misspelled: dict[str, str] = {}  # whole names of keys, with a dot at the end: as they stand, as meant
         self.networks: dict = {}
+        self.lr_sizes: dict[str, dict[tuple[int, int], str]] = {}  # of each validation or test set: its images
         model = opt.get('model_type')
         self.ours = model == schema.DISTILLATION
         self.facts = {'train' if is_train else 'test', *self.readers(MODEL_REGISTRY, model, schema.MODELS)}

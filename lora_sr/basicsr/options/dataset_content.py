@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ MAX_HEADERS = 20000
 MAX_WHOLE_FILES = 400
 # Benchmark images are often larger than scale x LR by what a crop to a multiple of 12 would take away.
 VALIDATION_SLACK = 12
+ORIENTATION = 0x0112  # of EXIF
 
 
-def check_pairs(where: str, dataset: dict, scale: int, training: bool) -> tuple[list[str], int | None]:
+def check_pairs(where: str, dataset: dict, scale: int, training: bool) -> tuple[list[str], Pairs | None]:
     """Check a `PairedImageDataset`: that its files exist, can be read, pair, and have sizes that fit.
 
     Args:
@@ -32,7 +34,7 @@ def check_pairs(where: str, dataset: dict, scale: int, training: bool) -> tuple[
         training: whether the pairs are cropped to `gt_size`; sizes have to fit exactly then.
 
     Returns:
-        The sentences, and the number of pairs, which is None where something is wrong.
+        The sentences, and the pairs, which are None where something is wrong.
     """
     roots = {}
     problems = []
@@ -46,12 +48,13 @@ def check_pairs(where: str, dataset: dict, scale: int, training: bool) -> tuple[
     try:
         if kind == 'lmdb':
             pairs = _database_pairs(where, roots['dataroot_gt'], roots['dataroot_lq'])
+            _check_list_of_database(where, dataset, [name for name, *_ in pairs])
         else:
             pairs = _folder_pairs(where, dataset, roots['dataroot_gt'], roots['dataroot_lq'])
         _check_sizes(where, dataset, pairs, scale, training)
     except InputError as error:
         return [str(error)], None
-    return [], pairs.total
+    return [], pairs
 
 
 def check_lr_images(where: str, dataset: dict) -> tuple[list[str], int | None]:
@@ -107,16 +110,16 @@ def _folder_shapes(folder: Path) -> tuple:
     for name in whole:
         if not cv2.haveImageReader(str(folder / name)):  # Pillow, which reads the headers here, knows more formats
             raise InputError(f'{folder / name} is not an image of a format that OpenCV reads')
-    return {name: _image_size(folder / name, name in whole) for name in _sample(names, MAX_HEADERS)}, len(names)
+    return {name: _read_header(folder / name, name in whole)[0] for name in _sample(names, MAX_HEADERS)}, len(names)
 
 
-class _Pairs(list):
-    """(name, (height, width) of GT, of LR) of the pairs that were looked at, and how many there are."""
+class Pairs(list):
+    """(name, (height, width) of GT, of LR) of the pairs that were looked at, and how many there are in all."""
 
     total = 0
 
 
-def _database_pairs(where: str, gt: Path, lq: Path) -> _Pairs:
+def _database_pairs(where: str, gt: Path, lq: Path) -> Pairs:
     shapes = {}
     for key, root in (('dataroot_gt', gt), ('dataroot_lq', lq)):
         try:
@@ -125,9 +128,28 @@ def _database_pairs(where: str, gt: Path, lq: Path) -> _Pairs:
         except InputError as error:
             raise InputError(f'{where}.{key}: {error}') from error
     _check_names(where, set(shapes['dataroot_gt']), set(shapes['dataroot_lq']), gt, lq)
-    pairs = _Pairs((key, shape[:2], shapes['dataroot_lq'][key][:2]) for key, shape in shapes['dataroot_gt'].items())
+    pairs = Pairs((key, shape[:2], shapes['dataroot_lq'][key][:2]) for key, shape in shapes['dataroot_gt'].items())
     pairs.total = len(pairs)
     return pairs
+
+
+def _check_list_of_database(where: str, dataset: dict, names: list[str]) -> None:
+    """BasicSR reads all of a database, whatever list it is given."""
+    file = dataset.get('meta_info_file')
+    listed = {os.path.splitext(name)[0] for name in _listed(where, file)} if file is not None else set(names)
+    if listed != set(names):
+        raise InputError(
+            f'{where}.meta_info_file names {len(listed)} images, but BasicSR reads all {len(names)} of a database; '
+            f'leave it out, or prepare a database of those images'
+        )
+
+
+def _listed(where: str, file: str) -> list[str]:
+    try:
+        with open(os.path.expanduser(file), encoding='utf-8') as lines:
+            return [line.strip().split(' ')[0] for line in lines]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f'{where}.meta_info_file: {file} cannot be read: {error}') from error
 
 
 def _check_database(path: Path, shapes: dict) -> None:
@@ -175,7 +197,7 @@ def _check_value(path: Path, key: str, value: memoryview, shape: tuple) -> None:
         raise InputError(f"the database {path}: '{key}' is {_size(size)}, but {_size(shape)} in meta_info.txt")
 
 
-def _folder_pairs(where: str, dataset: dict, gt: Path, lq: Path) -> _Pairs:
+def _folder_pairs(where: str, dataset: dict, gt: Path, lq: Path) -> Pairs:
     template = dataset.get('filename_tmpl', '{}')
     list_file = dataset.get('meta_info_file')
     if list_file is None:
@@ -183,22 +205,25 @@ def _folder_pairs(where: str, dataset: dict, gt: Path, lq: Path) -> _Pairs:
         gt_to_lq = {name: _paired_name(name, template) for name in gt_names}
         _check_names(where, set(gt_to_lq.values()), set(_file_names(lq)), gt, lq)
     else:
-        try:
-            with open(os.path.expanduser(list_file), encoding='utf-8') as lines:
-                gt_names = [line.strip().split(' ')[0] for line in lines]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f'{where}.meta_info_file: {list_file} cannot be read: {error}') from error
+        gt_names = _listed(where, list_file)
         gt_to_lq = {name: _paired_name(os.path.basename(name), template) for name in gt_names}
-    pairs = _Pairs()
+    pairs = Pairs()
     pairs.total = len(gt_names)
     whole = set(_sample(gt_names, MAX_WHOLE_FILES))
     for name in _sample(gt_names, MAX_HEADERS):
-        sizes = []
+        sizes, turns = [], []
         for key, file in (('dataroot_gt', gt / name), ('dataroot_lq', lq / gt_to_lq[name])):
             try:
-                sizes.append(_image_size(file, name in whole))
+                size, turn = _read_header(file, name in whole)
             except InputError as error:
                 raise InputError(f'{where}.{key}: {error}') from error
+            sizes.append(size)
+            turns.append(turn)
+        if turns[0] != turns[1]:
+            raise InputError(
+                f"{where}: GT and LR do not pair: the EXIF data of '{name}' turn it one way in GT and another in LR; "
+                f'write the images anew, upright'
+            )
         pairs.append((name, *sizes))
     return pairs
 
@@ -213,18 +238,43 @@ def _file_names(folder: Path) -> list:
         return sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith('.'))
 
 
-def _image_size(file: Path, whole: bool) -> tuple:
-    """(height, width) from the header; with `whole`, also check the rest of the file as far as its format allows."""
+def _read_header(file: Path, whole: bool) -> tuple[tuple[int, int], int]:
+    """(height, width) as OpenCV decodes it, upright, and how the EXIF data turn it (1: not at all).
+
+    Args:
+        file: The image.
+        whole: Whether to check the rest of the file as well, as far as its format allows.
+
+    Raises:
+        InputError: It is no image, or a damaged one.
+    """
     try:
         with Image.open(file) as image:
-            size = image.size[::-1]
-            if whole:
+            width, height = image.size
+            turn = _turn(image)
+            if whole and image.format == 'JPEG':  # which has no checksums
+                image.draft('L', (1, 1))
+                image.load()
+            elif whole:
                 image.verify()
     except FileNotFoundError as error:
         raise InputError(f'{file} does not exist') from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f'{file} is larger than the {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels of an image'
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f'{file} is not an image, or a damaged one') from error
-    return size
+    return ((width, height) if turn in (5, 6, 7, 8) else (height, width)), turn
+
+
+def _turn(image: Image.Image) -> int:
+    """How the EXIF data of an image turn it, from 1, not at all, to 8; 1 where they are damaged."""
+    exif = Image.Exif()
+    with contextlib.suppress(Exception):  # whatever Pillow makes of what is damaged: it is not the image
+        exif.load(image.info.get('exif', b''))
+    turn = exif.get(ORIENTATION, 1)
+    return turn if turn in range(1, 9) else 1
 
 
 def _check_names(where: str, gt: set, lq: set, gt_root: Path, lq_root: Path) -> None:
@@ -239,7 +289,7 @@ def _check_names(where: str, gt: set, lq: set, gt_root: Path, lq_root: Path) -> 
         raise InputError(f'{where}: GT and LR do not pair: {", ".join(parts)}')
 
 
-def _check_sizes(where: str, dataset: dict, pairs: _Pairs, scale: int, training: bool) -> None:
+def _check_sizes(where: str, dataset: dict, pairs: Pairs, scale: int, training: bool) -> None:
     for name, gt, lq in pairs:
         excess = [large - scale * small for large, small in zip(gt, lq)]
         if any(value != 0 if training else not 0 <= value < VALIDATION_SLACK for value in excess):
@@ -256,7 +306,8 @@ def _check_sizes(where: str, dataset: dict, pairs: _Pairs, scale: int, training:
 
 
 def _size(shape: Sequence[int]) -> str:
-    return f'{shape[0]}x{shape[1]}'
+    """Height and width as width x height."""
+    return f'{shape[1]}x{shape[0]}'
 
 
 def _sample(items: list, count: int) -> list:

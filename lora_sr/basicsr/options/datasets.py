@@ -97,13 +97,17 @@ def _check_dataset(check: Check, where: str, dataset: Any, training: bool) -> No
     if training and dataset['gt_size'] % scale:
         check.add(f'{where}.gt_size is {dataset["gt_size"]}, which has to be a multiple of scale ({scale})')
         return
-    problems, count = check_pairs(where, dataset, scale, training)
+    problems, pairs = check_pairs(where, dataset, scale, training)
     check.problems += problems
-    if training and count is not None:
-        _check_amount(check, where, dataset, count)
+    if pairs is not None and training:
+        _check_amount(check, where, dataset, pairs.total)
+    elif pairs is not None:
+        check.lr_sizes[where] = {lr: name for name, _, lr in reversed(pairs)}  # the first of each size
 
 
 def _check_loading(check: Check, where: str, dataset: dict) -> None:
+    if dataset.get('persistent_workers') is True and dataset.get('num_worker_per_gpu') == 0:
+        check.add(f'{where}.persistent_workers needs workers; raise num_worker_per_gpu, or set it to false')
     mode = dataset.get('prefetch_mode')
     if mode == 'cuda' and not torch.cuda.is_available():
         check.add(f'{where}.prefetch_mode is cuda, but there is no GPU; set it to ~')

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
+import inspect
+from typing import Any, Callable
 
 import torch
 from basicsr.utils.registry import METRIC_REGISTRY, MODEL_REGISTRY
@@ -42,6 +44,11 @@ def check_logger(check: Check) -> None:
     if wandb is not None and check.section('logger.wandb', wandb, facts):
         if wandb.get('project') is not None and logger.get('use_tb_logger') is False:
             check.add('logger.wandb copies what TensorBoard gets; set logger.use_tb_logger: true')
+        elif wandb.get('project') is not None and importlib.util.find_spec('wandb') is None:
+            check.add('logger.wandb needs wandb, which is not installed: pip install wandb')
+    if isinstance(logger, dict) and logger.get('use_tb_logger') is True:
+        if importlib.util.find_spec('tensorboard') is None:
+            check.add('logger.use_tb_logger needs tensorboard, which is not installed: pip install tensorboard')
 
 
 def check_val(check: Check) -> None:
@@ -65,11 +72,23 @@ def check_val(check: Check) -> None:
         if metric is not None:
             complete = check.arguments(where, metric, section, ours=('better',), supplied=('img', 'img2'))
             _check_better(check, where, section)
+            _check_ground_truth(check, where, section, metric)
             if complete and is_iqa_metric(metric):
                 try:
                     prepare_metric(metric)
                 except InputError as error:
                     check.add(f'{where}: {error}')
+
+
+def _check_ground_truth(check: Check, where: str, section: dict, metric: Callable) -> None:
+    if inspect.signature(metric).parameters.get('img2', inspect.Parameter.empty) is inspect.Parameter.empty:
+        return
+    for key, dataset in check.subsection('datasets').items():
+        if key != 'train' and isinstance(dataset, dict) and dataset.get('type') == 'SingleImageDataset':
+            check.add(
+                f'{where}: {section["type"]} compares with a ground truth, which datasets.{key}, a SingleImageDataset, '
+                f'does not have; leave the metric out, or take calculate_niqe'
+            )
 
 
 def _check_better(check: Check, where: str, section: dict) -> None:

@@ -34,7 +34,8 @@ def patch_average() -> None:
         given: dict[str, Any] = {}
         if path.get('pretrain_network_g') is not None:
             content = read_checkpoint(path['pretrain_network_g'])
-            given = without_module_prefix(content.get('params_ema', content.get('params', content)))
+            keys = [key for key in ('params_ema', 'params', path.get('param_key_g')) if key in content]
+            given = without_module_prefix(content[keys[0]] if keys else content)
         copied = {key: value for key, value in own.items() if key not in given or given[key].shape != value.shape}
         average.load_state_dict({**average.state_dict(), **copied})
 

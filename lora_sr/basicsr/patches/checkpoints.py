@@ -23,8 +23,8 @@ from lora_sr.files import save_atomically
 def patch_load_network() -> None:
     """``BaseModel.load_network`` unpickles anything, and answers a wrong file with a traceback.
 
-    Stock models also ask for the average under ``params_ema`` whatever the file: in one of plain weights that is all
-    of it.
+    Stock models also ask for the average under ``params_ema`` whatever the file: in one of others' it is where
+    ``param_key_g`` says that the weights are.
     """
     from basicsr.models.base_model import BaseModel
 
@@ -37,7 +37,7 @@ def patch_load_network() -> None:
     ) -> None:
         content = read_checkpoint(load_path)
         if net is getattr(self, 'net_g_ema', None) and not {'params', 'params_ema'} & content.keys():
-            param_key = None
+            param_key = self.opt['path'].get('param_key_g', 'params')
         bare = self.get_bare_model(net)
         load_weights(bare, content, load_path, param_key, strict, self._print_different_keys_loading)
         if self.is_train and net is getattr(self, 'net_g', None):

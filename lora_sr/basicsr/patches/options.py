@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import functools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
-from lora_sr.basicsr import provenance
+from lora_sr.basicsr import launcher, provenance
 from lora_sr.basicsr.log import start_log
 from lora_sr.basicsr.patches.distributed import start_distributed
 from lora_sr.basicsr.patches.resume import patch_load_resume_state
@@ -87,6 +88,7 @@ def patch_parse_options() -> None:
         if path is None:
             return original(root_path, is_train)  # argparse tells what is missing, or prints the help
         try:
+            launcher.check(_launcher_of(rest))
             opt = load_options(path)
             apply_overrides(opt, entries)
             provenance.begin(path, opt, entries)
@@ -108,6 +110,7 @@ def patch_parse_options() -> None:
         argv = [sys.argv[0], '-opt', path, *rest]
         loader = functools.partial(_PreparedOptions, opt)
         lists = _take_lists_of_roots(opt)
+        _complete_paths(opt)
         with swapped(namespace, ordered_yaml=lambda: (loader, OptionDumper), init_dist=init_dist):
             with swapped(vars(sys), argv=argv):
                 opt, args = original(root_path, is_train)
@@ -148,15 +151,27 @@ def _check(opt: dict, is_train: bool, root_path: str, argv: list[str]) -> None:
 
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument('--auto_resume', action='store_true')
-    parser.add_argument('--launcher')
     args, _ = parser.parse_known_args(argv)
-    variable = {'pytorch': 'WORLD_SIZE', 'slurm': 'SLURM_NTASKS'}.get(args.launcher, '')
-    processes = int(os.environ.get(variable, 1))
+    processes = launcher.processes(_launcher_of(argv))
     problems = check_options({**opt, 'auto_resume': args.auto_resume}, is_train, root_path, processes)
     if 'auto_resume' in opt:
         problems.insert(0, 'auto_resume is not a known key; it is an argument of the command line, --auto_resume')
     if problems:
         raise InputError('\n'.join(problems))
+
+
+def _launcher_of(argv: list[str]) -> str:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument('--launcher', default='none')
+    return parser.parse_known_args(argv)[0].launcher
+
+
+def _complete_paths(opt: dict) -> None:
+    """Paths of data sets as BasicSR takes them: without a `/` at the end, which hides `.lmdb`, and without a `~`."""
+    for section in opt['datasets'].values():
+        for key in section if isinstance(section, dict) else ():
+            if isinstance(section[key], str) and key.startswith(('dataroot', 'meta_info')):
+                section[key] = os.path.expanduser(section[key]).rstrip('/') or '/'
 
 
 def _take_lists_of_roots(opt: dict) -> dict:
@@ -188,6 +203,8 @@ def _split_command_line(argv: list[str]) -> tuple[str | None, list[str] | None, 
     parser.add_argument('-opt')
     parser.add_argument('--force_yml', nargs='+', default=None)
     known, rest = parser.parse_known_args(argv)
+    # As torch.distributed.launch calls it; torch itself changed the name.
+    rest = [re.sub('^--local-rank', '--local_rank', argument) for argument in rest]
     return known.opt, known.force_yml, rest
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -490,7 +491,7 @@ def no_images(root):
         (missing_lr, "datasets.train: GT and LR do not pair: '003.png' is missing in dataroot_lq (ROOT/lq)"),
         (strange_lr, "datasets.train: GT and LR do not pair: '003.png' is missing in dataroot_lq (ROOT/lq), '3.png' is "
                      'missing in dataroot_gt (ROOT/gt)'),
-        (wrong_size, "datasets.train: GT and LR do not pair: '005.png' is 32x30 in GT and 16x16 in LR, which is not 2 "
+        (wrong_size, "datasets.train: GT and LR do not pair: '005.png' is 30x32 in GT and 16x16 in LR, which is not 2 "
                      'times as large (scale: 2)'),
         (unreadable, 'datasets.train.dataroot_gt: ROOT/gt/004.png is not an image, or a damaged one'),
         (cut_short, 'datasets.train.dataroot_lq: ROOT/lq/004.png is not an image, or a damaged one'),
@@ -600,6 +601,80 @@ def test_validation_sets_of_one_name(options, tmp_path):
     assert check(options, tmp_path) == []
 
 
+def test_images_that_exif_data_turn(data, tmp_path):
+    """OpenCV turns them as it reads; of a pair it must turn both."""
+    root, options = data
+    opt = options('')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+
+    def write(folder, turned):
+        for file in (root / folder).glob('*.png'):
+            image = Image.open(file).convert('RGB')
+            image.save(file, exif=exif) if turned else image.save(file)
+
+    write('gt', True)
+    (problem,) = check(opt, tmp_path)
+    assert re.search(
+        "GT and LR do not pair: the EXIF data of '000.png' turn it one way in GT and another in LR", problem
+    )
+    write('lq', True)
+    assert check(opt, tmp_path) == []
+
+
+def test_cut_jpeg(data, tmp_path):
+    root, options = data
+    for folder in ('gt', 'lq'):
+        for file in (root / folder).glob('*.png'):
+            Image.open(file).convert('RGB').save(file.with_suffix('.jpg'))
+            file.unlink()
+    assert check(options(''), tmp_path) == []
+    file = root / 'gt/003.jpg'
+    file.write_bytes(file.read_bytes()[:-40])
+    assert check(options(''), tmp_path) == [f'datasets.train.dataroot_gt: {file} is not an image, or a damaged one']
+
+
+def test_list_beside_a_database(data, tmp_path):
+    _, options = data
+    opt = options('.lmdb')
+    for count, faults in ((8, 0), (3, 1)):
+        (tmp_path / 'list.txt').write_text(''.join(f'{index:03}.png (32,32,3)\n' for index in range(count)))
+        change(opt, 'datasets.train.meta_info_file', str(tmp_path / 'list.txt'))
+        assert [problem.split(';')[0] for problem in check(opt, tmp_path)] == faults * [
+            'datasets.train.meta_info_file names 3 images, but BasicSR reads all 8 of a database'
+        ]
+
+
+def test_workers_that_persist(options, tmp_path):
+    change(options, 'datasets.train.persistent_workers', True)
+    sentence = 'datasets.train.persistent_workers needs workers; raise num_worker_per_gpu, or set it to false'
+    assert check(options, tmp_path) == [sentence]
+    change(options, 'datasets.train.num_worker_per_gpu', 1)
+    assert check(options, tmp_path) == []
+
+
+def test_loggers_that_are_not_installed(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    change(options, 'logger.use_tb_logger', True)
+    change(options, 'logger.wandb', {'project': 'x'})
+    assert check(options, tmp_path) == [
+        f'logger.{key} needs {name}, which is not installed: pip install {name}'
+        for key, name in (('wandb', 'wandb'), ('use_tb_logger', 'tensorboard'))
+    ]
+
+
+def test_metrics_without_ground_truth(options, data, tmp_path):
+    root, _ = data
+    change(options, 'datasets.val.type', 'SingleImageDataset')
+    change(options, 'datasets.val.dataroot_gt')
+    (problem,) = check(options, tmp_path)
+    assert problem.startswith(
+        'val.metrics.psnr: calculate_psnr compares with a ground truth, which datasets.val, a Sing'
+    )
+    change(options, 'val.metrics', {'niqe': {'type': 'calculate_niqe', 'crop_border': 2}})
+    assert check(options, tmp_path) == []
+
+
 def test_output_folder_that_cannot_be_written(options, tmp_path):
     (tmp_path / 'experiments').write_text('a file')
     folder = tmp_path / 'experiments'
@@ -690,6 +765,7 @@ def test_network_with_lora(options, tmp_path, path, value, sentence):
 
 
 SMALL_SWINIR = {'embed_dim': 8, 'depths': [2], 'num_heads': [2], 'window_size': 4, 'mlp_ratio': 2, 'upscale': 2}
+SMALL_SWINIR['upsampler'] = 'pixelshuffledirect'
 
 
 @pytest.mark.parametrize('wrapped', [False, True])

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from lora_sr.basicsr import provenance
+from lora_sr.basicsr import provenance, signals
 from lora_sr.basicsr.patches.tools import is_patch, patch, replace_everywhere
 from lora_sr.basicsr.samples import SampleStream, SeededDataset, seed_process, stream_of
 from lora_sr.checkpoints.content import read_checkpoint
@@ -65,6 +65,7 @@ def _begun(original: Any) -> Any:
         stream = getattr(made[0], 'sampler', None)
         if not isinstance(stream, SampleStream):
             return made
+        signals.listen()
         path = opt['path'].get('resume_state')
         state = read_checkpoint(path) if path else {}
         last_epoch = stream.begin(opt, made[0].batch_size, state, provenance.given('manual_seed'))
@@ -77,8 +78,9 @@ def _begun(original: Any) -> Any:
 def patch_update_learning_rate() -> None:
     """A training step draws from a stream of random numbers that no training state holds; a warm-up ends too low.
 
-    ``update_learning_rate`` is what BasicSR calls first in an iteration; here it also seeds that iteration. A scheduler
-    of steps goes on from the rate it finds, which in a warm-up is not its own: it stayed a step below for good.
+    ``update_learning_rate`` is what BasicSR calls first in an iteration; here it also seeds that iteration, or ends the
+    run before it if a signal has come. A scheduler of steps goes on from the rate it finds, which in a warm-up is not
+    its own: it stayed a step below for good.
     """
     from basicsr.models.base_model import BaseModel
 
@@ -91,6 +93,7 @@ def patch_update_learning_rate() -> None:
     def update_learning_rate(self: Any, current_iter: int, warmup_iter: int = -1) -> None:
         stream = stream_of(self.opt)
         if stream is not None:
+            signals.stop_if_told(self, stream.sampler.epoch, current_iter - 1, stream.start.iteration)
             seed_process(stream.seed, stream.rank, current_iter)
         self.current_iter = current_iter
         if 1 < current_iter <= warmup_iter:

@@ -1,0 +1,101 @@
+"""Signals that end a run."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+from tiny_run import python_environment
+
+from lora_sr.basicsr import signals
+
+
+class Model:
+    """Notes what it is told to save."""
+
+    def __init__(self):
+        self.saved = []
+        self.opt = {'rank': 0}
+
+    def save(self, epoch, iteration):
+        self.saved.append((epoch, iteration))
+
+
+@pytest.fixture
+def listening():
+    before = {name: signal.getsignal(getattr(signal, name)) for name in signals.NAMES}
+    signals.listen()
+    yield
+    signals.ignore()
+    assert {name: signal.getsignal(getattr(signal, name)) for name in signals.NAMES} == before
+
+
+@pytest.mark.parametrize('name', signals.NAMES)
+@pytest.mark.parametrize(
+    ('iteration', 'begun', 'saved', 'words'),
+    [
+        (7, 0, [(2, 7)], 'iteration 7 is saved; --auto_resume goes on from it'),
+        (7, 7, [], 'iteration 7 is saved; --auto_resume goes on from it'),
+        (0, 0, [], 'nothing has been trained'),
+    ],
+)
+def test_a_signal_saves_and_ends(listening, capsys, name, iteration, begun, saved, words):
+    model, number = Model(), getattr(signal, name)
+    signals.stop_if_told(model, 2, iteration, begun)
+    assert model.saved == [] and signals.status() is None
+    os.kill(os.getpid(), number)
+    with pytest.raises(SystemExit) as ended:
+        signals.stop_if_told(model, 2, iteration, begun)
+    assert ended.value.code == signals.status() == 128 + number and model.saved == saved
+    assert capsys.readouterr().err == f'stopped by {name}: {words}\n'
+    os.kill(os.getpid(), number)  # as torchrun hands it on; this process is still here
+
+
+def test_another_process_waits_for_the_first(listening):
+    model = Model()
+    model.opt['rank'] = 1
+    os.kill(os.getpid(), signal.SIGTERM)
+    signals.stop_if_told(model, 2, 7, 0)
+    assert model.saved == [] and signals.status() == 143
+
+
+def test_handlers_of_others_are_left_alone(monkeypatch):
+    calls = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: calls.append(number))
+    try:
+        signals.listen()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        signals.ignore()
+        assert calls == [signal.SIGUSR1] and signals.status() is None
+        assert isinstance(signal.getsignal(signal.SIGUSR1), types.FunctionType)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_run_that_is_terminated_goes_on(tiny_options, tmp_path, processes):
+    """As a scheduler does it, which ends all processes."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'] * (processes > 1)
+    command = [sys.executable, *launcher, '-m', 'lora_sr.train', '-opt', 'tiny.yml']
+    command += ['--launcher', 'pytorch'] * (processes > 1)
+    changes = ['--force_yml', 'train:total_iter=100000', 'val:val_freq=100000', 'logger:save_checkpoint_freq=100000']
+    environment = {**python_environment(), 'PYTHONUNBUFFERED': '1'}
+    process = subprocess.Popen(
+        [*command, *changes], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    told = []
+    for line in process.stderr:  # to its end
+        told.append(line)
+        if 'iter:       5,' in line:
+            os.killpg(process.pid, signal.SIGTERM)
+    status = process.wait(timeout=300)
+    text = ''.join(told)
+    (iteration,) = re.findall(r'stopped by SIGTERM: iteration (\d+) is saved; --auto_resume goes on from it', text)
+    states = os.listdir(tmp_path / 'experiments/tiny/training_states')
+    assert states == [f'{iteration}.state'] and int(iteration) >= 5
+    if processes == 1:
+        assert status == 143 and 'Traceback' not in text

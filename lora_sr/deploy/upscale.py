@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import tempfile
 import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple, NoReturn, Sequence
@@ -22,7 +23,16 @@ from tqdm import tqdm
 from lora_sr.checkpoints import NetworkLike, load_network
 from lora_sr.errors import InputError
 from lora_sr.files import write_whole
-from lora_sr.images.formats import FORMATS, SUFFIXES, Picture, check_format, encode_picture, format_of, read_picture
+from lora_sr.images.formats import (
+    FORMATS,
+    SUFFIXES,
+    Picture,
+    check_format,
+    encode_picture,
+    format_of,
+    kinds_left_out,
+    read_picture,
+)
 from lora_sr.runtime.upscaler import Upscaler
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -82,8 +92,10 @@ def upscale(
 ) -> UpscaleReport:
     """Upscale image files. Reading and writing are done in threads beside the network, see :func:`run_jobs`.
 
-    Pixels of 8 and 16 bits, gray, alpha, ICC profile and EXIF are kept. An EXIF orientation is applied to the pixels
-    and reset, so that every viewer shows the same; a thumbnail in EXIF is left out.
+    Pixels of 8 and 16 bits, gray, alpha, ICC profile and EXIF are kept; and XMP, IPTC, resolution, comments, and what a
+    PNG says of its colors and in texts, where the format that is written can hold them: a note of the report names what
+    is lost. An EXIF orientation is applied to the pixels and reset, so that every viewer shows the same; a thumbnail in
+    EXIF is left out.
 
     Args:
         inputs: Image files, folders and glob patterns. Folders are searched with their sub-folders, which the output
@@ -113,12 +125,13 @@ def upscale(
     output = Path(output)
     jobs, failures = plan(inputs, output, file_format, overwrite)
     folder = output.parent if jobs and jobs[0].target == output else output
+    left_out: dict[str, list[str]] = {}
     with _writable(folder), warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='PIL')  # of files that are reported, or read none the less
         upscaler = Upscaler(load_network(model), tile, dtype)
         start = time.perf_counter()
         with tqdm(total=len(jobs), unit='image', disable=None if progress else True) as bar:
-            failures.update(run_jobs(jobs, upscaler, quality, bar))
+            failures.update(run_jobs(jobs, upscaler, quality, bar, left_out))
         seconds = time.perf_counter() - start
     notes = []
     if upscaler.looks_everywhere:
@@ -126,6 +139,11 @@ def upscale(
             f'{upscaler.name} looks at the whole image, so that tiles differ from it and from each other: where memory '
             'allows, a larger --tile, or none, is better.'
         )
+    left_out = {source: kinds for source, kinds in left_out.items() if source not in failures}
+    if left_out:
+        names = sorted(set().union(*left_out.values()), key=str.lower)
+        others = f' and {len(left_out) - 1} more' if len(left_out) > 1 else ''
+        notes.append(f'{next(iter(left_out))}{others} lost what could not be kept: {", ".join(names)}.')
     unread = [job for job in jobs if str(job.source) in failures]
     return UpscaleReport(len(jobs) - len(unread), seconds, failures, notes)
 
@@ -249,13 +267,17 @@ def _writable(folder: Path) -> Iterator[None]:
 
 
 def run_jobs(
-    jobs: Sequence[Job], upscaler: Upscaler, quality: int = DEFAULT_QUALITY, bar: tqdm | None = None
+    jobs: Sequence[Job],
+    upscaler: Upscaler,
+    quality: int = DEFAULT_QUALITY,
+    bar: tqdm | None = None,
+    left_out: dict[str, list[str]] | None = None,
 ) -> dict[str, str]:
     """Upscale all, reading and writing in threads; a bar shows how far it is.
 
     Where the network leaves cores free, as on a GPU, reading and writing go on beside it. Where it takes all cores, all
     of its threads would wait for one that is held up by writing: there results are written in bursts, with all cores,
-    for which the network pauses.
+    for which the network pauses. The kinds of metadata that an image loses are put into ``left_out``, input -> kinds.
 
     Returns:
         Input -> why it was not upscaled.
@@ -283,7 +305,7 @@ def run_jobs(
                 height, width, channels = picture.pixels.shape
                 size = upscaler.scale * height, upscaler.scale * width
                 check_format(job.file_format, picture.pixels.dtype, *size, channels)
-                pixels = upscaler(picture.pixels, _teller(bar, job))
+                pixels = upscaler(picture.pixels, _teller(bar, job), picture.has_alpha)
             except InputError as error:
                 reason = str(error)
                 failures[str(job.source)] = (
@@ -293,11 +315,13 @@ def run_jobs(
                 failures[str(job.source)] = f'{job.source} was not upscaled: it needs more memory than there is.'
             except RuntimeError as error:  # torch's, of memory and else
                 first_line = str(error).partition('\n')[0].rstrip('.')
-                failures[str(job.source)] = (
-                    f'{job.source} cannot be upscaled: {first_line}. If memory is short, a smaller --tile helps.'
-                )
+                hint = ' A smaller --tile helps.' if re.search('memory|alloc', first_line) else ''
+                failures[str(job.source)] = f'{job.source} cannot be upscaled: {first_line}.{hint}'
             else:
-                writer.add(job, Picture(pixels, picture.icc_profile, picture.exif))
+                kinds = kinds_left_out(picture, job.file_format)
+                if kinds and left_out is not None:
+                    left_out[str(job.source)] = kinds
+                writer.add(job, replace(picture, pixels=pixels))
                 continue
             bar.update()
         writer.finish()

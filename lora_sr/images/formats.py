@@ -8,7 +8,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +18,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from lora_sr.errors import InputError
-from lora_sr.images.png import PNG_SIGNATURE
+from lora_sr.images import metadata as extras
+from lora_sr.images import tiff
+from lora_sr.images.metadata import X_RESOLUTION, Y_RESOLUTION, Metadata, split_chunks
+from lora_sr.images.png import PNG_SIGNATURE, PNGError, read_chunks, write_chunks
 
 # Format -> the suffixes of its files; the first is what a new file gets.
 FORMATS = {'png': ('.png',), 'jpeg': ('.jpg', '.jpeg'), 'webp': ('.webp',), 'tiff': ('.tif', '.tiff')}
@@ -36,7 +39,10 @@ MODES_OF_8_BITS = (*GRAY_MODES, *ALPHA_MODES, 'P', 'RGB', 'RGBX', 'YCbCr')
 # EXIF and TIFF tags, by their names in the standards.
 IMAGE_WIDTH, IMAGE_LENGTH, BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
 STRIP_OFFSETS, ORIENTATION, SAMPLES_PER_PIXEL, ROWS_PER_STRIP, STRIP_BYTE_COUNTS = 273, 274, 277, 278, 279
-PLANAR_CONFIGURATION, PREDICTOR, EXTRA_SAMPLES = 284, 317, 338
+PLANAR_CONFIGURATION, PREDICTOR, EXTRA_SAMPLES, SAMPLE_FORMAT = 284, 317, 338, 339
+# Of EXTRA_SAMPLES: any channel, alpha by which the colors are multiplied, and alpha by which they are not.
+UNSPECIFIED, ASSOCIATED, UNASSOCIATED = 0, 1, 2
+SIGNED = 2  # of SAMPLE_FORMAT
 ICC_PROFILE, EXIF_IFD, GPS_IFD, INTEROPERABILITY_IFD = 34675, 34665, 34853, 40965
 PIXEL_X_DIMENSION, PIXEL_Y_DIMENSION = 40962, 40963
 # What a TIFF says of a picture, and not of how its pixels are stored: description, make, model, orientation,
@@ -54,11 +60,15 @@ class Picture:
         icc_profile: The color profile.
         exif: EXIF, tag -> value, with the tags of the inner directories as dictionaries under 34665 and 34853. An
             orientation in it is 1. There is no thumbnail.
+        metadata: What the file tells besides.
+        has_alpha: Whether a second or fourth channel is alpha; one of a TIFF may be anything.
     """
 
     pixels: np.ndarray
     icc_profile: bytes | None = None
     exif: dict[int, Any] = field(default_factory=dict)
+    metadata: Metadata = field(default_factory=Metadata)
+    has_alpha: bool = True
 
 
 def format_of(path: str | os.PathLike[str]) -> str | None:
@@ -70,26 +80,37 @@ def format_of(path: str | os.PathLike[str]) -> str | None:
 def read_picture(path: str | os.PathLike[str]) -> Picture:
     """Read a PNG, JPEG, WebP or TIFF file; its bytes tell which, not its name.
 
-    Palettes become RGB, images of 1, 2 and 4 bits gray of 8 bits, and a transparent color an alpha channel.
+    Palettes become RGB, images of 1, 2 and 4 bits gray of 8 bits, and a transparent color an alpha channel. Colors that
+    are multiplied by alpha, as in a TIFF with associated alpha, are divided by it.
 
     Raises:
         InputError: The file cannot be read, is none of these, is damaged or cut short; it holds an animation or several
-            pages; its pixels are of another kind: CMYK, Lab, floating point, 32 bits; or it needs more memory than
-            there is, or has more pixels than Pillow reads: twice ``PIL.Image.MAX_IMAGE_PIXELS``.
+            pages; its pixels are of another kind: CMYK, Lab, floating point, 32 bits; it needs more memory than there
+            is; or it has more pixels than Pillow reads, twice ``PIL.Image.MAX_IMAGE_PIXELS``, or compressed texts and a
+            profile of more than ``png.MOST_INFLATED`` bytes.
     """
     try:
         try:
             data = Path(path).read_bytes()
         except OSError as error:
             raise InputError(f'{path} cannot be read: {error.strerror}.') from None
+        if data.startswith(PNG_SIGNATURE):
+            return _decode_png(data, path)
+        folded = tiff.fold_gray_alpha(data)
+        data = data if folded is None else folded.data
         with Image.open(io.BytesIO(data), formats=READABLE) as image:
-            return _decode(image, data, path)
+            return _decode(image, data, path, folded)
     except InputError:
         raise
+    except PNGError as error:
+        raise InputError(f'{path} {error}.') from None
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # never 0 here: without a limit there is no such error
         raise InputError(f'{path} has more than {most} pixels, the most that are read.') from None
     except UnidentifiedImageError:
+        kind = tiff.describe(data)
+        if kind is not None:
+            raise InputError(f'{path} must be gray or RGB of 8 or 16 bits, got {kind}: convert it first.') from None
         raise InputError(f'{path} is not a PNG, JPEG, WebP or TIFF image, or its beginning is damaged.') from None
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, ValueError, struct.error, ...
         if isinstance(error, MemoryError) or getattr(error, 'code', None) == cv2.Error.StsNoMem:
@@ -134,25 +155,28 @@ def encode_picture(picture: Picture, file_format: str, quality: int) -> bytes:
     Raises:
         InputError: The format cannot hold 16 bits, an alpha channel, or so many pixels.
     """
-    pixels, icc_profile = picture.pixels, picture.icc_profile
-    channels = pixels.shape[2]
+    pixels = picture.pixels
     check_format(file_format, pixels.dtype, *pixels.shape)
-    if (file_format == 'webp' and channels < 3) or (
-        file_format == 'tiff' and channels == 2 and pixels.dtype == np.uint16
-    ):
-        pixels = pixels[:, :, [0, 0, 0, 1][: channels + 2]]
-        if icc_profile and icc_profile[16:20] == b'GRAY':  # the color space of the data (ICC.1, section 7.2)
-            icc_profile = None
-    exif = _with_size(picture.exif, *pixels.shape[:2])
+    if _makes_colors(pixels, file_format):
+        pixels = pixels[:, :, [0, 0, 0, 1][: pixels.shape[2] + 2]]
+    icc_profile = None if _loses_profile(picture, file_format) else picture.icc_profile
+    height, width = pixels.shape[:2]
+    exif, metadata = _with_size(picture.exif, height, width), picture.metadata
+    if metadata.xmp:
+        metadata = replace(metadata, xmp=extras.xmp_with_size(metadata.xmp, height, width))
     if file_format == 'png':
-        return _encode_png(pixels, icc_profile, exif)
+        return _encode_png(pixels, icc_profile, exif, metadata)
     if file_format == 'tiff':
-        return _encode_tiff(pixels, icc_profile, exif)
+        return _encode_tiff(pixels, icc_profile, exif, metadata, picture.has_alpha)
     options: dict[str, Any] = {'quality': quality}
     if file_format == 'jpeg':
         options['subsampling'] = 0
     elif quality == LOSSLESS:
         options = {'lossless': True}
+    if file_format == 'webp':
+        exif = {**exif, **extras.resolution_tags(metadata.resolution)}
+        if metadata.xmp:
+            options['xmp'] = metadata.xmp
     if icc_profile:
         options['icc_profile'] = icc_profile
     if exif:
@@ -163,7 +187,30 @@ def encode_picture(picture: Picture, file_format: str, quality: int) -> bytes:
         except (OSError, ValueError) as error:
             raise InputError(f'{NAMES[file_format]} cannot hold it: {str(error).rstrip(".")}.') from None
         file.seek(0)
-        return file.read()
+        data = file.read()
+    return extras.with_segments(data, metadata) if file_format == 'jpeg' else data
+
+
+def kinds_left_out(picture: Picture, file_format: str) -> list[str]:
+    """What :func:`encode_picture` leaves out of a file, or was left out when it was read, by names for the user."""
+    kinds = extras.kinds_left_out(picture.metadata, file_format, picture.icc_profile is not None)
+    if _loses_profile(picture, file_format):
+        kinds.add('a gray color profile')
+    return sorted(kinds, key=str.lower)
+
+
+def _makes_colors(pixels: np.ndarray, file_format: str) -> bool:
+    """Whether gray is written as three channels."""
+    channels = pixels.shape[2]
+    return (file_format == 'webp' and channels < 3) or (
+        file_format == 'tiff' and channels == 2 and pixels.dtype == np.uint16
+    )
+
+
+def _loses_profile(picture: Picture, file_format: str) -> bool:
+    profile = picture.icc_profile
+    is_gray = profile is not None and profile[16:20] == b'GRAY'  # the color space of the data (ICC.1, section 7.2)
+    return is_gray and _makes_colors(picture.pixels, file_format)
 
 
 def _file_in_memory() -> IO[bytes]:
@@ -173,42 +220,119 @@ def _file_in_memory() -> IO[bytes]:
     return tempfile.TemporaryFile()
 
 
-def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str]) -> Picture:
-    frames = getattr(image, 'n_frames', 1)
-    if frames > 1 and image.format != 'MPO':  # a JPEG with previews, or both eyes' views
-        raise InputError(f'{path} must hold one picture, got {frames}: take them apart first.')
+def _decode_png(data: bytes, path: str | os.PathLike[str]) -> Picture:
+    chunks = read_chunks(data)
+    metadata, icc_profile, chunks = split_chunks(chunks)
+    depth, color_type = chunks[0][1][8:10]
+    transparent = None
+    if color_type in (0, 2):  # OpenCV does not heed it in gray of 16 bits, nor Pillow in gray of 2 and 4
+        transparent = next((content for name, content in chunks if name == b'tRNS'), None)
+        chunks = [chunk for chunk in chunks if chunk[0] != b'tRNS']
+    data = write_chunks(chunks)
+    with Image.open(io.BytesIO(data), formats=('PNG',)) as image:
+        _refuse_several(image, path)
+        orientation, exif, lost = _read_exif(image)
+        if ORIENTATION not in exif:
+            orientation = extras.xmp_orientation(metadata.xmp)
+        if depth == 16:
+            pixels = _decode_16_bits(data, path)
+            if color_type == 4:  # gray and alpha, which OpenCV gives as BGR and alpha
+                pixels = pixels[:, :, [0, 3]]
+        else:
+            pixels = _decode_8_bits(image)
+    if transparent is not None:
+        pixels = _with_alpha(pixels, transparent, depth)
+    metadata = replace(
+        metadata,
+        resolution=metadata.resolution or extras.exif_resolution(exif),
+        lost=metadata.lost | lost,
+    )
+    pixels, metadata = _turn(pixels, orientation), extras.upright(metadata, orientation)
+    return Picture(np.ascontiguousarray(pixels), icc_profile, _turn_exif(exif, orientation), metadata)
+
+
+def _with_alpha(pixels: np.ndarray, transparent: bytes, depth: int) -> np.ndarray:
+    """Add an alpha channel, 0 where the color is the transparent one (tRNS of a PNG, of gray or RGB).
+
+    Args:
+        pixels: (H, W, 1 or 3).
+        transparent: Two bytes for each channel, of which the lowest ``depth`` bits count.
+        depth: Bits of the file: 1, 2, 4, 8 or 16.
+    """
+    colors = pixels.shape[2]
+    if len(transparent) != 2 * colors:
+        raise PNGError(f'is damaged: its transparent color has {len(transparent)} bytes, where {2 * colors} are right')
+    peak = np.iinfo(pixels.dtype).max
+    most = (1 << depth) - 1
+    color = np.frombuffer(transparent, '>u2').astype(int) & most
+    is_seen = (pixels != color * (peak // most)).any(2, keepdims=True)
+    return np.concatenate([pixels, is_seen * pixels.dtype.type(peak)], 2)
+
+
+def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folded: tiff.GrayAlpha | None) -> Picture:
+    """A JPEG, WebP or TIFF."""
+    _refuse_several(image, path)
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     icc_profile = image.info.get('icc_profile')
-    orientation, exif = _read_exif(image)
-    if image.format == 'PNG':
-        Image.open(io.BytesIO(data)).verify()  # all checksums, of which decoders look at some
-    if image.format == 'PNG' and data[24] == 16:
-        pixels = _turn(_decode_16_bits(data, path), orientation)
-        if image.mode.startswith('I') and 'transparency' in image.info:
-            # In OpenCV a gray that stands for transparent is gray.
-            alpha = np.where(pixels == image.info['transparency'], 0, 65535).astype(np.uint16)
-            pixels = np.concatenate([pixels, alpha], 2)
-        elif data[25] == 4:  # gray and alpha, which OpenCV gives as BGR and alpha
-            pixels = pixels[:, :, [0, 3]]
-    elif 16 in tags.get(BITS_PER_SAMPLE, ()):
-        if tags.get(PLANAR_CONFIGURATION) == 2:
-            raise InputError(f'{path} must have interleaved colors, got each color apart, in 16 bits.')
+    orientation, exif, lost = _read_exif(image)
+    metadata = extras.read_metadata(image, exif)
+    extra_samples = tags.get(EXTRA_SAMPLES, ()) if folded is None else folded.extra_samples
+    if SIGNED in tags.get(SAMPLE_FORMAT, ()):
+        raise InputError(f'{path} must be gray or RGB of 8 or 16 bits, got {tiff.describe(data)}: convert it first.')
+    is_deep = 16 in tags.get(BITS_PER_SAMPLE, ())
+    if tags.get(PLANAR_CONFIGURATION) == 2 and (
+        is_deep or (extra_samples and (image.mode in GRAY_MODES or extra_samples[0] == ASSOCIATED))
+    ):
+        kind = '16 bits' if is_deep else '8 bits with alpha'
+        raise InputError(f'{path} must have interleaved colors, got each color apart, in {kind}.')
+    if is_deep:
+        turned_by_opencv = ORIENTATION in tags  # and not where XMP alone tells it
         image.load()  # strict where OpenCV is not
-        pixels = _decode_16_bits(data, path)  # turned by OpenCV already
+        pixels = _decode_16_bits(data, path)
+        if folded is not None:
+            orientation = folded.orientation
+            pixels = _turn(folded.unfold(pixels), orientation)
+        elif not turned_by_opencv:
+            pixels = _turn(pixels, orientation)
         if tags.get(PHOTOMETRIC) == 0:  # white is zero
             pixels = 65535 - pixels
+        if extra_samples[:1] == (ASSOCIATED,):
+            pixels = _divided_by_alpha(pixels)
     elif image.mode in MODES_OF_8_BITS:
-        image.load()
-        is_gray = image.mode in GRAY_MODES
-        has_alpha = image.mode in ALPHA_MODES or 'transparency' in image.info
-        image = ImageOps.exif_transpose(image)
-        pixels = np.asarray(image.convert(('L' if is_gray else 'RGB') + ('A' if has_alpha else '')))
-        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        pixels = _decode_8_bits(image, is_turned=True)
     else:
         raise InputError(
             f'{path} must be gray or RGB of 8 or 16 bits, got pixels of the kind {image.mode}: convert it first.'
         )
-    return Picture(np.ascontiguousarray(pixels), icc_profile, exif)
+    if len(extra_samples) > (pixels.shape[2] in (2, 4)):
+        lost |= {'channels that are not alpha'}
+    metadata = extras.upright(replace(metadata, lost=metadata.lost | lost), orientation)
+    has_alpha = extra_samples[:1] != (UNSPECIFIED,)
+    return Picture(np.ascontiguousarray(pixels), icc_profile, _turn_exif(exif, orientation), metadata, has_alpha)
+
+
+def _refuse_several(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    frames = getattr(image, 'n_frames', 1)
+    if frames > 1 and image.format != 'MPO':  # a JPEG with previews, or both eyes' views
+        raise InputError(f'{path} must hold one picture, got {frames}: take them apart first.')
+
+
+def _decode_8_bits(image: Image.Image, is_turned: bool = False) -> np.ndarray:
+    """uint8 (H, W, C), as it is stored, or turned by its EXIF orientation."""
+    image.load()
+    is_gray = image.mode in GRAY_MODES
+    has_alpha = image.mode in ALPHA_MODES or 'transparency' in image.info
+    image = ImageOps.exif_transpose(image) if is_turned else image
+    pixels = np.asarray(image.convert(('L' if is_gray else 'RGB') + ('A' if has_alpha else '')))
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _divided_by_alpha(pixels: np.ndarray) -> np.ndarray:
+    """Colors of uint16 (H, W, 2 or 4) as they are without alpha; black where it is 0."""
+    alpha = pixels[:, :, -1:].astype(np.uint64)
+    colors = (pixels[:, :, :-1] * np.uint64(65535) + alpha // 2) // np.maximum(alpha, 1)
+    colors = np.where(alpha > 0, np.minimum(colors, 65535), 0).astype(np.uint16)
+    return np.concatenate([colors, pixels[:, :, -1:]], 2)
 
 
 def _decode_16_bits(data: bytes, path: str | os.PathLike[str]) -> np.ndarray:
@@ -232,8 +356,8 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
-def _read_exif(image: Image.Image) -> tuple[int, dict[int, Any]]:
-    """The orientation, and the tags as :class:`Picture` has them; none where they cannot be read or written again."""
+def _read_exif(image: Image.Image) -> tuple[int, dict[int, Any], frozenset[str]]:
+    """The orientation, the tags as :class:`Picture` has them, and what is lost: all where they are damaged."""
     try:
         exif = image.getexif()
         orientation = exif.get(ORIENTATION, 1)
@@ -249,8 +373,16 @@ def _read_exif(image: Image.Image) -> tuple[int, dict[int, Any]]:
             tags[ORIENTATION] = 1
         _exif_block(tags)
     except Exception:  # EXIF is often damaged, in ways that concern nothing but EXIF
-        return 1, {}
-    return orientation, tags
+        return 1, {}, frozenset({'damaged EXIF'})
+    return orientation, tags, frozenset()
+
+
+def _turn_exif(exif: Mapping[int, Any], orientation: int) -> dict[int, Any]:
+    """The tags of pixels that were turned: the resolution changes sides with them."""
+    exif = dict(exif)
+    if orientation in (5, 6, 7, 8) and {X_RESOLUTION, Y_RESOLUTION} <= exif.keys():
+        exif[X_RESOLUTION], exif[Y_RESOLUTION] = exif[Y_RESOLUTION], exif[X_RESOLUTION]
+    return exif
 
 
 def _with_size(exif: Mapping[int, Any], height: int, width: int) -> dict[int, Any]:
@@ -273,8 +405,8 @@ def _exif_block(tags: Mapping[int, Any]) -> bytes:
     return exif.tobytes()
 
 
-def _encode_png(pixels: np.ndarray, icc_profile: bytes | None, exif: Mapping[int, Any]) -> bytes:
-    """A PNG (W3C recommendation, 2003; eXIf of 2017) with the filter "up" in each row.
+def _encode_png(pixels: np.ndarray, icc_profile: bytes | None, exif: Mapping[int, Any], metadata: Metadata) -> bytes:
+    """A PNG (W3C recommendation, third edition) with the filter "up" in each row.
 
     OpenCV writes no metadata and no gray with alpha, Pillow no colors of 16 bits and four times as slowly.
     """
@@ -286,6 +418,7 @@ def _encode_png(pixels: np.ndarray, icc_profile: bytes | None, exif: Mapping[int
         chunks.append((b'iCCP', b'ICC profile\0\0' + zlib.compress(icc_profile)))
     if exif:
         chunks.append((b'eXIf', _exif_block(exif)[len(b'Exif\0\0') :]))
+    chunks += extras.png_chunks(metadata)
     big_endian = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder('>'))
     rows = big_endian.view(np.uint8).reshape(height, -1)
     filtered = np.empty((height, rows.shape[1] + 1), np.uint8)
@@ -293,16 +426,12 @@ def _encode_png(pixels: np.ndarray, icc_profile: bytes | None, exif: Mapping[int
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
     chunks += [(b'IDAT', zlib.compress(filtered.data, ZLIB_LEVEL)), (b'IEND', b'')]
-    if max(len(content) for _, content in chunks) >= 1 << 31:
-        raise InputError('PNG cannot hold it in one piece: it has 2 GiB or more.')
-    parts = [PNG_SIGNATURE]
-    for name, content in chunks:
-        checksum = zlib.crc32(content, zlib.crc32(name))
-        parts += [struct.pack('>I', len(content)), name, content, struct.pack('>I', checksum)]
-    return b''.join(parts)
+    return write_chunks(chunks)
 
 
-def _encode_tiff(pixels: np.ndarray, icc_profile: bytes | None, exif: Mapping[int, Any]) -> bytes:
+def _encode_tiff(
+    pixels: np.ndarray, icc_profile: bytes | None, exif: Mapping[int, Any], metadata: Metadata, has_alpha: bool
+) -> bytes:
     """A TIFF 6.0 of one strip, deflated after horizontal differencing (predictor 2).
 
     Pillow writes no colors of 16 bits, OpenCV no metadata, and tifffile no EXIF.
@@ -315,6 +444,7 @@ def _encode_tiff(pixels: np.ndarray, icc_profile: bytes | None, exif: Mapping[in
     directory = ImageFileDirectory_v2()
     for tag, value in exif.items():
         directory[tag] = value
+    extras.add_tags(directory, metadata)
     directory[IMAGE_WIDTH], directory[IMAGE_LENGTH] = width, height
     directory[BITS_PER_SAMPLE] = (8 * pixels.itemsize,) * channels
     directory[COMPRESSION] = 8
@@ -326,7 +456,7 @@ def _encode_tiff(pixels: np.ndarray, icc_profile: bytes | None, exif: Mapping[in
     directory[PLANAR_CONFIGURATION] = 1
     directory[PREDICTOR] = 2
     if channels in (2, 4):
-        directory[EXTRA_SAMPLES] = 2  # alpha, by which the colors are not multiplied
+        directory[EXTRA_SAMPLES] = UNASSOCIATED if has_alpha else UNSPECIFIED
     if icc_profile:
         directory.tagtype[ICC_PROFILE] = 7  # of no defined type
         directory[ICC_PROFILE] = icc_profile

@@ -84,16 +84,21 @@ class Upscaler:
         return self._overlap
 
     @torch.inference_mode()
-    def __call__(self, image: np.ndarray, on_tile: Callable[[int, int], None] | None = None) -> np.ndarray:
+    def __call__(
+        self, image: np.ndarray, on_tile: Callable[[int, int], None] | None = None, has_alpha: bool = True
+    ) -> np.ndarray:
         """Upscale an image.
 
         Gray goes into a network for RGB as three equal channels, and what comes out becomes gray by BT.601's weights.
         Each channel of RGB goes through a network for gray by itself. Alpha is enlarged by bicubic interpolation: what
-        is opaque stays so to the last level, which no network promises.
+        is opaque stays so to the last level, which no network promises. Before the network runs, each pixel of alpha 0
+        gets the color of a visible one nearby, and has what becomes of it in the result: whatever is hidden there does
+        not bleed into what is seen. An image without a visible pixel keeps its colors.
 
         Args:
             image: uint8 or uint16, of shape (H, W) or (H, W, C): gray, gray and alpha, RGB, or RGB and alpha.
             on_tile: Called after each tile with its number, from 1, and the number of tiles.
+            has_alpha: Whether a second or fourth channel hides what is under its zeros. It is enlarged as alpha anyway.
 
         Returns:
             The same type and channels, of shape (scale * H, scale * W) or (scale * H, scale * W, C).
@@ -111,6 +116,10 @@ class Upscaler:
         if channels > 4:
             raise InputError(f'The image has {channels} channels, where 1 to 4 are right.')
         colors = 3 if channels > 2 else 1
+        if channels > colors and has_alpha:
+            from lora_sr.images.alpha import without_hidden_colors  # imports OpenCV, which little here needs
+
+            planes = without_hidden_colors(planes)
         output = np.empty((self.scale * height, self.scale * width, channels), image.dtype)
         rows, columns = (cut_axis(length, *self._tiling(height, width)) for length in (height, width))
         tiles = [(row, column) for row in rows for column in columns]

@@ -14,9 +14,10 @@ import torch
 from basicsr.archs.ridnet_arch import RIDNet
 from basicsr.archs.rrdbnet_arch import RRDBNet
 from basicsr.archs.swinir_arch import SwinIR
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from skimage.metrics import peak_signal_noise_ratio
 from torch import nn
+from torch.nn import functional as F
 
 from lora_sr import load_network
 from lora_sr.adapters import LoRAConfig, add_lora, lora_layers, save_adapter
@@ -105,12 +106,51 @@ def test_every_level_of_every_channel_arrives(shape, network_channels, dtype, ti
 def test_alpha_is_bicubic_and_opaque_stays_opaque(channels, dtype):
     image = pixels(12, 15, channels, dtype=dtype)
     peak = np.iinfo(dtype).max
+    image[..., -1] |= 1  # nothing is hidden
     image[:6, :, -1] = peak
     result = upscale_image(Enlarge(2), image)
     assert np.array_equal(result[..., :-1], repeated(image[..., :-1]))
     assert (result[:8, :, -1] == peak).all()
     bicubic = cv2.resize(image[..., -1].astype(np.float64), None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
     assert np.abs(result[..., -1] - bicubic.clip(0, peak)).max() < 0.51
+
+
+@pytest.mark.parametrize('tile', [None, 11])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+@pytest.mark.parametrize('channels', [2, 4])
+def test_colors_under_alpha_0_do_not_bleed(channels, dtype, tile):
+    class Soft(Enlarge):
+        def forward(self, x):
+            return F.interpolate(self.conv(x), scale_factor=2, mode='bicubic')
+
+    peak = np.iinfo(dtype).max
+    y, x = np.mgrid[:32, :32]
+    image = np.zeros((32, 32, channels), dtype)
+    image[..., -1] = np.clip(10.5 - np.hypot(x - 15.5, y - 15.5), 0, 1) * peak
+    image[image[..., -1] > 0, :-1] = peak  # a white disc, black where it is hidden
+    result = upscale_image(Soft(), image, tile)
+    assert (result[..., :-1] == peak).all()  # also at alpha 0: there is the color of what is nearest
+
+    hidden = np.concatenate([pixels(32, 32, channels - 1, dtype=dtype), image[..., -1:]], 2)
+    hidden[image[..., -1] > 0] = image[image[..., -1] > 0]
+    assert np.array_equal(upscale_image(Soft(), hidden, tile), result)
+
+
+def test_the_nearest_visible_color_is_taken():
+    image = np.zeros((7, 9, 4), np.uint8)
+    image[1, 2], image[5, 7] = (200, 10, 30, 1), (1, 2, 3, 255)
+    result = upscale_image(Enlarge(1), image)
+    y, x = np.mgrid[:7, :9]
+    first, second = (y - 1) ** 2 + (x - 2) ** 2, (y - 5) ** 2 + (x - 7) ** 2
+    assert (result[first < second, :3] == (200, 10, 30)).all() and (result[second < first, :3] == (1, 2, 3)).all()
+
+
+def test_colors_stay_where_nothing_is_visible_or_the_channel_is_not_alpha():
+    image = pixels(8, 8, 4)
+    image[..., 3] = 0
+    assert np.array_equal(upscale_image(Enlarge(), image), repeated(image))
+    image[0, 0, 3] = 255
+    assert np.array_equal(Upscaler(Enlarge())(image, has_alpha=False)[..., :3], repeated(image[..., :3]))
 
 
 def test_gray_of_a_network_for_rgb_is_luma():
@@ -329,6 +369,34 @@ def test_metadata_of_files(enlarging, tmp_path):
         assert np.array_equal(np.asarray(result), repeated(np.rot90(image, -1)))
         assert result.getexif().get(0x0112, 1) == 1 and result.getexif()[0x010F] == 'Camera'
         assert result.info['icc_profile'] == icc
+
+
+def test_what_is_lost_is_told_once(enlarging, tmp_path, capsys):
+    text = PngImagePlugin.PngInfo()
+    text.add_text('Title', 'Kept')
+    (tmp_path / 'in').mkdir()
+    for name in ('a.png', 'b.png'):
+        Image.fromarray(pixels(5, 5, 3)).save(tmp_path / 'in' / name, pnginfo=text)
+    Image.fromarray(pixels(5, 5, 3)).save(tmp_path / 'in/c.jpg', comment=b'Said')
+    assert run(tmp_path / 'in', '-m', 'any.pth', '-o', tmp_path / 'same') == 0
+    assert capsys.readouterr().err == ''
+    assert Image.open(tmp_path / 'same/a.png').text == {'Title': 'Kept'}
+    assert Image.open(tmp_path / 'same/c.jpg').info['comment'] == b'Said'
+    assert run(tmp_path / 'in', '-m', 'any.pth', '-o', tmp_path / 'other', '--format', 'tiff') == 0
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1
+    assert f'note: {tmp_path / "in/a.png"} and 2 more lost what could not be kept: JPEG comment, PNG text.' in err
+
+
+def test_an_unspecified_channel_stays_one(enlarging, tmp_path):
+    image = pixels(6, 5, 4, dtype=np.uint16)
+    image[..., 3] = 0
+    image[0, 0, 3] = 65535
+    tifffile.imwrite(tmp_path / 'image.tif', image, photometric='rgb', extrasamples=['unspecified'])
+    upscale([tmp_path / 'image.tif'], 'any.pth', tmp_path / 'out')
+    with tifffile.TiffFile(tmp_path / 'out/image.tif') as file:
+        assert np.array_equal(file.pages[0].asarray()[..., :3], repeated(image[..., :3]))
+        assert [kind.name for kind in file.pages[0].extrasamples] == ['UNSPECIFIED']
 
 
 def test_names(enlarging, tmp_path, monkeypatch):

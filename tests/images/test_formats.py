@@ -213,6 +213,92 @@ def test_kinds_of_pixels(tmp_path, write, expected):
     assert read.dtype in (np.uint8, np.uint16) and read.flags.c_contiguous
 
 
+def packed(values: np.ndarray, depth: int) -> np.ndarray:
+    """Whole bytes of values of 1, 2 or 4 bits."""
+    bits = values[..., None] >> np.arange(depth - 1, -1, -1) & 1
+    return np.packbits(bits.reshape(len(values), -1).astype(np.uint8), axis=1)
+
+
+def interlaced(values: np.ndarray) -> bytes:
+    """The rows of Adam7 (PNG, section 8.2), of one byte a value."""
+    passes = ((0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1))
+    parts = [values[y::high, x::wide] for y, high, x, wide in passes]
+    return b''.join(b'\0' + row.tobytes() for part in parts for row in part if row.size)
+
+
+@pytest.mark.parametrize('depth', [1, 2, 4])
+@pytest.mark.parametrize('high_bits', [0, 0xFF00])
+def test_a_transparent_gray_of_few_bits(tmp_path, depth, high_bits):
+    """Of the two bytes of the transparent value the lowest bits count (PNG, section 11.3.1.1)."""
+    values = np.random.default_rng(0).integers(0, 1 << depth, (5, 16))
+    transparent = (1 << depth) - 1
+    chunk = (b'tRNS', struct.pack('>H', high_bits | transparent))
+    data = png_of(packed(values, depth), 0, depth, chunk)
+    data = data[:16] + struct.pack('>I', 16) + data[20:]
+    (tmp_path / 'image').write_bytes(data[:29] + struct.pack('>I', zlib.crc32(data[12:29])) + data[33:])
+    read = read_picture(tmp_path / 'image').pixels
+    assert np.array_equal(read, np.dstack([values * 255 // transparent, 255 * (values != transparent)]))
+
+
+@pytest.mark.parametrize('depth', [8, 16])
+def test_a_transparent_color(tmp_path, depth):
+    image = pixels(np.uint8 if depth == 8 else np.uint16)
+    image[3:5, 4:9] = color = image[0, 0].copy()
+    image[6, 6] = color + [0, 0, 1]  # one channel differs
+    (tmp_path / 'image').write_bytes(png_of(image, 2, depth, (b'tRNS', color.astype('>u2').tobytes())))
+    alpha = np.iinfo(image.dtype).max * (image != color).any(2)
+    assert np.array_equal(read_picture(tmp_path / 'image').pixels, np.dstack([image, alpha]))
+
+
+def test_a_transparent_gray_of_an_interlaced_image(tmp_path):
+    image = pixels()[:, :, 0]
+    data = png_of(image, 0, 8, (b'tRNS', struct.pack('>H', image[0, 0])))
+    head = data[12:28] + b'\1'
+    rows = zlib.compress(interlaced(image))
+    body = b'IDAT' + rows
+    data = data[:12] + head + struct.pack('>I', zlib.crc32(head)) + data[33:47]
+    data += struct.pack('>I', len(rows)) + body + struct.pack('>I', zlib.crc32(body)) + b'\0\0\0\0IEND\xaeB`\x82'
+    (tmp_path / 'image').write_bytes(data)
+    assert np.array_equal(read_picture(tmp_path / 'image').pixels, np.dstack([image, 255 * (image != image[0, 0])]))
+
+
+def test_a_palette_of_which_some_are_transparent(tmp_path):
+    """Colors without an entry in tRNS are opaque (PNG, section 11.3.1.1)."""
+    image = palette()
+    image.save(tmp_path / 'image', 'PNG', transparency=bytes([0, 90]))
+    alpha = np.array([0, 90, *14 * [255]])[np.asarray(image)]
+    assert np.array_equal(read_picture(tmp_path / 'image').pixels, np.dstack([np.asarray(image.convert('RGB')), alpha]))
+
+
+@pytest.mark.parametrize('order', '<>')
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+@pytest.mark.parametrize('channels', [2, 4])
+def test_associated_alpha_is_divided_by(tmp_path, channels, dtype, order):
+    image = pixels(dtype, channels)
+    image[..., :-1] = np.minimum(image[..., :-1], image[..., -1:])
+    image[0, 0] = 0
+    tifffile.imwrite(
+        tmp_path / 'image',
+        image,
+        photometric='rgb' if channels == 4 else 'minisblack',
+        planarconfig='contig',
+        extrasamples=['assocalpha'],
+        byteorder=order,
+    )
+    read = read_picture(tmp_path / 'image').pixels
+    colors = image[..., :-1] * float(np.iinfo(dtype).max) / np.maximum(image[..., -1:], 1)
+    assert np.abs(read[..., :-1] - colors).max() <= (0.5 if dtype == np.uint16 else 1)  # Pillow rounds 8 bits down
+    assert np.array_equal(read[..., -1], image[..., -1]) and read.dtype == dtype
+
+
+@pytest.mark.parametrize('file_format', ['png', 'tiff', 'webp'])
+def test_divided_colors_are_written_as_such(tmp_path, file_format):
+    image = np.full((4, 4, 4), 64, np.uint8)
+    tifffile.imwrite(tmp_path / 'image', image, photometric='rgb', extrasamples=['assocalpha'])
+    written = Image.open(io.BytesIO(encode_picture(read_picture(tmp_path / 'image'), file_format, 100)))
+    assert written.convert('RGBA').getpixel((1, 1)) == (255, 255, 255, 64)
+
+
 @pytest.mark.parametrize('orientation', range(1, 9))
 @pytest.mark.parametrize('kind', ['png8', 'png16', 'tiff8', 'tiff16', 'webp', 'jpeg'])
 def test_orientation_is_applied_and_reset(tmp_path, kind, orientation):
@@ -307,6 +393,16 @@ def test_images_of_other_kinds(tmp_path):
     frames[0].save(tmp_path / 'pages.tif', save_all=True, append_images=frames[1:])
     Image.fromarray(pixels(channels=4), 'CMYK').save(tmp_path / 'cmyk.jpg')
     tifffile.imwrite(tmp_path / 'float.tif', pixels()[:, :, 0].astype(np.float32))
+    tifffile.imwrite(tmp_path / 'float_rgb.tif', pixels().astype(np.float32), photometric='rgb')
+    tifffile.imwrite(tmp_path / 'signed.tif', pixels()[:, :, 0].astype(np.int8))
+    tifffile.imwrite(tmp_path / 'deep.tif', pixels().astype(np.uint32), photometric='rgb', bigtiff=True)
+    tifffile.imwrite(
+        tmp_path / 'alpha_planes.tif',
+        np.moveaxis(pixels(channels=4), 2, 0),
+        photometric='rgb',
+        planarconfig='separate',
+        extrasamples=['assocalpha'],
+    )
     tifffile.imwrite(
         tmp_path / 'planes.tif', np.moveaxis(pixels(np.uint16), 2, 0), photometric='rgb', planarconfig='separate'
     )
@@ -316,6 +412,10 @@ def test_images_of_other_kinds(tmp_path):
         'pages.tif': 'must hold one picture, got 3',
         'cmyk.jpg': 'must be gray or RGB of 8 or 16 bits, got pixels of the kind CMYK',
         'float.tif': 'got pixels of the kind F',
+        'float_rgb.tif': 'must be gray or RGB of 8 or 16 bits, got 3 channels of 32 bits, floating point',
+        'signed.tif': 'must be gray or RGB of 8 or 16 bits, got 1 channel of 8 bits, whole numbers with signs',
+        'deep.tif': 'must be gray or RGB of 8 or 16 bits, got 3 channels of 32 bits, whole numbers',
+        'alpha_planes.tif': 'got each color apart, in 8 bits with alpha',
         'planes.tif': 'got each color apart',
         'other.bmp': 'not a PNG, JPEG, WebP or TIFF image',
         'missing.png': 'cannot be read: No such file',

@@ -90,8 +90,8 @@ def run(
         ours_s = _seconds(lambda: prepare([work / 'hr'], work / 'ours', [scale], [work / 'lr']))
         bicubic_s = _seconds(lambda: prepare([work / 'hr'], work / 'ours_bicubic', [scale]))
 
-        for name, database in (('hr', 'HR_sub.lmdb'), ('lr', f'LR_bicubic_X{scale}_sub.lmdb')):
-            for ours in ('ours', 'ours_bicubic'):
+        for ours, lr in (('ours', 'LR'), ('ours_bicubic', 'LR_bicubic')):
+            for name, database in (('hr', 'HR_sub.lmdb'), ('lr', f'{lr}_X{scale}_sub.lmdb')):
                 _check_same(work / f'basicsr_{name}.lmdb', work / ours / database)
         entries = len(read_meta_info(work / 'ours' / 'HR_sub.lmdb'))
 

@@ -12,7 +12,7 @@ examples:
       writes HR_sub.lmdb and LR_bicubic_X2_sub.lmdb, LR_bicubic_X3_sub.lmdb, LR_bicubic_X4_sub.lmdb.
   lora-sr prepare photos -o datasets/photos --scale 4
   lora-sr prepare val_HR --lr val_LR -o datasets/val --scale 4 --size 0
-      Whole images, for validation: HR.lmdb and LR_bicubic_X4.lmdb.
+      Whole images, for validation: HR.lmdb and LR_X4.lmdb, or LR_bicubic_X4.lmdb if val_LR were called LR_bicubic.
   lora-sr prepare "RealSR(V3)" --split train -o datasets/RealSR/train --scale 4
   lora-sr prepare "RealSR(V3)" --split test -o datasets/RealSR/test --scale 4 --size 0
       Pairs from cameras, of RealSR or DRealSR: HR_sub.lmdb and LR_X4_sub.lmdb; HR.lmdb and LR_X4.lmdb.
@@ -51,6 +51,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar='FOLDER',
         help='the LR folder of each HR folder, in their order, with images NAME or NAMEx4, or with a '
         'folder X2, X3, ... for each scale (default: NAME_LR_bicubic/X4 beside NAME_HR, if there)',
+    )
+    parser.add_argument(
+        '--border',
+        metavar='NAME',
+        help='replicate or mirror: what bicubic sees beyond the edges of an image (default: replicate, as in the '
+        'published test sets; MATLAB mirrors today)',
     )
     parser.add_argument(
         '--split',
@@ -100,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
             args.workers,
             args.overwrite,
             split=args.split,
+            border=args.border,
         )
     except KeyboardInterrupt:
         print(

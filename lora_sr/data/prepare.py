@@ -16,10 +16,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ from tqdm import tqdm
 from lora_sr.data.lmdb_store import LmdbWriter, check_databases, read_meta_info
 from lora_sr.data.sources import Source, find_sources, read_image
 from lora_sr.errors import InputError
-from lora_sr.images.bicubic import MAX_SCALE, bicubic_downscale
+from lora_sr.images.bicubic import BORDERS, MAX_SCALE, bicubic_downscale
 from lora_sr.images.png import encode_png
 
 try:
@@ -52,19 +53,21 @@ Result = TypeVar('Result')
 
 @dataclass(frozen=True)
 class Cut:
-    """How an image is cut.
+    """How an image is shrunk and cut.
 
     Attributes:
         scales: the scales of the LR images.
         size: side of an HR sub-image in pixels; 0 keeps images whole.
         step: distance between neighbors in pixels.
         threshold: a strip at the right or bottom edge of up to this many pixels is left out.
+        border: what bicubic sees beyond the edges of a whole image: 'replicate' or 'mirror'.
     """
 
     scales: tuple[int, ...]
     size: int
     step: int
     threshold: int
+    border: str
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -83,6 +86,8 @@ class Cut:
                 f'--scale must be different whole numbers from 2 to {MAX_SCALE}, got '
                 f'{" ".join(map(str, self.scales)) or "none"}.'
             )
+        if self.border not in BORDERS:
+            raise InputError(f'--border must be {" or ".join(BORDERS)}, got {self.border}.')
         for name, value in (('--size', self.size), ('--step', self.step)):
             if self.size and value % self.multiple:
                 raise InputError(
@@ -95,11 +100,11 @@ class Cut:
         """HR sizes and positions are multiples of this, so that they are whole numbers at every scale."""
         return math.lcm(*self.scales)
 
-    def database_names(self, captured: bool) -> dict[int, str]:
-        """{scale: name of its database}, the HR database first, as scale 1; no "bicubic" for a camera's LR images."""
+    def database_names(self, bicubic: Collection[int]) -> dict[int, str]:
+        """{scale: name of its database}, the HR database first, as scale 1; "bicubic" only at the scales given."""
         end = '_sub.lmdb' if self.size else '.lmdb'
-        kind = '' if captured else '_bicubic'
-        return {1: f'HR{end}', **{scale: f'LR{kind}_X{scale}{end}' for scale in self.scales}}
+        kinds = {scale: '_bicubic' if scale in bicubic else '' for scale in self.scales}
+        return {1: f'HR{end}', **{scale: f'LR{kind}_X{scale}{end}' for scale, kind in kinds.items()}}
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ def prepare_databases(
     overwrite: bool = False,
     progress: bool = True,
     split: str | None = None,
+    border: str | None = None,
 ) -> Prepared:
     """Make the LMDBs ``HR_sub.lmdb`` and ``LR_bicubic_X{scale}_sub.lmdb`` from folders of images.
 
@@ -139,7 +145,8 @@ def prepare_databases(
     ``extract_subimages.py``; the sub-images of ``NAME`` are ``NAME_s001``, ``NAME_s002``, ... in rows from the top
     left. Where an image is smaller than ``size``, which that script cannot handle, its sub-images have its whole height
     or width. With size 0 images stay whole, under their own names, in ``HR.lmdb`` and ``LR_bicubic_X{scale}.lmdb``.
-    Where the LR images come from RealSR or DRealSR the name is ``LR_X{scale}``, for they are not bicubic.
+    Where the LR images are those of RealSR or DRealSR, or given, the name is ``LR_X{scale}``, for they may be anything;
+    but ``LR_bicubic_X{scale}`` where the name of their folder says so, as ``LR_bicubic/X4`` and ``LRbicx4`` do.
 
     Args:
         folders: HR folders, or roots of the published datasets; see ``find_sources``.
@@ -153,18 +160,24 @@ def prepare_databases(
         overwrite: replace databases of these names.
         progress: show a progress bar, if stderr is a terminal.
         split: the part of RealSR or DRealSR, 'train' or 'test'; see ``find_sources``.
+        border: 'replicate' or 'mirror', see ``bicubic_downscale``; 'replicate', which made the test sets, if None.
 
     Raises:
         InputError: if an option is out of range, the images cannot be found, read or paired, an image is smaller than
-            the scale, a database is already there, or the output cannot be written. Nothing is left half-written.
+            the scale, a border is given but no LR image has to be made, a database is already there, or the output
+            cannot be written. Nothing is left half-written.
     """
-    cut = Cut(tuple(scales), size, step, threshold)
+    cut = Cut(tuple(scales), size, step, threshold, BORDERS[0] if border is None else border)
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise InputError(f'--workers must be a whole number of at least 1, got {workers}.')
     sources = find_sources(folders, cut.scales, lr_folders, split)
+    if border is not None and all(scale in source.lr for source in sources for scale in cut.scales):
+        raise InputError(f'--border must be left out where no LR image is made by bicubic, got {border}.')
     output = Path(output)
-    names = cut.database_names(captured=any(source.captured for source in sources))
+    names = cut.database_names(
+        [scale for scale in cut.scales if all(_is_bicubic(source.lr.get(scale)) for source in sources)]
+    )
     databases = {scale: output / name for scale, name in names.items()}
     job = _fingerprint(sources, cut)
     try:
@@ -197,6 +210,16 @@ def subimage_starts(length: int, size: int, step: int, threshold: int) -> list[i
     return starts
 
 
+def _is_bicubic(lr: Path | None) -> bool:
+    """Whether an LR image is made by bicubic, or lies in a folder whose name says so, above ``X4`` where it is that."""
+    if lr is None:
+        return True
+    folder = Path(os.path.abspath(lr)).parent  # `.` has no name
+    if re.fullmatch(r'[Xx]\d+', folder.name):
+        folder = folder.parent
+    return re.search('bicubic|LR_?bic', folder.name, re.IGNORECASE) is not None
+
+
 def _fingerprint(sources: Sequence[Source], cut: Cut) -> str:
     """The same for two runs that make the same databases."""
     digest = hashlib.sha256(repr(cut).encode())
@@ -218,7 +241,7 @@ def _load(source: Source, cut: Cut) -> dict[int, np.ndarray]:
     images = {1: image[:height, :width]}
     for scale in cut.scales:
         if scale not in source.lr:
-            images[scale] = bicubic_downscale(images[1], scale)
+            images[scale] = bicubic_downscale(images[1], scale, cut.border)
             continue
         lr = read_image(source.lr[scale])
         if lr.shape == image.shape:

@@ -2,9 +2,13 @@
 
 The kernel is Keys' cubic convolution with a = -0.5 (R. Keys, "Cubic convolution interpolation for digital image
 processing", IEEE Trans. ASSP 29, 1981). When an image shrinks, MATLAB widens the kernel by the scale (``Antialiasing``,
-on by default); it mirrors the image at its borders, edge pixel included, and resizes the rows first, then the columns.
-On 8-bit images it rounds to 8 bits after each of the two. Leaving out that first rounding is what makes other
-ports of ``imresize`` differ by one level here and there.
+on by default), and resizes the rows first, then the columns. On 8-bit images it rounds to 8 bits after each of the two.
+Leaving out that first rounding is what makes other ports of ``imresize`` differ by one level here and there.
+
+Beyond the borders, early releases of ``imresize`` repeat the edge pixel ("clamp out-of-range indices" says their code),
+later ones mirror the image. The published LR images of Set5, Set14 (x2, x3 and x4) and B100 (x4) were made the first
+way: ``replicate``, the default here, gives all 157 bit by bit; ``mirror`` gives none of them, for the two outermost
+pixels differ, by up to 11 levels.
 
 At an integer scale every weight is a fraction of small integers, so the sums below are whole numbers, and rounding a
 half upwards is exact. At scales 2, 3, 4 and 8 that is MATLAB's result bit by bit; at other scales MATLAB's own floating
@@ -21,44 +25,49 @@ import numpy as np
 
 from lora_sr.errors import InputError
 
+BORDERS = ('replicate', 'mirror')  # what lies beyond the edge: the edge pixel again, or the image backwards
 MAX_SCALE = 16  # up to here 32-bit sums cannot overflow
 BLOCK_BYTES = 1 << 18  # sums held at a time: a block of rows that stays in a core's cache
 
 
-def bicubic_downscale(image: np.ndarray, scale: int) -> np.ndarray:
+def bicubic_downscale(image: np.ndarray, scale: int, border: str = 'replicate') -> np.ndarray:
     """Shrink an image as MATLAB's ``imresize(image, 1 / scale)`` does.
 
     Args:
         image: uint8, of shape (height, width) or (height, width, channels), values 0 to 255. The order of the
             channels does not matter.
         scale: a whole number from 1 to 16.
+        border: 'replicate', as the published test sets have it, or 'mirror', as MATLAB has it today.
 
     Returns:
         uint8, of shape (ceil(height / scale), ceil(width / scale)) and the same channels.
 
     Raises:
-        InputError: if the image is not 8-bit or is empty, or the scale is out of range.
+        InputError: if the image is not 8-bit or is empty, the scale is out of range, or the border is another.
     """
-    return _resize(image, scale, shrink=True)
+    return _resize(image, scale, border, shrink=True)
 
 
-def bicubic_upscale(image: np.ndarray, scale: int) -> np.ndarray:
+def bicubic_upscale(image: np.ndarray, scale: int, border: str = 'replicate') -> np.ndarray:
     """Enlarge an image as MATLAB's ``imresize(image, scale)`` does: the "bicubic" row of the published tables.
+
+    The border changes the outermost ``scale / 2`` pixels alone, which PSNR and SSIM leave out.
 
     Args:
         image: uint8, of shape (height, width) or (height, width, channels), values 0 to 255.
         scale: a whole number from 1 to 16.
+        border: 'replicate' or 'mirror'.
 
     Returns:
         uint8, of shape (height * scale, width * scale) and the same channels.
 
     Raises:
-        InputError: if the image is not 8-bit or is empty, or the scale is out of range.
+        InputError: if the image is not 8-bit or is empty, the scale is out of range, or the border is another.
     """
-    return _resize(image, scale, shrink=False)
+    return _resize(image, scale, border, shrink=False)
 
 
-def _resize(image: np.ndarray, scale: int, shrink: bool) -> np.ndarray:
+def _resize(image: np.ndarray, scale: int, border: str, shrink: bool) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
         raise InputError(
             'The image to resize must have 8-bit values of shape (height, width) or (height, width, channels), got '
@@ -66,16 +75,18 @@ def _resize(image: np.ndarray, scale: int, shrink: bool) -> np.ndarray:
         )
     if scale != int(scale) or not 1 <= scale <= MAX_SCALE:
         raise InputError(f'The scale of a resize must be a whole number from 1 to {MAX_SCALE}, got {scale}.')
+    if border not in BORDERS:
+        raise InputError(f'The border of a resize must be {" or ".join(BORDERS)}, got {border}.')
     scale = int(scale)
     planes = image.reshape(image.shape[0], image.shape[1], -1)
-    planes = _resize_rows(planes, scale, shrink)
+    planes = _resize_rows(planes, scale, border, shrink)
     # Columns are resized as the rows of the transposed image: long runs of memory rather than steps of one pixel.
-    planes = _resize_rows(np.ascontiguousarray(planes.swapaxes(0, 1)), scale, shrink)
+    planes = _resize_rows(np.ascontiguousarray(planes.swapaxes(0, 1)), scale, border, shrink)
     planes = np.ascontiguousarray(planes.swapaxes(0, 1))
     return planes.reshape(planes.shape[:2] + image.shape[2:])
 
 
-def _resize_rows(planes: np.ndarray, scale: int, shrink: bool) -> np.ndarray:
+def _resize_rows(planes: np.ndarray, scale: int, border: str, shrink: bool) -> np.ndarray:
     """Resize dimension 0 of (rows, columns, channels) and round to 8 bits."""
     rows = planes.shape[0]
     phases, denominator = resampling_weights(scale, shrink)
@@ -83,9 +94,14 @@ def _resize_rows(planes: np.ndarray, scale: int, shrink: bool) -> np.ndarray:
     steps = -(-rows // stride)  # output rows of each phase
     before = -min(first for first, _ in phases)
     after = (steps - 1) * stride + max(first + len(taps) for first, taps in phases) - rows
-    # Mirrored at the borders, edge row included, over and over where the image is smaller than the kernel.
-    index = np.arange(-before, rows + max(after, 0)) % (2 * rows)
-    padded = planes.reshape(rows, -1)[np.minimum(index, 2 * rows - 1 - index)]
+    index = np.arange(-before, rows + max(after, 0))
+    if border == 'mirror':
+        # The edge row included, over and over where the image is smaller than the kernel.
+        index %= 2 * rows
+        index = np.minimum(index, 2 * rows - 1 - index)
+    else:
+        index = index.clip(0, rows - 1)
+    padded = planes.reshape(rows, -1)[index]
 
     width = padded.shape[1]
     output = np.empty((steps, len(phases), width), np.uint8)

@@ -88,7 +88,8 @@ def compare(
         networks: Name -> whatever :func:`lora_sr.load_network` takes, or a network that has been opened. An option file
             that names no weights is measured for its costs alone.
         sets: Name -> folder of the original images, and that of the LR images of the same names (or with ``x{scale}``
-            behind); with ``None`` they are made by MATLAB's bicubic. Without any set costs alone are given.
+            behind); with ``None`` they are made as the published ones were, see
+            :func:`lora_sr.data.bicubic_downscale`. Without any set costs alone are given.
         rgb: Measure PSNR and SSIM on RGB too, beside those on Y.
         runtime: Measure runtime and peak memory as well, which takes its time.
         baseline: Name of the network that the NTIRE score is relative to; measures the runtime too.

@@ -55,6 +55,7 @@ def test_reads_what_it_can_and_names_the_rest(tmp_path, make_images, capfd):
         ('--step 10 --scale 4', '--step must be a multiple of 4, for one HR database to fit scale 4, got 10.'),
         ('--size -1', '--size must be'),
         ('--threshold -1', '--threshold must be'),
+        ('--border wrap', '--border must be replicate or mirror, got wrap.'),
         ('--workers 0', '--workers must be'),
         ('--lr a b', '--lr must be an LR folder for each of the 1 HR folders, in the same order, got 2.'),
     ],
@@ -62,6 +63,12 @@ def test_reads_what_it_can_and_names_the_rest(tmp_path, make_images, capfd):
 def test_wrong_options(tmp_path, make_images, refused, options, part):
     folder = make_images(tmp_path / 'photos', [(48, 48)])
     assert part in refused(folder, *options.split())
+
+
+def test_a_border_for_lr_images_that_are_there(tmp_path, make_images, refused):
+    hr, lr = make_images(tmp_path / 'hr', [(48, 48)]), make_images(tmp_path / 'lr', [(12, 12)])
+    message = refused(hr, '--scale', 4, '--lr', lr, '--border', 'mirror')
+    assert message == '--border must be left out where no LR image is made by bicubic, got mirror.'
 
 
 def test_wrong_folders(tmp_path, make_images, refused):

@@ -133,6 +133,38 @@ def test_given_lr_folders_pair_with_the_hr_folders_in_order(tmp_path, make_image
     np.testing.assert_array_equal(decode(values[b'image_2_a_s001']), cv2.imread(str(lr[1] / 'X4' / 'image 2.ax4.png')))
 
 
+@pytest.mark.parametrize(
+    'lr, kind',
+    [
+        ('LR', ''),
+        ('LR/X4', ''),
+        ('bicubic_photos/LR', ''),
+        ('DIV2K_valid_LR_bicubic/X4', '_bicubic'),
+        ('LRbicx4', '_bicubic'),
+        ('LR_bicubic/x4', '_bicubic'),
+    ],
+)
+def test_given_lr_images_are_called_bicubic_only_where_their_folder_is(tmp_path, make_images, monkeypatch, lr, kind):
+    folder, lr_folder = make_images(tmp_path / 'hr', [(48, 48)]), make_images(tmp_path / lr, [(12, 12)])
+    prepared = prepare_databases([folder], tmp_path / 'out', [4], [lr_folder], **SMALL)
+    assert prepared.databases[4].name == f'LR{kind}_X4_sub.lmdb'
+    monkeypatch.chdir(lr_folder)
+    prepared = prepare_databases([folder], tmp_path / 'whole', [4], ['.'], size=0, progress=False)
+    assert prepared.databases[4].name == f'LR{kind}_X4.lmdb'
+
+
+def test_lr_images_are_those_of_the_published_test_sets(tmp_path, benchmark_set):
+    folder = benchmark_set('Set5')
+    for border, equal in ((None, 5), ('replicate', 5), ('mirror', 0)):
+        prepared = prepare_databases(
+            [folder / 'GTmod3'], tmp_path / str(border), [3], size=0, progress=False, border=border
+        )
+        made, _ = contents(prepared.databases[3])
+        published = {path.stem.encode(): cv2.imread(str(path)) for path in (folder / 'LRbicx3').iterdir()}
+        assert made.keys() == published.keys()
+        assert sum(np.array_equal(decode(made[key]), published[key]) for key in made) == equal
+
+
 def test_gray_and_opaque_images_become_three_channels(tmp_path):
     folder = tmp_path / 'photos'
     folder.mkdir()
@@ -276,6 +308,18 @@ def test_a_kill_at_any_moment_leaves_nothing_half_made_and_a_second_run_complete
         assert sorted(path.name for path in output.iterdir()) == sorted(complete)
         for path, content in wanted.items():
             assert contents(output / path.name) == content, moment
+
+
+def test_what_was_interrupted_is_not_finished_with_another_border(tmp_path, make_images, monkeypatch):
+    folder = make_images(tmp_path / 'photos', [(60, 60)])
+    for border in ('replicate', 'mirror'):
+        with monkeypatch.context() as context:
+            context.setattr(prepare_module, '_move_into_place', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                prepare_databases([folder], tmp_path / border, [2], border='mirror', **SMALL)
+    prepare_databases([folder], tmp_path / 'mirror', [2], border='mirror', **SMALL)
+    with pytest.raises(InputError, match='already exist'):
+        prepare_databases([folder], tmp_path / 'replicate', [2], border='replicate', **SMALL)
 
 
 def test_an_interrupt_leaves_nothing(tmp_path, make_images, monkeypatch):

@@ -11,18 +11,30 @@ from lora_sr.images.bicubic import bicubic_downscale, bicubic_upscale
 @pytest.mark.parametrize(
     'name, scale', [('Set5', 2), ('Set5', 3), ('Set5', 4), ('Set14', 2), ('Set14', 3), ('Set14', 4), ('B100', 4)]
 )
-def test_equals_the_published_lr_but_for_two_pixels_at_the_border(benchmark_set, name, scale):
+def test_equals_the_published_lr_bit_by_bit(benchmark_set, name, scale):
     paths = sorted((benchmark_set(name) / f'GTmod{scale}').iterdir())
     assert paths
     for path in paths:
         published = cv2.imread(str(path.parents[1] / f'LRbicx{scale}' / path.name), cv2.IMREAD_UNCHANGED)
-        ours = bicubic_downscale(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), scale)
-        assert ours.shape == published.shape
-        np.testing.assert_array_equal(ours[2:-2, 2:-2], published[2:-2, 2:-2], err_msg=str(path))
+        original = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_array_equal(bicubic_downscale(original, scale), published, err_msg=str(path))
+        mirrored = bicubic_downscale(original, scale, 'mirror')
+        np.testing.assert_array_equal(mirrored[2:-2, 2:-2], published[2:-2, 2:-2], err_msg=str(path))
+        assert (mirrored != published).any()  # what the docs say of it
 
 
-def matlab_imresize(image, scale):
-    """MATLAB's `imresize.m`, dimension by dimension, pixel by pixel."""
+@pytest.mark.parametrize('border, first', [('replicate', 64), ('mirror', 70)])
+def test_what_lies_beyond_the_edge(border, first):
+    # At 1 / 2 the kernel is (-3, -9, 29, 111, 111, 29, -9, -3) / 256. Replicated, the first pixel of 128 counts
+    # -3 - 9 + 29 + 111 = 128 times in the first result; mirrored, 29 + 111 = 140 times. -12 times is clipped to 0.
+    row = np.zeros((2, 8), np.uint8)
+    row[:, 0] = 128
+    np.testing.assert_array_equal(bicubic_downscale(row, 2, border), [[first, 0, 0, 0]])
+    np.testing.assert_array_equal(bicubic_downscale(row[:, ::-1].T, 2, border), [[0], [0], [0], [first]])
+
+
+def matlab_imresize(image, scale, border):
+    """MATLAB's `imresize.m`, dimension by dimension, pixel by pixel; of an early release it replicates the edges."""
 
     def kernel(x):
         x = abs(x)
@@ -34,17 +46,18 @@ def matlab_imresize(image, scale):
         image = np.moveaxis(image, axis, 0)
         length = len(image)
         kernel_width = 4 / min(scale, 1)
-        mirrored = [*range(length), *reversed(range(length))]
+        if border == 'mirror':
+            aux = [*range(length), *reversed(range(length))]
+            source = {i: aux[(i - 1) % (2 * length)] for i in range(-200, 200 + length)}
+        else:
+            source = {i: min(max(1, i), length) - 1 for i in range(-200, 200 + length)}
         rows = []
         for x in range(1, int(np.ceil(length * scale)) + 1):
             u = x / scale + 0.5 * (1 - 1 / scale)
             left = int(np.floor(u - kernel_width / 2))
             indices = range(left, left + int(np.ceil(kernel_width)) + 2)
             weights = [kernel(min(scale, 1) * (u - i)) for i in indices]
-            row = sum(
-                w / sum(weights) * image[mirrored[(i - 1) % (2 * length)]].astype(np.float64)
-                for w, i in zip(weights, indices)
-            )
+            row = sum(w / sum(weights) * image[source[i]].astype(np.float64) for w, i in zip(weights, indices))
             rows.append(np.floor(np.clip(row, 0, 255) + 0.5).astype(np.uint8))
         image = np.moveaxis(np.stack(rows), 0, axis)
     return image
@@ -52,13 +65,16 @@ def matlab_imresize(image, scale):
 
 @pytest.mark.parametrize('size', [(24, 36, 3), (25, 31, 3), (7, 9), (1, 1, 3), (3, 40, 1), (2, 5, 4)])
 @pytest.mark.parametrize('scale', [2, 3, 4, 8])
-def test_equals_matlabs_algorithm_at_any_size(size, scale):
+@pytest.mark.parametrize('border', ['replicate', 'mirror'])
+def test_equals_matlabs_algorithm_at_any_size(size, scale, border):
     rng = np.random.default_rng(0)
     # Extreme values overshoot and are clipped; even steps make the exact halves that rounding has to settle.
     for image in (rng.integers(0, 256, size), rng.choice([0, 255], size), 32 * rng.integers(0, 8, size)):
         image = image.astype(np.uint8)
-        np.testing.assert_array_equal(bicubic_downscale(image, scale), matlab_imresize(image, 1 / scale))
-        np.testing.assert_array_equal(bicubic_upscale(image, scale), matlab_imresize(image, scale))
+        np.testing.assert_array_equal(
+            bicubic_downscale(image, scale, border), matlab_imresize(image, 1 / scale, border)
+        )
+        np.testing.assert_array_equal(bicubic_upscale(image, scale, border), matlab_imresize(image, scale, border))
 
 
 def test_blocks_of_rows_make_no_difference(monkeypatch):
@@ -90,3 +106,8 @@ def test_scale_1_changes_nothing():
 def test_refuses_what_it_cannot_resize(image, scale):
     with pytest.raises(InputError, match=', got '):
         bicubic_downscale(image, scale)
+
+
+def test_refuses_another_border():
+    with pytest.raises(InputError, match='must be replicate or mirror, got reflect.'):
+        bicubic_upscale(np.zeros((8, 8), np.uint8), 2, 'reflect')

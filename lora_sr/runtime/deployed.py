@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -12,6 +14,8 @@ from typing import Any, Callable, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lora_sr.archs.info import network_info
 from lora_sr.archs.lkdn import LKDN
@@ -21,6 +25,11 @@ from lora_sr.runtime.float16 import fit_float16
 from lora_sr.runtime.native.networks import compile_network
 from lora_sr.runtime.native.program import round_keeping_sums
 from lora_sr.runtime.synthetic import synthetic_image
+
+try:
+    from torch.compiler import is_compiling
+except ImportError:  # torch 2.0
+    from torch._dynamo import is_compiling
 
 LOG = logging.getLogger(__name__)
 
@@ -41,6 +50,8 @@ def optimize(network: nn.Module, dtype: torch.dtype = torch.float32) -> Deployed
     - On a CUDA GPU, the network is compiled by ``torch.compile`` at its first pass, for all heights and widths
       at once, in the channels-last format. The second pass of a size is recorded as a CUDA graph, and replayed from
       then on; the last 8 sizes are kept. What cannot be compiled or recorded runs without. Threads take turns.
+    - Under ``torch.jit.trace``, ``torch.onnx.export``, ``torch.export``, ``torch.compile``, ``torch.fx`` and what else
+      watches the operations of torch, the network runs by torch, for it is what they are to see.
 
     Args:
         network: Any network, (N, C, H, W) -> (N, C', s * H, s * W), in training or in deploy form, with LoRA or
@@ -54,7 +65,8 @@ def optimize(network: nn.Module, dtype: torch.dtype = torch.float32) -> Deployed
         part in a backward pass. NaN in an image spreads a few rows further than in ``network``.
 
     Raises:
-        InputError: No network, another dtype, float16 on a CPU, or as :func:`lora_sr.archs.fold` does.
+        InputError: No network, another dtype, float16 on a CPU, or as :func:`lora_sr.archs.fold` does. A network that
+            makes tensors of its own in float32, as ECBSR does, raises it at its first pass in another dtype.
     """
     if not isinstance(network, nn.Module):
         raise InputError(f'optimize takes a network, not {network!r}: lora_sr.load_network makes one of a checkpoint.')
@@ -96,6 +108,8 @@ class DeployedNetwork(nn.Module):
         if self._program is None:
             if self.dtype == torch.bfloat16:
                 _round_kernels(self.network)
+            if self.dtype != torch.float32:
+                _cast_masks(self.network)
             self.network.to(self.dtype).to(memory_format=torch.channels_last)
         if device.type == 'cuda':
             self._graphs = _GraphPerSize(self.network, self.dtype)
@@ -123,16 +137,55 @@ class DeployedNetwork(nn.Module):
             return 'kernels'
         return 'torch' if self._graphs is None else 'torch.compile'
 
-    @torch.inference_mode()
     def forward(self, image: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', s * H, s * W), in float32."""
-        if self._program is not None:
-            return self._program(image)
-        return _run(self.network, image, self.dtype) if self._graphs is None else self._graphs(image)
+        if _is_watched(image):
+            # Kernels and recorded graphs are no operations of torch: what they give would be taken for a constant.
+            # Beside kernels of bfloat16 the network is in float32.
+            return self.network(image.to(torch.float32 if self._program is not None else self.dtype)).float()
+        with torch.inference_mode():
+            if self._program is not None:
+                return self._program(image)
+            return _run(self.network, image, self.dtype) if self._graphs is None else self._graphs(image)
 
 
 def _run(network: Run, image: Tensor, dtype: torch.dtype) -> Tensor:
-    return network(image.to(dtype=dtype, memory_format=torch.channels_last)).float()
+    try:
+        return network(image.to(dtype=dtype, memory_format=torch.channels_last)).float()
+    except RuntimeError as error:
+        if dtype == torch.float32 or not re.search('dtype|scalar type|should be the same', str(error)):
+            raise
+        reason = str(error).partition('\n')[0].rstrip('.')
+        raise InputError(
+            f'The network must run in float32, for it makes tensors of its own in that, got {dtype} ({reason}).'
+        ) from error
+
+
+def _is_watched(image: Tensor) -> bool:
+    """Whether torch's operations are noted, to run them elsewhere or to count them."""
+    # TorchScript and the older ONNX export trace; the newer one, torch.export and torch.compile compile; torch.fx has
+    # proxies; make_fx, fake tensors and FlopCounterMode are modes.
+    watched = is_compiling() or torch.jit.is_tracing() or isinstance(image, Proxy)
+    return watched or _get_current_dispatch_mode() is not None
+
+
+def _cast_masks(network: nn.Module) -> None:
+    """Let attention have its masks in the dtype of its features: SwinIR makes them anew, in float32, for each size."""
+    for module in network.modules():
+        if isinstance(module, torch.jit.ScriptModule) or 'mask' not in inspect.signature(module.forward).parameters:
+            continue
+        if _cast_like_first not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_cast_like_first, with_kwargs=True)
+
+
+def _cast_like_first(
+    module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cast(value: Any) -> Any:
+        is_real = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(inputs[0].dtype) if is_real else value
+
+    return tuple(map(cast, inputs)), {name: cast(value) for name, value in named.items()}
 
 
 @torch.no_grad()

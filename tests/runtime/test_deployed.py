@@ -1,6 +1,7 @@
 """`lora_sr.optimize`: the images of the network itself, on every engine."""
 
 import copy
+import io
 import logging
 import pickle
 
@@ -8,9 +9,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from basicsr.archs.ecbsr_arch import ECBSR
 from basicsr.archs.edsr_arch import EDSR
+from basicsr.archs.swinir_arch import SwinIR
 from basicsr.metrics import calculate_psnr
 from basicsr.utils import img2tensor, tensor2img
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_sr
 from lora_sr.adapters import LoRAConfig, add_lora
@@ -176,6 +181,84 @@ def test_copies_run(through):
     copied = through(optimized)
     del optimized
     assert torch.equal(copied(image), expected)
+
+
+def onnx_of(module, image, dynamo):
+    """What ONNX Runtime makes of a module that was exported with an image."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript' if dynamo else 'onnx')
+    file = io.BytesIO()
+    torch.onnx.export(module, (image,), file, dynamo=dynamo, input_names=['image'])
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=['CPUExecutionProvider'])
+    return lambda other: torch.from_numpy(session.run(None, {'image': other.numpy()})[0])
+
+
+RECORDERS = {
+    'jit.trace': lambda module, image: torch.jit.trace(module, image),
+    'onnx': lambda module, image: onnx_of(module, image, dynamo=False),
+    'onnx by dynamo': lambda module, image: onnx_of(module, image, dynamo=True),
+    'export': lambda module, image: torch.export.export(module, (image,)).module(),
+    'compile': lambda module, image: torch.compile(module, backend='eager', fullgraph=True),
+    'fx': lambda module, image: torch.fx.symbolic_trace(module),
+    'make_fx': lambda module, image: make_fx(module)(image),
+}
+
+
+@pytest.mark.filterwarnings('ignore')  # of torch, about the ways in which it records
+@pytest.mark.parametrize(
+    'name, recorder, dtype',
+    [
+        *(('LKDN', recorder, torch.float32) for recorder in RECORDERS),
+        ('SPAN in training form', 'jit.trace', torch.float32),
+        ('LKDN', 'jit.trace', torch.bfloat16),
+        ('LKDN with an identity', 'jit.trace', torch.bfloat16),
+    ],
+)
+def test_what_is_recorded_is_the_network(needs_kernels, name, recorder, dtype):
+    network = small_networks()[name]
+    optimized = lora_sr.optimize(network, dtype)
+    image, other = synthetic_image(1, 3, 17, 30), synthetic_image(1, 3, 17, 30).flip(3)
+    recorded = RECORDERS[recorder](optimized, image)
+    with torch.no_grad():
+        expected, output = network(other), recorded(other)
+    # Where torch runs the network in bfloat16, that is what is recorded.
+    close = 5e-5 if optimized.engine == 'kernels' else 2e-2
+    assert output.dtype == torch.float32
+    assert ((output - expected).abs().max() / expected.abs().max()).item() < close
+
+
+def test_operations_are_counted(needs_kernels):
+    network = small_networks()['LKDN']
+    counts = []
+    for module in (network, lora_sr.optimize(network)):
+        with FlopCounterMode(display=False) as counter:
+            module(synthetic_image(1, 3, 16, 16))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize('size', [(16, 16), (16, 24)])  # that of its buffers, and one that it makes masks for
+@pytest.mark.parametrize(
+    'through', [lambda module: module, copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
+)
+def test_swinir_runs_in_bfloat16(size, through):
+    torch.manual_seed(0)
+    network = SwinIR(
+        img_size=16, embed_dim=12, depths=[2], num_heads=[2], window_size=4, upscale=2, upsampler='pixelshuffle'
+    )
+    optimized = through(lora_sr.optimize(randomized(network), torch.bfloat16))
+    image = synthetic_image(1, 3, *size)
+    with torch.no_grad():
+        expected = network(image)
+    assert ((optimized(image) - expected).abs().max() / expected.abs().max()).item() < 0.03
+    attention = optimized.network.layers[0].residual_group.blocks[1].attn
+    assert len(attention._forward_pre_hooks) == 1
+
+
+def test_a_network_of_float32_alone_is_told_so():
+    network = ECBSR(3, 3, num_block=1, num_channel=4, with_idt=False, act_type='relu', scale=2)
+    with pytest.raises(InputError, match=r'must run in float32, for it makes .* got torch.bfloat16 \(.*BFloat16'):
+        lora_sr.optimize(network, torch.bfloat16)(synthetic_image(1, 3, 12, 12))
 
 
 def test_other_weights_can_be_loaded():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from lora_sr.archs import AdaptSR
 from lora_sr.archs.registry import OWN, Arch, find_arch, known_archs
 from lora_sr.checkpoints.imports import IMPORTED
 from lora_sr.errors import InputError, MissingBasicSR, did_you_mean
+
+LARGEST_NUMBER = 8192  # channels, blocks, pixels
 
 
 def build_network(section: object, where: str = 'network_g') -> nn.Module:
@@ -35,13 +38,37 @@ def construct(arch: Arch, section: Mapping[str, Any], where: str) -> nn.Module:
     Raises:
         InputError: It refuses the values.
     """
+    arguments = {key: value for key, value in section.items() if key != 'type'}
     try:
-        return arch(**{key: value for key, value in section.items() if key != 'type'})
+        _check_sizes(arguments, where)
+        return arch(**arguments)
     except InputError as error:
         raise InputError(f'{where}: {error}') from None
     except Exception as error:  # whatever a constructor, also one of others, makes of wrong values
-        reason = f': {error}' if str(error) else ''
+        reason = f': {str(error).splitlines()[0]}' if str(error) else ''
+        key = _refused_key(arch, arguments)
+        if key is not None:
+            sentence = f'{where}.{key}: {section["type"]} cannot be built with {arguments[key]!r}{reason}'
+            raise InputError(sentence) from error
         raise InputError(f'{where}: {section["type"]} cannot be built from these values{reason}') from error
+
+
+def _check_sizes(arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse what would fill the memory, or take for ever, long before it failed."""
+    for key, value in arguments.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        for number in numbers:
+            if isinstance(number, (int, float)) and not abs(number) <= LARGEST_NUMBER:
+                raise InputError(f'{key} must be at most {LARGEST_NUMBER}, got {number}')
+
+
+def _refused_key(arch: Arch, arguments: Mapping[str, Any]) -> str | None:
+    """The one argument without which a network can be built."""
+    for key in arguments:
+        with contextlib.suppress(Exception):
+            arch(**{other: value for other, value in arguments.items() if other != key})
+            return key
+    return None
 
 
 def base_section(section: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -343,9 +343,9 @@ def test_overwrite_and_damage(span, tmp_path):
 def test_values_that_are_not_finite_are_not_rated(tmp_path, span, capsys):
     gt = write_images(tmp_path / 'gt', [(40, 48)])
     state = torch.load(span, weights_only=True)
-    state['conv_cat.bias'][0] = torch.nan
-    torch.save(state, tmp_path / 'nan.pth')
-    assert main(['compare', f'good={span}', f'bad={tmp_path / "nan.pth"}', f'--set=A={gt}']) == 2
+    state['conv_cat.weight'].fill_(3e38)  # finite, but not what becomes of it
+    torch.save(state, tmp_path / 'large.pth')
+    assert main(['compare', f'good={span}', f'bad={tmp_path / "large.pth"}', f'--set=A={gt}']) == 2
     found = capsys.readouterr()
     assert f'"bad" cannot be measured on {gt / "0.png"}: The network gives values that are not finite' in found.err
     assert not found.out

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from lora_sr.basicsr.options.check import Check
+from lora_sr.basicsr.options.check import Check, shown
 from lora_sr.basicsr.options.datasets import check_datasets
 from lora_sr.basicsr.options.fit import check_fit
 from lora_sr.basicsr.options.general import check_logger, check_top, check_val
@@ -25,6 +26,9 @@ def check_options(
         root_path: the folder that will hold `experiments/` or `results/`; by default the current one.
         processes: how many processes the run has, on all its machines.
     """
+    odd = list(_keys_that_are_no_texts(opt))
+    if odd:  # which everything else here counts on
+        return shown([f'the keys of {where or "the file"} must be texts, got {key!r}' for where, key in odd])
     check = Check(opt, is_train, Path(root_path or os.getcwd()), processes)
     check_top(check)
     check_networks(check)
@@ -36,4 +40,12 @@ def check_options(
     check_datasets(check)
     check_fit(check)
     check_output(check)
-    return check.problems
+    return shown(check.problems)
+
+
+def _keys_that_are_no_texts(section: dict, where: str = '') -> Iterator[tuple[str, object]]:
+    for key, value in section.items():
+        if not isinstance(key, str):
+            yield where, key
+        elif isinstance(value, dict) and not key.startswith('x-'):
+            yield from _keys_that_are_no_texts(value, f'{where}.{key}' if where else key)

@@ -19,6 +19,7 @@ from lora_sr.basicsr.options.schema import Kind
 from lora_sr.errors import did_you_mean
 
 OWN_MODULES = ('basicsr.', 'lora_sr.')
+MOST_PROBLEMS, LONGEST_PROBLEM = 20, 300  # lines, letters of each
 
 
 def find(registry: Registry | dict, name: object) -> Callable | None:
@@ -55,6 +56,22 @@ def _nearest(key: str, known: list[str], needed: list[str], cutoff: float) -> st
         return difflib.SequenceMatcher(None, name, key).ratio(), sorted(name) == sorted(key), name in needed
 
     return max(near, key=nearness, default=None)
+
+
+def shown(problems: list[str]) -> list[str]:
+    """Sentences for a screen: the first line of each, of bounded length, and not too many of them."""
+    short = [_shortened((problem.splitlines() or [''])[0]) for problem in problems]
+    if len(short) <= MOST_PROBLEMS:
+        return short
+    return [*short[: MOST_PROBLEMS - 1], f'… and {len(short) - MOST_PROBLEMS + 1} more problems']
+
+
+def _shortened(sentence: str) -> str:
+    """A sentence without its middle, where that is long: a value of thousands of letters, or a list of all names."""
+    if len(sentence) <= LONGEST_PROBLEM:
+        return sentence
+    end = LONGEST_PROBLEM // 3
+    return f'{sentence[: LONGEST_PROBLEM - end - 3]} … {sentence[-end:]}'
 
 
 class Check:
@@ -199,7 +216,25 @@ class Check:
         given = {key: value for key, value in given.items() if key != 'type'}
         before = len(self.problems)
         self.keys(where, given, [*named, *ours], needed, is_open=_reads_others(function, parameters))
+        if function.__module__.startswith((*OWN_MODULES, 'torch.')):
+            for key in [key for key in given if key in named]:
+                self._like_default(f'{where}.{key}', given[key], parameters[key].default)
         return len(self.problems) == before
+
+    def _like_default(self, where: str, value: object, default: object) -> None:
+        """Check that an argument is of the kind that its default shows; None and what it stands for say nothing."""
+        wanted = ''
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if isinstance(default, bool):
+            wanted = '' if value in (True, False) else 'true or false'
+        elif isinstance(default, (int, float)):
+            wanted = '' if value is None or all(map(schema.is_number, items)) else 'a number'
+        elif isinstance(default, (list, tuple)) and all(map(schema.is_number, default)):
+            wanted = '' if value is None or all(map(schema.is_number, items)) else 'a list of numbers'
+        elif isinstance(default, str):
+            wanted = '' if value is None or isinstance(value, str) else 'a text'
+        if wanted:
+            self.add(f'{where} has to be {wanted}, not {value!r}')
 
     def subsection(self, name: str) -> dict:
         """A section of the file, empty where it is missing or is none (which is told elsewhere)."""

@@ -13,6 +13,8 @@ from lora_sr.basicsr.options import degradations, schema
 from lora_sr.basicsr.options.check import Check
 from lora_sr.basicsr.options.dataset_content import check_lr_images, check_pairs
 
+LONGEST_EPOCH = 10**8  # patches: BasicSR shuffles all of them in memory
+
 
 def check_datasets(check: Check) -> None:
     """Check the section `datasets`, and the datasets themselves."""
@@ -118,7 +120,12 @@ def _check_loading(check: Check, where: str, dataset: dict) -> None:
 def _check_amount(check: Check, where: str, dataset: dict, count: int) -> None:
     """A loader drops the last, incomplete batch of an epoch: of too little data that is all there is."""
     batch, ratio = _batch(check, dataset), dataset.get('dataset_enlarge_ratio', 1)
+    if not schema.is_number(ratio):  # which has been told
+        return
     drawn = math.ceil(count * ratio / check.processes)
+    if drawn > LONGEST_EPOCH:
+        most = LONGEST_EPOCH * check.processes // count
+        check.add(f'{where}.dataset_enlarge_ratio must be at most {most:,} for {count:,} images, got {ratio:,}')
     if drawn < batch:
         enough = math.ceil(100 * batch * check.processes / count)
         check.add(

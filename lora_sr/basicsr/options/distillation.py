@@ -84,7 +84,7 @@ def find_modules(network: nn.Module, layers: list[str], role: str) -> list[nn.Mo
     """
     modules = {name: module for name, module in network.named_modules() if name}
     for layer in layers:
-        if layer not in modules:
+        if not isinstance(layer, str) or layer not in modules:
             near = difflib.get_close_matches(str(layer), modules, n=4, cutoff=0.3) or list(modules)[:4]
             raise InputError(
                 f"train.affinity_opt.layers: there is no module '{layer}' in the {role}, {type(network).__name__}; "

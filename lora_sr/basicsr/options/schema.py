@@ -6,12 +6,17 @@ constructor (networks, losses, optimizers, schedulers, metrics) stands in that c
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_sr.adapters.config import ALSO_TRAIN
+
+LONGEST_NAME = 255  # bytes, of one file or folder
+LARGEST_SEED = 2**32 - 1 - 1024  # numpy's, less one for each process
+MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,10 @@ def _is_met(condition: str, facts: set[str]) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, which True and False are not here."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a number, which True, False, NaN and infinity are not here."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, int) or math.isfinite(value)
 
 
 def number(least: float | None = 0, most: float | None = None, below: float | None = None) -> Kind:
@@ -94,13 +101,16 @@ def number(least: float | None = 0, most: float | None = None, below: float | No
     return Kind(text, holds, {'type': 'number', **{key: value for key, value in limits.items() if value is not None}})
 
 
-def whole(least: int) -> Kind:
-    """A whole number; 1e5 is one, too."""
-    return Kind(
-        f'a whole number of at least {least}',
-        lambda value: is_number(value) and value >= least and value == int(value),
-        {'type': 'integer', 'minimum': least},
-    )
+def whole(least: int, most: int | None = None) -> Kind:
+    """A whole number of a range; 1e5 is one, too."""
+
+    def holds(value: Any) -> bool:
+        good = is_number(value) and value >= least and value == int(value)
+        return good and (most is None or value <= most)
+
+    limits = {'minimum': least} if most is None else {'minimum': least, 'maximum': most}
+    text = f'a whole number of at least {least}' if most is None else f'a whole number from {least} to {most}'
+    return Kind(text, holds, {'type': 'integer', **limits})
 
 
 def one_of(*choices: Any) -> Kind:
@@ -149,9 +159,17 @@ def list_of(text: str, item: Kind) -> Kind:
     )
 
 
+def _is_path(value: Any) -> bool:
+    """Whether a value is what a file system may hold: without NUL, and of names of at most 255 bytes."""
+    if not isinstance(value, (str, os.PathLike)):
+        return False
+    parts = os.fsencode(value).split(b'/')
+    return b'\0' not in b''.join(parts) and max(map(len, parts)) <= LONGEST_NAME
+
+
 def _is_roots(value: Any) -> bool:
     roots = value if isinstance(value, (list, tuple)) else [value]
-    return bool(roots) and all(isinstance(root, str) for root in roots)
+    return bool(roots) and all(isinstance(root, str) and _is_path(root) for root in roots)
 
 
 def _is_backend(value: Any) -> bool:
@@ -163,7 +181,7 @@ TEXT = Kind('a text', lambda value: isinstance(value, str), {'type': 'string'})
 LABEL = Kind(
     'a text or a number', lambda value: isinstance(value, str) or is_number(value), {'type': ['string', 'number']}
 )
-PATH = Kind('a path', lambda value: isinstance(value, (str, os.PathLike)), {'type': 'string'})
+PATH = Kind('a path', lambda value: _is_path(value), {'type': 'string'})
 PROBABILITY = number(0, 1)
 RANGE = pair(0)
 # What has keys of its own is checked where these are.
@@ -278,7 +296,7 @@ TOP = {
     'model_type': Key(NAMED, 'The model, i.e. the kind of training: one of the registry.', needed='train test'),
     'scale': Key(whole(1), 'By how much GT images are larger than LR images.'),
     'num_gpu': Key(GPUS, 'GPUs of a process: `auto` for all that are there, 0 for the CPU.', needed='train test'),
-    'manual_seed': Key(optional(whole(0)), 'The seed of everything random; by default it is drawn.'),
+    'manual_seed': Key(optional(whole(0, LARGEST_SEED)), 'The seed of everything random; by default it is drawn.'),
     'imports': Key(
         list_of('modules or .py files', TEXT),
         'Modules or .py files that are imported first: networks, losses, metrics … of your own.',
@@ -468,7 +486,9 @@ DATASET = {
         only=f'{_PATCHES} {LR_ONLY} {DEGRADED}',
     ),
     'batch_size_per_gpu': Key(whole(1), 'Patches of a batch, of each GPU of a process.', needed='train'),
-    'num_worker_per_gpu': Key(whole(0), 'Processes that read images, for each GPU of a process.', needed='train'),
+    'num_worker_per_gpu': Key(
+        whole(0, MOST_WORKERS), 'Processes that read images, for each GPU of a process.', needed='train'
+    ),
     'dataset_enlarge_ratio': Key(number(1), 'By how much epochs get longer: new workers cost time.', default=1),
     'prefetch_mode': Key(one_of('cpu', 'cuda', None), 'Where batches wait.'),
     'num_prefetch_queue': Key(whole(1), 'How many batches wait, with `prefetch_mode: cpu`.', default=1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 from pathlib import Path
@@ -70,7 +71,8 @@ def _check_optimizer(check: Check, where: str, section: Any) -> None:
     except InputError as error:
         check.add(f'{where}.type: {error}')
         return
-    check.arguments(where, optimizer, section, supplied=('params',))
+    if not check.arguments(where, optimizer, section, supplied=('params',)) and 'lr' in section:
+        return
     if 'lr' not in section:
         check.add_missing(f'{where}.lr is missing', f'{where}.lr')
     elif check.value(f'{where}.lr', section['lr'], schema.number()):
@@ -93,6 +95,11 @@ def _try_optimizer(check: Check, where: str, optimizer: type, section: dict) -> 
         check.add(f'{where}: {error}')
     except (AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = f': {str(error).splitlines()[0]}' if str(error) else ''
+        for key in [key for key in options if key != 'lr']:
+            with contextlib.suppress(Exception):
+                optimizer([torch.nn.Parameter(torch.zeros(2, 2))], **{k: v for k, v in options.items() if k != key})
+                check.add(f'{where}.{key}: {section["type"]} refuses {options[key]!r}{reason}')
+                return
         check.add(f'{where}: {section["type"]} refuses these values{reason}')
 
 

@@ -90,20 +90,20 @@ CHANGES = [
     ('network_g.type', 'MSRResnet', "network_g.type: there is no network 'MSRResnet'; did you mean MSRResNet"),
     ('network_g.type', ..., 'network_g.type is missing'),
     ('network_g.type', ['MSRResNet'], "network_g.type has to be a name, not ['MSRResNet']"),
-    ('network_g.upscale', None, 'network_g: MSRResNet cannot be built from these values: '),
+    ('network_g.upscale', None, 'network_g.upscale: MSRResNet cannot be built with None: '),
     ('network_g.num_feats', 4, 'network_g.num_feats is not a known key; the keys here are num_in_ch, num_out_ch'),
     ('network_g.upscale', 4, 'network_g.upscale is 4, but scale is 2; they have to be equal'),
     ('network_g.upscale', ..., 'network_g.upscale is 4 by default in MSRResNet, but scale is 2'),
-    ('network_g.num_feat', 'many', 'network_g: MSRResNet cannot be built from these values: '),
+    ('network_g.num_feat', 'many', "network_g.num_feat has to be a number, not 'many'"),
     ('scale', ..., 'scale is missing'),
     ('train.total_iter', -5, 'train.total_iter has to be a whole number of at least 1, not -5'),
     ('train.optim_g', ..., 'train.optim_g is missing'),
     ('train.optim_g.type', 'AdmaW', "train.optim_g.type: there is no optimizer 'AdmaW'; did you mean AdamW"),
     ('train.optim_g.type', ['AdamW'], "train.optim_g.type has to be a name, not ['AdamW']"),
     ('train.optim_g.lr', ..., 'train.optim_g.lr is missing'),
-    ('train.optim_g.lr', '1e-4x', "train.optim_g.lr has to be a number of at least 0, not '1e-4x'"),
+    ('train.optim_g.lr', '1e-4x', "train.optim_g.lr has to be a number, not '1e-4x'"),
     ('train.optim_g.momentum', 0.9, 'train.optim_g.momentum is not a known key; the keys here are lr, betas'),
-    ('train.optim_g.betas', [0.9, 2], 'train.optim_g: AdamW refuses these values: Invalid beta'),
+    ('train.optim_g.betas', [0.9, 2], 'train.optim_g.betas: AdamW refuses [0.9, 2]: Invalid beta'),
     ('train.optim_g.betas', [], 'train.optim_g.betas has 0 values; AdamW takes 2, e.g. [0.9, 0.999]'),
     ('train.scheduler.type', 'MultistepLR', "train.scheduler.type: there is no scheduler 'MultistepLR'; did you mean"),
     ('train.scheduler.milestone', [3], 'train.scheduler.milestone is not a known key; the keys here are milestones'),
@@ -365,7 +365,7 @@ def test_keys_that_nobody_reads_may_hold_anything(options, tmp_path, section):
         ('imports', ['my_networks', 'archs/mine.py'], ''),
         ('imports', 'my_networks', "imports has to be a list of modules or .py files, not 'my_networks'"),
         ('manual_seed', None, ''),
-        ('manual_seed', 'x', "manual_seed has to be a whole number of at least 0 or ~, not 'x'"),
+        ('manual_seed', 'x', "manual_seed has to be a whole number from 0 to 4294966271 or ~, not 'x'"),
         ('find_unused_parameters', 1, 'find_unused_parameters has to be true or false, not 1'),
         ('dist_params.backend', 'ncll', "dist_params.backend: there is no 'ncll'; it is one of nccl, gloo, mpi"),
         ('path.strict_load_g', 'no', "path.strict_load_g has to be true or false, not 'no'"),
@@ -696,7 +696,10 @@ def test_names_with_the_suffix_of_basicsr_are_known(options, tmp_path):
 
 def test_network_that_needs_an_absent_file_is_one_sentence(options, tmp_path):
     change(options, 'network_g', {'type': 'BasicVSR', 'num_feat': 4, 'num_block': 1, 'spynet_path': 'absent.pth'})
-    assert [problem.startswith('network_g: BasicVSR cannot be built') for problem in check(options, tmp_path)] == [True]
+    assert [
+        problem.startswith("network_g.spynet_path: BasicVSR cannot be built with 'absent.pth': ")
+        for problem in check(options, tmp_path)
+    ] == [True]
 
 
 @pytest.mark.parametrize(
@@ -714,7 +717,7 @@ def test_adan(options, tmp_path, key, value, sentence):
     change(options, f'train.optim_g.{key}', value)
     problems = check(options, tmp_path)
     assert len(problems) == (sentence is not None), problems
-    assert all(problem.startswith(f'train.optim_g: {sentence}') for problem in problems)
+    assert all(re.match(rf'train.optim_g(\.\w+)?: .*{re.escape(sentence)}', problem) for problem in problems)
 
 
 def adapted() -> dict:
@@ -734,7 +737,7 @@ def adapted() -> dict:
         ('base.upscale', 3, 'network_g.base.upscale is 3, but scale is 2; they have to be equal'),
         ('base.upscale', ..., 'network_g.base.upscale is 4 by default in LKDN, but scale is 2; they have to be equal'),
         ('base.num_feat', 5, 'network_g.base: "num_feat" of LKDN is 5: it must be even'),
-        ('base.num_block', {}, 'network_g.base: "num_block" of LKDN is {}'),
+        ('base.num_block', {}, 'network_g.base.num_block has to be a number, not {}'),
         ('lora', ..., 'network_g.lora is missing'),
         ('lora', 8, 'network_g: "lora" of AdaptSR has to be a section, e.g. {groups: [all], rank: 8}, not 8'),
         ('lora.target_modules', ..., 'network_g: LoRA has neither groups nor target_modules: say what to adapt'),

@@ -54,7 +54,7 @@ def test_correct_files(options, data, tmp_path, model):
     ('path', 'value', 'sentence'),
     [
         ('network_d', ..., 'network_d is missing'),
-        ('network_d.num_feat', 'x', 'network_d: UNetDiscriminatorSN cannot be built from these values: '),
+        ('network_d.num_feat', 'x', "network_d.num_feat has to be a number, not 'x'"),
         ('network_d.num_in_ch', ..., 'network_d.num_in_ch is missing'),
         (
             'network_d.type',

@@ -1,21 +1,37 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all.
+
+What is unfinished has a hidden name that nobody can guess, beside where it goes, so that nobody can put a link there
+before. Its process holds a lock on it: what no process holds is left over from one that was killed, and the next one
+that writes to the same place removes it. Where there are no locks, as on Windows and some network drives, it stays.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
+import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable
 
 from lora_sr.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 LOG = logging.getLogger('basicsr')
 SAVE_ATTEMPTS = 3
 SAVE_PAUSE = 1.0  # seconds between attempts: a network drive may need a moment
+TOKEN_BYTES = 8
+PARTIAL = re.compile(rf'\.(.*)\.[0-9a-f]{{{2 * TOKEN_BYTES}}}\.partial(\..*|)', re.DOTALL)
 
 
 def check_output(path: str | os.PathLike[str], suffixes: tuple[str, ...], overwrite: bool) -> None:
@@ -46,14 +62,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: The file cannot be moved. The caller's own errors of writing are told by :func:`write_errors`.
     """
     path = Path(path)
-    partial = path.with_name(f'.{path.stem}.{os.getpid()}.partial{path.suffix}')
-    try:
+    with contextlib.ExitStack() as stack:
+        with write_errors(path):
+            partial = stack.enter_context(_partial_file(path.parent, path.stem, path.suffix))
         yield partial
         with write_errors(path):
             os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):  # on a read-only disk even what is not there cannot be removed
-            partial.unlink()
 
 
 @contextlib.contextmanager
@@ -84,15 +98,14 @@ def save_atomically(content: object, path: str | os.PathLike[str]) -> None:
     """
     import torch
 
-    unfinished = f'{path}.{os.getpid()}.tmp'
+    folder, name = Path(path).parent, Path(path).name
     for attempt in range(1, SAVE_ATTEMPTS + 1):
         try:
-            torch.save(content, unfinished)
-            os.replace(unfinished, path)
+            with _partial_file(folder, name, '') as unfinished:  # no suffix, by which states are looked for
+                torch.save(content, unfinished)
+                os.replace(unfinished, path)
             return
         except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):
-                os.remove(unfinished)
             if attempt == SAVE_ATTEMPTS:
                 raise InputError(f'{path} cannot be written: {_first_sentence(error)}') from error
             LOG.warning(f'{path} cannot be written ({error}), remaining attempts: {SAVE_ATTEMPTS - attempt}')
@@ -102,3 +115,113 @@ def save_atomically(content: object, path: str | os.PathLike[str]) -> None:
 def _first_sentence(error: Exception) -> str:
     text = getattr(error, 'strerror', None) or str(error) or type(error).__name__
     return re.split(r'[.\n]\s', text.strip() + '\n', maxsplit=1)[0].strip()[:200]
+
+
+@contextlib.contextmanager
+def partial_folder(folder: Path, name: str) -> Iterator[Path]:
+    """Make a folder for what is unfinished within ``folder``, and remove it with all that is left in it at the end.
+
+    Raises:
+        OSError: It cannot be made or removed.
+    """
+    _remove_abandoned(folder, name, '', _unfinished(folder))
+    with _partial(folder, name, '', lambda path: os.mkdir(path, 0o700)) as partial:
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial)
+
+
+@contextlib.contextmanager
+def _partial_file(folder: Path, name: str, suffix: str) -> Iterator[Path]:
+    """Make an empty file for what is unfinished, and remove it at the end if it is still there."""
+    _remove_abandoned(folder, name, suffix, _found_first(folder.absolute()))
+    with _partial(folder, name, suffix, _make_file) as partial:
+        try:
+            yield partial
+        finally:
+            with contextlib.suppress(OSError):  # it has been moved
+                os.unlink(partial)
+
+
+def _make_file(path: Path) -> None:
+    # Whatever is there is not opened, a link neither. Other than those of tempfile, files get the usual permissions.
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
+@contextlib.contextmanager
+def _partial(folder: Path, name: str, suffix: str, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Make something under a hidden name, and hold the lock on it."""
+    while True:
+        partial = folder / f'.{name}.{secrets.token_hex(TOKEN_BYTES)}.partial{suffix}'
+        make(partial)
+        with contextlib.suppress(BlockingIOError):
+            lock = _lock(partial)
+            if os.path.lexists(partial):
+                break
+            if lock is not None:
+                os.close(lock)
+        # Another process has found it before it was locked, and takes it for left over.
+    try:
+        yield partial
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a file or folder until the descriptor is closed, at the latest by the end of the process.
+
+    Returns:
+        The descriptor; ``None`` where nothing can be locked.
+
+    Raises:
+        BlockingIOError: Another process has locked it.
+    """
+    if fcntl is None:
+        return None
+    # A link is none of ours, and a pipe would be waited for. Some drives lock only files that are open for writing.
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
+def _unfinished(folder: Path) -> list[str]:
+    try:
+        return list(filter(PARTIAL.fullmatch, os.listdir(folder)))
+    except OSError:
+        return []
+
+
+@functools.lru_cache(maxsize=None)
+def _found_first(folder: Path) -> list[str]:
+    """What was unfinished when this process came: a folder of many images is looked through once, not for each."""
+    return _unfinished(folder)
+
+
+def _remove_abandoned(folder: Path, name: str, suffix: str, unfinished: list[str]) -> None:
+    """Remove what killed processes of this user left unfinished for the same place."""
+    for entry in unfinished:
+        match = PARTIAL.fullmatch(entry)
+        if match is None or match.groups() != (name, suffix):
+            continue
+        path = folder / entry
+        with contextlib.suppress(OSError):  # BlockingIOError among them: its process is at work
+            lock = _lock(path)
+            if lock is None:
+                continue
+            try:
+                if os.fstat(lock).st_uid == os.geteuid():
+                    shutil.rmtree(path) if path.is_dir() else os.unlink(path)
+            finally:
+                os.close(lock)

@@ -29,6 +29,7 @@ from lora_sr.basicsr.options import check_options
 from lora_sr.basicsr.patches.options import mistakes
 from lora_sr.checkpoints.imports import import_modules
 from lora_sr.errors import InputError
+from lora_sr.files import replacing
 from lora_sr.option_file import load_options
 
 if TYPE_CHECKING:
@@ -122,24 +123,16 @@ def allocate(
     pattern = {**left_out, **{re.escape(name): rank for name, rank in ranks.items()}}
     AdaptSR(network['base'], {**network['lora'], 'rank_pattern': pattern})  # e.g. alpha_pattern may not fit any more
     allocation = Allocation(ranks, groups, allowed, used, base)
-    partial = output.with_name(f'.{output.name}.partial')
-    picture = None if chart is None else Path(chart)
-    drawn = None if picture is None else picture.with_name(f'.partial.{picture.name}')
-    try:
+    with contextlib.ExitStack() as unfinished:
+        partial = unfinished.enter_context(replacing(output))
         write_ranks(option_file, pattern, f'lora-sr allocate --budget {budget}: {used:,} parameters', partial)
-        if drawn is not None:
+        if chart is not None:
+            drawn = unfinished.enter_context(replacing(chart))
             figure = plot_ranks(allocation)
             try:
                 figure.savefig(drawn)
             except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix that it does not know
                 raise InputError(f'The picture {chart} cannot be written: {error}.') from None
-        os.replace(partial, output)
-        if drawn is not None and picture is not None:
-            os.replace(drawn, picture)
-    finally:
-        partial.unlink(missing_ok=True)
-        if drawn is not None:
-            drawn.unlink(missing_ok=True)
     return allocation
 
 

@@ -28,6 +28,8 @@ FORMS = {'blockwise': spatial_affinity_distance, 'naive': naive_affinity_distanc
 
 # One form only may run in a process whose peak is read, and the libraries must have allocated their own share before.
 _MEMORY_PROGRAM = """
+import sys
+sys.path[:] = {path!r}  # on which the current folder is not the first, as it is for `python -c`
 import torch
 from lora_sr.benchmarks.affinity import FORMS, forward_backward
 from lora_sr.report.memory import forget_peak, peak
@@ -54,7 +56,7 @@ def measure_peak_memory(form: str, shape: tuple[int, ...] = SHAPE) -> int:
         form: 'blockwise' or 'naive'.
         shape: Shape (N, C, H, W) of the features.
     """
-    program = _MEMORY_PROGRAM.format(form=form, shape=tuple(shape), threads=torch.get_num_threads())
+    program = _MEMORY_PROGRAM.format(path=sys.path, form=form, shape=tuple(shape), threads=torch.get_num_threads())
     output = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True).stdout
     return int(output.split()[-1])
 

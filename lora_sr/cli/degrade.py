@@ -29,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument('--scale', type=int, required=True, metavar='N', help='how many times smaller they are')
     parser.add_argument('--seed', type=int, default=0, help='another seed makes other images (default: 0)')
     parser.add_argument('--workers', type=int, metavar='N', help='number of threads (default: the number of cores)')
-    parser.add_argument('--overwrite', action='store_true', help='replace images of the same names')
+    parser.add_argument('--overwrite', action='store_true', help='replace other images of the same names')
     parser.set_defaults(run=run)
 
 

@@ -53,7 +53,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar='Q',
         help='of JPEG and WebP, 1 to 100; at 100 WebP is lossless (default: 95)',
     )
-    parser.add_argument('--overwrite', action='store_true', help='replace outputs that exist')
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument('--overwrite', action='store_true', help='replace outputs that exist')
+    existing.add_argument(
+        '--skip-existing', action='store_true', help='leave out images whose outputs exist: go on after a stopped run'
+    )
     add_network_options(parser)
     parser.set_defaults(run=run)
 
@@ -73,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
             args.quality,
             args.overwrite,
             progress=True,
+            skip_existing=args.skip_existing,
         )
     except KeyboardInterrupt:
         print('interrupted; what was written is whole', file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from lora_sr.data.camera import camera_degradation, camera_seed
 from lora_sr.data.sources import Source, find_sources, read_image
 from lora_sr.errors import InputError
+from lora_sr.files import partial_folder
 from lora_sr.images.bicubic import MAX_SCALE
 from lora_sr.images.png import encode_png
 
@@ -28,7 +28,8 @@ def degrade_folder(
 ) -> int:
     """Write ``NAME.png``, the camera's LR image, for each image ``NAME`` of a folder; see ``camera_degradation``.
 
-    An HR image is cropped at its right and bottom edges to a multiple of the scale.
+    An HR image is cropped at its right and bottom edges to a multiple of the scale. LR images come into their places
+    when all are made. Those that are there already stay if they are the same, as after a run that was killed.
 
     Args:
         folder: HR images, or the root of the published DIV2K or Flickr2K.
@@ -43,8 +44,8 @@ def degrade_folder(
         The number of images.
 
     Raises:
-        InputError: if an option is out of range, an image cannot be read or is smaller than the scale, an LR image is
-            already there, or the output cannot be written. LR images come into their places when all are made.
+        InputError: if an option is out of range, an image cannot be read or is smaller than the scale, another image
+            has the name of an LR image, or the output cannot be written.
     """
     if not 2 <= scale <= MAX_SCALE:
         raise InputError(f'--scale must be a whole number from 2 to {MAX_SCALE}, got {scale}.')
@@ -55,15 +56,10 @@ def degrade_folder(
     output = Path(output)
     if any(os.path.realpath(source.hr.parent) == os.path.realpath(output) for source in sources):
         raise InputError(f'The output must be another folder than that of the HR images, got {output}.')
-    names = [f'{source.hr.stem}.png' for source in sources]
-    existing = [name for name in names if os.path.lexists(output / name)]
-    if existing and not overwrite:
-        raise InputError(
-            f'{output} already has {len(existing)} of these images, {existing[0]} among them: choose another output '
-            'folder, or add --overwrite.'
-        )
+    pairs = [(source, output / f'{source.hr.stem}.png') for source in sources]
+    pairs.sort(key=lambda pair: not os.path.lexists(pair[1]))  # what is there is looked at first, to be refused early
 
-    def write(source: Source, path: Path) -> None:
+    def write(source: Source, target: Path, path: Path) -> None:
         image = read_image(source.hr)
         height, width = (length // scale * scale for length in image.shape[:2])
         if not height or not width:
@@ -71,25 +67,33 @@ def degrade_folder(
                 f'{source.hr} must have at least {scale} pixels each way, got {image.shape[0]} x {image.shape[1]}.'
             )
         lr = camera_degradation(image[:height, :width], scale, camera_seed(source.hr.stem, seed))
-        path.write_bytes(encode_png(lr).tobytes())
+        data = encode_png(lr).tobytes()
+        if os.path.lexists(target):
+            if target.is_file() and target.read_bytes() == data:
+                return
+            if not overwrite:
+                raise InputError(
+                    f'{target} exists and is not the image that is made here: choose another output folder, or add '
+                    '--overwrite.'
+                )
+        path.write_bytes(data)
 
     made = [path for path in (output, *output.parents) if not path.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
-        partial_folder = tempfile.TemporaryDirectory(prefix='.degrade.', dir=output)
-        with partial_folder as partial, ThreadPoolExecutor(workers) as pool:
-            jobs = [pool.submit(write, source, Path(partial) / name) for source, name in zip(sources, names)]
+        with partial_folder(output, 'degrade') as partial, ThreadPoolExecutor(workers) as pool:
+            jobs = [pool.submit(write, source, target, partial / target.name) for source, target in pairs]
             try:
                 for job in tqdm(jobs, unit='image', disable=None if progress else True):
                     job.result()
             finally:
                 pool.shutdown(cancel_futures=True)
-            for name in names:
-                os.replace(Path(partial) / name, output / name)
+            for path in sorted(partial.iterdir()):
+                os.replace(path, output / path.name)
     except OSError as error:
         raise InputError(f'{output}: the images cannot be written there ({error}).') from error
     finally:
         for path in made:
             with contextlib.suppress(OSError):  # what is not empty stays
                 path.rmdir()
-    return len(names)
+    return len(pairs)

@@ -36,7 +36,7 @@ class LmdbWriter:
     def __init__(self, path: Path) -> None:
         path.mkdir()
         self._path = path
-        self._meta = open(path / 'meta_info.partial', 'w', encoding='ascii')
+        self._meta = open(path / 'meta_info.partial', 'x', encoding='ascii')
         # Nobody reads the database before it is finished, so there are no locks and one sync, at the end.
         self._env = lmdb.open(str(path), map_size=FIRST_MAP_BYTES, lock=False, sync=False)
         self._batch: list[tuple[bytes, np.ndarray]] = []

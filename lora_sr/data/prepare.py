@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import threading
 from collections import deque
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -225,8 +226,8 @@ def _fingerprint(sources: Sequence[Source], cut: Cut) -> str:
     digest = hashlib.sha256(repr(cut).encode())
     for source in sources:
         for path in (source.hr, *source.lr.values()):
-            stat = path.stat()
-            digest.update(repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns)).encode())
+            state = path.stat()
+            digest.update(repr((str(path.resolve()), state.st_size, state.st_mtime_ns)).encode())
     return digest.hexdigest()
 
 
@@ -340,7 +341,14 @@ def _partial_folder(output: Path) -> Iterator[Path]:
     """The folder that a run writes to, held against a second run; then it is gone, and ``output`` too if empty."""
     made = [path for path in (output, *output.parents) if not path.exists()]
     folder = output / PARTIAL_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    state = folder.lstat()
+    # All that is in it will be removed, or moved to where it says: it has to be that of an earlier run of this user.
+    if not stat.S_ISDIR(state.st_mode) or (fcntl and state.st_uid != os.geteuid()):
+        kind = 'a link' if stat.S_ISLNK(state.st_mode) else 'that of another user' if folder.is_dir() else 'a file'
+        raise InputError(f'{folder} must be a folder that `lora-sr prepare` has made, got {kind}: move it away.')
     lock = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if lock is not None:
@@ -368,7 +376,8 @@ def _partial_folder(output: Path) -> Iterator[Path]:
 def _mark_complete(folder: Path, names: Sequence[str], job: str) -> None:
     """Say, in one step, that the databases in ``folder`` are complete."""
     written = folder / 'complete.partial'
-    written.write_text(json.dumps({'databases': names, 'job': job}), encoding='utf-8')
+    with open(written, 'x', encoding='utf-8') as file:
+        json.dump({'databases': names, 'job': job}, file)
     os.replace(written, folder / COMPLETE_FILE)
 
 
@@ -400,5 +409,5 @@ def _finish_interrupted(folder: Path, output: Path) -> str | None:
         job = json.loads((folder / COMPLETE_FILE).read_text(encoding='utf-8'))['job']
         _move_into_place(folder, output)
     for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return job

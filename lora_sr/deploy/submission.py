@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from lora_sr.checkpoints import NetworkLike, OpenedNetwork, open_network
 from lora_sr.deploy.own_source import write_own_source
 from lora_sr.deploy.submitted_networks import class_name_for, describe, submitted_state, write_source
 from lora_sr.errors import InputError
+from lora_sr.files import partial_folder
 
 CHALLENGE_SCALE = 4
 TOLERANCE = 1e-6  # of the largest output, where outputs are not equal to the bit
@@ -298,11 +300,9 @@ def _check_folder(output: Path, files: tuple[str, ...], overwrite: bool) -> None
 def _staging(output: Path) -> Iterator[Path]:
     """A folder on the disk of ``output`` that is gone afterwards, whatever happens."""
     try:
-        with tempfile.TemporaryDirectory(
-            prefix='.submission.', suffix='.partial', dir=output if output.is_dir() else output.parent
-        ) as hidden:
-            staging = Path(hidden, 'submission')
-            staging.mkdir()  # with the usual permissions; those of a temporary folder are for its owner alone
+        with partial_folder(output if output.is_dir() else output.parent, 'submission') as hidden:
+            staging = hidden / 'submission'
+            staging.mkdir()  # with the usual permissions; those of a partial folder are for its owner alone
             yield staging
     except OSError as error:
         raise InputError(f'The output {output} cannot be written: {error.strerror}.') from error
@@ -362,11 +362,11 @@ def _put_in_place(staging: Path, output: Path, files: tuple[str, ...], overwrite
             if not target.parent.exists():
                 target.parent.mkdir()
                 undo.append(target.parent.rmdir)
-            if target.exists():
-                os.rename(target, former)
-                undo.append(partial(os.rename, former, target))
-            os.rename(staging / file, target)
-            undo.append(target.unlink)
+            is_new = not target.exists()
+            if not is_new:
+                shutil.copy2(target, former)  # moved away, it would be lost if the process were killed now
+            os.replace(staging / file, target)
+            undo.append(target.unlink if is_new else partial(os.replace, former, target))
     except BaseException:
         for step in reversed(undo):
             step()

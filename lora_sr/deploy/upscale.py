@@ -89,6 +89,7 @@ def upscale(
     quality: int = DEFAULT_QUALITY,
     overwrite: bool = False,
     progress: bool = False,
+    skip_existing: bool = False,
 ) -> UpscaleReport:
     """Upscale image files. Reading and writing are done in threads beside the network, see :func:`run_jobs`.
 
@@ -108,6 +109,7 @@ def upscale(
         quality: See :func:`lora_sr.images.formats.encode_picture`.
         overwrite: Replace outputs that exist; inputs are never replaced.
         progress: Show a progress bar, if stderr is a terminal.
+        skip_existing: Leave out images whose outputs exist, as after a run that was stopped: what it wrote is whole.
 
     Returns:
         What was done. An image that cannot be read, upscaled or held by its format is among the ``failures`` and does
@@ -115,15 +117,25 @@ def upscale(
 
     Raises:
         InputError: An input is missing or holds no images; two would have one output, or an output exists, is an input
-            or is of no format that is written; a checkpoint or an adapter cannot be used; the tile is too small; or the
-            output cannot be written, which stops the run. No file is left half-written.
+            or is of no format that is written; outputs that exist are to be both replaced and skipped; a checkpoint or
+            an adapter cannot be used; the tile is too small; or the output cannot be written, which stops the run. No
+            file is left half-written.
     """
+    if overwrite and skip_existing:
+        raise InputError('Outputs that exist can be replaced with --overwrite or kept with --skip-existing, not both.')
     if not 1 <= quality <= 100:
         raise InputError(f'The quality is {quality}, where a whole number from 1 to 100 is right.')
     if not os.fspath(output):
         raise InputError('The output is empty, where a folder, or a file for one image, is right.')
     output = Path(output)
-    jobs, failures = plan(inputs, output, file_format, overwrite)
+    planned, failures = plan(inputs, output, file_format, overwrite or skip_existing)
+    jobs = [job for job in planned if not (skip_existing and os.path.lexists(job.target))]
+    notes = []
+    if len(jobs) < len(planned):
+        skipped = len(planned) - len(jobs)
+        notes.append(f'{skipped} image{"" if skipped == 1 else "s"} skipped, as the output exists.')
+        if not jobs:
+            return UpscaleReport(0, 0.0, failures, notes)
     folder = output.parent if jobs and jobs[0].target == output else output
     left_out: dict[str, list[str]] = {}
     with _writable(folder), warnings.catch_warnings():
@@ -133,7 +145,6 @@ def upscale(
         with tqdm(total=len(jobs), unit='image', disable=None if progress else True) as bar:
             failures.update(run_jobs(jobs, upscaler, quality, bar, left_out))
         seconds = time.perf_counter() - start
-    notes = []
     if upscaler.looks_everywhere:
         notes.append(
             f'{upscaler.name} looks at the whole image, so that tiles differ from it and from each other: where memory '
@@ -149,7 +160,7 @@ def upscale(
 
 
 def plan(
-    inputs: Sequence[str | os.PathLike], output: Path, file_format: str | None = None, overwrite: bool = False
+    inputs: Sequence[str | os.PathLike], output: Path, file_format: str | None = None, may_exist: bool = False
 ) -> tuple[list[Job], dict[str, str]]:
     """Which image goes where, and which inputs are no images by their names. Nothing is read or written.
 
@@ -183,7 +194,7 @@ def plan(
         other = jobs.setdefault(target, Job(source, target)).source
         if os.path.realpath(other) != os.path.realpath(source):
             raise InputError(f'{other} and {source} would have the same output, {target}: give them apart.')
-    _check_targets(list(jobs.values()), overwrite)
+    _check_targets(list(jobs.values()), may_exist)
     return list(jobs.values()), failures
 
 
@@ -222,7 +233,7 @@ def _search(root: Path, output: Path) -> list[tuple[Path, Path]]:
     return found
 
 
-def _check_targets(jobs: list[Job], overwrite: bool) -> None:
+def _check_targets(jobs: list[Job], may_exist: bool) -> None:
     """Refuse to write over an input, in whatever way it is reached, and over others unless asked to."""
     existing = [job for job in jobs if os.path.lexists(job.target)]
     sources = {_identity(job.source): job.source for job in jobs}
@@ -232,10 +243,11 @@ def _check_targets(jobs: list[Job], overwrite: bool) -> None:
             raise InputError(f'The output {job.target} is the input {source}: choose another output.')
         if job.target.is_dir():
             raise InputError(f'The output {job.target} is a folder, where a file of that name would be written.')
-    if existing and not overwrite:
+    if existing and not may_exist:
         others = f' and {len(existing) - 1} more exist' if len(existing) > 1 else ' exists'
         raise InputError(
-            f'The output {existing[0].target}{others}: choose another output, or allow it with --overwrite.'
+            f'The output {existing[0].target}{others}: choose another output, replace what is there with --overwrite, '
+            'or go on with the rest with --skip-existing.'
         )
 
 

@@ -25,8 +25,10 @@ SECONDS = 5.0  # for each network; slow networks take longer, as they have their
 WEIGHTS_2025 = (0.7, 0.15, 0.15)  # of runtime, FLOPs and parameters
 
 # A process of its own: its peak is that of this network alone. The network comes by the standard input.
+# It gets the path of this process, on which the current folder, unlike on that of `python -c`, is not the first.
 _MEMORY_PROGRAM = """
 import io, sys
+sys.path[:] = {path!r}
 import torch
 import lora_sr
 from lora_sr.report.memory import forget_peak, peak
@@ -142,7 +144,7 @@ def _cuda_memory(network: nn.Module, height: int, width: int, device: torch.devi
 def _cpu_memory(network: nn.Module, height: int, width: int) -> int:
     data = io.BytesIO()
     torch.save(network.cpu(), data)
-    program = _MEMORY_PROGRAM.format(threads=torch.get_num_threads(), height=height, width=width)
+    program = _MEMORY_PROGRAM.format(path=sys.path, threads=torch.get_num_threads(), height=height, width=width)
     # Of large blocks the allocator keeps none for later, so that memory is counted once it is used.
     environment = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': str(1 << 20)}
     process = subprocess.run(

@@ -260,7 +260,7 @@ def _summarize_training_state(path: Path, content: dict, rows: dict[str, str]) -
     rows['form'] = f'{"training state of a run" if is_of_run else "state of an optimizer"}, without networks'
     rows['optimizers'] = f'{len(optimizers)}, {values:,} values'
     commands = []
-    if 'iter' in content:
+    if isinstance(content.get('iter'), int):
         rows['iteration'] = f'{content["iter"]:,}, epoch {content.get("epoch", "unknown")}'
         network = path.parent.parent / 'models' / f'net_g_{content["iter"]}.pth'
         if network.is_file():

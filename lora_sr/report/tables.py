@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
@@ -109,7 +110,7 @@ def format_table(comparison: Comparison) -> str:
 
 def format_markdown(comparison: Comparison) -> str:
     """The table in Markdown, and under it what its numbers mean."""
-    head, *body = ([cell.replace('|', '\\|') for cell in line] for line in _cells(comparison))
+    head, *body = ([html.escape(cell, quote=False).replace('|', '\\|') for cell in line] for line in _cells(comparison))
     rule = ['---', *['---:'] * (len(head) - 1)]
     lines = [f'| {" | ".join(line)} |' for line in (head, rule, *body)]
     notes = '  \n'.join(_notes(comparison))  # two spaces: a line of its own

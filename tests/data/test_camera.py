@@ -196,7 +196,8 @@ def test_command_with_wrong_input(tmp_path, make_images, capsys):
     )
     assert degrade(hr, '-o', made, '--scale', 4) == 0
     before = contents(made)
-    assert 'already has 2 of these images, 0001.png among them' in refused(hr, '-o', made, '--scale', 4)
+    assert '.png exists and is not the image that is made here' in refused(hr, '-o', made, '--scale', 4, '--seed', 1)
+    assert contents(made) == before
     (hr / '0002.png').write_bytes((hr / '0002.png').read_bytes()[:-20])
     for output in (tmp_path / 'out', made):
         assert '0002.png is damaged' in refused(hr, '-o', output, '--scale', 4, '--overwrite')
@@ -211,6 +212,20 @@ def test_command_with_wrong_input(tmp_path, make_images, capsys):
     after = contents(made)
     assert set(after) == set(before)
     assert [after[name] == before[name] for name in ('0001.png', '0002.png')] == [True, False]
+
+
+def test_a_killed_run_goes_on(tmp_path, make_images):
+    hr = make_images(tmp_path / 'hr', [(48, 48), (48, 52), (52, 48)])
+    made = tmp_path / 'made'
+    assert degrade(hr, '-o', made, '--scale', 4) == 0
+    whole = contents(made)
+    # Killed while images came into their places.
+    (made / '0002.png').unlink()
+    (made / f'.degrade.{"0" * 16}.partial').mkdir()
+    (made / f'.degrade.{"0" * 16}.partial' / '0002.png').write_bytes(whole['0002.png'][:9])
+    kept = (made / '0001.png').stat()
+    assert degrade(hr, '-o', made, '--scale', 4) == 0
+    assert contents(made) == whole and (made / '0001.png').stat().st_ino == kept.st_ino
 
 
 def test_a_published_set_is_the_same_on_this_machine(benchmark_set):

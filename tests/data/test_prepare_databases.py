@@ -349,6 +349,40 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path, make_images):
         assert (held / 'work').exists()
 
 
+@pytest.mark.parametrize('kind', ['a link', 'a link to nothing', 'a file', 'that of another user'])
+def test_a_partial_folder_that_is_not_its_own_is_refused(tmp_path, make_images, kind):
+    folder = make_images(tmp_path / 'photos', [(60, 60)])
+    partial, precious = tmp_path / 'out' / prepare_module.PARTIAL_FOLDER, tmp_path / 'precious'
+    partial.parent.mkdir()
+    precious.mkdir()
+    (precious / 'file').write_text('mine')
+    if kind == 'that of another user':
+        if not hasattr(os, 'geteuid') or os.geteuid():
+            pytest.skip('only root can give a folder away')
+        partial.mkdir()
+        os.chown(partial, 12345, -1)
+    elif kind == 'a file':
+        partial.write_text('mine')
+    else:
+        partial.symlink_to(precious if kind == 'a link' else tmp_path / 'nowhere')
+    with pytest.raises(InputError, match=f'partial must be a folder .* got {kind.removesuffix(" to nothing")}'):
+        prepare_databases([folder], tmp_path / 'out', [2], **SMALL)
+    assert os.path.lexists(partial) and (precious / 'file').read_text() == 'mine'
+
+
+def test_a_link_in_what_was_left_over_is_not_followed(tmp_path, make_images):
+    folder = make_images(tmp_path / 'photos', [(60, 60)])
+    precious = tmp_path / 'precious'
+    precious.mkdir()
+    (precious / 'file').write_text('mine')
+    partial = tmp_path / 'out' / prepare_module.PARTIAL_FOLDER
+    partial.mkdir(parents=True)
+    (partial / 'folder').symlink_to(precious)
+    (partial / 'complete.partial').symlink_to(precious / 'file')
+    prepare_databases([folder], tmp_path / 'out', [2], **SMALL)
+    assert (precious / 'file').read_text() == 'mine' and not partial.exists()
+
+
 def test_a_finished_database_is_replaced_only_when_asked(tmp_path, make_images):
     first, second = (make_images(tmp_path / name, [(size, size)]) for name, size in (('a', 48), ('b', 96)))
     prepared = prepare_databases([first], tmp_path / 'out', [2], **SMALL)

@@ -3,6 +3,9 @@
 import ast
 import hashlib
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -174,6 +177,38 @@ def test_all_of_the_files_or_none(checkpoint, tmp_path, monkeypatch):
     assert (clone / 'models/team07_Mine.py').read_text() == 'former'
 
 
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills forked processes')
+@pytest.mark.parametrize('call', range(1, 5))
+def test_a_kill_loses_no_file(tmp_path, monkeypatch, call):
+    files = ('models/a.py', 'b.txt')
+    for folder, content in (('staging', 'new'), ('clone', 'former')):
+        for file in files:
+            (tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / file).write_text(content)
+    process = os.fork()
+    if not process:
+        calls = []
+
+        def killing(function):
+            def wrapped(*arguments):
+                function(*arguments)
+                calls.append(function)
+                if len(calls) == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            return wrapped
+
+        try:
+            for module, name in ((os, 'rename'), (os, 'replace'), (shutil, 'copy2')):
+                monkeypatch.setattr(module, name, killing(getattr(module, name)))
+            submission._put_in_place(tmp_path / 'staging', tmp_path / 'clone', files, overwrite=True)
+        finally:
+            os._exit(1)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    shutil.rmtree(tmp_path / 'staging')  # as the next run does
+    assert {(tmp_path / 'clone' / file).read_text() for file in files} <= {'former', 'new'}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('edit', 'sentence'),
@@ -200,7 +235,7 @@ def test_a_file_that_is_wrong_does_not_appear(checkpoint, tmp_path, monkeypatch,
 def test_weights_that_are_nan_are_not_handed_in(tmp_path):
     network = SPAN(feature_channels=4, deploy=True)
     nn.init.constant_(network.conv_cat.bias, torch.nan)
-    with pytest.raises(InputError, match='NaN'):
+    with pytest.raises(InputError, match='not finite'):
         write_submission(save(network, tmp_path / 'nan.pth'), tmp_path / 'out', 7, 'Mine')
     assert everything(tmp_path) == {'nan.pth'}
 

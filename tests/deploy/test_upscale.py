@@ -602,6 +602,28 @@ def test_existing_outputs_need_overwrite(images, enlarging):
     assert Image.open(images / 'out/a.png').size == (10, 10)
 
 
+def test_a_stopped_run_goes_on_with_skip_existing(images, enlarging, monkeypatch, capsys):
+    with pytest.raises(InputError, match='exists: .* --skip-existing'):
+        upscale(['in/a.png'], 'any.pth', 'in/sub')
+    (images / 'out').mkdir()
+    (images / f'out/.b.{"0" * 16}.partial.png').write_text('half')  # left by a run that was killed
+    upscale(['in'], 'any.pth', 'out')
+    (images / 'out/a.png').write_text('old')
+    (images / 'out/b.png').unlink()
+    assert run('in', '-m', 'any.pth', '-o', 'out', '--skip-existing') == 0
+    out, err = capsys.readouterr()
+    assert out.startswith('1 image in ') and 'lora-sr: note: 2 images skipped, as the output exists.' in err
+    assert files_in(images / 'out') == ['a.png', 'b.png', 'sub/a.png']
+    assert (images / 'out/a.png').read_text() == 'old' and Image.open(images / 'out/b.png').size == (10, 10)
+    monkeypatch.setattr(module, 'load_network', None)  # nothing is left for it
+    report = upscale(['in'], 'any.pth', 'out', skip_existing=True)
+    assert report.images == 0 and report.notes == ['3 images skipped, as the output exists.']
+    with pytest.raises(InputError, match='replaced with --overwrite or kept with --skip-existing, not both'):
+        upscale(['in'], 'any.pth', 'out', overwrite=True, skip_existing=True)
+    with pytest.raises(InputError, match='The output in/a.png is the input in/a.png'):
+        upscale(['in'], 'any.pth', 'in', skip_existing=True)
+
+
 def test_a_text_file_among_images(images, enlarging, capsys):
     assert run('file', 'in/a.png', '-m', 'any.pth', '-o', 'out') == 1
     out, err = capsys.readouterr()

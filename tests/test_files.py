@@ -1,0 +1,112 @@
+"""Files that are written whole or not at all: under names that nobody can guess, and without a trace of killed runs."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from lora_sr import files
+from lora_sr.checkpoints.origin import Origin
+from lora_sr.checkpoints.writing import write_state
+from lora_sr.errors import InputError
+from lora_sr.files import partial_folder, replacing, save_atomically, write_whole
+
+TOKEN = '0123456789abcdef'
+WRITERS = {
+    'write_whole': lambda path: write_whole(path, b'data'),
+    'save_atomically': lambda path: save_atomically({'a': 1}, path),
+    'write_state': lambda path: write_state({'a': torch.zeros(1)}, path, Origin()),
+}
+needs_locks = pytest.mark.skipif(files.fcntl is None, reason='this system has no locks')
+
+
+@pytest.fixture
+def killed():
+    """A function: enter a context in another process, and kill that there."""
+
+    def kill(context):
+        process = os.fork()
+        if not process:
+            try:
+                with context:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            finally:
+                os._exit(1)
+        assert os.waitpid(process, 0)[1] == signal.SIGKILL
+
+    return kill
+
+
+@pytest.mark.parametrize('writer', WRITERS)
+def test_a_planted_link_is_not_followed(tmp_path, monkeypatch, writer):
+    path, victim = tmp_path / 'a.pth', tmp_path / 'victim'
+    victim.write_text('mine')
+    monkeypatch.setattr(files, 'SAVE_PAUSE', 0)
+    monkeypatch.setattr(files.secrets, 'token_hex', lambda _: TOKEN)  # somebody has guessed it
+    for name in (f'.a.{TOKEN}.partial.pth', f'.a.pth.{TOKEN}.partial'):
+        (tmp_path / name).symlink_to(victim)
+    with pytest.raises(InputError, match='a.pth cannot be written: File exists'):
+        WRITERS[writer](path)
+    assert victim.read_text() == 'mine' and not path.exists()
+
+
+@pytest.mark.parametrize('writer', WRITERS)
+def test_names_are_random_and_permissions_the_usual(tmp_path, writer):
+    victim = tmp_path / 'victim'
+    victim.write_text('mine')
+    for name in (f'.a.{os.getpid()}.partial.pth', f'a.pth.{os.getpid()}.tmp', '.a.pth.partial'):
+        (tmp_path / name).symlink_to(victim)
+    before = os.umask(0o027)
+    try:
+        WRITERS[writer](tmp_path / 'a.pth')
+    finally:
+        os.umask(before)
+    assert victim.read_text() == 'mine'
+    assert (tmp_path / 'a.pth').stat().st_mode & 0o777 == 0o640
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+@needs_locks
+def test_what_killed_runs_left_goes_with_the_next_to_the_same_place(tmp_path, killed):
+    path, other = tmp_path / 'a.png', tmp_path / 'b.png'
+    killed(replacing(path))
+    killed(replacing(other))
+    assert len(list(tmp_path.iterdir())) == 2
+    write_whole(path, b'data')
+    assert {file.name.split('.')[1] for file in tmp_path.iterdir() if file != path} == {'b'} and path.exists()
+
+
+@needs_locks
+def test_what_a_live_run_writes_stays(tmp_path):
+    path = tmp_path / 'a.png'
+    with replacing(path) as first:
+        first.write_bytes(b'first')
+        files._found_first.cache_clear()  # as in another process
+        write_whole(path, b'second')
+        assert path.read_bytes() == b'second'
+    assert path.read_bytes() == b'first' and list(tmp_path.iterdir()) == [path]
+
+
+@needs_locks
+def test_links_and_files_of_others_names_stay(tmp_path):
+    victim = tmp_path / 'victim'
+    victim.mkdir()
+    (victim / 'file').touch()
+    names = [f'.run.{TOKEN}.partial', '.run.partial', f'.run.{TOKEN}x.partial', f'run.{TOKEN}.partial']
+    (tmp_path / names[0]).symlink_to(victim)
+    for name in names[1:]:
+        (tmp_path / name).touch()
+    with partial_folder(tmp_path, 'run'):
+        pass
+    assert (victim / 'file').exists() and sorted(os.listdir(tmp_path)) == sorted([*names, 'victim'])
+
+
+@needs_locks
+def test_folders_of_killed_runs(tmp_path, killed):
+    killed(partial_folder(tmp_path, 'run'))
+    (left,) = tmp_path.iterdir()
+    (left / 'file').touch()
+    with partial_folder(tmp_path, 'run') as partial:
+        assert list(tmp_path.iterdir()) == [partial] and partial != left
+    assert not list(tmp_path.iterdir())

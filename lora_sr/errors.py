@@ -24,6 +24,12 @@ class DivergenceError(ArithmeticError):
     """
 
 
+def shown(text: str, most: int = 80) -> str:
+    """What somebody else has written, for a message: shortened, and without what is more than a part of its line."""
+    text = text if len(text) <= most else f'{text[: most - 20]}…{text[-19:]}'
+    return text if text.isprintable() else ''.join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of the message about an unknown name: the nearest known ones, or all of them."""
     known = sorted(known)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import yaml
 
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
+
+LARGEST_FILE = 2**20  # bytes; in one of BasicSR there are a few thousand
+MOST_VALUES = 10**5  # in a file, where what an anchor names counts at each of its places
+MOST_MERGED = 100  # mappings in a list of `<<`
+LARGEST_INTEGER, LONGEST_INTEGER = 2**63 - 1, 100  # the second one in letters
 
 _MAPPING_TAG = yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG
 # YAML 1.1 wants a dot and a signed exponent in a float, so that `lr: 1e-4` would be a string; YAML 1.2 does not.
@@ -24,22 +30,43 @@ class OptionLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):  # type: igno
 
     def construct_options(self, node: yaml.MappingNode) -> OrderedDict:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, value_node in node.value:
             key = key_node.value
             if key_node.tag != 'tag:yaml.org,2002:merge' and isinstance(key, str):
                 if key in seen:
                     raise yaml.constructor.ConstructorError(
-                        problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark
+                        problem=f"the key '{shown(key)}' is given twice", problem_mark=key_node.start_mark
                     )
                 seen.add(key)
+            elif isinstance(value_node, yaml.SequenceNode) and len(value_node.value) > MOST_MERGED:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"'<<' must merge at most {MOST_MERGED} mappings, got {len(value_node.value)}",
+                    problem_mark=key_node.start_mark,
+                )
         self.flatten_mapping(node)
         return OrderedDict(self.construct_pairs(node, deep=True))
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:  # a merge of merges of merges
+            raise yaml.constructor.ConstructorError(
+                problem=f'a mapping must have at most {MOST_VALUES} keys', problem_mark=node.start_mark
+            )
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        value = self.construct_yaml_int(node) if len(text) <= LONGEST_INTEGER else LARGEST_INTEGER + 1
+        if abs(value) > LARGEST_INTEGER:
+            raise yaml.constructor.ConstructorError(
+                problem=f'an integer must fit in 64 bits, got {shown(text)}', problem_mark=node.start_mark
+            )
+        return int(value)
 
     def construct_tuple(self, node: yaml.Node) -> tuple:
         return tuple(self.construct_sequence(node, deep=True))
 
     def construct_refused(self, node: yaml.Node) -> None:
-        tag = node.tag.replace('tag:yaml.org,2002:', '!!')
+        tag = shown(node.tag.replace('tag:yaml.org,2002:', '!!'))
         raise yaml.constructor.ConstructorError(
             problem=f"the tag '{tag}' is refused, since an option file holds plain values only",
             problem_mark=node.start_mark,
@@ -54,6 +81,7 @@ OptionLoader.yaml_implicit_resolvers = {
 OptionLoader.add_implicit_resolver('tag:yaml.org,2002:int', _INTEGER, list('-+0123456789'))
 OptionLoader.add_implicit_resolver('tag:yaml.org,2002:float', _EXPONENT_FLOAT, list('-+.0123456789'))
 OptionLoader.add_constructor(_MAPPING_TAG, OptionLoader.construct_options)
+OptionLoader.add_constructor('tag:yaml.org,2002:int', OptionLoader.construct_integer)
 OptionLoader.add_constructor('tag:yaml.org,2002:python/tuple', OptionLoader.construct_tuple)
 OptionLoader.add_constructor(None, OptionLoader.construct_refused)
 
@@ -69,10 +97,16 @@ def load_options(path: str | os.PathLike) -> dict:
     """Read an option file.
 
     Raises:
-        InputError: there is no such file, it is no text in UTF-8, it is not valid YAML, it holds a tag that would run
-            code (the line is named), or it is not a mapping.
+        InputError: there is no such file, it is none, it is larger than any option file, it is no text in UTF-8, it is
+            not valid YAML, it holds a tag that would run code (the line is named), or it is not a mapping.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        what = 'a folder' if os.path.isdir(path) else 'a pipe or a device'
+        raise InputError(f'the option file {path} cannot be read: it must be a file, got {what}')
     try:
+        size = os.path.getsize(path)
+        if size > LARGEST_FILE:
+            raise InputError(f'the option file {path} must have at most {LARGEST_FILE:,} bytes, got {size:,}')
         with open(path, encoding='utf-8') as file:
             options = _parse(file.read(), f'the option file {path}')
     except OSError as error:
@@ -81,14 +115,17 @@ def load_options(path: str | os.PathLike) -> dict:
         raise InputError(f'the option file {path} is not a text file in UTF-8') from error
     if not isinstance(options, dict):
         raise InputError(f"the option file {path} holds no options; it has to be a mapping such as 'name: my_run'")
-    return _unshared(options)
+    unshared: dict = _unshared(options, f'the option file {path}', itertools.count())
+    return unshared
 
 
-def _unshared(value: Any) -> Any:
+def _unshared(value: Any, source: str, counter: Iterator[int]) -> Any:
     """A copy in which what an anchor names stands at each of its places by itself, so that one can be changed."""
+    if next(counter) > MOST_VALUES:  # anchors of anchors of anchors
+        raise InputError(f'{source} must have at most {MOST_VALUES} values, those that its anchors repeat included')
     if isinstance(value, dict):
-        return type(value)((key, _unshared(inner)) for key, inner in value.items())
-    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
+        return type(value)((key, _unshared(inner, source, counter)) for key, inner in value.items())
+    return [_unshared(inner, source, counter) for inner in value] if isinstance(value, list) else value
 
 
 def apply_overrides(options: dict, entries: Iterable[str] | None) -> None:
@@ -136,6 +173,10 @@ def _parse(text: str, source: str) -> Any:
         mark = getattr(error, 'problem_mark', None)
         line = '' if mark is None or source.startswith('--') else f', line {mark.line + 1}'
         problem = getattr(error, 'problem', None) or str(error).splitlines()[0]
-        raise InputError(f'{source}{line}: {problem}') from error
+        raise InputError(f'{source}{line}: {shown(problem, 200)}') from error
     except (TypeError, ValueError) as error:  # e.g. `!!float ten`, or a list as a key
-        raise InputError(f'{source}: {error}') from error
+        raise InputError(f'{source}: {shown(str(error), 200)}') from error
+    except (LookupError, AttributeError) as error:  # e.g. `!!bool ten`, or `!!timestamp now`
+        raise InputError(f'{source}: a value is not what its tag says') from error
+    except RecursionError:
+        raise InputError(f'{source}: its values are nested too deeply') from None

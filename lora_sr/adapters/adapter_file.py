@@ -8,7 +8,6 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Hashable, Iterable, Mapping, Sequence
 
 import torch
@@ -28,12 +27,13 @@ from lora_sr.adapters.checkpoint import (
 from lora_sr.adapters.config import LoRAConfig
 from lora_sr.adapters.layers import LORA_TENSORS, join, matrix_shape, weight_key
 from lora_sr.adapters.verbs import attach_updates, remove_lora
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
 from lora_sr.files import check_output, write_whole
 
 CONFIG_KEY = 'lora_config'
 SUFFIX = '.safetensors'
 SHOWN = 3  # of the layers that do not fit
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,19 +57,25 @@ class Adapter:
         for name in self.layers:
             missing = [tensor for tensor in LORA_TENSORS if join(name, tensor) not in self.tensors]
             if missing:
-                raise InputError(f'The adapter lacks {" and ".join(missing)} of the layer "{name}".')
+                raise InputError(f'The adapter lacks {" and ".join(missing)} of the layer "{shown(name)}".')
             (lora_A, lora_B, alpha), rank = self.update_of(name), self.rank_of(name)
             if not (
                 lora_A.ndim == lora_B.ndim == 2
                 and alpha.ndim == 0
+                and all(value.dtype in DTYPES for value in (lora_A, lora_B, alpha))
+                and lora_A.dtype == lora_B.dtype
                 and lora_A.shape[0] == lora_B.shape[1]
                 and rank > 0
                 and lora_A.shape[0] % rank == lora_B.shape[0] % (lora_A.shape[0] // rank or 1) == 0
             ):
+                kinds = '' if lora_A.dtype == lora_B.dtype in DTYPES else f' of {lora_A.dtype} and {lora_B.dtype}'
                 raise InputError(
-                    f'The adapter is damaged: "{name}" has lora_A {_text(lora_A.shape)} and lora_B '
-                    f'{_text(lora_B.shape)}, which do not go with rank {rank}.'
+                    f'The adapter is damaged: "{shown(name)}" has lora_A {_text(lora_A.shape)} and lora_B '
+                    f'{_text(lora_B.shape)}{kinds}, which do not go with rank {rank}.'
                 )
+        for name, delta in self.deltas.items():
+            if delta.dtype not in DTYPES:
+                raise InputError(f'The adapter is damaged: the delta of {shown(name)} is of {delta.dtype}.')
 
     @property
     def layers(self) -> list[str]:
@@ -216,9 +222,9 @@ def describe_misfit(adapter: Adapter, base: Mapping[str, Tensor]) -> str | None:
         what = key if layer is None else layer
         shape = adapter.deltas[key].shape if layer is None else _shape_of_weight(adapter, layer, here)
         if here is None:
-            differing.setdefault(key.rpartition('.')[0], f'{what} is not there')
+            differing.setdefault(key.rpartition('.')[0], f'{shown(what)} is not there')
         elif here.shape != shape:
-            how = f'{what} is {_text(here.shape)} here, the adapter is for {_text(shape)}'
+            how = f'{shown(what)} is {_text(here.shape)} here, the adapter is for {_text(shape)}'
             differing.setdefault(key.rpartition('.')[0], how)
     if not differing:
         return None
@@ -279,7 +285,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     Raises:
         InputError: The file is missing, cannot be read, or holds no adapter.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f'There is no adapter file {path}.')
     try:
         with safe_open(os.fspath(path), framework='pt') as file:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_sr.adapters.config import LoRAConfig
 from lora_sr.adapters.layers import DELTA_PREFIX, LORA_TENSORS, join, low_rank_update, rows_of_unit, weight_key
 from lora_sr.adapters.verbs import adapted_modules, lora_layers
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
 
 
 def is_lora_key(key: str) -> bool:
@@ -54,6 +54,7 @@ def infer_lora_config(state: Mapping[str, Tensor]) -> LoRAConfig:
         InputError: There are no LoRA tensors, or a layer lacks some of its tensors.
     """
     _check_adapted(state)
+    _check_deltas(state)
     layers = _layers_with_lora(state)
     ranks_and_alphas = {name: (rank, state[join(name, 'lora_alpha')].item()) for name, rank in layers.items()}
     return exact_config(ranks_and_alphas, state)
@@ -71,9 +72,40 @@ def _layers_with_lora(state: Mapping[str, Tensor]) -> dict[str, int]:
         keys = [*(join(name, tensor) for tensor in LORA_TENSORS), weight_key(name, state)]
         missing = [key.rpartition('.')[2] for key in keys if key not in state]
         if missing:
-            raise InputError(f'the layer "{name}" carries LoRA but lacks {" and ".join(missing)}')
-        ranks[name] = state[keys[0]].shape[0] // rows_of_unit(state[keys[-1]].shape)
+            raise InputError(f'the layer "{shown(name)}" carries LoRA but lacks {" and ".join(missing)}')
+        lora_A, lora_B, alpha, weight = (state[key] for key in keys)
+        unit = rows_of_unit(weight.shape)
+        if not (
+            lora_A.ndim == lora_B.ndim == 2
+            and weight.ndim > 1
+            and alpha.numel() == 1
+            and 0 < unit <= lora_A.shape[0] == lora_B.shape[1]
+            and lora_A.shape[0] % unit == 0
+            and lora_B.shape[0] * lora_A.shape[1] == weight.numel()
+        ):
+            raise InputError(
+                f'the LoRA of "{shown(name)}" is damaged: lora_A {tuple(lora_A.shape)} and lora_B '
+                f'{tuple(lora_B.shape)} make no update of a weight {tuple(weight.shape)}'
+            )
+        if not weight.is_floating_point() or lora_A.dtype != lora_B.dtype or not lora_A.is_floating_point():
+            raise InputError(
+                f'the LoRA of "{shown(name)}" must be of floating-point numbers as its weight is, got {lora_A.dtype} '
+                f'and {lora_B.dtype} beside {weight.dtype}'
+            )
+        ranks[name] = lora_A.shape[0] // unit
     return ranks
+
+
+def _check_deltas(state: Mapping[str, Tensor]) -> None:
+    for key, delta in state.items():
+        base = state.get(key_of_base(key)) if is_delta_key(key) else delta
+        if base is None:
+            raise InputError(f'{shown(key)} is the delta of {shown(key_of_base(key))}, which is not there')
+        if base.shape != delta.shape or (base is not delta and not delta.is_floating_point()):
+            raise InputError(
+                f'{shown(key)} must be floating-point numbers of shape {tuple(base.shape)}, got {delta.dtype} of '
+                f'{tuple(delta.shape)}'
+            )
 
 
 def merge_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -87,6 +119,7 @@ def merge_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             some are updated and others are not, or otherwise.
     """
     _check_adapted(state)
+    _check_deltas(state)
     merged = {key: value for key, value in state.items() if not is_lora_key(key)}
     ties = _tied_keys(merged)
     updates: dict[str, tuple[Tensor, ...]] = {}
@@ -101,7 +134,8 @@ def merge_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for keys in ties:
         first, *others = (updates.get(key, ()) for key in keys)
         if not all(len(other) == len(first) and all(map(torch.equal, other, first)) for other in others):
-            raise InputError(f'{" and ".join(keys)} are one tensor, but are not updated alike')
+            names = ' and '.join(map(shown, keys[:3])) + (f' and {len(keys) - 3} more' if len(keys) > 3 else '')
+            raise InputError(f'{names} are one tensor, but are not updated alike')
         if first:
             merged.update(dict.fromkeys(keys, merged[keys[0]]))
     return merged

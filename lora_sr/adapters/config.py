@@ -8,12 +8,15 @@ import functools
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any, Iterable
+from typing import Any, Iterable, Mapping
 
 from lora_sr.adapters.groups import GROUPS
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
 
 ALSO_TRAIN = ('bias', 'norm', 'position', 'parameters', 'depthwise')
+LARGEST_ALPHA = 1e30
+LARGEST_RANK = 2**31 - 1
+LONGEST_PATTERN, MOST_REPEATS = 2048, 3  # of a pattern in a file: a name of 512 letters, each escaped, and more
 
 
 @dataclass
@@ -63,33 +66,47 @@ class LoRAConfig:
         for name in ('target_modules', 'exclude_modules', 'groups', 'also_train', 'target_parameters'):
             value = getattr(self, name)
             if not isinstance(value, (str, list, tuple, type(None))):
-                raise InputError(f'"{name}" of LoRA must be a list, got {value!r}.')
+                raise InputError(f'"{name}" of LoRA must be a list, got {shown(repr(value))}.')
             setattr(self, name, [value] if isinstance(value, str) else list(value or []))
-        self.rank_pattern = dict(self.rank_pattern or {})
-        self.alpha_pattern = dict(self.alpha_pattern or {})
+        for name in ('rank_pattern', 'alpha_pattern'):
+            value = getattr(self, name)
+            if not isinstance(value, (Mapping, type(None))):
+                raise InputError(
+                    f'"{name}" of LoRA must be a section of patterns and numbers, got {shown(repr(value))}.'
+                )
+            setattr(self, name, dict(value or {}))
         for name, known in (('groups', (*GROUPS, 'all')), ('also_train', ALSO_TRAIN)):
             for word in getattr(self, name):
                 if word not in known:
                     near = difflib.get_close_matches(str(word), known, n=1)
                     hint = f'did you mean "{near[0]}"?' if near else f'known are {", ".join(known)}.'
-                    raise InputError(f'{name} of LoRA has no "{word}": {hint}')
+                    raise InputError(f'{name} of LoRA has no "{shown(str(word))}": {hint}')
         if not self.target_modules and not self.groups and not self.target_parameters:
             raise InputError('LoRA has neither groups nor target_modules: say what to adapt, e.g. groups: [all].')
         for key, rank in [('rank', self.rank), *self.rank_pattern.items()]:
             least = 1 if key == 'rank' else 0
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < least:
-                raise InputError(f'LoRA rank of "{key}" must be an integer of at least {least}, got {rank!r}.')
+                raise InputError(
+                    f'LoRA rank of "{shown(str(key))}" must be an integer of at least {least}, got {shown(repr(rank))}.'
+                )
+            if rank > LARGEST_RANK:
+                raise InputError(f'LoRA rank of "{shown(str(key))}" must be at most {LARGEST_RANK}.')
         for key, alpha in [('alpha', self.alpha), *self.alpha_pattern.items()]:
             if alpha is None and key == 'alpha':
                 continue
-            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or alpha == 0:
-                raise InputError(f'LoRA alpha of "{key}" must be a number other than 0, got {alpha!r}.')
+            is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+            if alpha is None or not is_number or not 0 < abs(alpha) <= LARGEST_ALPHA:
+                raise InputError(
+                    f'LoRA alpha of "{shown(str(key))}" must be a number other than 0, got {shown(repr(alpha))}.'
+                )
         patterns = [*self.target_modules, *self.exclude_modules, *self.target_parameters]
         for pattern in [*patterns, *self.rank_pattern, *self.alpha_pattern]:
             try:
                 re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise InputError(f'The pattern {pattern!r} is not a regular expression: {error}.') from None
+            except (re.error, TypeError, OverflowError, RecursionError) as error:
+                raise InputError(
+                    f'The pattern {shown(repr(pattern))} is not a regular expression: {shown(str(error))}.'
+                ) from None
 
     def is_target(self, name: str, group: str) -> bool:
         """Whether the layer called ``name``, of that group, is to receive LoRA."""
@@ -118,8 +135,22 @@ class LoRAConfig:
 
     @classmethod
     def from_json(cls, text: str) -> LoRAConfig:
-        """The inverse of :meth:`to_json`."""
-        return cls.from_dict(json.loads(text))
+        """The inverse of :meth:`to_json`, for text from anywhere.
+
+        Raises:
+            InputError: As :meth:`from_dict` does; or the text is no JSON of a mapping, or a pattern may take for ever.
+        """
+        try:
+            options = json.loads(text)
+        except (ValueError, RecursionError):
+            raise InputError('The configuration of LoRA is not valid JSON.') from None
+        if not isinstance(options, dict):
+            raise InputError(f'The configuration of LoRA must be a mapping, got {shown(repr(options))}.')
+        for value in options.values():
+            for pattern in value if isinstance(value, (list, dict)) else [value]:
+                if isinstance(pattern, str):
+                    _check_simple(pattern)
+        return cls.from_dict(options)
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> LoRAConfig:
@@ -133,7 +164,7 @@ class LoRAConfig:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
                 hint = f'did you mean "{near[0]}"?' if near else f'known keys are {", ".join(known)}.'
-                raise InputError(f'Unknown LoRA option "{key}": {hint}')
+                raise InputError(f'Unknown LoRA option "{shown(str(key))}": {hint}')
         return cls(**options)
 
 
@@ -146,6 +177,17 @@ def matches(pattern: str, name: str) -> bool:
 def _compiled(pattern: str) -> re.Pattern[str]:
     # An exact configuration has a pattern a layer, often more than the 512 that `re` itself remembers.
     return re.compile(pattern)
+
+
+def _check_simple(pattern: str) -> None:
+    """Raise InputError where trying a pattern on a name could take for ever: `re` cannot be stopped."""
+    bare = re.sub(r'\\.', 'x', pattern[:LONGEST_PATTERN], flags=re.DOTALL)  # without what is escaped
+    is_simple = not re.search(r'\)[*+?{]', bare) and len(re.findall(r'[*+?{]', bare)) <= MOST_REPEATS
+    if len(pattern) > LONGEST_PATTERN or not is_simple:
+        raise InputError(
+            f'The pattern {shown(repr(pattern))} must be simpler: of at most {LONGEST_PATTERN} letters and '
+            f'{MOST_REPEATS} repetitions, and none of them of a group.'
+        )
 
 
 def _first_match(patterns: Iterable[str], name: str) -> str | None:

@@ -26,9 +26,12 @@ from lora_sr.adapters.layers import (
     is_depthwise,
     join,
     matrix_shape,
+    rows_of_unit,
     weight_name,
 )
 from lora_sr.errors import InputError
+
+LARGEST_EXCESS = 8  # times the full rank: the usual rank of 8 goes onto any layer
 
 Network = TypeVar('Network', bound=nn.Module)
 
@@ -55,7 +58,7 @@ def add_lora(model: Network, config: LoRAConfig) -> Network:
     """Give LoRA to the layers that ``config`` names, in place. The output of the network stays bit-equal.
 
     ``weight`` of such a layer is then computed at each reading: whoever writes into it writes into a copy. Layers that
-    share a weight share its update. What :func:`left_alone` finds is logged.
+    share a weight share its update. What :func:`left_alone` finds is logged, and so are ranks beyond a full one.
 
     Args:
         model: Any network with layers that can carry LoRA: convolutions, also transposed ones, of 1, 2 or 3 dimensions,
@@ -68,10 +71,12 @@ def add_lora(model: Network, config: LoRAConfig) -> Network:
     Raises:
         InputError: A pattern matches no module (near names are listed), or none that can carry LoRA (their types are
             named), a group or what trains besides is not there, a rank or alpha is given for a layer that is not
-            adapted, modules share a tensor that they would not update alike, or a layer carries LoRA already. ``model``
-            is unchanged then.
+            adapted, the ranks are many times the full rank of every layer, modules share a tensor that they would not
+            update alike, or a layer carries LoRA already. ``model`` is unchanged then.
     """
-    attach_updates(model, config)
+    targets, depthwise = _targets(model, config)
+    _check_ranks(targets, config)
+    _attach(model, config, targets, depthwise)
     rest = left_alone(model)
     if rest:
         logger.info(
@@ -82,8 +87,32 @@ def add_lora(model: Network, config: LoRAConfig) -> Network:
 
 
 def attach_updates(model: nn.Module, config: LoRAConfig) -> None:
-    """:func:`add_lora` without a word on what is left alone."""
-    targets, depthwise = _targets(model, config)
+    """:func:`add_lora` for what has been trained or mixed: of any rank, and without a word on what is left alone."""
+    _attach(model, config, *_targets(model, config))
+
+
+def _check_ranks(targets: dict[str, nn.Module], config: LoRAConfig) -> None:
+    """Tell where a rank is larger than any update needs, and raise InputError if it is so many times everywhere."""
+    beyond = {}
+    for name, layer in targets.items():
+        weight = _weight(layer)
+        full = -(-min(matrix_shape(weight.shape, getattr(layer, 'groups', 1))) // rows_of_unit(weight.shape))
+        if config.rank_of(name) > full:
+            beyond[name] = full
+    if not beyond:
+        return
+    name = max(beyond, key=beyond.__getitem__)
+    if len(beyond) == len(targets) and config.rank_of(name) > LARGEST_EXCESS * beyond[name]:
+        raise InputError(
+            f'LoRA rank must be at most {beyond[name]}, the full rank of {name}, got {config.rank_of(name)}.'
+        )
+    logger.info(
+        'The rank exceeds the full rank of %d of %d layers: in %s it is %d, where %d reaches every update.',
+        *(len(beyond), len(targets), name, config.rank_of(name), beyond[name]),
+    )
+
+
+def _attach(model: nn.Module, config: LoRAConfig, targets: dict[str, nn.Module], depthwise: set[nn.Module]) -> None:
     deltas = _deltas(model, config, set(targets.values()), depthwise)
     planned: dict[Place, Hashable] = {place: 'delta' for place in deltas}
     for name, layer in targets.items():

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lora_sr.adapters import LoRAConfig, add_lora, infer_lora_config, mark_trainable
+from lora_sr.adapters import LoRAConfig, infer_lora_config, mark_trainable
+from lora_sr.adapters.verbs import attach_updates
 from lora_sr.archs.span import SPAN, build_span, is_span
 
 # The 20 convolutions in which the authors' merged entry differs from the SPAN it started from.
@@ -46,7 +47,8 @@ class DSCLoRA(SPAN):
         alpha_pattern: dict[str, float] | None = None,
     ):
         super().__init__(num_in_ch, num_out_ch, feature_channels, upscale, deploy=True)
-        add_lora(
+        # An adapted checkpoint may have any rank, that of a mix of adapters as well.
+        attach_updates(
             self,
             LoRAConfig(
                 list(DSCLORA_TARGETS),

@@ -38,7 +38,7 @@ class AdapterFile:
         Raises:
             InputError: The file is missing, cannot be read, or holds no adapter.
         """
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise InputError(f'There is no adapter file {path}.')
         return cls.of(Checkpoint.read(path))
 

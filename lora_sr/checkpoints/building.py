@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -46,7 +46,7 @@ def construct(arch: Arch, section: Mapping[str, Any], where: str) -> nn.Module:
         raise InputError(f'{where}: {error}') from None
     except Exception as error:  # whatever a constructor, also one of others, makes of wrong values
         reason = f': {str(error).splitlines()[0]}' if str(error) else ''
-        key = _refused_key(arch, arguments)
+        key = refused_key(arch, arguments)
         if key is not None:
             sentence = f'{where}.{key}: {section["type"]} cannot be built with {arguments[key]!r}{reason}'
             raise InputError(sentence) from error
@@ -62,12 +62,14 @@ def _check_sizes(arguments: Mapping[str, Any], where: str) -> None:
                 raise InputError(f'{key} must be at most {LARGEST_NUMBER}, got {number}')
 
 
-def _refused_key(arch: Arch, arguments: Mapping[str, Any]) -> str | None:
-    """The one argument without which a network can be built."""
+def refused_key(build: Callable[..., object], arguments: Mapping[str, Any]) -> str | None:
+    """The one argument without which, or with small numbers in its place, something can be built."""
     for key in arguments:
-        with contextlib.suppress(Exception):
-            arch(**{other: value for other, value in arguments.items() if other != key})
-            return key
+        rest = {other: value for other, value in arguments.items() if other != key}
+        for instead in ({}, {key: 4}, {key: [4]}):
+            with contextlib.suppress(Exception):
+                build(**rest, **instead)
+                return key
     return None
 
 

@@ -15,9 +15,10 @@ from lora_sr.adapters import is_lora_key
 from lora_sr.checkpoints.content import PARAM_KEYS, Content, read_checkpoint, without_module_prefix
 from lora_sr.checkpoints.families import family_of
 from lora_sr.checkpoints.origin import Origin, fingerprint
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
 
 BASE, ADAPTED, ADAPTER = 'base', 'adapted', 'adapter'
+SHOWN = 3  # of the state dicts in a file
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Checkpoint:
         if param_key is None:
             param_key = next((key for key in PARAM_KEYS if key in content), None)
         elif param_key not in content:
-            raise InputError(f'{path} has no "{param_key}": it has {", ".join(list(content)[:4])}.')
+            raise InputError(f'{path} has no "{param_key}": it has {", ".join(map(shown, list(content)[:4]))}.')
         state = content if param_key is None else content[param_key]
         if not is_state_dict(state):
             raise InputError(f'{path} holds no state dict, i.e. no mapping of names to tensors{_nested(content)}.')
@@ -90,5 +91,5 @@ def is_state_dict(value: Any) -> bool:
 
 
 def _nested(content: Content) -> str:
-    keys = [str(key) for key, value in content.items() if is_state_dict(value)]
+    keys = [shown(key) for key, value in content.items() if is_state_dict(value)][:SHOWN]
     return f': there is one under {" and one under ".join(keys)}, which --param-key has to name' if keys else ''

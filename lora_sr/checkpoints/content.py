@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_sr.adapters import is_lora_key
+from lora_sr.checkpoints.bounds import check_content, check_regular
 from lora_sr.checkpoints.origin import KEY, Origin
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
 
 LOG = logging.getLogger('basicsr')
 
@@ -64,7 +65,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Content:
     """Read a checkpoint or a training state onto the CPU, from torch's format (``weights_only=True``) or safetensors.
 
     Raises:
-        InputError: The file is missing, damaged, or holds anything but tensors and plain values.
+        InputError: The file is missing, is none, is damaged, or holds anything but tensors and plain values; see also
+            :func:`lora_sr.checkpoints.bounds.check_content`.
     """
     if _remembered is None:
         return _read(path)
@@ -81,11 +83,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Content:
 
 
 def _read(path: str | os.PathLike[str]) -> Content:
+    check_regular(path)
+    metadata = None
     try:
         if os.fspath(path).endswith('.safetensors'):
             with safetensors.safe_open(os.fspath(path), framework='pt') as file:
-                return Content({key: file.get_tensor(key) for key in file.keys()}, file.metadata())
-        content = torch.load(path, map_location='cpu', weights_only=True)
+                content, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        else:
+            content = torch.load(path, map_location='cpu', weights_only=True)
     except OSError as error:
         raise InputError(f'the checkpoint {path} cannot be read: {error.strerror or error}') from error
     except Exception as error:  # torch raises half a dozen types for a file that is none of its own
@@ -94,7 +99,8 @@ def _read(path: str | os.PathLike[str]) -> Content:
         raise InputError(f'the checkpoint {path} is damaged, or holds more than tensors and plain values') from error
     if not isinstance(content, dict):
         raise InputError(f'the checkpoint {path} holds a {type(content).__name__}, not a dictionary of tensors')
-    return Content(content)
+    check_content(content, path)
+    return Content(content, metadata)
 
 
 def load_weights(
@@ -123,7 +129,7 @@ def load_weights(
             param_key = 'params'
         if param_key not in content:
             raise InputError(
-                f"{path} has no '{param_key}'; its keys begin with {', '.join(list(map(str, content))[:3])} "
+                f"{path} has no '{param_key}'; its keys begin with {', '.join(map(shown, list(content)[:3]))} "
                 '(for a file of plain weights, set the param_key in the section path to ~)'
             )
         content = content[param_key]
@@ -136,27 +142,41 @@ def load_weights(
         )
         raise InputError(f'{path} holds no weights {"at its top" if param_key is None else f"under {param_key}"}{hint}')
     weights = without_module_prefix(content)
+    _check_types(net, weights, path)
+    own = net.state_dict()
+    if not strict and not any(key in own and own[key].shape == value.shape for key, value in weights.items()):
+        raise InputError(f'{path} does not fit {type(net).__name__}: none of its tensors does.')
     if tell_differences is not None:
         LOG.info(f'Loading {type(net).__name__} model from {path}, with param key: [{param_key}].')
         tell_differences(net, weights, strict)
     elif not strict:
-        own = net.state_dict()
         for key in [key for key, value in weights.items() if key in own and own[key].shape != value.shape]:
             del weights[key]
     try:
         net.load_state_dict(weights, strict=strict)
-    except RuntimeError as error:
-        raise InputError(f'{path} does not fit {type(net).__name__}: {_misfit(net, weights) or error}') from error
-    for name, _ in net.named_parameters():
-        if name in weights and not torch.isfinite(weights[name]).all():
+    except (RuntimeError, KeyError) as error:  # the latter of branches that are to be folded, and are not all there
+        misfit = _misfit(net, weights) or shown(' '.join(str(error).split()), 200)
+        raise InputError(f'{path} does not fit {type(net).__name__}: {misfit}') from error
+    for name, value in net.named_parameters():  # as they are in the network, whose type may be too narrow for them
+        if name in weights and not torch.isfinite(value).all():
             raise InputError(f'{path} holds values that are not finite: {name}.')
+
+
+def _check_types(net: nn.Module, weights: Mapping[str, Tensor], path: object) -> None:
+    """Refuse what torch would convert without a word: integers to weights, and the real parts of complex numbers."""
+    for name, value in net.named_parameters():
+        dtype = weights[name].dtype if name in weights else value.dtype
+        if not dtype.is_floating_point and dtype != value.dtype:
+            raise InputError(f'{path} does not fit {type(net).__name__}: {name} must be {value.dtype}, got {dtype}.')
 
 
 def without_module_prefix(weights: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     """Weights on the CPU, without the ``module.`` that DataParallel puts before their names."""
     renamed: OrderedDict[str, Tensor] = OrderedDict()
     for key, value in weights.items():
-        renamed[key[len('module.') :] if key.startswith('module.') else key] = value.cpu()
+        # Next to nothing is defined for float8.
+        value = value.float() if value.element_size() == 1 and value.is_floating_point() else value
+        renamed[key[len('module.') :] if key.startswith('module.') else key] = value.detach().cpu()
     if hasattr(weights, '_metadata'):  # the versions of the modules, which some of them look at when they load
         renamed._metadata = weights._metadata  # type: ignore[attr-defined]
     return renamed

@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Union
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_sr.adapters import (
     adapted_modules,
-    add_lora,
     infer_lora_config,
     load_adapter,
     mix_adapters,
     remove_lora,
 )
-from lora_sr.archs import deploy_form, fold, is_training_form, take_any_size
+from lora_sr.adapters.verbs import attach_updates
+from lora_sr.archs import deploy_form, fold, is_training_form, network_info, take_any_size
 from lora_sr.checkpoints.adapter_file import AdapterFile, check_once
+from lora_sr.checkpoints.bounds import bounded
 from lora_sr.checkpoints.building import base_section, build_network
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
 from lora_sr.checkpoints.content import load_weights, read_checkpoint
@@ -29,13 +30,16 @@ from lora_sr.checkpoints.families import FAMILIES, OURS
 from lora_sr.checkpoints.imports import import_modules
 from lora_sr.checkpoints.origin import Origin, fingerprint
 from lora_sr.checkpoints.stock import STOCK_NETWORKS
-from lora_sr.errors import InputError, MissingBasicSR
+from lora_sr.errors import InputError, MissingBasicSR, shown
 from lora_sr.option_file import load_options
 
 LOG = logging.getLogger('lora_sr')
 
 PathLike = Union[str, 'os.PathLike[str]']
 OPTION_SUFFIXES = ('.yml', '.yaml')
+LARGEST_SCALE = 64
+# How many times the values of a file a network may have: a base and its adapted form; branches of what is folded.
+FAMILY_FACTOR, SECTION_FACTOR = 2, 16
 
 
 @dataclass(frozen=True)
@@ -208,21 +212,22 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
     # Of networks that are not ours the keys do not tell everything; what their run has written down does.
     if checkpoint.family not in OURS and origin is not None and origin.network is not None:
         try:
-            return _open_by_section(checkpoint, origin.network, 'network_g')
+            with bounded(state, SECTION_FACTOR):
+                return _open_by_section(checkpoint, origin.network, 'network_g')
         except InputError as error:
             if checkpoint.family is None:
                 raise UnknownNetwork(f'{path} names the network of its run, but {error}', checkpoint) from None
     if checkpoint.family is None:
         raise UnknownNetwork(
             f'{path} belongs to no network known here ({", ".join(FAMILIES)}): its first keys are '
-            f'{", ".join(list(state)[:3])}. Name the option file of its network with -opt, and the module of a network '
-            'of your own with --import.',
+            f'{", ".join(map(shown, list(state)[:3]))}. Name the option file of its network with -opt, and the module '
+            'of a network of your own with --import.',
             checkpoint,
         )
     try:
-        network = FAMILIES[checkpoint.family][1](state)
+        network = _built(checkpoint.family, state)
         if checkpoint.form == ADAPTED and not any(True for _ in adapted_modules(network)):
-            add_lora(network, infer_lora_config(state))
+            attach_updates(network, infer_lora_config(state))
         return _loaded(network, checkpoint, None)
     except MissingBasicSR as error:
         raise MissingBasicSR(f'{path} cannot be used: {error}') from None
@@ -232,6 +237,17 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
         reason = str(error)
         reason = reason if reason.startswith(str(path)) else f'{path} cannot be used: {reason}'
         raise UnknownNetwork(reason, checkpoint) from None
+
+
+def _built(family: str, state: Mapping[str, Tensor]) -> nn.Module:
+    """The network of a family for a state dict, whose names and shapes may be anything."""
+    try:
+        with bounded(state, FAMILY_FACTOR):
+            return FAMILIES[family][1](state)
+    except (InputError, KeyError):
+        raise
+    except Exception as error:  # whatever a constructor makes of wrong sizes
+        raise InputError(f'its names and shapes are those of no {family} ({type(error).__name__})') from error
 
 
 def network_of_options(options: PathLike, imports: Sequence[str] = ()) -> nn.Module:
@@ -290,7 +306,7 @@ def _open_by_section(
     remove_lora(network)
     if checkpoint.form == ADAPTED:
         try:
-            add_lora(network, infer_lora_config(checkpoint.state))
+            attach_updates(network, infer_lora_config(checkpoint.state))
         except InputError as error:
             raise InputError(f'{checkpoint.path} does not fit {type(network).__name__}: {error}') from None
     return _loaded(network, checkpoint, section, strict)
@@ -302,7 +318,8 @@ def _loaded(
     try:
         load_weights(network, checkpoint.state, checkpoint.path)
     except InputError:
-        folded = fold(deepcopy(network)) if is_training_form(network) else None
+        is_other_form = is_training_form(network) and network.state_dict().keys() != checkpoint.state.keys()
+        folded = fold(deepcopy(network)) if is_other_form else None
         if folded is not None and folded.state_dict().keys() == checkpoint.state.keys():  # a file of the deploy form
             load_weights(folded, checkpoint.state, checkpoint.path)
             network = folded
@@ -313,7 +330,12 @@ def _loaded(
     origin = checkpoint.origin or Origin()
     if section is not None and origin.network is None:
         origin = replace(origin, network=dict(section))
-    return OpenedNetwork(take_any_size(network.eval()), os.fspath(checkpoint.path), checkpoint, section, origin)
+    info = network_info(network.eval())
+    if info is not None and info.scale > LARGEST_SCALE:
+        raise InputError(
+            f'{checkpoint.path} cannot be used: its scale must be at most {LARGEST_SCALE}, got {info.scale}.'
+        )
+    return OpenedNetwork(take_any_size(network), os.fspath(checkpoint.path), checkpoint, section, origin)
 
 
 def _load_some(network: nn.Module, checkpoint: Checkpoint) -> None:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from lora_sr.adapters import is_lora_key
+from lora_sr.errors import shown
 
 KEY = 'lora_sr'  # in a .pth file beside the state dicts, in the metadata of other formats
 # Buffers that follow from the sizes of a network and that not every file has, or that move while it trains.
 DERIVED = ('attn_mask', 'relative_position_index', 'num_batches_tracked', 'running_mean', 'running_var')
 SHOWN = 12  # digits of a fingerprint
+LARGEST_ITERATION = 10**12
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,15 @@ class Origin:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return None
         if not isinstance(value, Mapping):
             return None
         values = {key: value[key] for key, kind in _KINDS.items() if isinstance(value.get(key), kind)}
-        adapters = tuple(adapter for adapter in values.pop('adapters', ()) if isinstance(adapter, str))
+        values.update((key, shown(value)) for key, value in values.items() if isinstance(value, str))
+        if not 0 <= values.get('iteration', 0) <= LARGEST_ITERATION:
+            del values['iteration']
+        adapters = tuple(shown(adapter) for adapter in values.pop('adapters', ()) if isinstance(adapter, str))
         return cls(**{'version': 'unknown', **values, 'adapters': adapters})
 
     def with_adapters(self, base: Mapping[str, Tensor], adapters: Iterable[str]) -> Origin:

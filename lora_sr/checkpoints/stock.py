@@ -21,6 +21,7 @@ from lora_sr.errors import InputError, import_basicsr
 
 State = Mapping[str, Tensor]
 Arguments = dict[str, Any]
+LARGEST_WINDOW, LARGEST_SIDE = 64, 512  # of SwinIR
 
 
 def _swinir(state: State) -> Arguments:
@@ -32,6 +33,8 @@ def _swinir(state: State) -> Arguments:
     first_blocks = [f'layers.{i}.residual_group.blocks.0' for i in range(len(depths))]
     tables = [state[f'{block}.attn.relative_position_bias_table'] for block in first_blocks]
     window = (math.isqrt(tables[0].shape[0]) + 1) // 2
+    if window > LARGEST_WINDOW:  # it makes an index of window**4 values itself
+        raise InputError(f'it is no SwinIR: its windows must be of at most {LARGEST_WINDOW} pixels, got {window}.')
     hidden = state['layers.0.residual_group.blocks.0.mlp.fc1.weight'].shape[0]
     mlp_ratio = hidden / width
     if int(width * mlp_ratio) != hidden:  # as the network rounds it
@@ -70,6 +73,8 @@ def _swinir_size(state: State, window: int) -> tuple[int, int]:
         return mask.shape[0] // columns * window, columns * window
     pixels = state['absolute_pos_embed'].shape[1] if 'absolute_pos_embed' in state else window**2
     side = math.isqrt(pixels)
+    if side > LARGEST_SIDE:  # it is run with an image of its size
+        raise InputError(f'it is no SwinIR: its images must be of at most {LARGEST_SIDE} pixels a side, got {side}.')
     return (side, side) if side**2 == pixels else (window, pixels // window)
 
 

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
+import io
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Callable
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Callable, NoReturn
 
-from lora_sr.errors import InputError, import_basicsr
+from lora_sr.errors import InputError, import_basicsr, shown
 
 if TYPE_CHECKING:
     from types import FrameType
 
 PREPARING, TRAINING = ('prepare', 'degrade'), ('inspect', 'allocate', 'pipelines')
 DEPLOYING, MEASURING = ('merge', 'adapter', 'upscale', 'export', 'submission'), ('compare', 'curves', 'bench')
+LONG_WORD = re.compile(r'\S{257,}')  # longer than the name of any file
 NEED_BASICSR = ('train', 'test', 'allocate')
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that repeats what is wrong as part of its own line; sub-commands have one of the same class."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(LONG_WORD.sub(lambda word: shown(word[0]), shown(message, len(message))))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``lora-sr``; each sub-command sets ``run``, a function of the parsed arguments."""
-    parser = argparse.ArgumentParser(prog='lora-sr', description='LoRA and distillation for SR, on BasicSR.')
+    parser = _Parser(prog='lora-sr', description='LoRA and distillation for SR, on BasicSR.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     for name in (*PREPARING, *TRAINING, *DEPLOYING, *MEASURING):
         importlib.import_module(f'lora_sr.cli.{name}').add_parser(commands)
@@ -44,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             import_basicsr(f'lora-sr {args.command}')
         args.run(args)
 
-    return _tell(run, 'lora-sr: ')
+    return _tell(run, 'lora-sr: ', argv=sys.argv[1:] if argv is None else argv)
 
 
 def run_pipeline(is_train: bool) -> int:
@@ -60,16 +71,22 @@ def run_pipeline(is_train: bool) -> int:
     return _tell(run, '', is_quiet=int(os.environ.get('LOCAL_RANK', 0)) > 0)
 
 
-def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False) -> int:
+def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False, argv: Sequence[str] | None = None) -> int:
     """Run something, its imports included, and turn what stops it into a line and an exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a file may have a name that is no text
     with _noted_interrupts() as interrupts:
         try:
             return run() or 0
         except InputError as error:
-            message, status = f'error: {error}', 2
+            message, status = f'error: {_one_line_each(str(error), sys.argv[1:] if argv is None else argv)}', 2
         except BrokenPipeError:  # whoever read the output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            message, status = f'error: there is no name as long as {shown(str(error.filename))}', 2
         except BaseException as error:
             # NumPy and torch turn Ctrl-C into an ImportError where it meets their first lines.
             if not (isinstance(error, KeyboardInterrupt) or (interrupts and isinstance(error, Exception))):
@@ -78,6 +95,15 @@ def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False) ->
     if not is_quiet:
         print(f'{prefix}{message}', file=sys.stderr, flush=True)
     return status
+
+
+def _one_line_each(message: str, argv: Sequence[str]) -> str:
+    """A message of a sentence a line, without what an argument or a name would make a line or a color of its own."""
+    for argument in [*argv, *(argument.partition('=')[2] for argument in argv)]:
+        if not argument.isprintable() and argument in message:
+            message = message.replace(argument, shown(argument, len(argument)))
+    lines = (shown(line, len(line)) for line in message.split('\n'))
+    return '\n'.join(LONG_WORD.sub(lambda word: shown(word[0]), line) for line in lines)
 
 
 @contextlib.contextmanager

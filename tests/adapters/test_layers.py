@@ -460,13 +460,13 @@ def test_what_is_left_alone_is_said_by_name_and_size(caplog):
     with caplog.at_level(logging.INFO, 'lora_sr'):
         add_lora(network, LoRAConfig(groups=['all']))
     assert left_alone(network) == expected
-    (record,) = (record for record in caplog.records if record.name == 'lora_sr')
+    (record,) = (record for record in caplog.records if record.message.startswith('Left alone'))
     assert 'own (Own, 112 parameters), normed (ParametrizedConv2d, 116 parameters), memory (LSTM, 144' in record.message
     assert [name for name, _ in lora_layers(network)] == ['plain', 'cross.out_proj']
     caplog.clear()
     with caplog.at_level(logging.INFO, 'lora_sr'):
         add_lora(Everything(), ALL)
-    assert not caplog.records
+    assert not any(record.message.startswith('Left alone') for record in caplog.records)
     with pytest.raises(InputError, match='"cross" matches "cross", a MultiheadAttention, which cannot carry LoRA'):
         add_lora(network, LoRAConfig(['cross']))
 
@@ -640,3 +640,14 @@ def test_a_module_under_two_names_is_described_by_either():
     x = torch.randn(1, 3, 4)
     assert torch.equal(built(x), network(x)) and torch.equal(base(x), network(x))
     assert built[0] is built[2] and is_same(merge_state_dict(network.state_dict()), merge_lora(built).state_dict())
+
+
+def test_a_rank_beyond_the_full_one_is_said_and_one_far_beyond_refused(caplog):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(32, 32))
+    with pytest.raises(InputError, match=r'^LoRA rank must be at most 32, the full rank of 1, got 300\.$'):
+        add_lora(network, LoRAConfig(groups=['all'], rank=300))
+    assert not list(lora_layers(network))
+    with caplog.at_level(logging.INFO, 'lora_sr'):
+        add_lora(network, LoRAConfig(groups=['all'], rank=8))
+    message = 'The rank exceeds the full rank of 1 of 2 layers: in 0 it is 8, where 3 reaches every update.'
+    assert [record.message for record in caplog.records] == [message]

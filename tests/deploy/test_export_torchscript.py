@@ -98,8 +98,8 @@ def test_a_checkpoint_is_blamed_for_what_is_wrong_with_it(tmp_path, capsys):
         assert main(['export', 'torchscript', str(tmp_path / checkpoint), '-o', str(tmp_path / 'net.pt')]) == 2
         return capsys.readouterr().err
 
-    assert 'nan.pth gives values that are not finite: it has weights that are NaN' in error('nan.pth')
-    assert 'branches.pth cannot be folded: The folded conv_1' in error('branches.pth')
+    assert 'nan.pth holds values that are not finite: conv_cat.bias.' in error('nan.pth')
+    assert 'branches.pth holds values that are not finite: conv_1.sk.bias.' in error('branches.pth')
     missing = tmp_path / 'absent.pth'
     assert (
         error(missing.name) == f'lora-sr: error: the checkpoint {missing} cannot be read: No such file or directory\n'

@@ -347,8 +347,8 @@ def test_nothing_is_overwritten_or_left_behind(adapted, tmp_path, capsys):
         ('net_g_10.pth', 'm.pt', 'must end in .pth or .safetensors'),
         ('net_g_10.pth', 'absent/m.pth', 'does not exist'),
         ('plain.pth', 'm.pth', 'plain.pth is a deploy-form checkpoint already: nothing to merge or fold.'),
-        ('nan.pth', 'm.pth', 'nan.pth has weights too large for float32, or NaN'),
-        ('branches.pth', 'm.pth', 'branches.pth cannot be folded: The folded B1.c1_r (BSConvU_rep) differs'),
+        ('nan.pth', 'm.pth', 'nan.pth holds values that are not finite: conv_2.eval_conv.lora_B.'),
+        ('branches.pth', 'm.pth', 'branches.pth holds values that are not finite: B1.c1_r.pw.weight.'),
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_no_file(adapted, tmp_path, capsys, checkpoint, output, message):

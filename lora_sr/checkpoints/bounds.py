@@ -1,0 +1,115 @@
+"""What a file of weights may hold, so that a damaged or hostile one ends in a sentence and not in the memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from lora_sr.errors import InputError, shown
+
+LONGEST_NAME = 512
+# Tied weights have several names, and a view may repeat values: what a file holds stands for so many times as much.
+LARGEST_REPEAT = 16
+SMALL_BYTES = 3 * 2**28  # and more than VGG19 has
+FEW_VALUES, FEW_TENSORS = 10**6, 1000
+DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(getattr(torch, name) for name in ('float8_e4m3fn', 'float8_e5m2') if hasattr(torch, name)),  # since torch 2.1
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128),
+)
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder, and what gives bytes without end or waits for a writer: pipes and devices.
+
+    Raises:
+        InputError: There is something else than a file. Whether there is anything is not looked at.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        what = 'a folder' if os.path.isdir(path) else 'a pipe or a device'
+        raise InputError(f'the checkpoint {path} cannot be read: it must be a file, got {what}')
+
+
+def check_content(content: Mapping[Any, Any], path: object) -> None:
+    """Check what a file holds, before anything is made of it: names, and the tensors of its state dicts.
+
+    Raises:
+        InputError: A name is no text, too long or not printable; or a tensor has a layout or a type that weights have
+            not, or claims many times the values that are in the file.
+    """
+    _check_names(content, path)
+    for values in (content, *(value for value in content.values() if isinstance(value, Mapping))):
+        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        if tensors and len(tensors) == len(values):
+            _check_names(values, path)
+            _check_tensors(tensors, path)
+
+
+def _check_names(values: Mapping[Any, Any], path: object) -> None:
+    for name in values:
+        if not isinstance(name, str) or len(name) > LONGEST_NAME or not name.isprintable():
+            raise InputError(
+                f'the checkpoint {path} is damaged: a name must be of at most {LONGEST_NAME} printable letters, got '
+                f'{shown(repr(name))}'
+            )
+
+
+def _check_tensors(state: Mapping[str, Tensor], path: object) -> None:
+    claimed, held = 0, {}
+    for name, value in state.items():
+        if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.dtype not in DTYPES:
+            kind = 'nested' if value.is_nested else f'{value.layout}, {value.dtype}'.replace('torch.', '')
+            raise InputError(f'the checkpoint {path} cannot be used: {name} must be a dense tensor, got {kind}')
+        if value.device.type == 'meta':
+            raise InputError(f'the checkpoint {path} cannot be used: {name} must have values, got none (device meta)')
+        claimed += value.numel() * value.element_size()
+        held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    if claimed > LARGEST_REPEAT * sum(held.values()) + SMALL_BYTES:
+        largest = max(state, key=lambda name: state[name].numel())
+        raise InputError(
+            f'the checkpoint {path} is damaged: its tensors must have the values that it holds, got {largest} of shape '
+            f'{shown(str(tuple(state[largest].shape)))}'
+        )
+
+
+@contextlib.contextmanager
+def bounded(state: Mapping[str, Tensor], factor: int) -> Iterator[None]:
+    """Build no network that is much larger than the state dict that it is for: sizes are read from names and shapes.
+
+    torch tells of a tensor when a module takes it, which is before anything is written into its memory.
+
+    Args:
+        state: The state dict.
+        factor: How many times its values, and its tensors, all that is built may have.
+
+    Raises:
+        InputError: The network is larger.
+    """
+    most_values = factor * sum(value.numel() for value in state.values()) + FEW_VALUES
+    most_tensors = factor * len(state) + FEW_TENSORS
+    values, tensors, thread = 0, 0, threading.get_ident()
+
+    def count(module: nn.Module, name: str, value: Tensor | None) -> None:
+        nonlocal values, tensors
+        if value is None or threading.get_ident() != thread:
+            return
+        values, tensors = values + value.numel(), tensors + 1
+        if values > most_values or tensors > most_tensors:
+            raise InputError('the network that its names and shapes tell of has far more values than are in it')
+
+    hooks = register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

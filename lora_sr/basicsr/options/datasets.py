@@ -129,7 +129,8 @@ def _check_amount(check: Check, where: str, dataset: dict, count: int) -> None:
     if drawn < batch:
         enough = math.ceil(100 * batch * check.processes / count)
         check.add(
-            f'{where} has {drawn} patches an epoch, fewer than a batch of {batch}; set dataset_enlarge_ratio: {enough}'
+            f'{where}.batch_size_per_gpu must be at most {drawn}, the patches of an epoch, got {batch}; raise '
+            f'dataset_enlarge_ratio to {min(enough, LONGEST_EPOCH)}, say'
         )
 
 

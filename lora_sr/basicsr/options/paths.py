@@ -125,6 +125,9 @@ def _other_image_size(net: Any, weights: dict, file: str) -> str:
     """The sentence for a SwinIR whose masks are for another size of image; empty if that is not so."""
     if not isinstance(net, SwinIR) or family_of(weights) != SwinIR.__name__:
         return ''
+    others = [key for key, value in net.state_dict().items() if key in weights and weights[key].shape != value.shape]
+    if not all(key.endswith('attn_mask') for key in others):
+        return ''
     try:
         size = _image_size(FAMILIES[SwinIR.__name__][1](weights))
     except (KeyError, InputError):  # an incomplete file

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY
 from lora_sr.basicsr.options import distillation, schema
 from lora_sr.basicsr.options.check import Check, find
 from lora_sr.basicsr.patches.optimizers import find_optimizer
+from lora_sr.checkpoints.building import construct, refused_key
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.errors import InputError
 
@@ -95,12 +97,11 @@ def _try_optimizer(check: Check, where: str, optimizer: type, section: dict) -> 
         check.add(f'{where}: {error}')
     except (AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = f': {str(error).splitlines()[0]}' if str(error) else ''
-        for key in [key for key in options if key != 'lr']:
-            with contextlib.suppress(Exception):
-                optimizer([torch.nn.Parameter(torch.zeros(2, 2))], **{k: v for k, v in options.items() if k != key})
-                check.add(f'{where}.{key}: {section["type"]} refuses {options[key]!r}{reason}')
-                return
-        check.add(f'{where}: {section["type"]} refuses these values{reason}')
+        check.add(
+            _refusal(
+                where, section['type'], partial(optimizer, [torch.nn.Parameter(torch.zeros(2, 2))]), options, reason
+            )
+        )
 
 
 def _check_loss(check: Check, where: str, section: Any) -> None:
@@ -115,12 +116,23 @@ def _check_loss(check: Check, where: str, section: Any) -> None:
     if loss is PerceptualLoss:
         _check_perceptual(check, where, section)
     elif loss.__module__.startswith(('lora_sr.', 'basicsr.')):  # others' are not built: some fetch a network for it
+        arguments = {key: value for key, value in section.items() if key not in ('type', *ours)}
         try:
-            loss(**{key: value for key, value in section.items() if key not in ('type', *ours)})
+            loss(**arguments)
         except InputError as error:
             check.add(f'{where}: {error}')
         except (TypeError, ValueError, NotImplementedError) as error:
-            check.add(f'{where}: {section["type"]} refuses these values: {error}')
+            check.add(_refusal(where, section['type'], loss, arguments, f': {error}'))
+
+
+def _refusal(where: str, kind: str, build: Callable[..., object], arguments: dict, reason: str) -> str:
+    key = refused_key(build, arguments)
+    quoted = [name for name, value in arguments.items() if f' {value} ' in f'{reason} ']
+    if key is None and len(quoted) == 1:  # none can do without it, but the reason says what it is
+        key = quoted[0]
+    if key is None:
+        return f'{where}: {kind} refuses these values{reason}'
+    return f'{where}.{key}: {kind} refuses {arguments[key]!r}{reason}'
 
 
 def _check_perceptual(check: Check, where: str, section: dict) -> None:
@@ -194,16 +206,15 @@ def _check_discriminator(check: Check) -> None:
         return
     if any(problem.startswith(('network_d', 'gt_size')) for problem in check.problems):
         return
-    arguments = {key: value for key, value in section.items() if key != 'type'}
     with torch.device('meta'):  # shapes alone
         try:
-            network = arch(**arguments).eval()
-        except Exception as error:  # whatever a constructor makes of wrong values
-            check.add(f'network_d: {kind} cannot be built from these values: {error}')
+            network = construct(arch, section, 'network_d').eval()
+        except InputError as error:
+            check.add(error)
             return
         try:
             network(torch.zeros(1, section['num_in_ch'], size, size))
-        except (AssertionError, RuntimeError) as error:
+        except Exception as error:
             # Where sizes are told, or else where halves that were rounded down do not meet their wholes again.
             reason = error if isinstance(error, AssertionError) else 'it has to be a multiple of 8'
             check.add(f'network_d: {kind} does not take patches of gt_size {size}: {reason}')

@@ -142,7 +142,8 @@ CHANGES = [
     (
         'datasets.train.batch_size_per_gpu',
         200,
-        'datasets.train has 80 patches an epoch, fewer than a batch of 200; set dataset_enlarge_ratio: 2500',
+        'datasets.train.batch_size_per_gpu must be at most 80, the patches of an epoch, got 200; raise '
+        'dataset_enlarge_ratio to 2500, say',
     ),
 ]
 
@@ -587,7 +588,10 @@ def test_data_for_less_than_a_batch(data, tmp_path):
     opt = options('')
     change(opt, 'datasets.train.dataset_enlarge_ratio', 1)
     change(opt, 'datasets.train.batch_size_per_gpu', 9)
-    sentence = 'datasets.train has 8 patches an epoch, fewer than a batch of 9; set dataset_enlarge_ratio: 113'
+    sentence = (
+        'datasets.train.batch_size_per_gpu must be at most 8, the patches of an epoch, got 9; raise '
+        'dataset_enlarge_ratio to 113, say'
+    )
     assert check(opt, tmp_path) == [sentence]
     change(opt, 'datasets.train.batch_size_per_gpu', 5)  # the three that are left over do not end a run early
     assert check(opt, tmp_path) == []
@@ -898,7 +902,8 @@ def test_lr_images_without_gt_are_correct(without_gt, pairs, tmp_path):
         (
             'datasets.train.batch_size_per_gpu',
             161,
-            'datasets.train has 160 patches an epoch, fewer than a batch of 161; set dataset_enlarge_ratio: 1007',
+            'datasets.train.batch_size_per_gpu must be at most 160, the patches of an epoch, got 161; raise '
+            'dataset_enlarge_ratio to 1007, say',
         ),
         (
             'train.pixel_opt',

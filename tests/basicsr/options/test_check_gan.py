@@ -69,19 +69,19 @@ def test_correct_files(options, data, tmp_path, model):
         (
             'network_d',
             {'type': 'VGGStyleDiscriminator', 'num_in_ch': 3, 'num_feat': 4, 'input_size': 32},
-            'network_d: VGGStyleDiscriminator cannot be built from these values: input size must be 128 or 256',
+            'network_d.input_size: VGGStyleDiscriminator cannot be built with 32: input size must be 128 or 256',
         ),
         ('train.optim_d', ..., 'train.optim_d is missing'),
         ('train.optim_d.lr', ..., 'train.optim_d.lr is missing'),
         ('train.gan_opt', ..., 'train.gan_opt is missing'),
         ('train.gan_opt', None, 'train.gan_opt is missing'),
-        ('train.gan_opt.gan_type', 'vanila', 'train.gan_opt: GANLoss refuses these values: GAN type vanila is not'),
+        ('train.gan_opt.gan_type', 'vanila', "train.gan_opt.gan_type: GANLoss refuses 'vanila': GAN type vanila is not"),
         ('train.gan_opt.gan_type', ..., 'train.gan_opt.gan_type is missing'),
         ('train.net_d_iters', 0, 'train.net_d_iters has to be a whole number of at least 1, not 0'),
         ('train.net_d_init_iters', -1, 'train.net_d_init_iters has to be a whole number of at least 0, not -1'),
         ('train.net_d_init_iter', 1, "train.net_d_init_iter is not a known key; did you mean 'net_d_init_iters'?"),
         ('train.pixel_opt', None, None),  # the discriminator alone teaches
-        ('train.pixel_opt.reduction', 'men', 'train.pixel_opt: L1Loss refuses these values: Unsupported reduction'),
+        ('train.pixel_opt.reduction', 'men', "train.pixel_opt.reduction: L1Loss refuses 'men': Unsupported reduction"),
     ],
 )
 def test_mistakes_with_a_discriminator(options, tmp_path, model, path, value, sentence):
@@ -196,9 +196,7 @@ def test_data_for_less_than_a_batch(options, tmp_path):
     opt['queue_size'] = 50
     opt['datasets']['train'].update(batch_size_per_gpu=50, dataset_enlarge_ratio=1)
     (problem,) = check_options(opt, True, tmp_path)
-    assert re.match(
-        r'datasets.train has \d patches an epoch, fewer than a batch of 50; set dataset_enlarge_ratio', problem
-    )
+    assert re.match(r'datasets.train.batch_size_per_gpu must be at most \d, the patches of an epoch, got 50; ', problem)
 
 
 def test_flags_are_true_or_false(options, tmp_path):

@@ -167,6 +167,12 @@ def _is_path(value: Any) -> bool:
     return b'\0' not in b''.join(parts) and max(map(len, parts)) <= LONGEST_NAME
 
 
+def _is_below(value: Any) -> bool:
+    """Whether a value names something below a folder: nothing that leads out of it, nor the folder itself."""
+    parts = value.split(os.sep) if isinstance(value, str) else ['']
+    return _is_path(value) and not {'', '.', '..'} & set(parts)
+
+
 def _is_roots(value: Any) -> bool:
     roots = value if isinstance(value, (list, tuple)) else [value]
     return bool(roots) and all(isinstance(root, str) and _is_path(root) for root in roots)
@@ -189,9 +195,10 @@ SECTION = Kind('a section', lambda value: True, {'type': 'object'})
 NAMED = Kind('a name', lambda value: True, {'type': 'string'})
 FOLDER = Kind(
     'the name of a folder',
-    lambda value: isinstance(value, str) and bool(value) and os.sep not in value,
-    {'type': 'string', 'minLength': 1, 'pattern': '^[^/]+$'},
+    lambda value: _is_below(value) and os.sep not in value,
+    {'type': 'string', 'minLength': 1, 'pattern': r'^(?!\.{1,2}$)[^/]+$'},
 )
+BELOW = Kind('a name, of a folder as well', lambda value: _is_below(value), {'type': 'string', 'minLength': 1})
 GPUS = replace(
     whole(0),
     holds=lambda value: value == 'auto' or whole(0).holds(value),
@@ -457,7 +464,7 @@ _GT = f'{PAIRED} {DEGRADED} {LISTED} {FACES} {REDS} {VIMEO} {VIDEO_TEST}'
 _LR = f'{PAIRED} {LR_ONLY} {LISTED} {SINGLE} {REDS} {VIMEO} {VIDEO_TEST}'
 _PATCHES = f'{PAIRED} {LISTED} {REDS} {VIMEO}'
 DATASET = {
-    'name': Key(TEXT, 'What it is called in the log and in `results/`.', needed='train test'),
+    'name': Key(BELOW, 'What it is called in the log and in `results/`.', needed='train test'),
     'type': Key(NAMED, 'The dataset: one of the registry.', needed='train test'),
     'dataroot_gt': Key(ROOT, 'The folder or database of GT images.', needed=f'{PAIRED} {DEGRADED}', only=_GT),
     'dataroot_lq': Key(

@@ -72,6 +72,9 @@ def test_correct_files(options, pairs, tmp_path, distillation):
 CHANGES = [
     ('name', ..., 'name is missing'),
     ('name', 'a/b', "name has to be the name of a folder, not 'a/b'"),
+    ('name', '..', "name has to be the name of a folder, not '..'"),
+    ('datasets.val.name', '../x', "datasets.val.name has to be a name, of a folder as well, not '../x'"),
+    ('datasets.val.name', '/x', "datasets.val.name has to be a name, of a folder as well, not '/x'"),
     ('model_type', 'SRModell', "model_type: there is no model 'SRModell'; did you mean SRModel"),
     ('num_gpu', 99, 'num_gpu is 99, but this machine has'),
     ('num_gpu', 'all', "num_gpu has to be a whole number of at least 0, not 'all'"),

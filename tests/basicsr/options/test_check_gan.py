@@ -75,7 +75,11 @@ def test_correct_files(options, data, tmp_path, model):
         ('train.optim_d.lr', ..., 'train.optim_d.lr is missing'),
         ('train.gan_opt', ..., 'train.gan_opt is missing'),
         ('train.gan_opt', None, 'train.gan_opt is missing'),
-        ('train.gan_opt.gan_type', 'vanila', "train.gan_opt.gan_type: GANLoss refuses 'vanila': GAN type vanila is not"),
+        (
+            'train.gan_opt.gan_type',
+            'vanila',
+            "train.gan_opt.gan_type: GANLoss refuses 'vanila': GAN type vanila is not",
+        ),
         ('train.gan_opt.gan_type', ..., 'train.gan_opt.gan_type is missing'),
         ('train.net_d_iters', 0, 'train.net_d_iters has to be a whole number of at least 1, not 0'),
         ('train.net_d_init_iters', -1, 'train.net_d_init_iters has to be a whole number of at least 0, not -1'),

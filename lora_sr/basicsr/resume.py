@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lora_sr.adapters import LoRAConfig
 from lora_sr.archs.registry import find_arch
 from lora_sr.basicsr import provenance
-from lora_sr.basicsr.samples import stream_of
+from lora_sr.basicsr.samples import recorded_of, stream_of
 from lora_sr.checkpoints.origin import KEY, Origin
 from lora_sr.errors import InputError
 
@@ -33,7 +33,7 @@ def record(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
     """What a training state says beside BasicSR's own keys, to go on as if the run had not stopped.
 
     ``samples``: see :meth:`lora_sr.basicsr.samples.SampleStream.record`. ``best``: the best value of each metric.
-    ``optimizer_types``: by section. ``trained``: the names of the tensors that each optimizer trains.
+    ``optimizer_types``: by section. ``trained``: the names of the tensors that each optimizer trains, by its number.
     """
     stream = stream_of(model.opt)
     names = _names(model)
@@ -41,7 +41,10 @@ def record(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
         **({} if stream is None else {'samples': stream.record(epoch, iteration)}),
         'best': _best(model),
         'optimizer_types': _optimizer_types(provenance.given('train')),
-        'trained': [[names.get(id(one), '') for one in _tensors(optimizer)] for optimizer in model.optimizers],
+        'trained': {
+            str(number): [names.get(id(one), '') for one in _tensors(optimizer)]
+            for number, optimizer in enumerate(model.optimizers)
+        },
     }
 
 
@@ -53,7 +56,7 @@ def check_options(opt: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """
     file = f'{opt["path"]["models"]}/net_g_{state["iter"]}.pth'
     now = _optimizer_types(opt.get('train'))
-    for key, kind in state.get(KEY, {}).get('optimizer_types', {}).items():
+    for key, kind in recorded_of(state, 'optimizer_types').items():
         if now.get(key, kind) != kind:
             raise InputError(
                 f'train.{key}.type must be {kind} to resume this run, got {now[key]}; a new run may begin from {file}.'
@@ -114,7 +117,7 @@ def resume(model: Any, state: Mapping[str, Any], load: Callable[[], None]) -> No
             continue
         key = 'lr' if key == 'initial_lr' else key
         LOG.warning(f'{key} of the option file was {_text(before)} and is {_text(now)} now: applied to the whole run.')
-    model.resumed_best = state.get(KEY, {}).get('best', {})
+    model.resumed_best = recorded_of(state, 'best')
     if hasattr(model, 'queue_size'):
         LOG.warning('The pool of training pairs begins empty: the run differs from one that was not interrupted.')
 
@@ -130,9 +133,9 @@ def _check_optimizer(model: Any, optimizer: Optimizer, state: Mapping[str, Any],
         )
     names = _names(model)
     trained = [names.get(id(value), '') for value in _tensors(optimizer)]
-    before = state.get(KEY, {}).get('trained', [])[number : number + 1]
-    if before and before[0] != trained or [len(g['params']) for g in own] != [len(g['params']) for g in saved]:
-        differ = sorted(set(before[0]) ^ set(trained)) if before else []
+    before = recorded_of(state, 'trained').get(str(number))
+    if before is not None and before != trained or [len(g['params']) for g in own] != [len(g['params']) for g in saved]:
+        differ = sorted(set(before or trained) ^ set(trained))
         example = f' ({differ[0]}, for one)' if differ else ''
         raise InputError(
             f'the run cannot be resumed: it trained {sum(len(group["params"]) for group in saved)} tensors, and '

@@ -83,7 +83,7 @@ class SampleStream(Sampler):
         self.batch_size, self.total_iter = batch_size, int(opt['train']['total_iter'])
         if state:
             self.start = self._place(state)
-            recorded = state.get(KEY, {}).get('samples', {})
+            recorded = recorded_of(state, 'samples')
             self.seed = recorded.get('seed', self.seed) if seed is None else seed
             LOG.info(
                 f'Going on in epoch {self.start.epoch}, of which {self.start.seen:,} of {len(self):,} samples have '
@@ -119,7 +119,7 @@ class SampleStream(Sampler):
 
     def _place(self, state: Mapping[str, Any]) -> Place:
         iteration, epoch = state['iter'], state['epoch']
-        recorded = state.get(KEY, {}).get('samples')
+        recorded = recorded_of(state, 'samples')
         if recorded:
             seen = recorded['seen'] // self.processes
         else:  # of BasicSR, which began each epoch at its first sample
@@ -136,6 +136,13 @@ class SampleStream(Sampler):
             return self.start.iteration
         between = (epoch - self.start.epoch - 1) * self._iterations(epoch)
         return self.start.iteration + self._iterations(self.start.epoch) + between
+
+
+def recorded_of(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What a training state of this package records under that name; of BasicSR's own nothing."""
+    own = state.get(KEY)
+    value = own.get(name) if isinstance(own, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
 
 
 def stream_of(opt: Mapping[str, Any]) -> SampleStream | None:

@@ -110,12 +110,25 @@ def test_other_tensors_to_train(options, how):
     model.save(0, 2)
     state = dict(read_checkpoint(f'{options["path"]["training_states"]}/2.state'))
     if how == 'another tensor':
-        state['lora_sr']['trained'][0][3] = 'net_g.other'
+        state['lora_sr']['trained']['0'][3] = 'net_g.other'
     else:  # of BasicSR itself, which knows no names
         del state['lora_sr']
         state['optimizers'][0]['param_groups'][0]['params'].pop()
     with pytest.raises(InputError, match=r'it trained \d+ tensors, and \d+ train now.*; put that back, or begin'):
         build_model(copy.deepcopy(options)).resume_training(state)
+
+
+@pytest.mark.parametrize(
+    'own', [None, 'x', 3, ['samples'], {'trained': 1, 'best': 'x', 'samples': [], 'optimizer_types': 2}]
+)
+def test_what_a_state_says_may_be_anything(options, own):
+    model = build_model(copy.deepcopy(options))
+    rates(model, 1, 2)
+    model.save(0, 2)
+    state = dict(read_checkpoint(f'{options["path"]["training_states"]}/2.state'))
+    state['lora_sr'] = own
+    resume.check_options(options, state)
+    build_model(copy.deepcopy(options)).resume_training(state)
 
 
 def test_the_best_metric_is_remembered(options):

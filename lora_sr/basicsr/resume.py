@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_sr.adapters import LoRAConfig
@@ -32,6 +33,7 @@ DERIVED = ('base_lrs', 'cumulative_period')
 def record(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
     """What a training state says beside BasicSR's own keys, to go on as if the run had not stopped.
 
+    ``pool``: the training pairs from which Real-ESRGAN's models draw; of one process, for each has its own.
     ``samples``: see :meth:`lora_sr.basicsr.samples.SampleStream.record`. ``best``: the best value of each metric.
     ``optimizer_types``: by section. ``trained``: the names of the tensors that each optimizer trains, by its number.
     """
@@ -40,6 +42,7 @@ def record(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
     return {
         **({} if stream is None else {'samples': stream.record(epoch, iteration)}),
         'best': _best(model),
+        **({'pool': _pool(model)} if hasattr(model, 'queue_lr') and not model.opt['dist'] else {}),
         'optimizer_types': _optimizer_types(provenance.given('train')),
         'trained': {
             str(number): [names.get(id(one), '') for one in _tensors(optimizer)]
@@ -118,7 +121,7 @@ def resume(model: Any, state: Mapping[str, Any], load: Callable[[], None]) -> No
         key = 'lr' if key == 'initial_lr' else key
         LOG.warning(f'{key} of the option file was {_text(before)} and is {_text(now)} now: applied to the whole run.')
     model.resumed_best = recorded_of(state, 'best')
-    if hasattr(model, 'queue_size'):
+    if hasattr(model, 'queue_size') and not _take_pool(model, recorded_of(state, 'pool')):
         LOG.warning('The pool of training pairs begins empty: the run differs from one that was not interrupted.')
 
 
@@ -192,6 +195,32 @@ def _best(model: Any) -> dict[str, Any]:
         dataset: {name: {**best, 'val': float(best['val'])} for name, best in metrics.items()}
         for dataset, metrics in known.items()
     }
+
+
+def _pool(model: Any) -> dict[str, Any]:
+    return {'lr': _packed(model.queue_lr), 'gt': _packed(model.queue_gt), 'filled': model.queue_ptr}
+
+
+def _take_pool(model: Any, pool: Mapping[str, Any]) -> bool:
+    """Give a model the pool of a training state, if it is one for these options. Returns whether it is."""
+    lr, gt, filled = pool.get('lr'), pool.get('gt'), pool.get('filled')
+    if not isinstance(lr, Tensor) or not isinstance(gt, Tensor) or model.opt['dist']:
+        return False
+    if {len(lr), len(gt)} != {model.queue_size} or gt.shape[-1] != model.opt['gt_size']:
+        return False
+    model.queue_lr, model.queue_gt = (_unpacked(images).to(model.device) for images in (lr, gt))
+    model.queue_ptr = filled
+    return True
+
+
+def _packed(images: Tensor) -> Tensor:
+    """Images of 256 levels as these, in a quarter of the bytes; others as they are."""
+    levels = (images * 255).round().clamp(0, 255).to(torch.uint8)
+    return (levels if torch.equal(_unpacked(levels), images) else images).cpu()
+
+
+def _unpacked(images: Tensor) -> Tensor:
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def _optimizer_types(train: Any) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,27 @@ def test_gan_resumes(data, tmp_path):
             trained = [tensor for tensor in weights if name == 'd' or tensor.endswith(('lora_A', 'lora_B'))]
             for tensor, value in weights.items():
                 assert torch.equal(value, before[name][key][tensor]) != (tensor in trained), (name, key, tensor)
+
+
+@pytest.mark.slow
+def test_degradations_and_their_pool_go_on(data, tmp_path):
+    """A run that stopped after three iterations, of which the first filled the pool, ends as one that did not."""
+    (tmp_path / 'tiny.yml').write_text(tiny_gan_options('RealESRNetModel', data))
+    command = ['-m', 'lora_sr.train', '-opt', 'tiny.yml', '--auto_resume', '--force_yml']
+    command += ['train:total_iter=6', 'logger:save_checkpoint_freq=1', 'val:val_freq=100']
+    run_python(*command, 'name=whole', cwd=tmp_path)
+    whole, tiny = (tmp_path / 'experiments' / name for name in ('whole', 'tiny'))
+    for name in ('models/net_g_3.pth', 'training_states/3.state'):
+        (tiny / name).parent.mkdir(parents=True)
+        shutil.copy(whole / name, tiny / name)
+    run_python(*command, cwd=tmp_path)
+    own, pools = [], []
+    for folder in (whole, tiny):
+        own.append(read_checkpoint(folder / 'models/net_g_6.pth')['params'])
+        pools.append(read_checkpoint(folder / 'training_states/6.state')['lora_sr']['pool'])
+    assert all(torch.equal(value, own[1][key]) for key, value in own[0].items())
+    assert all(torch.equal(pools[0][key], pools[1][key]) for key in ('lr', 'gt')) and pools[0]['lr'].any()
+    assert pools[0]['lr'].dtype == torch.uint8 and pools[0]['filled'] == pools[1]['filled'] == 2
 
 
 # --- models by hand ---

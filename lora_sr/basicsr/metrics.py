@@ -56,8 +56,8 @@ def is_iqa_metric(metric: Callable) -> bool:
     return metric in (calculate_lpips, calculate_dists)
 
 
-def is_less_better(name: str) -> bool:
-    """Whether less is better in the metric of that name."""
+def lower_is_better(name: str) -> bool:
+    """Whether the lower value is the better one, in the metric of that registered name."""
     return name in ('calculate_niqe', 'calculate_fid', calculate_lpips.__name__, calculate_dists.__name__)
 
 

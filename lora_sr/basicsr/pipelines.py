@@ -11,6 +11,7 @@ from basicsr.train import train_pipeline
 
 from lora_sr.basicsr import provenance, signals
 from lora_sr.basicsr.patches.options import mistakes, tell
+from lora_sr.basicsr.resume import last_saved
 from lora_sr.checkpoints.content import forget
 from lora_sr.errors import DivergenceError, InputError
 
@@ -31,7 +32,8 @@ def run(is_train: bool, argv: list[str]) -> int:
         tell(error)
         return 1
     except KeyboardInterrupt:
-        iteration = provenance.last_state(os.getcwd()) if is_train else None
+        folder = os.path.join(os.getcwd(), 'experiments', str(provenance.given('name')), 'training_states')
+        iteration = last_saved(folder) if is_train else None
         hint = '' if iteration is None else f'; --auto_resume goes on from iteration {iteration:,}'
         print(f'interrupted{hint}', file=sys.stderr, flush=True)
         return 130

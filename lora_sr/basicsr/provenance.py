@@ -46,16 +46,6 @@ def given(path: str) -> Any:
     return value
 
 
-def last_state(root: str) -> int | None:
-    """The iteration from which ``--auto_resume`` goes on with this run; ``None`` where it has saved nothing.
-
-    Args:
-        root: The folder that holds ``experiments``.
-    """
-    folder = Path(root, 'experiments', str(given('name')), 'training_states')
-    return max((int(file.stem) for file in folder.glob('*.state') if file.stem.isdecimal()), default=None)
-
-
 def origin(model: Any, label: str, iteration: int, state: Mapping[str, Tensor]) -> Origin:
     """Where a network that a run saves comes from.
 

@@ -6,8 +6,11 @@ import copy
 import dataclasses
 import inspect
 import logging
+import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +31,12 @@ LORA_KEYS = ('type', 'lora', 'rank', 'alpha', 'rank_pattern', 'alpha_pattern')
 # Of a scheduler: what it counts beside what begins with an underscore, and what follows from other options.
 COUNTED = ('last_epoch', 'verbose')
 DERIVED = ('base_lrs', 'cumulative_period')
+
+
+def last_saved(training_states: str | os.PathLike[str]) -> int | None:
+    """The iteration from which ``--auto_resume`` goes on; ``None`` where nothing is saved in that folder."""
+    names = (file.stem for file in Path(training_states).glob('*.state'))
+    return max((int(name) for name in names if re.fullmatch('[0-9]+', name)), default=None)
 
 
 def record(model: Any, epoch: int, iteration: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lora_sr.basicsr import metrics as iqa_metric
 from lora_sr.basicsr.options import check_options
-from lora_sr.basicsr.options.check import shown
+from lora_sr.basicsr.options.check import for_screen
 from lora_sr.errors import InputError
 from lora_sr.option_file import load_options
 
@@ -180,15 +180,17 @@ def test_weights_that_cannot_be_had(pyiqa, monkeypatch, options, tmp_path):
     )
     network, metric = (tmp_path / 'hub' / file for file in iqa_metric.WEIGHTS['lpips'])
     both = f'{network.name} into {network.parent} and {metric.name} into {metric.parent}'
-    assert check_options(options, True, tmp_path) == shown([f'{start}: put {both}'])
+    assert check_options(options, True, tmp_path) == for_screen([f'{start}: put {both}'])
     for file in (network, metric):
         file.parent.mkdir(parents=True)
         file.write_bytes(b'')
         if file == network:
-            assert check_options(options, True, tmp_path) == shown([f'{start}: put {metric.name} into {metric.parent}'])
+            assert check_options(options, True, tmp_path) == for_screen(
+                [f'{start}: put {metric.name} into {metric.parent}']
+            )
     pyiqa.error = RuntimeError('not a zip archive\nmore')
     sentence = f'cannot be set up by pyiqa (not a zip archive): {network} or {metric} may be damaged'
-    assert check_options(options, True, tmp_path) == shown([f'val.metrics.lpips: calculate_lpips {sentence}'])
+    assert check_options(options, True, tmp_path) == for_screen([f'val.metrics.lpips: calculate_lpips {sentence}'])
 
 
 @pytest.mark.parametrize(

@@ -1,45 +1,29 @@
-"""Each patch of BasicSR: the defect, its repair, and that what is not defective is left alone."""
+"""The patches of BasicSR's start, options and files: the defect, and its repair."""
 
-import copy
-import io
-import math
 import os
 import subprocess
 import sys
-import threading
 import types
 from collections import Counter
 from pathlib import Path
 
-import cv2
-import lmdb
-import numpy as np
 import pytest
 import torch
 import yaml
-from basicsr.archs import discriminator_arch
-from basicsr.data import prefetch_dataloader
-from basicsr.losses import basic_loss
-from basicsr.models import base_model, build_model, realesrgan_model, realesrnet_model
+from basicsr.models import base_model
 from basicsr.models.base_model import BaseModel
 from basicsr.models.lr_scheduler import MultiStepRestartLR
-from basicsr.models.sr_model import SRModel
-from basicsr.utils import DiffJPEG, dist_util, img_process_util, img_util, logger, misc, options
-from basicsr.utils.file_client import LmdbBackend
-from basicsr.utils.registry import Registry
-from PIL import Image
-from scipy import ndimage
+from basicsr.utils import dist_util, misc, options
+from stock_basicsr import model, stock
 from tiny_run import REPOSITORY
 
 import lora_sr
 from lora_sr import files, hook
 from lora_sr.basicsr import patches
-from lora_sr.basicsr.metrics import is_less_better
 from lora_sr.basicsr.patches.optimizers import optimizer_registry
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.errors import InputError
 from lora_sr.files import save_atomically
-from lora_sr.images.decoding import decode
 from lora_sr.option_file import OptionLoader, apply_overrides, load_options
 
 
@@ -53,26 +37,12 @@ def run_python(*arguments, cwd, path=REPOSITORY):
     )
 
 
-def stock(module, name):
-    """A function as BasicSR's file has it: its source, run again where the patches do not reach."""
-    namespace = dict(vars(module))
-    namespace['__name__'] = 'stock'
-    with open(module.__file__, encoding='utf-8') as file:
-        exec(compile(file.read(), module.__file__, 'exec'), namespace)
-    return namespace[name]
-
-
 @pytest.fixture
 def stock_methods(monkeypatch):
     """BaseModel with BasicSR's own methods in place of the patched ones, for the length of a test."""
     original = stock(base_model, 'BaseModel')
     for name in ('get_optimizer', 'load_network', 'save_network', 'save_training_state', 'model_to_device'):
         monkeypatch.setattr(BaseModel, name, vars(original)[name])
-
-
-def model(folder=None, **opt):
-    base = {'num_gpu': 0, 'is_train': True, 'dist': False}
-    return BaseModel(dict(base, path={'models': str(folder), 'training_states': str(folder)}, **opt))
 
 
 # --- import ---
@@ -92,21 +62,6 @@ def test_import_patch_leaves_an_existing_module(monkeypatch):
     monkeypatch.setitem(sys.modules, 'torchvision.transforms.functional_tensor', present)
     hook.patch_torchvision_import()
     assert sys.modules['torchvision.transforms.functional_tensor'] is present
-
-
-def test_apply_again_changes_nothing():
-    def state():
-        methods = [vars(BaseModel)[name] for name in ('get_optimizer', 'load_network', 'save_network')]
-        return [*methods, BaseModel.model_to_device, LmdbBackend.__init__, options.parse_options, misc.check_resume,
-                options.ordered_yaml, dist_util._init_dist_pytorch, dist_util._init_dist_slurm,
-                BaseModel.model_ema, img_process_util.filter2D, basic_loss.PerceptualLoss.__init__,
-                discriminator_arch.VGGStyleDiscriminator.forward,
-                *(vars(getattr(module, name))['__init__'] for module, name in MODELS),
-                *(vars(getattr(module, name))['_dequeue_and_enqueue'] for module, name in MODELS)]  # fmt: skip
-
-    before = state()
-    patches.apply()
-    assert all(one is other for one, other in zip(before, state()))
 
 
 # --- optimizers ---
@@ -142,107 +97,6 @@ def test_registered_optimizer_comes_first(monkeypatch):
 
     monkeypatch.setitem(optimizer_registry()._obj_map, 'Adam', Adam)
     assert type(model().get_optimizer('Adam', [torch.nn.Parameter(torch.zeros(1))], lr=1e-3)) is Adam
-
-
-# --- databases ---
-
-
-def test_database_is_shared_within_a_process(pairs):
-    path = str(pairs / 'gt.lmdb')
-    first, second = LmdbBackend([path], ['gt']), LmdbBackend(path)
-    assert first.get('000', 'gt') == second.get('000', 'default')
-    with pytest.raises(lmdb.Error):  # what BasicSR does: this is the defect
-        lmdb.open(path, readonly=True, lock=False)
-    del first, second
-    lmdb.open(path, readonly=True, lock=False).close()
-
-
-# --- batches read ahead ---
-
-
-def breaks_at(last):
-    yield from range(last)
-    raise KeyError('type')
-
-
-def test_error_in_the_thread_that_reads_ahead():
-    batches = prefetch_dataloader.PrefetchGenerator(breaks_at(3), 1)
-    assert [next(batches) for _ in range(3)] == [0, 1, 2]
-    for _ in range(2):  # whoever goes on after it does not wait, either
-        with pytest.raises(KeyError, match='type'):
-            next(batches)
-
-
-def test_no_batch_after_the_last_one():
-    batches = prefetch_dataloader.PrefetchGenerator(iter([0, 1]), 1)
-    assert list(batches) == [0, 1] and list(batches) == []
-
-
-class Loader(list):
-    """Batches, and how often somebody began to read them."""
-
-    begun = 0
-
-    def __iter__(self):
-        self.begun += 1
-        return super().__iter__()
-
-
-def test_a_loader_is_begun_once():
-    """BasicSR's prefetcher begins when it is made and again at the reset: two threads open one dataset at once."""
-    for prefetcher, begun in ((stock(prefetch_dataloader, 'CPUPrefetcher'), 2), (prefetch_dataloader.CPUPrefetcher, 1)):
-        loader = Loader('ab')
-        batches = prefetcher(loader)
-        batches.reset()
-        assert [batches.next() for _ in range(3)] == ['a', 'b', None] and loader.begun == begun
-    assert prefetch_dataloader.CPUPrefetcher(loader).next() == 'a'
-
-
-@pytest.mark.parametrize('workers', [0, 1])
-def test_without_workers_no_thread_reads(workers):
-    """A thread would draw crops and flips from the random state that the training draws from."""
-
-    class Threads(torch.utils.data.Dataset):
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, index):
-            return threading.get_ident()
-
-    loader = prefetch_dataloader.PrefetchDataLoader(1, dataset=Threads(), num_workers=workers)
-    batches = iter(loader)
-    assert isinstance(batches, prefetch_dataloader.PrefetchGenerator) == bool(workers)
-    values = {int(batch) for batch in batches}
-    assert workers or values == {threading.get_ident()}
-
-
-# --- images ---
-
-
-@pytest.mark.parametrize(('flag', 'mode'), [('color', 'RGB'), ('grayscale', 'L'), ('unchanged', 'RGBA')])
-def test_image_that_opencv_does_not_read(flag, mode):
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (5, 4, 4), np.uint8), 'RGBA')
-    files = {}
-    for kind in ('TGA', 'PNG'):
-        buffer = io.BytesIO()
-        image.save(buffer, kind)
-        files[kind] = buffer.getvalue()
-    assert cv2.imdecode(np.frombuffer(files['TGA'], np.uint8), cv2.IMREAD_COLOR) is None
-    expected = np.asarray(image.convert(mode))
-    expected = expected if expected.ndim == 2 else expected[..., [2, 1, 0, 3][: expected.shape[2]]]
-    assert np.array_equal(img_util.imfrombytes(files['TGA'], flag), expected)
-    assert np.array_equal(img_util.imfrombytes(files['TGA'], flag, float32=True), expected.astype(np.float32) / 255)
-    theirs = stock(img_util, 'imfrombytes')
-    assert np.array_equal(img_util.imfrombytes(files['PNG'], flag), theirs(files['PNG'], flag))
-
-
-@pytest.mark.parametrize(
-    ('content', 'reason'), [(b'', 'missing, or empty'), (None, 'missing'), (b'no image', 'damaged')]
-)
-def test_what_is_no_image(content, reason):
-    with pytest.raises(InputError, match=f'an image is {reason}'):
-        img_util.imfrombytes(content, float32=True)
 
 
 # --- option files ---
@@ -348,7 +202,13 @@ def test_stock_parse_options_runs_code(tiny_options, monkeypatch, tmp_path):
 # --- distributed runs ---
 
 
-def test_stock_start_needs_a_gpu(monkeypatch):
+@pytest.fixture
+def no_spawn(monkeypatch):
+    """BasicSR makes "spawn" the start method of the whole process, which the data loaders of later tests would keep."""
+    monkeypatch.setattr(dist_util.mp, 'set_start_method', lambda method: None)
+
+
+def test_stock_start_needs_a_gpu(no_spawn, monkeypatch):
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
@@ -363,7 +223,7 @@ def test_stock_start_needs_a_gpu(monkeypatch):
         patches.distributed.start_distributed('pytorch', {'num_gpu': 0})
 
 
-def test_slurm_start(monkeypatch, tmp_path):
+def test_slurm_start(no_spawn, monkeypatch, tmp_path):
     (tmp_path / 'scontrol').write_text('#!/bin/sh\necho node7\necho node8\n')
     (tmp_path / 'scontrol').chmod(0o755)
     given = {'SLURM_PROCID': '3', 'SLURM_NTASKS': '4', 'SLURM_NODELIST': 'node[7-8]',
@@ -592,335 +452,3 @@ import types
 import torchvision.transforms.functional as functional
 sys.modules.setdefault('torchvision.transforms.functional_tensor', functional)
 """
-
-
-# --- averages, degrading on the fly, perceptual loss ---
-
-
-def average(decay: float, steps: int, model_ema, start_equal: bool = True) -> tuple:
-    """A network with one frozen tensor, and its average after some steps in which the other one grows by 1."""
-    one = model(dist=False)
-    torch.manual_seed(0)
-    one.net_g, one.net_g_ema = torch.nn.Linear(50, 50), torch.nn.Linear(50, 50)
-    if start_equal:
-        one.net_g_ema.load_state_dict(one.net_g.state_dict())
-    one.net_g.weight.requires_grad = False
-    for _ in range(steps):
-        one.net_g.bias.data += 1
-        model_ema(one, decay)
-    return one.net_g, one.net_g_ema
-
-
-def test_average_keeps_what_is_frozen():
-    stock_ema = vars(stock(base_model, 'BaseModel'))['model_ema']
-    network, theirs = average(0.999, 100, stock_ema)
-    assert not torch.equal(theirs.weight, network.weight)  # the defect
-    network, ours = average(0.999, 100, BaseModel.model_ema)
-    assert torch.equal(ours.weight, network.weight)
-    assert torch.equal(ours.bias, theirs.bias)
-    network, copied = average(0, 1, BaseModel.model_ema, start_equal=False)  # how BasicSR starts an average
-    assert torch.equal(copied.weight, network.weight) and torch.equal(copied.bias, network.bias)
-
-
-@pytest.fixture
-def stock_module(monkeypatch):
-    """A class of BasicSR as its file has it, though the registry has one of its name already."""
-    monkeypatch.setattr(Registry, '_do_register', lambda *args, **kwargs: None)
-    return stock
-
-
-MODELS = [(realesrnet_model, 'RealESRNetModel'), (realesrgan_model, 'RealESRGANModel')]
-TINY_NETWORK = {'type': 'MSRResNet', 'num_feat': 2, 'num_block': 1, 'upscale': 2}
-
-
-def plain_options(**changes) -> dict:
-    base = {'num_gpu': 0, 'is_train': False, 'dist': False, 'path': {}, 'network_g': TINY_NETWORK, 'rank': 0}
-    return {**base, **changes}
-
-
-@pytest.fixture
-def no_gpu(monkeypatch):
-    """Nothing may ask for a GPU, on a machine that has one as well."""
-
-    def cuda(self, *args, **kwargs):
-        raise AssertionError('.cuda() was called')
-
-    monkeypatch.setattr(torch.Tensor, 'cuda', cuda)
-    monkeypatch.setattr(torch.nn.Module, 'cuda', cuda)
-
-
-@pytest.mark.parametrize(('module', 'name'), MODELS)
-def test_degradations_are_on_the_device_of_the_model(stock_module, no_gpu, module, name):
-    with pytest.raises(AssertionError, match='cuda'):
-        stock_module(module, name)(plain_options())
-    one = build_model(plain_options(model_type=name, queue_size=6))
-    assert one.queue_size == 6 and build_model(plain_options(model_type=name)).queue_size == 180
-    for part in (one.jpeger, one.usm_sharpener):
-        assert {value.device.type for value in part.state_dict().values()} == {'cpu'}
-
-
-@pytest.mark.parametrize(('module', 'name'), MODELS)
-def test_pool_of_pairs_is_as_before(stock_module, monkeypatch, module, name):
-    """The same pairs come out of it in the same order; the stock one is made to stay on the CPU."""
-    theirs = vars(stock_module(module, name))['_dequeue_and_enqueue']
-    monkeypatch.setattr(torch.Tensor, 'cuda', lambda tensor: tensor)
-    pairs = [(torch.rand(2, 3, 4, 4), torch.rand(2, 3, 8, 8)) for _ in range(9)]
-    drawn = []
-    for dequeue in (theirs, vars(getattr(module, name))['_dequeue_and_enqueue']):
-        torch.manual_seed(0)
-        one = types.SimpleNamespace(queue_size=6)
-        drawn.append([])
-        for one.lq, one.gt in pairs:
-            dequeue(one)
-            drawn[-1].append((one.lq, one.gt))
-    for step, (stock_pair, pair) in enumerate(zip(*drawn)):
-        assert all(torch.equal(one, other) for one, other in zip(stock_pair, pair))
-        assert torch.equal(pair[0], pairs[step][0]) == (step < 3)  # while the pool fills, pairs go straight through
-
-
-@pytest.mark.parametrize(('module', 'name'), MODELS)
-def test_pool_of_no_whole_batches(no_gpu, module, name):
-    one = types.SimpleNamespace(queue_size=5, lq=torch.rand(2, 3, 4, 4), gt=torch.rand(2, 3, 8, 8))
-    with pytest.raises(AssertionError, match='queue size 5 should be divisible by batch size 2'):
-        getattr(module, name)._dequeue_and_enqueue(one)
-
-
-def test_filter_of_images_with_their_channels_last():
-    """As ``DiffJPEG`` gives them. A kernel for each image, against SciPy."""
-    torch.manual_seed(0)
-    images, kernels = torch.rand(2, 3, 30, 40), torch.rand(2, 5, 5)
-    compressed = DiffJPEG(differentiable=False)(images, quality=torch.tensor([40.0, 90.0])).detach()
-    with pytest.raises(RuntimeError, match='view size is not compatible'):
-        stock(img_process_util, 'filter2D')(compressed, kernels)
-    found = img_process_util.filter2D(compressed, kernels)
-    for image, kernel, result in zip(compressed.double().numpy(), kernels.double().numpy(), found.numpy()):
-        expected = np.stack([ndimage.correlate(channel, kernel, mode='mirror') for channel in image])
-        np.testing.assert_allclose(result, expected, atol=1e-5)
-    assert realesrgan_model.filter2D is realesrnet_model.filter2D is img_process_util.filter2D
-
-
-def test_discriminator_of_images_with_their_channels_last(stock_module):
-    """As SwinIR gives them on a CPU."""
-    torch.manual_seed(0)
-    images = torch.rand(2, 3, 128, 128)
-    last = images.contiguous(memory_format=torch.channels_last)
-    theirs = stock_module(discriminator_arch, 'VGGStyleDiscriminator')(3, 2)
-    ours = discriminator_arch.VGGStyleDiscriminator(3, 2)
-    ours.load_state_dict(theirs.state_dict())
-    with pytest.raises(RuntimeError, match='view size is not compatible'):
-        theirs(last)
-    torch.testing.assert_close(ours(last), theirs(images))
-
-
-def test_squared_criterion_of_the_perceptual_loss(stock_module, monkeypatch):
-    class Features(torch.nn.Module):
-        def __init__(self, **kwargs):
-            super().__init__()
-
-        def forward(self, image):
-            return {'conv1_1': image, 'conv2_1': 2 * image}
-
-    monkeypatch.setattr(basic_loss, 'VGGFeatureExtractor', Features)
-    theirs = stock_module(basic_loss, 'PerceptualLoss')
-    theirs.__init__.__globals__['VGGFeatureExtractor'] = Features
-    with pytest.raises(AttributeError, match='L2loss'):
-        theirs({'conv1_1': 1.0}, criterion='l2')
-    image, target = torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4)
-    layers = {'conv1_1': 0.5, 'conv2_1': 1.0}
-    for criterion, expected in (
-        ('l2', 4.5 * (image - target).square().mean()),
-        ('l1', 2.5 * (image - target).abs().mean()),
-        ('fro', 2.5 * (image - target).square().sum().sqrt()),
-    ):
-        loss, style = basic_loss.PerceptualLoss(layers, perceptual_weight=3.0, criterion=criterion)(image, target)
-        torch.testing.assert_close(loss, 3 * expected)
-        assert style is None
-
-
-# --- what a later BasicSR may have repaired itself ---
-
-
-class Good:
-    """Functions of BasicSR without the defects, as far as the patches look at them."""
-
-    def get_optimizer(self, optim_type, params, lr, **kwargs):
-        return getattr(torch.optim, optim_type)(params, lr, **kwargs)
-
-    def load_network(self, net, load_path, strict=True, param_key='params'):
-        net.load_state_dict(torch.load(load_path, weights_only=True)[param_key], strict=strict)
-
-    def save_network(self, net, net_label, current_iter, param_key='params'):
-        torch.save({param_key: net.state_dict()}, 'new')
-        os.replace('new', net_label)
-
-    def save_training_state(self, epoch, current_iter):
-        torch.save({'epoch': epoch}, 'new')
-        os.replace('new', f'{current_iter}.state')
-
-    def model_to_device(self, net):
-        return net.to(torch.cuda.current_device() if self.device.type == 'cuda' else 'cpu')
-
-    def resume_training(self, resume_state):
-        for optimizer, state in zip(self.optimizers, resume_state['optimizers']):
-            if len(optimizer.param_groups[0]['betas']) == len(state['param_groups'][0]['betas']):
-                optimizer.load_state_dict(state)
-
-    def _print_different_keys_loading(self, crt_net, load_net, strict=True):
-        pass
-
-    def model_ema(self, decay=0.999):
-        for own, average in zip(self.net_g.parameters(), self.net_g_ema.parameters()):
-            average.data.mul_(decay if own.requires_grad else 1)
-
-    def init_training_settings(self):
-        self.net_g_ema = copy.deepcopy(self.net_g)
-        self.setup_schedulers()
-
-    def setup_optimizers(self):
-        self.optimizers = [torch.optim.Adam(value for value in self.net_g.parameters() if value.requires_grad)]
-
-    def degrade(self, opt):
-        self.jpeger = DiffJPEG(differentiable=False).to(self.device)
-
-    def _dequeue_and_enqueue(self):
-        self.queue_lr = torch.zeros(1, device=self.device)
-
-    def open_database(self, db_paths):
-        self.db_paths = db_paths
-
-    def perceptual_loss(self, layer_weights, criterion='l1'):
-        self.criterion = {'l1': torch.nn.L1Loss, 'l2': torch.nn.MSELoss}[criterion]()
-
-    def forward(self, x):
-        return self.linear2(self.linear1(x.flatten(1)))
-
-    def run(self):
-        try:
-            self.queue.put(next(self.generator))
-        except BaseException as error:
-            self.queue.put(error)
-
-    def begin_later(self, loader):
-        self.ori_loader = loader
-
-    def _initialize_best_metric_results(self, dataset_name):
-        better = 'lower' if is_less_better(dataset_name) else 'higher'
-        self.best_metric_results = {dataset_name: {'better': better}}
-
-    def reduce_loss_dict(self, loss_dict):
-        return {name: value.item() for name, value in loss_dict.items() if math.isfinite(value)}
-
-    def message_logger(self, opt, start_iter=1, tb_logger=None):
-        self.last = opt['train']['total_iter']
-
-    @staticmethod
-    def filter2D(img, kernel):
-        return img.contiguous().view(1, -1) * kernel
-
-    @staticmethod
-    def _init_dist_pytorch(backend, **kwargs):
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ['RANK']) % torch.cuda.device_count())
-
-    @staticmethod
-    def imfrombytes(content, flag='color', float32=False):
-        return decode(content)
-
-    @staticmethod
-    def check_resume(opt, resume_iter):
-        opt['path']['pretrain_network_g'] = f'net_g_{resume_iter}.pth'
-
-    @staticmethod
-    def ordered_yaml():
-        return yaml.SafeLoader, yaml.SafeDumper
-
-
-NET, GAN = realesrnet_model.RealESRNetModel, realesrgan_model.RealESRGANModel
-LEFT_ALONE = [
-    (patches.optimizers.patch_get_optimizer, [(BaseModel, 'get_optimizer')]),
-    (patches.checkpoints.patch_load_network, [(BaseModel, 'load_network')]),
-    (patches.checkpoints.patch_saving, [(BaseModel, 'save_network'), (BaseModel, 'save_training_state')]),
-    (patches.checkpoints.patch_frozen_warnings, [(SRModel, 'setup_optimizers')]),
-    (patches.checkpoints.patch_missing_lora_warnings, [(BaseModel, '_print_different_keys_loading')]),
-    (patches.distributed.patch_model_to_device, [(BaseModel, 'model_to_device')]),
-    (
-        patches.distributed.patch_distributed_start,
-        [(dist_util, '_init_dist_pytorch'), (dist_util, '_init_dist_slurm', '_init_dist_pytorch')],
-    ),
-    (patches.resume.patch_resume_training, [(BaseModel, 'resume_training')]),
-    (patches.resume.patch_check_resume, [(misc, 'check_resume')]),
-    (patches.average.patch_average_of_frozen, [(BaseModel, 'model_ema')]),
-    (
-        patches.degradations.patch_degradation_device,
-        [
-            (NET, '__init__', 'degrade'),
-            (GAN, '__init__', 'degrade'),
-            (NET, '_dequeue_and_enqueue'),
-            (GAN, '_dequeue_and_enqueue'),
-        ],
-    ),
-    (
-        patches.degradations.patch_views,
-        [(img_process_util, 'filter2D'), (discriminator_arch.VGGStyleDiscriminator, 'forward')],
-    ),
-    (patches.lmdb.patch_lmdb_backend, [(LmdbBackend, '__init__', 'open_database')]),
-    (patches.prefetch.patch_prefetch_thread, [(prefetch_dataloader.PrefetchGenerator, 'run')]),
-    (
-        patches.prefetch.patch_prefetchers,
-        [
-            (prefetch_dataloader.CPUPrefetcher, '__init__', 'begin_later'),
-            (prefetch_dataloader.CUDAPrefetcher, '__init__', 'begin_later'),
-        ],
-    ),
-    (patches.images.patch_imfrombytes, [(img_util, 'imfrombytes')]),
-    (patches.validation.patch_best_metrics, [(BaseModel, '_initialize_best_metric_results')]),
-    (patches.divergence.patch_reduce_loss_dict, [(BaseModel, 'reduce_loss_dict')]),
-    (patches.messages.patch_remaining_time, [(logger.MessageLogger, '__init__', 'message_logger')]),
-    (patches.losses.patch_perceptual_criterion, [(basic_loss.PerceptualLoss, '__init__', 'perceptual_loss')]),
-    (patches.options.patch_ordered_yaml, [(options, 'ordered_yaml')]),
-]
-
-
-@pytest.mark.parametrize(('apply', 'places'), LEFT_ALONE, ids=lambda value: getattr(value, '__name__', ''))
-def test_what_is_not_defective_is_left_alone(apply, places, monkeypatch):
-    for owner, name, *other in places:
-        monkeypatch.setattr(owner, name, getattr(Good, other[0] if other else name))
-    apply()
-    for owner, name, *other in places:
-        assert vars(owner)[name] is getattr(Good, other[0] if other else name)
-
-
-def test_an_average_that_is_copied_is_left_alone(monkeypatch):
-    scheduled = vars(stock(base_model, 'BaseModel'))['setup_schedulers']
-    monkeypatch.setattr(BaseModel, 'setup_schedulers', scheduled)
-    monkeypatch.setattr(SRModel, 'init_training_settings', Good.init_training_settings)
-    patches.average.patch_average()
-    assert BaseModel.setup_schedulers is scheduled
-
-
-def test_types_that_are_allowed_are_left_alone(monkeypatch):
-    allowed = []
-    monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: Counter())
-    monkeypatch.setattr(torch.serialization, 'add_safe_globals', allowed.extend, raising=False)
-    patches.resume.patch_training_state_types()
-    assert not allowed
-
-
-def test_every_patch_has_such_a_test():
-    rooms = [getattr(patches, name) for name in vars(patches)]
-    rooms = [room for room in rooms if isinstance(room, types.ModuleType)]
-    found = {value for room in rooms for name, value in vars(room).items() if name.startswith('patch_')}
-    elsewhere = {
-        patches.average.patch_average,
-        patches.resume.patch_training_state_types,
-        patches.resume.patch_load_resume_state,  # test_load_resume_state_of_a_script_is_replaced
-        patches.samples.patch_build_dataloader,  # no BasicSR seeds samples, see tests/basicsr/test_samples.py
-        patches.samples.patch_create_train_val_dataloader,
-        patches.samples.patch_update_learning_rate,
-        patches.validation.patch_validation,  # its end, in train_pipeline, cannot be told from here
-        patches.options.patch_parse_options,  # no BasicSR checks options as it does
-        patches.checkpoints.patch_build_model,  # no defect, but the end of what patch_parse_options begins
-        patches.options.patch_copy_opt_file,  # BasicSR's has no other form, see tests/checkpoints/test_origin.py
-        patches.options.patch_network_options,  # sections without a base, in tests/basicsr/test_adaptsr_runs.py
-    }
-    assert {apply for apply, _ in LEFT_ALONE} | elsewhere == found

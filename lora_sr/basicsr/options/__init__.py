@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_sr.basicsr.options.check import Check, shown
+from lora_sr.basicsr.options.check import Check, for_screen
 from lora_sr.basicsr.options.datasets import check_datasets
 from lora_sr.basicsr.options.fit import check_fit
 from lora_sr.basicsr.options.general import check_logger, check_top, check_val
@@ -28,7 +28,7 @@ def check_options(
     """
     odd = list(_keys_that_are_no_texts(opt))
     if odd:  # which everything else here counts on
-        return shown([f'the keys of {where or "the file"} must be texts, got {key!r}' for where, key in odd])
+        return for_screen([f'the keys of {where or "the file"} must be texts, got {key!r}' for where, key in odd])
     check = Check(opt, is_train, Path(root_path or os.getcwd()), processes)
     check_top(check)
     check_networks(check)
@@ -40,7 +40,7 @@ def check_options(
     check_datasets(check)
     check_fit(check)
     check_output(check)
-    return shown(check.problems)
+    return for_screen(check.problems)
 
 
 def _keys_that_are_no_texts(section: dict, where: str = '') -> Iterator[tuple[str, object]]:

@@ -58,7 +58,7 @@ def _nearest(key: str, known: list[str], needed: list[str], cutoff: float) -> st
     return max(near, key=nearness, default=None)
 
 
-def shown(problems: list[str]) -> list[str]:
+def for_screen(problems: list[str]) -> list[str]:
     """Sentences for a screen: the first line of each, of bounded length, and not too many of them."""
     short = [_shortened((problem.splitlines() or [''])[0]) for problem in problems]
     if len(short) <= MOST_PROBLEMS:

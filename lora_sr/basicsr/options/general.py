@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from basicsr.utils.registry import METRIC_REGISTRY, MODEL_REGISTRY
 
-from lora_sr.basicsr.metrics import is_iqa_metric, is_less_better, prepare_metric
+from lora_sr.basicsr.metrics import is_iqa_metric, lower_is_better, prepare_metric
 from lora_sr.basicsr.options import schema
 from lora_sr.basicsr.options.check import Check
 from lora_sr.basicsr.options.degradations import check_degradations
@@ -93,7 +94,7 @@ def _check_ground_truth(check: Check, where: str, section: dict, metric: Callabl
 
 def _check_better(check: Check, where: str, section: dict) -> None:
     """BasicSR takes anything but `higher` for `lower`."""
-    less = is_less_better(section['type'])
+    less = lower_is_better(section['type'])
     better = section.get('better', 'lower' if less else 'higher')
     if better not in ('higher', 'lower'):
         check.add(f'{where}.better has to be higher or lower, not {better!r}')

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_sr.basicsr.patches.tools import is_defective, patch
+from lora_sr.basicsr.resume import last_saved
 from lora_sr.errors import DivergenceError
 
 
@@ -55,11 +54,10 @@ def _sentence(model: Any, reason: str) -> str:
     iteration = getattr(model, 'current_iter', None)
     where = '' if iteration is None else f' at iteration {iteration:,}'
     folder = model.opt.get('path', {}).get('training_states')
-    states = Path(folder).glob('*.state') if folder else ()
-    saved = [int(file.stem) for file in states if re.fullmatch('[0-9]+', file.stem)]
+    saved = None if folder is None else last_saved(folder)
     last = (
-        f'The last checkpoint is of iteration {max(saved):,}: lower the learning rate, and go on with --auto_resume.'
-        if saved
-        else 'No checkpoint had been saved: lower the learning rate, and look at the data.'
+        'No checkpoint had been saved: lower the learning rate, and look at the data.'
+        if saved is None
+        else f'The last checkpoint is of iteration {saved:,}: lower the learning rate, and go on with --auto_resume.'
     )
     return f'the training was stopped{where}: {reason}. {last}'

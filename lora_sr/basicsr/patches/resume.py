@@ -6,7 +6,6 @@ import functools
 import inspect
 import io
 import os
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -91,9 +90,9 @@ def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     """
     path = opt['path'].get('resume_state')
     if opt['auto_resume']:
-        states = Path(opt['path']['training_states']).glob('*.state')
-        iterations = [int(state.stem) for state in states if re.fullmatch('[0-9]+', state.stem)]
-        path = os.path.join(opt['path']['training_states'], f'{max(iterations)}.state') if iterations else None
+        folder = opt['path']['training_states']
+        iteration = resume.last_saved(folder)
+        path = None if iteration is None else os.path.join(folder, f'{iteration}.state')
         if path is not None:
             opt['path']['resume_state'] = path
     if not path:

@@ -97,9 +97,14 @@ def patch_update_learning_rate() -> None:
             seed_process(stream.seed, stream.rank, current_iter)
         self.current_iter = current_iter
         if 1 < current_iter <= warmup_iter:
-            for scheduler in self.schedulers:
-                for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
-                    group['lr'] = rate
+            _leave_warm_up(self.schedulers)
         original(self, current_iter, warmup_iter)
 
     BaseModel.update_learning_rate = update_learning_rate
+
+
+def _leave_warm_up(schedulers: list[Any]) -> None:
+    """Give the optimizers the rates of their schedulers, for these to go on from."""
+    for scheduler in schedulers:
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr()):
+            group['lr'] = rate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from lora_sr.basicsr.metrics import is_less_better
+from lora_sr.basicsr.metrics import lower_is_better
 from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch
 
 
@@ -34,7 +34,7 @@ def patch_best_metrics() -> None:
     from basicsr.models.base_model import BaseModel
 
     original = BaseModel._initialize_best_metric_results
-    if not is_defective(original, 'better', without='is_less_better'):
+    if not is_defective(original, 'better', without='lower_is_better'):
         return
 
     @patch
@@ -47,7 +47,7 @@ def patch_best_metrics() -> None:
         resumed = getattr(self, 'resumed_best', {}).get(dataset_name, {})
         for name, best in self.best_metric_results[dataset_name].items():
             section = self.opt['val']['metrics'][name]
-            if 'better' not in section and is_less_better(section['type']):
+            if 'better' not in section and lower_is_better(section['type']):
                 best.update(better='lower', val=float('inf'))
             if resumed.get(name, {}).get('better') == best['better']:
                 best.update(resumed[name])

@@ -3,57 +3,18 @@
 import copy
 import importlib.util
 import re
-import shutil
 import sys
-from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 import yaml
-from basicsr.archs.swinir_arch import SwinIR
-from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
-from PIL import Image
+from basicsr.utils.registry import MODEL_REGISTRY
+from option_check import check, paths_of
 from tiny_gan import tiny_gan_options, write_data
-from tiny_run import TINY_OPTIONS, change, write_pairs
+from tiny_run import TINY_OPTIONS, change
 
-from lora_sr.archs.adaptsr import AdaptSR
-from lora_sr.archs.lkdn import LKDN
 from lora_sr.basicsr.options import check_options
 from lora_sr.option_file import OptionLoader, load_options
-
-DISTILLATION = """\
-network_t: {{type: SPAN, feature_channels: 8, upscale: 2}}
-network_g: {{type: SPAN, feature_channels: 4, upscale: 2}}
-path: {{pretrain_network_t: {teacher}, param_key_t: params}}
-train:
-  optim_g: {{type: Adam, lr: 1e-3}}
-  scheduler: {{type: MultiStepLR, milestones: [3]}}
-  total_iter: 6
-  pixel_opt: {{type: L1Loss}}
-  distill_pixel_opt: {{type: L1Loss}}
-  affinity_opt: {{type: SpatialAffinityLoss, loss_weight: 1.0, layers: [block_1, block_2]}}
-"""
-
-
-@pytest.fixture
-def options(tiny_options):
-    return load_options(tiny_options)
-
-
-@pytest.fixture
-def distillation(options, tmp_path):
-    from lora_sr.archs.span import SPAN
-
-    torch.save({'params': SPAN(feature_channels=8, upscale=2).state_dict()}, tmp_path / 'teacher.pth')
-    options.update(yaml.load(DISTILLATION.format(teacher=tmp_path / 'teacher.pth'), Loader=OptionLoader))
-    options['model_type'] = 'DistillationModel'
-    return options
-
-
-def check(options, tmp_path, is_train=True):
-    return check_options(options, is_train, tmp_path)
 
 
 def test_correct_files(options, pairs, tmp_path, distillation):
@@ -214,22 +175,6 @@ class SRModel(sr_model.SRModel):
 """
 
 
-@pytest.fixture
-def others(monkeypatch):
-    """A model, a dataset and a loss of somebody else's."""
-    from basicsr.data.paired_image_dataset import PairedImageDataset
-    from basicsr.models.sr_model import SRModel
-
-    class MyModel(SRModel):
-        pass
-
-    class MyDataset(PairedImageDataset):
-        pass
-
-    for registry, entry in ((MODEL_REGISTRY, MyModel), (DATASET_REGISTRY, MyDataset)):
-        monkeypatch.setitem(registry._obj_map, entry.__name__, entry)
-
-
 def test_unknown_keys_of_others_are_left_alone(options, tmp_path, others):
     change(options, 'model_type', 'MyModel')
     change(options, 'datasets.train.type', 'MyDataset')
@@ -306,14 +251,6 @@ def test_unknown_key_hides_no_other_mistake(options, tmp_path):
     assert large.startswith('datasets.train.gt_size: 64 is larger than')
 
 
-def paths_of(section: dict, start: str = '') -> list[str]:
-    """Every key of an option file, as `a.b.c`."""
-    found = []
-    for key, value in section.items():
-        found += [f'{start}{key}', *(paths_of(value, f'{start}{key}.') if isinstance(value, dict) else [])]
-    return found
-
-
 def misspell(options: dict, path: str) -> tuple[dict, str]:
     """A copy of options with the last two letters of a key swapped, in its place, and that key as it now stands."""
     options = section = copy.deepcopy(options)
@@ -345,16 +282,6 @@ def test_a_misspelled_key_is_told_in_one_sentence(request, tmp_path, model):
         if key != path.split('.')[-1]:
             (problem,) = check(misspelled, tmp_path)
             assert key in problem and path.split('.')[-1] in problem.partition(key)[2]
-
-
-@pytest.mark.slow
-def test_no_value_is_too_strange(distillation, tmp_path):
-    """Whatever stands somewhere, the check ends, and tells it or finds nothing."""
-    for path in paths_of(distillation):
-        for value in (None, 'x', -1, ['x'], {}):
-            options = copy.deepcopy(distillation)
-            change(options, path, value)
-            assert all(isinstance(problem, str) for problem in check(options, tmp_path))
 
 
 @pytest.mark.parametrize('section', ['', 'path', 'train', 'val', 'logger', 'datasets.train'])
@@ -439,227 +366,6 @@ def test_distillation_without_sections(distillation, tmp_path):
     ]
 
 
-# --- data ---
-
-
-@pytest.fixture
-def data(tmp_path):
-    """Pairs of one's own to damage, and options for them, as databases."""
-    write_pairs(tmp_path / 'data')
-
-    def options(suffix):
-        (tmp_path / 'data.yml').write_text(
-            TINY_OPTIONS.format(root=tmp_path / 'data', suffix=suffix, backend='lmdb' if suffix else 'disk')
-        )
-        opt = load_options(tmp_path / 'data.yml')
-        del opt['datasets']['val']
-        return opt
-
-    return tmp_path / 'data', options
-
-
-def write_image(path: Path, height: int, width: int):
-    cv2.imwrite(str(path), np.zeros((height, width, 3), np.uint8))
-
-
-def missing_lr(root):
-    (root / 'lq/003.png').unlink()
-
-
-def strange_lr(root):
-    (root / 'lq/003.png').rename(root / 'lq/3.png')
-
-
-def wrong_size(root):
-    write_image(root / 'gt/005.png', 32, 30)
-
-
-def unreadable(root):
-    (root / 'gt/004.png').write_bytes(b'not an image')
-
-
-def cut_short(root):
-    path = root / 'lq/004.png'
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def no_images(root):
-    for name in ('gt', 'lq'):
-        shutil.rmtree(root / name)
-        (root / name).mkdir()
-
-
-@pytest.mark.parametrize(
-    ('damage', 'sentence'),
-    [
-        (missing_lr, "datasets.train: GT and LR do not pair: '003.png' is missing in dataroot_lq (ROOT/lq)"),
-        (strange_lr, "datasets.train: GT and LR do not pair: '003.png' is missing in dataroot_lq (ROOT/lq), '3.png' is "
-                     'missing in dataroot_gt (ROOT/gt)'),
-        (wrong_size, "datasets.train: GT and LR do not pair: '005.png' is 30x32 in GT and 16x16 in LR, which is not 2 "
-                     'times as large (scale: 2)'),
-        (unreadable, 'datasets.train.dataroot_gt: ROOT/gt/004.png is not an image, or a damaged one'),
-        (cut_short, 'datasets.train.dataroot_lq: ROOT/lq/004.png is not an image, or a damaged one'),
-        (no_images, 'datasets.train.dataroot_gt: ROOT/gt holds no images'),
-    ],
-)  # fmt: skip
-def test_damaged_folders(data, tmp_path, damage, sentence):
-    root, options = data
-    assert check(options(''), tmp_path) == []
-    damage(root)
-    assert check(options(''), tmp_path) == [sentence.replace('ROOT', str(root))]
-
-
-def no_meta(root):
-    (root / 'gt.lmdb/meta_info.txt').unlink()
-
-
-def no_database(root):
-    (root / 'gt.lmdb/data.mdb').unlink()
-
-
-def no_format(root):
-    (root / 'gt.lmdb/data.mdb').write_bytes(b'x' * 9000)
-
-
-def short_file(root):
-    path = root / 'gt.lmdb/data.mdb'
-    path.write_bytes(path.read_bytes()[:-5000])
-
-
-def missing_entry(root):
-    path = root / 'gt.lmdb/meta_info.txt'
-    path.write_text(path.read_text().replace('003.png', '103.png'))
-
-
-def fewer_lines(root):
-    for name in ('gt', 'lq'):
-        path = root / f'{name}.lmdb/meta_info.txt'
-        path.write_text(''.join(path.read_text().splitlines(keepends=True)[:-1]))
-
-
-def other_scale(root):
-    shutil.rmtree(root / 'lq.lmdb')
-    write_pairs(root / 'x4', scale=4)
-    (root / 'x4/lq.lmdb').rename(root / 'lq.lmdb')
-
-
-def other_keys(root):
-    shutil.rmtree(root / 'lq.lmdb')
-    write_pairs(root / 'more', count=10)
-    (root / 'more/lq.lmdb').rename(root / 'lq.lmdb')
-
-
-@pytest.mark.parametrize(
-    ('damage', 'sentence'),
-    [
-        (no_meta, 'datasets.train.dataroot_gt: ROOT/gt.lmdb/meta_info.txt cannot be read'),
-        (no_database, 'datasets.train.dataroot_gt: the database ROOT/gt.lmdb has no data.mdb'),
-        (no_format, 'datasets.train.dataroot_gt: the database ROOT/gt.lmdb is damaged: '),
-        (short_file, 'datasets.train.dataroot_gt: the database ROOT/gt.lmdb is damaged: data.mdb has '),
-        (missing_entry, "datasets.train.dataroot_gt: the database ROOT/gt.lmdb has no entry '103'"),
-        (fewer_lines, 'datasets.train.dataroot_gt: the database ROOT/gt.lmdb has 8 entries, but meta_info.txt 7'),
-        (
-            other_scale,
-            "datasets.train: GT and LR do not pair: '000' is 32x32 in GT and 8x8 in LR, which is not 2 times",
-        ),
-        (
-            other_keys,
-            "datasets.train: GT and LR do not pair: '008' and 1 more are missing in dataroot_gt (ROOT/gt.lmdb)",
-        ),
-    ],
-)
-def test_damaged_databases(data, tmp_path, damage, sentence):
-    root, options = data
-    assert check(options('.lmdb'), tmp_path) == []
-    damage(root)
-    problems = check(options('.lmdb'), tmp_path)
-    assert len(problems) == 1, problems
-    assert problems[0].startswith(sentence.replace('ROOT', str(root)))
-
-
-def test_validation_may_have_a_border(data, tmp_path):
-    """BasicSR crops GT images of the validation sets; benchmark sets need it."""
-    root, options = data
-    write_image(root / 'gt/005.png', 33, 35)
-    opt = options('')
-    change(opt, 'datasets', {'test': opt['datasets']['train']})
-    assert check(opt, tmp_path, is_train=False) == []
-
-
-def test_data_for_less_than_a_batch(data, tmp_path):
-    _, options = data
-    opt = options('')
-    change(opt, 'datasets.train.dataset_enlarge_ratio', 1)
-    change(opt, 'datasets.train.batch_size_per_gpu', 9)
-    sentence = (
-        'datasets.train.batch_size_per_gpu must be at most 8, the patches of an epoch, got 9; raise '
-        'dataset_enlarge_ratio to 113, say'
-    )
-    assert check(opt, tmp_path) == [sentence]
-    change(opt, 'datasets.train.batch_size_per_gpu', 5)  # the three that are left over do not end a run early
-    assert check(opt, tmp_path) == []
-
-
-def test_validation_sets_of_one_name(options, tmp_path):
-    change(options, 'datasets.val_2', {**options['datasets']['val']})
-    sentence = 'datasets.val_2.name must differ from that of datasets.val, got val for both'
-    assert check(options, tmp_path) == [sentence]
-    change(options, 'datasets.val_2.name', 'train')  # no images and no curves go by the name of the training set
-    assert check(options, tmp_path) == []
-
-
-def test_images_that_exif_data_turn(data, tmp_path):
-    """OpenCV turns them as it reads; of a pair it must turn both."""
-    root, options = data
-    opt = options('')
-    exif = Image.Exif()
-    exif[0x0112] = 6
-
-    def write(folder, turned):
-        for file in (root / folder).glob('*.png'):
-            image = Image.open(file).convert('RGB')
-            image.save(file, exif=exif) if turned else image.save(file)
-
-    write('gt', True)
-    (problem,) = check(opt, tmp_path)
-    assert re.search(
-        "GT and LR do not pair: the EXIF data of '000.png' turn it one way in GT and another in LR", problem
-    )
-    write('lq', True)
-    assert check(opt, tmp_path) == []
-
-
-def test_cut_jpeg(data, tmp_path):
-    root, options = data
-    for folder in ('gt', 'lq'):
-        for file in (root / folder).glob('*.png'):
-            Image.open(file).convert('RGB').save(file.with_suffix('.jpg'))
-            file.unlink()
-    assert check(options(''), tmp_path) == []
-    file = root / 'gt/003.jpg'
-    file.write_bytes(file.read_bytes()[:-40])
-    assert check(options(''), tmp_path) == [f'datasets.train.dataroot_gt: {file} is not an image, or a damaged one']
-
-
-def test_list_beside_a_database(data, tmp_path):
-    _, options = data
-    opt = options('.lmdb')
-    for count, faults in ((8, 0), (3, 1)):
-        (tmp_path / 'list.txt').write_text(''.join(f'{index:03}.png (32,32,3)\n' for index in range(count)))
-        change(opt, 'datasets.train.meta_info_file', str(tmp_path / 'list.txt'))
-        assert [problem.split(';')[0] for problem in check(opt, tmp_path)] == faults * [
-            'datasets.train.meta_info_file names 3 images, but BasicSR reads all 8 of a database'
-        ]
-
-
-def test_workers_that_persist(options, tmp_path):
-    change(options, 'datasets.train.persistent_workers', True)
-    sentence = 'datasets.train.persistent_workers needs workers; raise num_worker_per_gpu, or set it to false'
-    assert check(options, tmp_path) == [sentence]
-    change(options, 'datasets.train.num_worker_per_gpu', 1)
-    assert check(options, tmp_path) == []
-
-
 def test_loggers_that_are_not_installed(options, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     change(options, 'logger.use_tb_logger', True)
@@ -668,18 +374,6 @@ def test_loggers_that_are_not_installed(options, tmp_path, monkeypatch):
         f'logger.{key} needs {name}, which is not installed: pip install {name}'
         for key, name in (('wandb', 'wandb'), ('use_tb_logger', 'tensorboard'))
     ]
-
-
-def test_metrics_without_ground_truth(options, data, tmp_path):
-    root, _ = data
-    change(options, 'datasets.val.type', 'SingleImageDataset')
-    change(options, 'datasets.val.dataroot_gt')
-    (problem,) = check(options, tmp_path)
-    assert problem.startswith(
-        'val.metrics.psnr: calculate_psnr compares with a ground truth, which datasets.val, a Sing'
-    )
-    change(options, 'val.metrics', {'niqe': {'type': 'calculate_niqe', 'crop_border': 2}})
-    assert check(options, tmp_path) == []
 
 
 def test_output_folder_that_cannot_be_written(options, tmp_path):
@@ -694,19 +388,6 @@ def test_affinity_with_several_gpus_needs_a_process_for_each(distillation, tmp_p
     one, four = (check_options(distillation, True, tmp_path, processes) for processes in (1, 4))
     assert [problem.startswith('train.affinity_opt does not work with several GPUs') for problem in one] == [True]
     assert four == []
-
-
-def test_names_with_the_suffix_of_basicsr_are_known(options, tmp_path):
-    change(options, 'network_g', {'type': 'SRVGGNetCompact', 'num_feat': 4, 'num_conv': 1, 'upscale': 2})
-    assert check(options, tmp_path) == []
-
-
-def test_network_that_needs_an_absent_file_is_one_sentence(options, tmp_path):
-    change(options, 'network_g', {'type': 'BasicVSR', 'num_feat': 4, 'num_block': 1, 'spynet_path': 'absent.pth'})
-    assert [
-        problem.startswith("network_g.spynet_path: BasicVSR cannot be built with 'absent.pth': ")
-        for problem in check(options, tmp_path)
-    ] == [True]
 
 
 @pytest.mark.parametrize(
@@ -725,245 +406,3 @@ def test_adan(options, tmp_path, key, value, sentence):
     problems = check(options, tmp_path)
     assert len(problems) == (sentence is not None), problems
     assert all(re.match(rf'train.optim_g(\.\w+)?: .*{re.escape(sentence)}', problem) for problem in problems)
-
-
-def adapted() -> dict:
-    base = {'type': 'LKDN', 'num_feat': 4, 'num_atten': 4, 'num_block': 1, 'upscale': 2}
-    return {'type': 'AdaptSR', 'base': base, 'lora': {'target_modules': ['B1\\..*', 'c1'], 'rank': 2}}
-
-
-@pytest.mark.parametrize(
-    ('path', 'value', 'sentence'),
-    [
-        ('lora.rank', 2, None),
-        ('lora.groups', ['attention', 'upsampler'], None),
-        ('base', ..., 'network_g.base is missing'),
-        ('base', 'LKDN', "network_g.base has to be a section of keys, not 'LKDN'"),
-        ('base.type', 'LKDNS', "network_g.base.type: there is no network 'LKDNS'; did you mean LKDN"),
-        ('base.num_feats', 4, 'network_g.base.num_feats is not a known key; the keys here are num_in_ch'),
-        ('base.upscale', 3, 'network_g.base.upscale is 3, but scale is 2; they have to be equal'),
-        ('base.upscale', ..., 'network_g.base.upscale is 4 by default in LKDN, but scale is 2; they have to be equal'),
-        ('base.num_feat', 5, 'network_g.base: "num_feat" of LKDN is 5: it must be even'),
-        ('base.num_block', {}, 'network_g.base.num_block has to be a number, not {}'),
-        ('lora', ..., 'network_g.lora is missing'),
-        ('lora', 8, 'network_g: "lora" of AdaptSR has to be a section, e.g. {groups: [all], rank: 8}, not 8'),
-        ('lora.target_modules', ..., 'network_g: LoRA has neither groups nor target_modules: say what to adapt'),
-        ('lora.target_modules', ['B1'], 'network_g: target_modules "B1" matches "B1", a LKDB, which cannot carry'),
-        ('lora.target_modules', 3, 'network_g: "target_modules" of LoRA must be a list, got 3'),
-        ('lora.groups', ['convs'], 'network_g: groups of LoRA has no "convs": did you mean "conv"?'),
-        (
-            'lora.groups',
-            ['mlp'],
-            'network_g: LKDN has no layer of the group "mlp"; its groups are conv, attention, ups',
-        ),
-        ('lora.also_train', ['position'], 'network_g: also_train of LoRA has "position", but LKDN has nothing of that'),
-        ('lora.rank', 0, 'network_g: LoRA rank of "rank" must be an integer of at least 1, got 0'),
-        ('lora.rank_pattern', {'c2': 4}, 'network_g: rank_pattern "c2" matches "c2", a BSConvU'),
-        ('lora.target', ['c1'], 'network_g: Unknown LoRA option "target": did you mean "target_modules"?'),
-        ('targets', ['c1'], 'network_g.targets is not a known key; the keys here are base, lora'),
-    ],
-)
-def test_network_with_lora(options, tmp_path, path, value, sentence):
-    change(options, 'network_g', adapted())
-    base = LKDN(num_feat=4, num_atten=4, num_block=1, upscale=2)
-    torch.save({'params': base.state_dict()}, tmp_path / 'base.pth')
-    change(options, 'path.pretrain_network_g', str(tmp_path / 'base.pth'))
-    change(options, f'network_g.{path}', value)
-    problems = check(options, tmp_path)
-    assert len(problems) == (sentence is not None), problems
-    assert all(problem.startswith(sentence) for problem in problems)
-
-
-SMALL_SWINIR = {'embed_dim': 8, 'depths': [2], 'num_heads': [2], 'window_size': 4, 'mlp_ratio': 2, 'upscale': 2}
-SMALL_SWINIR['upsampler'] = 'pixelshuffledirect'
-
-
-@pytest.mark.parametrize('wrapped', [False, True])
-@pytest.mark.parametrize(
-    ('network', 'sentence'),
-    [
-        (LKDN(num_feat=4, num_atten=4, num_block=1, upscale=2), 'is a checkpoint of LKDN, not of SwinIR'),
-        (SwinIR(img_size=8, **SMALL_SWINIR), 'is of a SwinIR with img_size 8, not 16'),
-        (SwinIR(img_size=16, **SMALL_SWINIR), None),
-    ],
-)
-def test_base_checkpoint_of_another_network(options, tmp_path, wrapped, network, sentence):
-    torch.save({'params': network.state_dict()}, tmp_path / 'base.pth')
-    base = {'type': 'SwinIR', 'img_size': 16, **SMALL_SWINIR}
-    lora = {'type': 'AdaptSR', 'base': base, 'lora': {'groups': ['all'], 'rank': 2}}
-    change(options, 'network_g', lora if wrapped else base)
-    change(options, 'path.pretrain_network_g', str(tmp_path / 'base.pth'))
-    expected = [f'path.pretrain_network_g: {tmp_path}/base.pth {sentence}'] if sentence else []
-    assert check(options, tmp_path) == expected
-
-
-def test_base_of_an_adapted_network_is_needed(options, tmp_path):
-    change(options, 'network_g', adapted())
-    missing = ['path.pretrain_network_g, the weights of the network that AdaptSR adapts, is missing']
-    assert check(options, tmp_path) == missing
-    for states in ('training_states/3.state', 'models/net_g_3.pth'):
-        file = tmp_path / 'experiments' / options['name'] / states
-        file.parent.mkdir(parents=True)
-        torch.save({}, file)
-    assert check({**options, 'auto_resume': True}, tmp_path) == []
-
-
-def test_alpha_of_the_checkpoint_is_told(options, tmp_path):
-    change(options, 'network_g', adapted())
-    arguments = {key: value for key, value in adapted().items() if key != 'type'}
-    for alpha, expected in ((2, []), (16, ['has alpha 16 in B1.c1_d, but network_g 2; give its alpha'])):
-        network = AdaptSR(arguments['base'], {**arguments['lora'], 'alpha': alpha})
-        torch.save({'params': network.state_dict()}, tmp_path / f'{alpha}.pth')
-        change(options, 'path.pretrain_network_g', str(tmp_path / f'{alpha}.pth'))
-        found = check(options, tmp_path)
-        assert found == [f'path.pretrain_network_g: {tmp_path}/{alpha}.pth {sentence}' for sentence in expected]
-
-
-LKDN_OF_4 = {'type': 'LKDN', 'num_feat': 4, 'num_atten': 4, 'num_block': 1}
-SPAN_OF_4 = {'type': 'SPAN', 'feature_channels': 4}
-
-
-@pytest.mark.parametrize(
-    ('network', 'deploy', 'layers'),
-    [
-        (LKDN_OF_4, {}, 'upsampler.0'),
-        (
-            {**LKDN_OF_4, 'upsampler': 'pixelshuffle_rep'},
-            {},
-            'upsampler.conv1, upsampler.conv3, upsampler.conv3x3',
-        ),
-        (SPAN_OF_4, {}, 'upsampler.0'),
-        (SPAN_OF_4, {'deploy': True}, 'upsampler.0'),  # folded on the way
-        (SPAN_OF_4, {'type': 'DSCLoRA'}, 'upsampler.0'),
-    ],
-)
-def test_checkpoint_of_another_scale(options, tmp_path, network, deploy, layers):
-    from basicsr.utils.registry import ARCH_REGISTRY
-
-    arguments = {key: value for key, value in network.items() if key != 'type'}
-    file = tmp_path / 'x4.pth'
-    torch.save({'params': ARCH_REGISTRY.get(network['type'])(**arguments, upscale=4).state_dict()}, file)
-    change(options, 'network_g', {**network, **deploy, 'upscale': 2})
-    change(options, 'path.pretrain_network_g', str(file))
-    sentence = f'path.pretrain_network_g: {file} is of scale 4 and network_g of scale 2: all but {layers} fits'
-    assert check(options, tmp_path) == [f'{sentence}; to start from it, set path.strict_load_g: false']
-    change(options, 'path.strict_load_g', False)
-    assert check(options, tmp_path) == []
-
-    change(options, 'path.strict_load_g', True)
-    change(options, 'datasets', {'test': options['datasets']['val']})
-    assert check(options, tmp_path, is_train=False) == [f'{sentence}; give a checkpoint of scale 2']
-
-
-def test_checkpoint_of_another_scale_that_differs_elsewhere_too(options, tmp_path):
-    torch.save({'params': LKDN(num_feat=4, num_atten=4, num_block=2).state_dict()}, tmp_path / 'x4.pth')
-    change(options, 'network_g', {**LKDN_OF_4, 'upscale': 2})
-    change(options, 'path.pretrain_network_g', str(tmp_path / 'x4.pth'))
-    (problem,) = check(options, tmp_path)
-    assert 'does not fit LKDN' in problem and 'scale' not in problem
-
-
-@pytest.fixture
-def without_gt(distillation, pairs):
-    """A distillation from LR images alone, from a folder of 16x16 images that counts twice."""
-    train = distillation['datasets']['train']
-    for key in ('dataroot_gt', 'gt_size'):
-        del train[key]
-    train.update(type='LRImageDataset', dataroot_lq=[f'{pairs}/lq', f'{pairs}/lq'], lq_size=16)
-    del distillation['train']['pixel_opt']
-    return distillation
-
-
-def test_lr_images_without_gt_are_correct(without_gt, pairs, tmp_path):
-    assert check(without_gt, tmp_path) == []
-    without_gt['datasets']['train'].update(dataroot_lq=f'{pairs}/lq.lmdb', io_backend={'type': 'lmdb'})
-    assert check(without_gt, tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ('path', 'value', 'sentence'),
-    [
-        (
-            'datasets.train.dataroot_lq',
-            [],
-            'datasets.train.dataroot_lq has to be a folder or a database, or a list of them, not []',
-        ),
-        (
-            'datasets.train.dataroot_lq',
-            5,
-            'datasets.train.dataroot_lq has to be a folder or a database, or a list of them, not 5',
-        ),
-        ('datasets.train.dataroot_lq', ['nowhere'], 'datasets.train.dataroot_lq: nowhere does not exist'),
-        ('datasets.train.lq_size', ..., 'datasets.train.lq_size is missing'),
-        ('datasets.train.lq_size', 0, 'datasets.train.lq_size has to be a whole number of at least 1, not 0'),
-        ('datasets.train.lq_size', 17, "datasets.train.lq_size: 17 is larger than '000.png' of 16x16 in {pairs}/lq"),
-        (
-            'datasets.train.io_backend',
-            {'type': 'lmdb'},
-            'datasets.train.dataroot_lq: the name of {pairs}/lq has to end in .lmdb, since io_backend is lmdb',
-        ),
-        (
-            'datasets.train.batch_size_per_gpu',
-            161,
-            'datasets.train.batch_size_per_gpu must be at most 160, the patches of an epoch, got 161; raise '
-            'dataset_enlarge_ratio to 1007, say',
-        ),
-        (
-            'train.pixel_opt',
-            {'type': 'L1Loss'},
-            'train.pixel_opt compares with the ground truth, which an LRImageDataset does not have: leave it out, or '
-            'train on a PairedImageDataset',
-        ),
-        (
-            'datasets.val.type',
-            'LRImageDataset',
-            'datasets.val: an LRImageDataset has no ground truth to measure with; use a PairedImageDataset',
-        ),
-    ],
-)
-def test_lr_images_without_gt(without_gt, pairs, tmp_path, path, value, sentence):
-    change(without_gt, path, value)
-    assert check(without_gt, tmp_path) == [sentence.format(pairs=pairs)]
-
-
-def test_mistakes_of_distillation_without_gt_that_would_train(without_gt, tmp_path):
-    without_gt['train']['distill_pixel_opt'] = {'type': 'PSNRLoss', 'eps': 0}
-    without_gt['train']['optim_g']['betas'] = [0.98, 0.92, 0.99]
-    assert check(without_gt, tmp_path) == [
-        'train.optim_g.betas has 3 values; Adam takes 2, e.g. [0.9, 0.999]',
-        'train.distill_pixel_opt: "eps" of PSNRLoss must be more than 0, got 0.',
-    ]
-
-
-def test_teacher_and_lr_images_of_a_model_of_others(without_gt, tmp_path, others):
-    without_gt['model_type'] = 'MyModel'
-    assert check(without_gt, tmp_path) == []
-
-
-def test_teacher_of_a_model_without_one(without_gt, tmp_path):
-    without_gt['model_type'] = 'SRModel'
-    sentence = 'network_t, a teacher, is for a DistillationModel alone; set model_type: DistillationModel'
-    assert sentence in check(without_gt, tmp_path)
-
-
-def test_damaged_lr_images(without_gt, data, tmp_path):
-    root, _ = data
-    without_gt['datasets']['train'].update(dataroot_lq=[str(root / 'lq')])
-    assert check(without_gt, tmp_path) == []
-    file = root / 'lq' / '004.png'
-    Image.open(file).save(root / 'lq' / 'x.pcx')
-    assert check(without_gt, tmp_path) == [
-        f'datasets.train.dataroot_lq: {root}/lq/x.pcx is not an image of a format that OpenCV reads'
-    ]
-    (root / 'lq' / 'x.pcx').unlink()
-    file.write_bytes(b'not an image')
-    (problem,) = check(without_gt, tmp_path)
-    assert problem.startswith(f'datasets.train.dataroot_lq: {file} is not an image')
-
-
-def test_lr_images_need_a_teacher(without_gt, tmp_path):
-    without_gt.update(model_type='SRModel')
-    del without_gt['network_t'], without_gt['path']['pretrain_network_t']
-    without_gt['train'] = {**without_gt['train'], 'pixel_opt': {'type': 'L1Loss'}}
-    sentence = 'datasets.train: an LRImageDataset has no ground truth; it needs a teacher, model_type: '
-    assert f'{sentence}DistillationModel' in check(without_gt, tmp_path)

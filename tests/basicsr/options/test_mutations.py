@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from option_check import paths_of
 from tiny_run import REPOSITORY, change, write_pairs
 from tiny_training import small_training
 
@@ -16,13 +17,6 @@ VALUES = [
     {}, {'a': 1},
 ]  # fmt: skip
 VAL = {'val_freq': 2, 'save_img': False, 'metrics': {'psnr': {'type': 'calculate_psnr', 'crop_border': 2}}}
-
-
-def paths_of(section: dict, prefix: str = ''):
-    for key, value in section.items():
-        yield f'{prefix}{key}'
-        if isinstance(value, dict):
-            yield from paths_of(value, f'{prefix}{key}.')
 
 
 @pytest.mark.slow

@@ -1,0 +1,332 @@
+"""The check of data sets: folders, databases, and images without ground truth."""
+
+import re
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from option_check import check
+from PIL import Image
+from tiny_run import change, write_pairs
+
+
+def write_image(path: Path, height: int, width: int):
+    cv2.imwrite(str(path), np.zeros((height, width, 3), np.uint8))
+
+
+def missing_lr(root):
+    (root / 'lq/003.png').unlink()
+
+
+def strange_lr(root):
+    (root / 'lq/003.png').rename(root / 'lq/3.png')
+
+
+def wrong_size(root):
+    write_image(root / 'gt/005.png', 32, 30)
+
+
+def unreadable(root):
+    (root / 'gt/004.png').write_bytes(b'not an image')
+
+
+def cut_short(root):
+    path = root / 'lq/004.png'
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def no_images(root):
+    for name in ('gt', 'lq'):
+        shutil.rmtree(root / name)
+        (root / name).mkdir()
+
+
+@pytest.mark.parametrize(
+    ('damage', 'sentence'),
+    [
+        (missing_lr, "datasets.train: GT and LR do not pair: '003.png' is missing in dataroot_lq (ROOT/lq)"),
+        (strange_lr, "datasets.train: GT and LR do not pair: '003.png' is missing in dataroot_lq (ROOT/lq), '3.png' is "
+                     'missing in dataroot_gt (ROOT/gt)'),
+        (wrong_size, "datasets.train: GT and LR do not pair: '005.png' is 30x32 in GT and 16x16 in LR, which is not 2 "
+                     'times as large (scale: 2)'),
+        (unreadable, 'datasets.train.dataroot_gt: ROOT/gt/004.png is not an image, or a damaged one'),
+        (cut_short, 'datasets.train.dataroot_lq: ROOT/lq/004.png is not an image, or a damaged one'),
+        (no_images, 'datasets.train.dataroot_gt: ROOT/gt holds no images'),
+    ],
+)  # fmt: skip
+def test_damaged_folders(data, tmp_path, damage, sentence):
+    root, options = data
+    assert check(options(''), tmp_path) == []
+    damage(root)
+    assert check(options(''), tmp_path) == [sentence.replace('ROOT', str(root))]
+
+
+def no_meta(root):
+    (root / 'gt.lmdb/meta_info.txt').unlink()
+
+
+def no_database(root):
+    (root / 'gt.lmdb/data.mdb').unlink()
+
+
+def no_format(root):
+    (root / 'gt.lmdb/data.mdb').write_bytes(b'x' * 9000)
+
+
+def short_file(root):
+    path = root / 'gt.lmdb/data.mdb'
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def missing_entry(root):
+    path = root / 'gt.lmdb/meta_info.txt'
+    path.write_text(path.read_text().replace('003.png', '103.png'))
+
+
+def fewer_lines(root):
+    for name in ('gt', 'lq'):
+        path = root / f'{name}.lmdb/meta_info.txt'
+        path.write_text(''.join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def other_scale(root):
+    shutil.rmtree(root / 'lq.lmdb')
+    write_pairs(root / 'x4', scale=4)
+    (root / 'x4/lq.lmdb').rename(root / 'lq.lmdb')
+
+
+def other_keys(root):
+    shutil.rmtree(root / 'lq.lmdb')
+    write_pairs(root / 'more', count=10)
+    (root / 'more/lq.lmdb').rename(root / 'lq.lmdb')
+
+
+@pytest.mark.parametrize(
+    ('damage', 'sentence'),
+    [
+        (no_meta, 'datasets.train.dataroot_gt: ROOT/gt.lmdb/meta_info.txt cannot be read'),
+        (no_database, 'datasets.train.dataroot_gt: the database ROOT/gt.lmdb has no data.mdb'),
+        (no_format, 'datasets.train.dataroot_gt: the database ROOT/gt.lmdb is damaged: '),
+        (short_file, 'datasets.train.dataroot_gt: the database ROOT/gt.lmdb is damaged: data.mdb has '),
+        (missing_entry, "datasets.train.dataroot_gt: the database ROOT/gt.lmdb has no entry '103'"),
+        (fewer_lines, 'datasets.train.dataroot_gt: the database ROOT/gt.lmdb has 8 entries, but meta_info.txt 7'),
+        (
+            other_scale,
+            "datasets.train: GT and LR do not pair: '000' is 32x32 in GT and 8x8 in LR, which is not 2 times",
+        ),
+        (
+            other_keys,
+            "datasets.train: GT and LR do not pair: '008' and 1 more are missing in dataroot_gt (ROOT/gt.lmdb)",
+        ),
+    ],
+)
+def test_damaged_databases(data, tmp_path, damage, sentence):
+    root, options = data
+    assert check(options('.lmdb'), tmp_path) == []
+    damage(root)
+    problems = check(options('.lmdb'), tmp_path)
+    assert len(problems) == 1, problems
+    assert problems[0].startswith(sentence.replace('ROOT', str(root)))
+
+
+def test_validation_may_have_a_border(data, tmp_path):
+    """BasicSR crops GT images of the validation sets; benchmark sets need it."""
+    root, options = data
+    write_image(root / 'gt/005.png', 33, 35)
+    opt = options('')
+    change(opt, 'datasets', {'test': opt['datasets']['train']})
+    assert check(opt, tmp_path, is_train=False) == []
+
+
+def test_data_for_less_than_a_batch(data, tmp_path):
+    _, options = data
+    opt = options('')
+    change(opt, 'datasets.train.dataset_enlarge_ratio', 1)
+    change(opt, 'datasets.train.batch_size_per_gpu', 9)
+    sentence = (
+        'datasets.train.batch_size_per_gpu must be at most 8, the patches of an epoch, got 9; raise '
+        'dataset_enlarge_ratio to 113, say'
+    )
+    assert check(opt, tmp_path) == [sentence]
+    change(opt, 'datasets.train.batch_size_per_gpu', 5)  # the three that are left over do not end a run early
+    assert check(opt, tmp_path) == []
+
+
+def test_validation_sets_of_one_name(options, tmp_path):
+    change(options, 'datasets.val_2', {**options['datasets']['val']})
+    sentence = 'datasets.val_2.name must differ from that of datasets.val, got val for both'
+    assert check(options, tmp_path) == [sentence]
+    change(options, 'datasets.val_2.name', 'train')  # no images and no curves go by the name of the training set
+    assert check(options, tmp_path) == []
+
+
+def test_images_that_exif_data_turn(data, tmp_path):
+    """OpenCV turns them as it reads; of a pair it must turn both."""
+    root, options = data
+    opt = options('')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+
+    def write(folder, turned):
+        for file in (root / folder).glob('*.png'):
+            image = Image.open(file).convert('RGB')
+            image.save(file, exif=exif) if turned else image.save(file)
+
+    write('gt', True)
+    (problem,) = check(opt, tmp_path)
+    assert re.search(
+        "GT and LR do not pair: the EXIF data of '000.png' turn it one way in GT and another in LR", problem
+    )
+    write('lq', True)
+    assert check(opt, tmp_path) == []
+
+
+def test_cut_jpeg(data, tmp_path):
+    root, options = data
+    for folder in ('gt', 'lq'):
+        for file in (root / folder).glob('*.png'):
+            Image.open(file).convert('RGB').save(file.with_suffix('.jpg'))
+            file.unlink()
+    assert check(options(''), tmp_path) == []
+    file = root / 'gt/003.jpg'
+    file.write_bytes(file.read_bytes()[:-40])
+    assert check(options(''), tmp_path) == [f'datasets.train.dataroot_gt: {file} is not an image, or a damaged one']
+
+
+def test_list_beside_a_database(data, tmp_path):
+    _, options = data
+    opt = options('.lmdb')
+    for count, faults in ((8, 0), (3, 1)):
+        (tmp_path / 'list.txt').write_text(''.join(f'{index:03}.png (32,32,3)\n' for index in range(count)))
+        change(opt, 'datasets.train.meta_info_file', str(tmp_path / 'list.txt'))
+        assert [problem.split(';')[0] for problem in check(opt, tmp_path)] == faults * [
+            'datasets.train.meta_info_file names 3 images, but BasicSR reads all 8 of a database'
+        ]
+
+
+def test_workers_that_persist(options, tmp_path):
+    change(options, 'datasets.train.persistent_workers', True)
+    sentence = 'datasets.train.persistent_workers needs workers; raise num_worker_per_gpu, or set it to false'
+    assert check(options, tmp_path) == [sentence]
+    change(options, 'datasets.train.num_worker_per_gpu', 1)
+    assert check(options, tmp_path) == []
+
+
+def test_metrics_without_ground_truth(options, data, tmp_path):
+    root, _ = data
+    change(options, 'datasets.val.type', 'SingleImageDataset')
+    change(options, 'datasets.val.dataroot_gt')
+    (problem,) = check(options, tmp_path)
+    assert problem.startswith(
+        'val.metrics.psnr: calculate_psnr compares with a ground truth, which datasets.val, a Sing'
+    )
+    change(options, 'val.metrics', {'niqe': {'type': 'calculate_niqe', 'crop_border': 2}})
+    assert check(options, tmp_path) == []
+
+
+@pytest.fixture
+def without_gt(distillation, pairs):
+    """A distillation from LR images alone, from a folder of 16x16 images that counts twice."""
+    train = distillation['datasets']['train']
+    for key in ('dataroot_gt', 'gt_size'):
+        del train[key]
+    train.update(type='LRImageDataset', dataroot_lq=[f'{pairs}/lq', f'{pairs}/lq'], lq_size=16)
+    del distillation['train']['pixel_opt']
+    return distillation
+
+
+def test_lr_images_without_gt_are_correct(without_gt, pairs, tmp_path):
+    assert check(without_gt, tmp_path) == []
+    without_gt['datasets']['train'].update(dataroot_lq=f'{pairs}/lq.lmdb', io_backend={'type': 'lmdb'})
+    assert check(without_gt, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'sentence'),
+    [
+        (
+            'datasets.train.dataroot_lq',
+            [],
+            'datasets.train.dataroot_lq has to be a folder or a database, or a list of them, not []',
+        ),
+        (
+            'datasets.train.dataroot_lq',
+            5,
+            'datasets.train.dataroot_lq has to be a folder or a database, or a list of them, not 5',
+        ),
+        ('datasets.train.dataroot_lq', ['nowhere'], 'datasets.train.dataroot_lq: nowhere does not exist'),
+        ('datasets.train.lq_size', ..., 'datasets.train.lq_size is missing'),
+        ('datasets.train.lq_size', 0, 'datasets.train.lq_size has to be a whole number of at least 1, not 0'),
+        ('datasets.train.lq_size', 17, "datasets.train.lq_size: 17 is larger than '000.png' of 16x16 in {pairs}/lq"),
+        (
+            'datasets.train.io_backend',
+            {'type': 'lmdb'},
+            'datasets.train.dataroot_lq: the name of {pairs}/lq has to end in .lmdb, since io_backend is lmdb',
+        ),
+        (
+            'datasets.train.batch_size_per_gpu',
+            161,
+            'datasets.train.batch_size_per_gpu must be at most 160, the patches of an epoch, got 161; raise '
+            'dataset_enlarge_ratio to 1007, say',
+        ),
+        (
+            'train.pixel_opt',
+            {'type': 'L1Loss'},
+            'train.pixel_opt compares with the ground truth, which an LRImageDataset does not have: leave it out, or '
+            'train on a PairedImageDataset',
+        ),
+        (
+            'datasets.val.type',
+            'LRImageDataset',
+            'datasets.val: an LRImageDataset has no ground truth to measure with; use a PairedImageDataset',
+        ),
+    ],
+)
+def test_lr_images_without_gt(without_gt, pairs, tmp_path, path, value, sentence):
+    change(without_gt, path, value)
+    assert check(without_gt, tmp_path) == [sentence.format(pairs=pairs)]
+
+
+def test_mistakes_of_distillation_without_gt_that_would_train(without_gt, tmp_path):
+    without_gt['train']['distill_pixel_opt'] = {'type': 'PSNRLoss', 'eps': 0}
+    without_gt['train']['optim_g']['betas'] = [0.98, 0.92, 0.99]
+    assert check(without_gt, tmp_path) == [
+        'train.optim_g.betas has 3 values; Adam takes 2, e.g. [0.9, 0.999]',
+        'train.distill_pixel_opt: "eps" of PSNRLoss must be more than 0, got 0.',
+    ]
+
+
+def test_teacher_and_lr_images_of_a_model_of_others(without_gt, tmp_path, others):
+    without_gt['model_type'] = 'MyModel'
+    assert check(without_gt, tmp_path) == []
+
+
+def test_teacher_of_a_model_without_one(without_gt, tmp_path):
+    without_gt['model_type'] = 'SRModel'
+    sentence = 'network_t, a teacher, is for a DistillationModel alone; set model_type: DistillationModel'
+    assert sentence in check(without_gt, tmp_path)
+
+
+def test_damaged_lr_images(without_gt, data, tmp_path):
+    root, _ = data
+    without_gt['datasets']['train'].update(dataroot_lq=[str(root / 'lq')])
+    assert check(without_gt, tmp_path) == []
+    file = root / 'lq' / '004.png'
+    Image.open(file).save(root / 'lq' / 'x.pcx')
+    assert check(without_gt, tmp_path) == [
+        f'datasets.train.dataroot_lq: {root}/lq/x.pcx is not an image of a format that OpenCV reads'
+    ]
+    (root / 'lq' / 'x.pcx').unlink()
+    file.write_bytes(b'not an image')
+    (problem,) = check(without_gt, tmp_path)
+    assert problem.startswith(f'datasets.train.dataroot_lq: {file} is not an image')
+
+
+def test_lr_images_need_a_teacher(without_gt, tmp_path):
+    without_gt.update(model_type='SRModel')
+    del without_gt['network_t'], without_gt['path']['pretrain_network_t']
+    without_gt['train'] = {**without_gt['train'], 'pixel_opt': {'type': 'L1Loss'}}
+    sentence = 'datasets.train: an LRImageDataset has no ground truth; it needs a teacher, model_type: '
+    assert f'{sentence}DistillationModel' in check(without_gt, tmp_path)

@@ -24,10 +24,14 @@ class DivergenceError(ArithmeticError):
     """
 
 
-def shown(text: str, most: int = 80) -> str:
-    """What somebody else has written, for a message: shortened, and without what is more than a part of its line."""
-    text = text if len(text) <= most else f'{text[: most - 20]}…{text[-19:]}'
+def printable(text: str) -> str:
+    """What somebody else has written, with its line breaks and control characters escaped."""
     return text if text.isprintable() else ''.join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+def shown(text: str, most: int = 80) -> str:
+    """What somebody else has written, for a message: printable, and cut in its middle to ``most`` letters before."""
+    return printable(text if len(text) <= most else f'{text[: most - 20]}…{text[-19:]}')
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -34,6 +34,21 @@ TOKEN_BYTES = 8
 PARTIAL = re.compile(rf'\.(.*)\.[0-9a-f]{{{2 * TOKEN_BYTES}}}\.partial(\..*|)', re.DOTALL)
 
 
+def check_regular(path: str | os.PathLike[str], what: str) -> None:
+    """Refuse to read a folder, and what gives bytes without end or waits for a writer: pipes and devices.
+
+    Args:
+        path: What is to be read. Whether there is anything is not looked at.
+        what: What it should be, for the message: 'the checkpoint'.
+
+    Raises:
+        InputError: There is something else than a file.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = 'a folder' if os.path.isdir(path) else 'a pipe or a device'
+        raise InputError(f'{what} {path} cannot be read: it must be a file, got {kind}')
+
+
 def check_output(path: str | os.PathLike[str], suffixes: tuple[str, ...], overwrite: bool) -> None:
     """Check that a file can be written: its suffix, its folder, and that it does not exist or may be replaced.
 

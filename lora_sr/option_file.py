@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from lora_sr.errors import InputError, shown
+from lora_sr.files import check_regular
 
 LARGEST_FILE = 2**20  # bytes; in one of BasicSR there are a few thousand
 MOST_VALUES = 10**5  # in a file, where what an anchor names counts at each of its places
@@ -100,9 +101,7 @@ def load_options(path: str | os.PathLike) -> dict:
         InputError: there is no such file, it is none, it is larger than any option file, it is no text in UTF-8, it is
             not valid YAML, it holds a tag that would run code (the line is named), or it is not a mapping.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        what = 'a folder' if os.path.isdir(path) else 'a pipe or a device'
-        raise InputError(f'the option file {path} cannot be read: it must be a file, got {what}')
+    check_regular(path, 'the option file')
     try:
         size = os.path.getsize(path)
         if size > LARGEST_FILE:

@@ -62,7 +62,8 @@ class Adapter:
             if not (
                 lora_A.ndim == lora_B.ndim == 2
                 and alpha.ndim == 0
-                and all(value.dtype in DTYPES for value in (lora_A, lora_B, alpha))
+                and all(value.dtype in DTYPES for value in (lora_A, lora_B))
+                and not alpha.is_complex()
                 and lora_A.dtype == lora_B.dtype
                 and lora_A.shape[0] == lora_B.shape[1]
                 and rank > 0

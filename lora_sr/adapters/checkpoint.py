@@ -97,11 +97,14 @@ def _layers_with_lora(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _check_deltas(state: Mapping[str, Tensor]) -> None:
+    """Raise InputError for a delta without its base, or of another shape or type than an update of it."""
     for key, delta in state.items():
-        base = state.get(key_of_base(key)) if is_delta_key(key) else delta
+        if not is_delta_key(key):
+            continue
+        base = state.get(key_of_base(key))
         if base is None:
             raise InputError(f'{shown(key)} is the delta of {shown(key_of_base(key))}, which is not there')
-        if base.shape != delta.shape or (base is not delta and not delta.is_floating_point()):
+        if base.shape != delta.shape or not delta.is_floating_point():
             raise InputError(
                 f'{shown(key)} must be floating-point numbers of shape {tuple(base.shape)}, got {delta.dtype} of '
                 f'{tuple(delta.shape)}'

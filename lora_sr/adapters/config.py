@@ -90,14 +90,15 @@ class LoRAConfig:
                     f'LoRA rank of "{shown(str(key))}" must be an integer of at least {least}, got {shown(repr(rank))}.'
                 )
             if rank > LARGEST_RANK:
-                raise InputError(f'LoRA rank of "{shown(str(key))}" must be at most {LARGEST_RANK}.')
+                raise InputError(f'LoRA rank of "{shown(str(key))}" must be at most {LARGEST_RANK}, got {rank}.')
         for key, alpha in [('alpha', self.alpha), *self.alpha_pattern.items()]:
             if alpha is None and key == 'alpha':
                 continue
             is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
             if alpha is None or not is_number or not 0 < abs(alpha) <= LARGEST_ALPHA:
                 raise InputError(
-                    f'LoRA alpha of "{shown(str(key))}" must be a number other than 0, got {shown(repr(alpha))}.'
+                    f'LoRA alpha of "{shown(str(key))}" must be a number of at most {LARGEST_ALPHA:g} other than 0, '
+                    f'got {shown(repr(alpha))}.'
                 )
         patterns = [*self.target_modules, *self.exclude_modules, *self.target_parameters]
         for pattern in [*patterns, *self.rank_pattern, *self.alpha_pattern]:

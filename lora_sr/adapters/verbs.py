@@ -104,7 +104,8 @@ def _check_ranks(targets: dict[str, nn.Module], config: LoRAConfig) -> None:
     name = max(beyond, key=beyond.__getitem__)
     if len(beyond) == len(targets) and config.rank_of(name) > LARGEST_EXCESS * beyond[name]:
         raise InputError(
-            f'LoRA rank must be at most {beyond[name]}, the full rank of {name}, got {config.rank_of(name)}.'
+            f'LoRA rank must be at most {LARGEST_EXCESS * beyond[name]}, {LARGEST_EXCESS} times the full rank of '
+            f'{name}, got {config.rank_of(name)}.'
         )
     logger.info(
         'The rank exceeds the full rank of %d of %d layers: in %s it is %d, where %d reaches every update.',

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,17 +26,6 @@ DTYPES = (
     *(getattr(torch, name) for name in ('float8_e4m3fn', 'float8_e5m2') if hasattr(torch, name)),  # since torch 2.1
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128),
 )
-
-
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Refuse a folder, and what gives bytes without end or waits for a writer: pipes and devices.
-
-    Raises:
-        InputError: There is something else than a file. Whether there is anything is not looked at.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        what = 'a folder' if os.path.isdir(path) else 'a pipe or a device'
-        raise InputError(f'the checkpoint {path} cannot be read: it must be a file, got {what}')
 
 
 def check_content(content: Mapping[Any, Any], path: object) -> None:
@@ -67,9 +55,14 @@ def _check_names(values: Mapping[Any, Any], path: object) -> None:
 def _check_tensors(state: Mapping[str, Tensor], path: object) -> None:
     claimed, held = 0, {}
     for name, value in state.items():
-        if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.dtype not in DTYPES:
-            kind = 'nested' if value.is_nested else f'{value.layout}, {value.dtype}'.replace('torch.', '')
+        if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+            kind = 'nested' if value.is_nested else str(value.dtype if value.is_quantized else value.layout)
+            kind = kind.replace('torch.', '')
             raise InputError(f'the checkpoint {path} cannot be used: {name} must be a dense tensor, got {kind}')
+        if value.dtype not in DTYPES:
+            raise InputError(
+                f'the checkpoint {path} cannot be used: {name} must be of a type that weights have, got {value.dtype}'
+            )
         if value.device.type == 'meta':
             raise InputError(f'the checkpoint {path} cannot be used: {name} must have values, got none (device meta)')
         claimed += value.numel() * value.element_size()
@@ -86,8 +79,6 @@ def _check_tensors(state: Mapping[str, Tensor], path: object) -> None:
 def bounded(state: Mapping[str, Tensor], factor: int) -> Iterator[None]:
     """Build no network that is much larger than the state dict that it is for: sizes are read from names and shapes.
 
-    torch tells of a tensor when a module takes it, which is before anything is written into its memory.
-
     Args:
         state: The state dict.
         factor: How many times its values, and its tensors, all that is built may have.
@@ -95,17 +86,35 @@ def bounded(state: Mapping[str, Tensor], factor: int) -> Iterator[None]:
     Raises:
         InputError: The network is larger.
     """
-    most_values = factor * sum(value.numel() for value in state.values()) + FEW_VALUES
-    most_tensors = factor * len(state) + FEW_TENSORS
-    values, tensors, thread = 0, 0, threading.get_ident()
+    values = factor * sum(value.numel() for value in state.values()) + FEW_VALUES
+    sentence = 'the network that its names and shapes tell of must have about the values that are in it, got far more'
+    with at_most(values, factor * len(state) + FEW_TENSORS, sentence):
+        yield
+
+
+@contextlib.contextmanager
+def at_most(values: int, tensors: int, sentence: str) -> Iterator[None]:
+    """Build no network of more parameters and buffers.
+
+    torch tells of a tensor when a module takes it, which is before anything is written into its memory.
+
+    Args:
+        values: How many numbers they may hold.
+        tensors: How many of them there may be.
+        sentence: What to say of more.
+
+    Raises:
+        InputError: There are more.
+    """
+    built, held, thread = 0, 0, threading.get_ident()
 
     def count(module: nn.Module, name: str, value: Tensor | None) -> None:
-        nonlocal values, tensors
+        nonlocal built, held
         if value is None or threading.get_ident() != thread:
             return
-        values, tensors = values + value.numel(), tensors + 1
-        if values > most_values or tensors > most_tensors:
-            raise InputError('the network that its names and shapes tell of has far more values than are in it')
+        built, held = built + 1, held + value.numel()
+        if held > values or built > tensors:
+            raise InputError(sentence)
 
     hooks = register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)
     try:

@@ -8,14 +8,18 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_sr.archs import AdaptSR
 from lora_sr.archs.registry import OWN, Arch, find_arch, known_archs
+from lora_sr.checkpoints.bounds import at_most
 from lora_sr.checkpoints.imports import IMPORTED
 from lora_sr.errors import InputError, MissingBasicSR, did_you_mean
 
-LARGEST_NUMBER = 8192  # channels, blocks, pixels
+# Long before it fills the memory, or takes for ever.
+MOST_VALUES, MOST_TENSORS = 2 * 10**9, 100_000
+TOO_LARGE = f'the network must have at most {MOST_VALUES:,} values in {MOST_TENSORS:,} tensors, got more'
 
 
 def build_network(section: object, where: str = 'network_g') -> nn.Module:
@@ -40,26 +44,19 @@ def construct(arch: Arch, section: Mapping[str, Any], where: str) -> nn.Module:
     """
     arguments = {key: value for key, value in section.items() if key != 'type'}
     try:
-        _check_sizes(arguments, where)
-        return arch(**arguments)
+        with at_most(MOST_VALUES, MOST_TENSORS, TOO_LARGE):
+            return arch(**arguments)
     except InputError as error:
         raise InputError(f'{where}: {error}') from None
     except Exception as error:  # whatever a constructor, also one of others, makes of wrong values
         reason = f': {str(error).splitlines()[0]}' if str(error) else ''
-        key = refused_key(arch, arguments)
+        is_ours = arch.__module__.startswith(('lora_sr.', 'basicsr.'))  # others' may fetch things
+        with torch.device('meta'):
+            key = refused_key(arch, arguments) if is_ours else None
         if key is not None:
             sentence = f'{where}.{key}: {section["type"]} cannot be built with {arguments[key]!r}{reason}'
             raise InputError(sentence) from error
         raise InputError(f'{where}: {section["type"]} cannot be built from these values{reason}') from error
-
-
-def _check_sizes(arguments: Mapping[str, Any], where: str) -> None:
-    """Refuse what would fill the memory, or take for ever, long before it failed."""
-    for key, value in arguments.items():
-        numbers = value if isinstance(value, (list, tuple)) else [value]
-        for number in numbers:
-            if isinstance(number, (int, float)) and not abs(number) <= LARGEST_NUMBER:
-                raise InputError(f'{key} must be at most {LARGEST_NUMBER}, got {number}')
 
 
 def refused_key(build: Callable[..., object], arguments: Mapping[str, Any]) -> str | None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_sr.adapters import is_lora_key
-from lora_sr.checkpoints.bounds import check_content, check_regular
+from lora_sr.checkpoints.bounds import check_content
 from lora_sr.checkpoints.origin import KEY, Origin
 from lora_sr.errors import InputError, shown
+from lora_sr.files import check_regular
 
 LOG = logging.getLogger('basicsr')
 
@@ -83,7 +84,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Content:
 
 
 def _read(path: str | os.PathLike[str]) -> Content:
-    check_regular(path)
+    check_regular(path, 'the checkpoint')
     metadata = None
     try:
         if os.fspath(path).endswith('.safetensors'):
@@ -157,8 +158,11 @@ def load_weights(
     except (RuntimeError, KeyError) as error:  # the latter of branches that are to be folded, and are not all there
         misfit = _misfit(net, weights) or shown(' '.join(str(error).split()), 200)
         raise InputError(f'{path} does not fit {type(net).__name__}: {misfit}') from error
-    for name, value in net.named_parameters():  # as they are in the network, whose type may be too narrow for them
-        if name in weights and not torch.isfinite(value).all():
+    parameters = dict(net.named_parameters())
+    for name, value in net.state_dict().items():  # as they are in the network, whose type may be too narrow for them
+        # A mask, which is no parameter, may be infinite.
+        is_bad = not torch.isfinite(value).all() if name in parameters else torch.isnan(value).any()
+        if name in weights and is_bad:
             raise InputError(f'{path} holds values that are not finite: {name}.')
 
 

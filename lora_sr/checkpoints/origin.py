@@ -72,10 +72,9 @@ class Origin:
         if not isinstance(value, Mapping):
             return None
         values = {key: value[key] for key, kind in _KINDS.items() if isinstance(value.get(key), kind)}
-        values.update((key, shown(value)) for key, value in values.items() if isinstance(value, str))
         if not 0 <= values.get('iteration', 0) <= LARGEST_ITERATION:
             del values['iteration']
-        adapters = tuple(shown(adapter) for adapter in values.pop('adapters', ()) if isinstance(adapter, str))
+        adapters = tuple(adapter for adapter in values.pop('adapters', ()) if isinstance(adapter, str))
         return cls(**{'version': 'unknown', **values, 'adapters': adapters})
 
     def with_adapters(self, base: Mapping[str, Tensor], adapters: Iterable[str]) -> Origin:
@@ -83,17 +82,18 @@ class Origin:
         return dataclasses.replace(self, base=fingerprint(base), adapters=(*self.adapters, *adapters))
 
     def __str__(self) -> str:
+        """As a part of a line: a file may say anything of itself."""
         parts = []
         if self.run is not None:
             iteration = '' if self.iteration is None else f', iteration {self.iteration:,}'
-            parts.append(f'run {self.run}{iteration}')
+            parts.append(f'run {shown(self.run)}{iteration}')
         if self.options is not None:
-            parts.append(f'options {self.options[:SHOWN]}')
+            parts.append(f'options {shown(self.options[:SHOWN])}')
         if self.base is not None:
-            parts.append(f'base {self.base[:SHOWN]}')
+            parts.append(f'base {shown(self.base[:SHOWN])}')
         if self.adapters:
-            parts.append(f'with adapters {", ".join(adapter[:SHOWN] for adapter in self.adapters)}')
-        return ', '.join([*parts, f'lora_sr {self.version}'])
+            parts.append(f'with adapters {", ".join(shown(adapter[:SHOWN]) for adapter in self.adapters)}')
+        return ', '.join([*parts, f'lora_sr {shown(self.version or "")}'])
 
 
 _KINDS: dict[str, type | tuple[type, ...]] = {

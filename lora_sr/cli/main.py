@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Callable, NoReturn
 
-from lora_sr.errors import InputError, import_basicsr, shown
+from lora_sr.errors import InputError, import_basicsr, printable, shown
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser that repeats what is wrong as part of its own line; sub-commands have one of the same class."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(LONG_WORD.sub(lambda word: shown(word[0]), shown(message, len(message))))
+        super().error(LONG_WORD.sub(lambda word: shown(word[0]), printable(message)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run ``lora-sr``.
 
     Returns:
-        The exit status: 0; 2 after a mistake in the input, told in one sentence a line; 130 after Ctrl-C.
+        The exit status: 0; 2 after a mistake in the input, told in one sentence a line; 1 where some of the work
+        failed, as a training that diverged; 130 after Ctrl-C; 141 where whoever reads the output has left.
     """
 
     def run() -> None:
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             import_basicsr(f'lora-sr {args.command}')
         args.run(args)
 
-    return _tell(run, 'lora-sr: ', argv=sys.argv[1:] if argv is None else argv)
+    return _tell(run, 'lora-sr: ', argv=argv)
 
 
 def run_pipeline(is_train: bool) -> int:
@@ -101,8 +102,8 @@ def _one_line_each(message: str, argv: Sequence[str]) -> str:
     """A message of a sentence a line, without what an argument or a name would make a line or a color of its own."""
     for argument in [*argv, *(argument.partition('=')[2] for argument in argv)]:
         if not argument.isprintable() and argument in message:
-            message = message.replace(argument, shown(argument, len(argument)))
-    lines = (shown(line, len(line)) for line in message.split('\n'))
+            message = message.replace(argument, printable(argument))
+    lines = (printable(line) for line in message.split('\n'))
     return '\n'.join(LONG_WORD.sub(lambda word: shown(word[0]), line) for line in lines)
 
 

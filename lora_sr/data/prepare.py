@@ -139,7 +139,7 @@ def prepare_databases(
     split: str | None = None,
     border: str | None = None,
 ) -> Prepared:
-    """Make the LMDBs ``HR_sub.lmdb`` and ``LR_bicubic_X{scale}_sub.lmdb`` from folders of images.
+    """Make the LMDBs ``HR_sub.lmdb`` and ``LR_…_X{scale}_sub.lmdb`` from folders of images.
 
     Each image is cropped, at its right and bottom edges, to a multiple of all scales. Its LR images come from their
     files or are made by ``bicubic_downscale``, whole, before they are cut. It is cut as in BasicSR's
@@ -342,13 +342,16 @@ def _partial_folder(output: Path) -> Iterator[Path]:
     made = [path for path in (output, *output.parents) if not path.exists()]
     folder = output / PARTIAL_FOLDER
     output.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
+    try:
         folder.mkdir(mode=0o700)
-    state = folder.lstat()
-    # All that is in it will be removed, or moved to where it says: it has to be that of an earlier run of this user.
-    if not stat.S_ISDIR(state.st_mode) or (fcntl and state.st_uid != os.geteuid()):
-        kind = 'a link' if stat.S_ISLNK(state.st_mode) else 'that of another user' if folder.is_dir() else 'a file'
-        raise InputError(f'{folder} must be a folder that `lora-sr prepare` has made, got {kind}: move it away.')
+    except FileExistsError:
+        state = folder.lstat()
+        # All that is in it will be removed, or moved to where it says: it must be of an earlier run of this user.
+        if not stat.S_ISDIR(state.st_mode) or (fcntl and state.st_uid != os.geteuid()):
+            kind = 'a link' if stat.S_ISLNK(state.st_mode) else 'that of another user' if folder.is_dir() else 'a file'
+            raise InputError(
+                f'{folder} must be a folder that `lora-sr prepare` has made, got {kind}: move it away.'
+            ) from None
     lock = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if lock is not None:

@@ -14,10 +14,10 @@ import numpy as np
 
 from lora_sr.errors import InputError
 from lora_sr.images.decoding import decode
+from lora_sr.images.formats import SUFFIXES
 from lora_sr.images.png import PNG_SIGNATURE
 
-JPEG_SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif')
-IMAGE_SUFFIXES = ('.png', *JPEG_SUFFIXES, '.bmp', '.tga', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
+IMAGE_SUFFIXES = (*SUFFIXES, '.bmp', '.tga', '.ppm', '.pgm')
 PUBLISHED_HR_FOLDERS = ('DIV2K_train_HR', 'Flickr2K_HR')
 SPLITS = ('train', 'test')
 

@@ -8,8 +8,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from lora_sr.images.modes import ALPHA_MODES, MODES_OF_8_BITS
+
 PILLOW_MODES = {cv2.IMREAD_COLOR: 'RGB', cv2.IMREAD_GRAYSCALE: 'L'}
 OPENCV_MODES = ('L', 'RGB', 'RGBA')
+PROGRAMS = ('EPS',)  # which Pillow has another program run
 
 
 def decode(content: bytes, flag: int = cv2.IMREAD_COLOR) -> np.ndarray | None:
@@ -33,8 +36,12 @@ def decode(content: bytes, flag: int = cv2.IMREAD_COLOR) -> np.ndarray | None:
 def _decode_by_pillow(content: bytes, flag: int) -> np.ndarray | None:
     try:
         with Image.open(io.BytesIO(content)) as image:
-            own = image.mode if image.mode in OPENCV_MODES else 'RGBA' if 'A' in image.mode else 'RGB'
+            if image.format in PROGRAMS or image.mode not in MODES_OF_8_BITS:
+                return None
+            own = image.mode if image.mode in OPENCV_MODES else 'RGBA' if image.mode in ALPHA_MODES else 'RGB'
             pixels = np.asarray(image.convert(PILLOW_MODES.get(flag, own)))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except MemoryError:
+        raise
+    except Exception:  # decoders raise what they like: OSError, SyntaxError, ValueError, struct.error, ...
         return None
     return pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., [2, 1, 0, 3][: pixels.shape[2]]])

@@ -21,10 +21,11 @@ from lora_sr.errors import InputError
 from lora_sr.images import metadata as extras
 from lora_sr.images import tiff
 from lora_sr.images.metadata import X_RESOLUTION, Y_RESOLUTION, Metadata, split_chunks
+from lora_sr.images.modes import ALPHA_MODES, GRAY_MODES, MODES_OF_8_BITS
 from lora_sr.images.png import PNG_SIGNATURE, PNGError, read_chunks, write_chunks
 
 # Format -> the suffixes of its files; the first is what a new file gets.
-FORMATS = {'png': ('.png',), 'jpeg': ('.jpg', '.jpeg'), 'webp': ('.webp',), 'tiff': ('.tif', '.tiff')}
+FORMATS = {'png': ('.png',), 'jpeg': ('.jpg', '.jpeg', '.jpe', '.jfif'), 'webp': ('.webp',), 'tiff': ('.tif', '.tiff')}
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 NAMES = {'png': 'PNG', 'jpeg': 'JPEG', 'webp': 'WebP', 'tiff': 'TIFF'}
 READABLE = ('PNG', 'JPEG', 'WEBP', 'TIFF')
@@ -32,9 +33,6 @@ LARGEST_SIDE = {'jpeg': 65500, 'webp': 16383}  # pixels, of libjpeg and of WebP'
 LOSSLESS = 100  # the quality at which WebP is lossless
 # Level 1 of zlib: on photographs higher ones take 2 to 7 times as long for files 9 to 16% smaller.
 ZLIB_LEVEL = 1
-
-GRAY_MODES, ALPHA_MODES = ('1', 'L', 'LA', 'La'), ('LA', 'La', 'PA', 'RGBA', 'RGBa')
-MODES_OF_8_BITS = (*GRAY_MODES, *ALPHA_MODES, 'P', 'RGB', 'RGBX', 'YCbCr')
 
 # EXIF and TIFF tags, by their names in the standards.
 IMAGE_WIDTH, IMAGE_LENGTH, BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
@@ -322,7 +320,7 @@ def _decode_8_bits(image: Image.Image, is_turned: bool = False) -> np.ndarray:
     image.load()
     is_gray = image.mode in GRAY_MODES
     has_alpha = image.mode in ALPHA_MODES or 'transparency' in image.info
-    image = ImageOps.exif_transpose(image) if is_turned else image
+    image = ImageOps.exif_transpose(image) if is_turned else image  # Pillow turns a TIFF as it loads it
     pixels = np.asarray(image.convert(('L' if is_gray else 'RGB') + ('A' if has_alpha else '')))
     return pixels.reshape(*pixels.shape[:2], -1)
 

@@ -77,6 +77,7 @@ def inflate(content: bytes, most: int) -> bytes:
         PNGError: It is larger.
         zlib.error: It is damaged.
     """
+    most = max(most, 0)  # an earlier text may have taken more than there was, and zlib knows no limit of 0
     inflater = zlib.decompressobj()
     inflated = inflater.decompress(content, most + 1)
     if len(inflated) > most:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import logging
 import re
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -25,11 +26,6 @@ from lora_sr.runtime.float16 import fit_float16
 from lora_sr.runtime.native.networks import compile_network
 from lora_sr.runtime.native.program import round_keeping_sums
 from lora_sr.runtime.synthetic import synthetic_image
-
-try:
-    from torch.compiler import is_compiling
-except ImportError:  # torch 2.0
-    from torch._dynamo import is_compiling
 
 LOG = logging.getLogger(__name__)
 
@@ -161,11 +157,19 @@ def _run(network: Run, image: Tensor, dtype: torch.dtype) -> Tensor:
         ) from error
 
 
+def _is_compiling() -> bool:
+    """Whether torch.compile or torch.export looks at this."""
+    if hasattr(torch.compiler, 'is_compiling'):
+        return torch.compiler.is_compiling()
+    dynamo: Any = sys.modules.get('torch._dynamo')  # of an earlier torch, whose import takes a second
+    return dynamo is not None and dynamo.is_compiling()
+
+
 def _is_watched(image: Tensor) -> bool:
     """Whether torch's operations are noted, to run them elsewhere or to count them."""
     # TorchScript and the older ONNX export trace; the newer one, torch.export and torch.compile compile; torch.fx has
     # proxies; make_fx, fake tensors and FlopCounterMode are modes.
-    watched = is_compiling() or torch.jit.is_tracing() or isinstance(image, Proxy)
+    watched = _is_compiling() or torch.jit.is_tracing() or isinstance(image, Proxy)
     return watched or _get_current_dispatch_mode() is not None
 
 

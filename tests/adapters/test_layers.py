@@ -644,7 +644,7 @@ def test_a_module_under_two_names_is_described_by_either():
 
 def test_a_rank_beyond_the_full_one_is_said_and_one_far_beyond_refused(caplog):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(32, 32))
-    with pytest.raises(InputError, match=r'^LoRA rank must be at most 32, the full rank of 1, got 300\.$'):
+    with pytest.raises(InputError, match=r'^LoRA rank must be at most 256, 8 times the full rank of 1, got 300\.$'):
         add_lora(network, LoRAConfig(groups=['all'], rank=300))
     assert not list(lora_layers(network))
     with caplog.at_level(logging.INFO, 'lora_sr'):

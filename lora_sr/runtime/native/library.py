@@ -25,6 +25,7 @@ from typing import BinaryIO
 
 import torch
 
+from lora_sr.errors import printable
 from lora_sr.files import partial_folder
 
 LOG = logging.getLogger(__name__)
@@ -52,12 +53,15 @@ def load_library() -> ctypes.CDLL | None:
 
 @functools.lru_cache(maxsize=None)
 def _load_library() -> ctypes.CDLL | None:
+    if os.name == 'nt':
+        LOG.warning('The kernels are for POSIX systems, so networks run by torch alone, which is slower on CPUs.')
+        return None
     given = os.environ.get('CXX', '')
     try:
         compiler = shlex.split(given) or list(filter(shutil.which, COMPILERS))[:1]
     except ValueError as error:
         reason = str(error)[:1].lower() + str(error)[1:]
-        LOG.warning(f'$CXX must be a command, got {_printable(given)}, so torch alone runs: {reason}')
+        LOG.warning(f'$CXX must be a command, got {printable(given)}, so torch alone runs: {reason}')
         return None
     if not compiler:
         LOG.warning('There is no C++ compiler, so networks run by torch alone, which is slower on CPUs.')
@@ -68,15 +72,10 @@ def _load_library() -> ctypes.CDLL | None:
         lines = (str(getattr(error, 'stderr', None) or '').strip() or str(error)).splitlines()
         reason = next((line for line in lines if 'error' in line.lower()), lines[-1])
         LOG.warning(
-            f'{_printable(" ".join(compiler))} cannot compile the kernels for CPUs, so torch alone runs: '
-            f'{_printable(reason)}'
+            f'{printable(" ".join(compiler))} cannot compile the kernels for CPUs, so torch alone runs: '
+            f'{printable(reason)}'
         )
         return None
-
-
-def _printable(text: str) -> str:
-    """Text without what cannot be printed: bytes that are not of UTF-8."""
-    return text.encode(errors='backslashreplace').decode()
 
 
 def _kept_or_compiled(compiler: list[str]) -> ctypes.CDLL:

@@ -68,14 +68,15 @@ def check_options(opt: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """
     file = f'{opt["path"]["models"]}/net_g_{state["iter"]}.pth'
     now = _optimizer_types(opt.get('train'))
-    for key, kind in recorded_of(state, 'optimizer_types').items():
+    for key, kind in recorded_of(state, 'optimizer_types', str).items():
         if now.get(key, kind) != kind:
             raise InputError(
                 f'train.{key}.type must be {kind} to resume this run, got {now[key]}; a new run may begin from {file}.'
             )
     origin = Origin.parse(state.get(KEY))
-    if origin is None or origin.network is None:
+    if origin is None or not isinstance((origin.network or {}).get('type'), str):
         return
+    assert origin.network is not None
     before, after = _lora_options(origin.network), _lora_options(opt['network_g'])
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
@@ -129,8 +130,8 @@ def resume(model: Any, state: Mapping[str, Any], load: Callable[[], None]) -> No
             continue
         key = 'lr' if key == 'initial_lr' else key
         LOG.warning(f'{key} of the option file was {_text(before)} and is {_text(now)} now: applied to the whole run.')
-    model.resumed_best = recorded_of(state, 'best')
-    if hasattr(model, 'queue_size') and not _take_pool(model, recorded_of(state, 'pool')):
+    model.resumed_best = _known_best(recorded_of(state, 'best', Mapping))
+    if hasattr(model, 'queue_size') and not _take_pool(model, recorded_of(state, 'pool', (Tensor, int))):
         LOG.warning('The pool of training pairs begins empty: the run differs from one that was not interrupted.')
 
 
@@ -145,9 +146,9 @@ def _check_optimizer(model: Any, optimizer: Optimizer, state: Mapping[str, Any],
         )
     names = _names(model)
     trained = [names.get(id(value), '') for value in _tensors(optimizer)]
-    before = recorded_of(state, 'trained').get(str(number))
+    before = recorded_of(state, 'trained', list).get(str(number))
     if before is not None and before != trained or [len(g['params']) for g in own] != [len(g['params']) for g in saved]:
-        differ = sorted(set(before or trained) ^ set(trained))
+        differ = sorted(set(map(str, before or trained)) ^ set(trained))
         example = f' ({differ[0]}, for one)' if differ else ''
         raise InputError(
             f'the run cannot be resumed: it trained {sum(len(group["params"]) for group in saved)} tensors, and '
@@ -206,6 +207,18 @@ def _best(model: Any) -> dict[str, Any]:
     }
 
 
+def _known_best(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of the best metrics of a training state what is one: which is better, a number, and its iteration."""
+
+    def is_best(best: Any) -> bool:
+        return isinstance(best, Mapping) and isinstance(best.get('val'), float) and isinstance(best.get('iter'), int)
+
+    return {
+        dataset: {name: dict(best) for name, best in metrics.items() if is_best(best) and 'better' in best}
+        for dataset, metrics in recorded.items()
+    }
+
+
 def _pool(model: Any) -> dict[str, Any]:
     return {'lr': _packed(model.queue_lr), 'gt': _packed(model.queue_gt), 'filled': model.queue_ptr}
 
@@ -215,7 +228,10 @@ def _take_pool(model: Any, pool: Mapping[str, Any]) -> bool:
     lr, gt, filled = pool.get('lr'), pool.get('gt'), pool.get('filled')
     if not isinstance(lr, Tensor) or not isinstance(gt, Tensor) or model.opt['dist']:
         return False
-    if {len(lr), len(gt)} != {model.queue_size} or gt.shape[-1] != model.opt['gt_size']:
+    count, size = model.queue_size, model.opt['gt_size']
+    if gt.shape != (count, 3, size, size) or lr.shape != (count, 3, *[size // model.opt['scale']] * 2):
+        return False
+    if not isinstance(filled, int) or not 0 <= filled <= count:
         return False
     model.queue_lr, model.queue_gt = (_unpacked(images).to(model.device) for images in (lr, gt))
     model.queue_ptr = filled

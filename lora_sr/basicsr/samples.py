@@ -83,8 +83,7 @@ class SampleStream(Sampler):
         self.batch_size, self.total_iter = batch_size, int(opt['train']['total_iter'])
         if state:
             self.start = self._place(state)
-            recorded = recorded_of(state, 'samples')
-            self.seed = recorded.get('seed', self.seed) if seed is None else seed
+            self.seed = recorded_of(state, 'samples', int).get('seed', self.seed) if seed is None else seed
             LOG.info(
                 f'Going on in epoch {self.start.epoch}, of which {self.start.seen:,} of {len(self):,} samples have '
                 f'been seen.'
@@ -119,8 +118,8 @@ class SampleStream(Sampler):
 
     def _place(self, state: Mapping[str, Any]) -> Place:
         iteration, epoch = state['iter'], state['epoch']
-        recorded = recorded_of(state, 'samples')
-        if recorded:
+        recorded = recorded_of(state, 'samples', int)
+        if 'seen' in recorded:
             seen = recorded['seen'] // self.processes
         else:  # of BasicSR, which began each epoch at its first sample
             seen = (iteration - epoch * (len(self) // self.batch_size)) * self.batch_size
@@ -138,11 +137,13 @@ class SampleStream(Sampler):
         return self.start.iteration + self._iterations(self.start.epoch) + between
 
 
-def recorded_of(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """What a training state of this package records under that name; of BasicSR's own nothing."""
+def recorded_of(state: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> dict[str, Any]:
+    """What a training state of this package records under that name, of that kind; of BasicSR's own nothing."""
     own = state.get(KEY)
-    value = own.get(name) if isinstance(own, Mapping) else None
-    return value if isinstance(value, Mapping) else {}
+    values = own.get(name) if isinstance(own, Mapping) else None
+    return (
+        {key: value for key, value in values.items() if isinstance(value, kind)} if isinstance(values, Mapping) else {}
+    )
 
 
 def stream_of(opt: Mapping[str, Any]) -> SampleStream | None:

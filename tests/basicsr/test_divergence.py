@@ -8,6 +8,7 @@ import torch
 from basicsr.models import build_model
 from tiny_run import logged, model_options, run_python
 
+from lora_sr.basicsr.patches.divergence import check_weights
 from lora_sr.checkpoints import load_network
 from lora_sr.checkpoints.content import load_weights, read_checkpoint
 from lora_sr.errors import DivergenceError, InputError
@@ -41,16 +42,17 @@ def test_one_bad_batch_ends_the_training(model, bad):
 @pytest.mark.parametrize('bad', BAD)
 def test_weights_that_a_last_step_breaks_are_not_saved(model, bad):
     step(model, 1)
-    model.save(0, 1)
+    model.save(0, 9)
+    model.save(0, 10)
     step(model, 2)
     model.net_g.conv_last.weight.data[0, 0, 0, 0] = bad
     sentence = (
         r'the training was stopped at iteration 2: conv_last.weight of net_g is no longer finite. The last checkpoint '
-        'is of iteration 1: lower the learning rate, and go on with --auto_resume.'
+        'is of iteration 10: lower the learning rate, and go on with --auto_resume.'
     )
     with pytest.raises(DivergenceError, match=sentence):
         model.save(0, 2)
-    assert os.listdir(model.opt['path']['training_states']) == ['1.state']
+    assert sorted(os.listdir(model.opt['path']['training_states'])) == ['10.state', '9.state']
 
 
 def test_an_average_that_is_not_finite_is_not_saved(tmp_path):
@@ -63,11 +65,14 @@ def test_an_average_that_is_not_finite_is_not_saved(tmp_path):
         model.save(0, -1)
 
 
-def test_buffers_may_be_infinite(tmp_path):
-    """Masks are."""
+def test_buffers_may_be_infinite(model):
+    """Masks are; statistics that are NaN are not."""
     network = torch.nn.Linear(2, 2)
     network.register_buffer('mask', torch.tensor([0.0, -float('inf')]))
     load_weights(network, network.state_dict(), 'a.pth')
+    check_weights(model, 'net_g', [network])
+    with pytest.raises(InputError, match='not finite: mask'):
+        load_weights(network, {**network.state_dict(), 'mask': torch.tensor([0.0, float('nan')])}, 'a.pth')
 
 
 @pytest.mark.parametrize('bad', BAD)

@@ -18,6 +18,7 @@ from tiny_run import python_environment
 from torch.nn import functional as F
 
 from lora_sr.basicsr import metrics as iqa_metric
+from lora_sr.basicsr.metrics import lower_is_better
 from lora_sr.basicsr.options import check_options
 from lora_sr.basicsr.options.check import for_screen
 from lora_sr.errors import InputError
@@ -211,6 +212,12 @@ def test_which_is_better(pyiqa, options, tmp_path, metric, better, sentence):
 def test_less_is_better_by_the_metric_itself(pyiqa, options, tmp_path):
     del options['val']['metrics']['lpips']['better']
     assert check_options(options, True, tmp_path) == []
+
+
+def test_which_metrics_are_better_the_lower():
+    better = {f'calculate_{name}': lower_is_better(f'calculate_{name}') for name in ('psnr', 'ssim', 'niqe', 'fid')}
+    assert better == dict(calculate_psnr=False, calculate_ssim=False, calculate_niqe=True, calculate_fid=True)
+    assert lower_is_better('calculate_lpips') and lower_is_better('calculate_dists')
 
 
 def test_the_least_niqe_is_the_best(validation):

@@ -14,7 +14,7 @@ from basicsr.data import prefetch_dataloader
 from basicsr.losses import basic_loss
 from basicsr.models import base_model, build_model, realesrgan_model, realesrnet_model
 from basicsr.models.base_model import BaseModel
-from basicsr.utils import DiffJPEG, img_process_util, img_util
+from basicsr.utils import DiffJPEG, img_process_util, img_util, logger
 from basicsr.utils.file_client import LmdbBackend
 from basicsr.utils.registry import Registry
 from PIL import Image
@@ -267,3 +267,23 @@ def test_squared_criterion_of_the_perceptual_loss(stock_module, monkeypatch):
         loss, style = basic_loss.PerceptualLoss(layers, perceptual_weight=3.0, criterion=criterion)(image, target)
         torch.testing.assert_close(loss, 3 * expected)
         assert style is None
+
+
+def test_a_loader_is_validated_once_for_an_iteration(monkeypatch):
+    """`train_pipeline` does it once more at its end."""
+    seen = []
+    monkeypatch.setattr(BaseModel, 'nondist_validation', lambda self, *values: seen.append(values[:2]), raising=False)
+    one, first, second = model(), [1], [2]
+    for loader, iteration in ((first, 4), (second, 4), (first, 4), (second, 4), (first, 5)):
+        one.validation(loader, iteration, None)
+    assert seen == [([1], 4), ([2], 4), ([1], 5)]
+    seen.clear()
+    tested = model(is_train=False)
+    for _ in range(2):
+        tested.validation(first, 'name', None)
+    assert len(seen) == 2
+
+
+def test_no_time_is_left_after_the_last_iteration():
+    options = {'name': 'a', 'logger': {'print_freq': 1, 'use_tb_logger': False}, 'train': {'total_iter': 6}}
+    assert logger.MessageLogger(options).max_iters == stock(logger, 'MessageLogger')(options).max_iters + 1

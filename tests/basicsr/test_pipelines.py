@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from basicsr.archs.srresnet_arch import MSRResNet
 from tiny_run import TINY_OPTIONS, logged, python_environment, run_python, write_pairs
 
-from lora_sr.basicsr import options, provenance
+from lora_sr.basicsr import options, provenance, signals
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.cli import pipelines
 from lora_sr.cli.pipelines import add_parser, main
@@ -159,6 +160,36 @@ def test_mistakes(tiny_options, tmp_path, monkeypatch, capfd, entry, sentence):
     assert told.err.startswith(f'error: {sentence}')
     assert told.err.count('\n') == 1
     assert listing(tmp_path) == ['tiny.yml']
+
+
+def test_a_start_that_the_run_does_not_know_of(tiny_options, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    assert main(True, ['-opt', 'tiny.yml']) == 2
+    assert capfd.readouterr().err.startswith('error: --launcher must be pytorch where torchrun starts 4 processes')
+    monkeypatch.delenv('WORLD_SIZE')
+    assert main(True, ['-opt', 'tiny.yml', '--launcher=pytorch']) == 2
+    assert capfd.readouterr().err.startswith('error: --launcher pytorch needs a start by torchrun')
+    assert listing(tmp_path) == ['tiny.yml']
+
+
+@pytest.mark.parametrize('signaled', [False, True])
+def test_a_process_that_misses_another_after_a_signal(tiny_options, tmp_path, monkeypatch, signaled):
+    monkeypatch.chdir(tmp_path)
+
+    def train(root):
+        signals.listen()
+        if signaled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError('Connection closed by peer')
+
+    monkeypatch.setattr('lora_sr.basicsr.pipelines.train_pipeline', train)
+    if signaled:
+        assert main(True, ['-opt', 'tiny.yml']) == 143
+    else:
+        with pytest.raises(RuntimeError, match='closed by peer'):
+            main(True, ['-opt', 'tiny.yml'])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_commands_of_lora_sr(tiny_options, tmp_path, monkeypatch, capfd):

@@ -1,16 +1,20 @@
 """Going on with a run: bit for bit where nothing has changed, by the option file where something has."""
 
 import copy
+import random
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from basicsr.data.data_sampler import EnlargedSampler
 from basicsr.models import build_model
 from tiny_run import TINY_OPTIONS, change, logged, model_options, run_python
 
 from lora_sr.basicsr import resume
+from lora_sr.basicsr.samples import SampleStream
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.errors import InputError
 
@@ -119,8 +123,14 @@ def test_other_tensors_to_train(options, how):
 
 
 @pytest.mark.parametrize(
-    'own', [None, 'x', 3, ['samples'], {'trained': 1, 'best': 'x', 'samples': [], 'optimizer_types': 2}]
-)
+    'own',
+    [
+        None, 'x', 3, ['samples'], {'trained': 1, 'best': 'x', 'samples': [], 'optimizer_types': 2},
+        {'trained': {'0': 3}, 'samples': {'seed': 'x', 'seen': 'a'}, 'optimizer_types': {'optim_g': [1]}},
+        {'best': {'val': 3}, 'network': {}}, {'best': {'val': {'psnr': 3}}, 'network': {'type': ['x']}},
+        {'best': {'val': {'psnr': {'better': 'higher', 'val': 'x', 'iter': 1}}}, 'samples': {'seed': 5}},
+    ],
+)  # fmt: skip
 def test_what_a_state_says_may_be_anything(options, own):
     model = build_model(copy.deepcopy(options))
     rates(model, 1, 2)
@@ -128,7 +138,68 @@ def test_what_a_state_says_may_be_anything(options, own):
     state = dict(read_checkpoint(f'{options["path"]["training_states"]}/2.state'))
     state['lora_sr'] = own
     resume.check_options(options, state)
-    build_model(copy.deepcopy(options)).resume_training(state)
+    stream = SampleStream(EnlargedSampler(range(8), 1, 0, 1), 5)
+    stream.begin({**options, 'train': {'total_iter': 9}}, 2, state, None)
+    assert stream.seed == 5 and stream.start.seen == 4
+    other = build_model(copy.deepcopy(options))
+    other.resume_training(state)
+    other._initialize_best_metric_results('val')
+    other._update_best_metric_result('val', 'psnr', 29.0, 8)
+    other.save(0, 4)
+    assert other.best_metric_results['val']['psnr']['val'] == 29.0
+
+
+def test_another_number_of_optimizers(options):
+    model = build_model(copy.deepcopy(options))
+    model.save(0, 2)
+    state = dict(read_checkpoint(f'{options["path"]["training_states"]}/2.state'))
+    for optimizers in ([], state['optimizers'] * 2):
+        with pytest.raises(InputError, match=f'SRModel has 1 optimizers, and its training state {len(optimizers)}'):
+            build_model(copy.deepcopy(options)).resume_training({**state, 'optimizers': optimizers})
+
+
+class Pooled:
+    """What of a model of Real-ESRGAN's a pool belongs to."""
+
+    queue_size, device, opt = 4, torch.device('cpu'), {'dist': False, 'gt_size': 8, 'scale': 2}
+
+
+@pytest.mark.parametrize(
+    'change',
+    [{}, {'dist': True}, {'gt_size': 16}, {'scale': 4}, {'queue_size': 6}, {'filled': 5}, {'filled': 'x'}, {'lr': 3}],
+)
+def test_a_pool_of_other_options_is_not_taken(change):
+    lr, gt = (torch.randint(256, (4, 3, side, side)) / 255 for side in (4, 8))
+    model = Pooled()
+    model.queue_lr, model.queue_gt, model.queue_ptr = lr, gt, 4
+    pool = {**resume._pool(model), **{key: change[key] for key in ('filled', 'lr') if key in change}}
+    other = Pooled()
+    other.opt = {**other.opt, **{key: change[key] for key in ('dist', 'gt_size', 'scale') if key in change}}
+    other.queue_size = change.get('queue_size', 4)
+    assert resume._take_pool(other, pool) == (not change)
+    if not change:
+        assert torch.equal(other.queue_lr, lr) and torch.equal(other.queue_gt, gt) and other.queue_ptr == 4
+
+
+def test_an_image_of_other_levels_is_kept_as_it_is():
+    half = torch.full((1, 3, 1, 1), 0.3)
+    assert torch.equal(resume._unpacked(resume._packed(half)), half)
+
+
+def test_an_iteration_draws_its_own_numbers(options):
+    """Whatever was drawn before it, and in no other iteration and no other process."""
+    model = build_model(copy.deepcopy(options))
+    stream = SampleStream(EnlargedSampler(range(8), 2, 0, 1), 5)
+    stream.begin(options, 2, {}, None)
+
+    def draw(iteration, rank=0):
+        stream.rank = rank
+        model.update_learning_rate(iteration, -1)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    first = draw(1)
+    others = [draw(2), draw(1, rank=1)]
+    assert draw(1) == first and len({*others, first}) == 3
 
 
 def test_the_best_metric_is_remembered(options):

@@ -62,6 +62,14 @@ def test_another_process_waits_for_the_first(listening):
     assert model.saved == [] and signals.status() == 143
 
 
+def test_a_forked_worker_dies_of_it(listening):
+    worker = os.fork()
+    if worker == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(worker, 0)[1]) == signal.SIGTERM and signals.status() is None
+
+
 def test_handlers_of_others_are_left_alone(monkeypatch):
     calls = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: calls.append(number))

@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -224,6 +225,11 @@ TABLE = Comparison(
     4,
     conditions='on a CPU',
 )
+
+
+def test_names_are_text_in_markdown():
+    named = replace(TABLE, rows=[replace(TABLE.rows[0], name='<img src=x>|b')])
+    assert '&lt;img src=x&gt;\\|b' in format_markdown(named)
 
 
 def test_forms_of_the_table():

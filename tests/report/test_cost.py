@@ -63,6 +63,12 @@ def test_peak_memory_is_what_the_pass_needs():
     assert found == pytest.approx(output, abs=2e6)
 
 
+def test_the_current_folder_is_not_run(tmp_path, monkeypatch):
+    (tmp_path / 'torch.py').write_text('raise SystemExit(7)')
+    monkeypatch.chdir(tmp_path)
+    assert measure_peak_memory(nn.Upsample(scale_factor=2), 8, 8, CPU) >= 0
+
+
 def test_a_process_that_does_not_get_through_is_told(monkeypatch):
     if not sys.platform.startswith('linux'):
         pytest.skip('only Linux tells the memory of a process')

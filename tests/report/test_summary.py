@@ -250,6 +250,9 @@ def test_training_states(tmp_path):
     save(SPAN(feature_channels=4, deploy=True), tmp_path / 'run/models/net_g_1200.pth')
     assert main(words(summarize_checkpoint(state).commands[0])) == 0
 
+    for iteration in (None, 'x', [3]):  # of a file that is no run's
+        odd = summarize_checkpoint(save({**content, 'iter': iteration}, tmp_path / 'odd.state'))
+        assert 'iteration' not in odd.rows and odd.rows['optimizers'] == f'1, {values} values'
     alone = summarize_checkpoint(save(optimizer.state_dict(), tmp_path / 'optimizer.pth'))
     assert alone.rows['form'].startswith('state of an optimizer') and alone.rows['optimizers'] == f'1, {values} values'
     assert alone.commands == []

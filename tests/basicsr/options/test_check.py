@@ -14,6 +14,7 @@ from tiny_gan import tiny_gan_options, write_data
 from tiny_run import TINY_OPTIONS, change
 
 from lora_sr.basicsr.options import check_options
+from lora_sr.basicsr.options.check import for_screen
 from lora_sr.option_file import OptionLoader, load_options
 
 
@@ -376,6 +377,39 @@ def test_loggers_that_are_not_installed(options, tmp_path, monkeypatch):
     ]
 
 
+def test_problems_for_a_screen():
+    (long,) = for_screen(['a' * 200 + 'END' * 60])
+    assert len(long) == 300 and long.startswith('a' * 190) and long.endswith('END') and ' … ' in long
+    assert for_screen(['one\ntwo', '']) == ['one', '']
+    many = for_screen(list(map(str, range(30))))
+    assert len(many) == 20 and many[18:] == ['18', '… and 11 more problems']
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'sentence'),
+    [
+        ('manual_seed', 2**32 - 1025, None),
+        ('manual_seed', 2**32 - 1024, 'manual_seed has to be a whole number from 0 to 4294966271 or ~, not 4294966272'),
+        ('datasets.train.num_worker_per_gpu', 1024, None),
+        (
+            'datasets.train.num_worker_per_gpu',
+            1025,
+            'datasets.train.num_worker_per_gpu has to be a whole number',
+        ),
+        (
+            'datasets.train.dataset_enlarge_ratio',
+            10**8,
+            'datasets.train.dataset_enlarge_ratio must be at most 12,5',
+        ),
+        ('train.optim_g.amsgrad', 'x', "train.optim_g.amsgrad has to be true or false, not 'x'"),
+    ],
+)
+def test_limits(options, tmp_path, path, value, sentence):
+    change(options, path, value)
+    problems = check(options, tmp_path)
+    assert problems == [] if sentence is None else len(problems) == 1 and problems[0].startswith(sentence)
+
+
 def test_output_folder_that_cannot_be_written(options, tmp_path):
     (tmp_path / 'experiments').write_text('a file')
     folder = tmp_path / 'experiments'
@@ -405,4 +439,4 @@ def test_adan(options, tmp_path, key, value, sentence):
     change(options, f'train.optim_g.{key}', value)
     problems = check(options, tmp_path)
     assert len(problems) == (sentence is not None), problems
-    assert all(re.match(rf'train.optim_g(\.\w+)?: .*{re.escape(sentence)}', problem) for problem in problems)
+    assert all(re.match(rf'train.optim_g(\.{key})?: .*{re.escape(sentence)}', problem) for problem in problems)

@@ -43,6 +43,8 @@ def run(is_train: bool, argv: list[str]) -> int:
         if status is None:
             raise
         return status
+    finally:
+        signals.ignore()
     return 0
 
 
@@ -60,6 +62,5 @@ def run_pipeline(is_train: bool, argv: list[str]) -> None:
     finally:
         sys.argv = before
         forget()
-        signals.ignore()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -39,7 +39,8 @@ def listen() -> None:
 
 
 def ignore() -> None:
-    """Undo what :func:`listen` did."""
+    """Undo what :func:`listen` did, and forget what came: it was for the run that has ended."""
+    _received.clear()
     for name in NAMES:
         number = getattr(signal, name, None)
         handler = None if number is None else signal.getsignal(number)

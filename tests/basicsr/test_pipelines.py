@@ -189,7 +189,7 @@ def test_a_process_that_misses_another_after_a_signal(tiny_options, tmp_path, mo
     else:
         with pytest.raises(RuntimeError, match='closed by peer'):
             main(True, ['-opt', 'tiny.yml'])
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and signals.status() is None
 
 
 def test_commands_of_lora_sr(tiny_options, tmp_path, monkeypatch, capfd):

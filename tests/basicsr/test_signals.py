@@ -31,6 +31,7 @@ def listening():
     yield
     signals.ignore()
     assert {name: signal.getsignal(getattr(signal, name)) for name in signals.NAMES} == before
+    assert signals.status() is None
 
 
 @pytest.mark.parametrize('name', signals.NAMES)
@@ -76,8 +77,8 @@ def test_handlers_of_others_are_left_alone(monkeypatch):
     try:
         signals.listen()
         os.kill(os.getpid(), signal.SIGUSR1)
-        signals.ignore()
         assert calls == [signal.SIGUSR1] and signals.status() is None
+        signals.ignore()
         assert isinstance(signal.getsignal(signal.SIGUSR1), types.FunctionType)
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -15,7 +15,8 @@ from lora_sr.checkpoints import NetworkLike, load_network
 from lora_sr.deploy.upscale import DEFAULT_QUALITY, Job, plan, run_jobs
 from lora_sr.errors import InputError
 from lora_sr.files import write_whole
-from lora_sr.images.formats import Picture, encode_picture, read_picture
+from lora_sr.images.encoding import encode_picture
+from lora_sr.images.formats import Picture, read_picture
 from lora_sr.runtime.upscaler import Upscaler
 
 REPEATS = 3

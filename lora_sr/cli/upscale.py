@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         '--tile',
         type=int,
         metavar='N',
-        help='run tiles of N x N input pixels (default: the whole image where memory allows, else the largest tiles)',
+        help='run tiles of N x N input pixels (default: the whole image, or tiles of some 512 MiB, on a GPU 8 GiB)',
     )
     parser.add_argument(
         '--dtype',

@@ -10,35 +10,30 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple, NoReturn, Sequence
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from lora_sr.checkpoints import NetworkLike, load_network
 from lora_sr.errors import InputError
-from lora_sr.files import write_whole
-from lora_sr.images.formats import (
-    FORMATS,
-    SUFFIXES,
-    Picture,
-    check_format,
-    encode_picture,
-    format_of,
-    kinds_left_out,
-    read_picture,
-)
+from lora_sr.files import replacing, write_errors
+from lora_sr.images.encoding import Run, check_format, kinds_left_out, write_picture
+from lora_sr.images.formats import FORMATS, SUFFIXES, Picture, format_of, read_picture
 from lora_sr.runtime.upscaler import Upscaler
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 DEFAULT_QUALITY = 95
 BURST_SECONDS = 1.0  # of the network between two bursts of writing
-WAITING_BYTES = 1 << 30  # of results that wait for being written; one may always wait
+WAITING_BYTES = 1 << 29  # of results that wait for being written; one may always wait
+WHOLE_BYTES = 1 << 28  # of a result beyond which it is written as it is made
+READ_AHEAD_BYTES = 1 << 28  # of pictures that wait for the network
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ def upscale(
         tile: See :class:`Upscaler`.
         dtype: See :class:`Upscaler`.
         file_format: A key of ``FORMATS``: what is written; by default each image's own.
-        quality: See :func:`lora_sr.images.formats.encode_picture`.
+        quality: See :func:`lora_sr.images.encoding.write_picture`.
         overwrite: Replace outputs that exist; inputs are never replaced.
         progress: Show a progress bar, if stderr is a terminal.
         skip_existing: Leave out images whose outputs exist, as after a run that was stopped: what it wrote is whole.
@@ -305,42 +300,65 @@ def run_jobs(
     writer = _Writer(threads, quality, BURST_SECONDS if takes_all_cores else None, failures, bar)
     reading: deque[tuple[Job, Future]] = deque()
     remaining = iter(jobs)
+    ahead = threads + 1
     try:
         while True:
-            for job in islice(remaining, threads + 1 - len(reading)):
+            for job in islice(remaining, max(0, ahead - len(reading))):
                 reading.append((job, readers.submit(read_picture, job.source)))
             if not reading:
                 break
             job, future = reading.popleft()
             try:
-                picture = future.result()
-                height, width, channels = picture.pixels.shape
-                size = upscaler.scale * height, upscaler.scale * width
-                check_format(job.file_format, picture.pixels.dtype, *size, channels)
-                pixels = upscaler(picture.pixels, _teller(bar, job), picture.has_alpha)
-            except InputError as error:
-                reason = str(error)
-                failures[str(job.source)] = (
-                    reason if str(job.source) in reason else f'{job.source} was not upscaled: {reason}'
-                )
-            except MemoryError:
-                failures[str(job.source)] = f'{job.source} was not upscaled: it needs more memory than there is.'
-            except RuntimeError as error:  # torch's, of memory and else
-                first_line = str(error).partition('\n')[0].rstrip('.')
-                hint = ' A smaller --tile helps.' if re.search('memory|alloc', first_line) else ''
-                failures[str(job.source)] = f'{job.source} cannot be upscaled: {first_line}.{hint}'
-            else:
-                kinds = kinds_left_out(picture, job.file_format)
-                if kinds and left_out is not None:
-                    left_out[str(job.source)] = kinds
-                writer.add(job, replace(picture, pixels=pixels))
+                with _failures_of(job):
+                    picture = future.result()
+                    height, width, channels = picture.pixels.shape
+                    size = upscaler.scale * height, upscaler.scale * width
+                    check_format(job.file_format, picture.pixels.dtype, *size, channels)
+                ahead = min(threads, READ_AHEAD_BYTES // picture.pixels.nbytes) + 1
+                if upscaler.scale**2 * picture.pixels.nbytes > WHOLE_BYTES:
+                    bands = upscaler.bands(picture.pixels, _teller(bar, job), picture.has_alpha)
+                    writer.write_bands(job, picture, _with_failures(job, bands), size)
+                else:
+                    with _failures_of(job):
+                        pixels = upscaler(picture.pixels, _teller(bar, job), picture.has_alpha)
+                    writer.add(job, replace(picture, pixels=pixels))
+            except _Failed as error:
+                failures[str(job.source)] = str(error)
+                bar.update()
                 continue
-            bar.update()
+            kinds = kinds_left_out(picture, job.file_format)
+            if kinds and left_out is not None:
+                left_out[str(job.source)] = kinds
         writer.finish()
     finally:
         readers.shutdown(cancel_futures=True)
         writer.pool.shutdown(cancel_futures=True)
     return failures
+
+
+class _Failed(Exception):
+    """Why one image is not written, in a sentence that names it."""
+
+
+@contextlib.contextmanager
+def _failures_of(job: Job) -> Iterator[None]:
+    """Tell what may go wrong before an image is written."""
+    try:
+        yield
+    except InputError as error:
+        reason = str(error)
+        raise _Failed(reason if str(job.source) in reason else f'{job.source} was not upscaled: {reason}') from None
+    except MemoryError:
+        raise _Failed(f'{job.source} was not upscaled: it needs more memory than there is.') from None
+    except RuntimeError as error:  # torch's, of memory and else
+        first_line = str(error).partition('\n')[0].rstrip('.')
+        hint = ' A smaller --tile helps.' if re.search('memory|alloc', first_line) else ''
+        raise _Failed(f'{job.source} cannot be upscaled: {first_line}.{hint}') from error
+
+
+def _with_failures(job: Job, bands: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    with _failures_of(job):
+        yield from bands
 
 
 class _Writer:
@@ -373,6 +391,12 @@ class _Writer:
         ):
             self.finish()
 
+    def write_bands(self, job: Job, picture: Picture, bands: Iterable[np.ndarray], size: tuple[int, int]) -> None:
+        """Write a result that is too large to wait, as it is made; raises :class:`_Failed`."""
+        self.finish()
+        _write(job, picture, bands, size, self.quality, self.pool.map)
+        self.bar.update()
+
     def finish(self) -> None:
         """Write all, and wait for it."""
         self._submit()
@@ -381,7 +405,8 @@ class _Writer:
 
     def _submit(self) -> None:
         for job, picture in self.held:
-            future = self.pool.submit(_write, job, picture, self.quality)
+            pixels = picture.pixels
+            future = self.pool.submit(_write, job, picture, [pixels], pixels.shape[:2], self.quality)
             self.writing.append((job, future, picture.pixels.nbytes))
         self.held.clear()
 
@@ -393,9 +418,10 @@ class _Writer:
             or sum(size for _, _, size in islice(self.writing, 1, None)) > most_bytes
         ):
             job, future, _ = self.writing.popleft()
-            failure = future.result()
-            if failure:
-                self.failures[str(job.source)] = failure
+            try:
+                future.result()
+            except _Failed as failure:
+                self.failures[str(job.source)] = str(failure)
             self.bar.update()
 
 
@@ -409,17 +435,23 @@ def _teller(bar: tqdm, job: Job) -> Callable[[int, int], None]:
     return tell
 
 
-def _write(job: Job, picture: Picture, quality: int) -> str | None:
-    """Encode and write one result; returns why its format cannot hold it."""
-    try:
-        data = encode_picture(picture, job.file_format, quality)
-    except InputError as error:
-        return f'{job.source} was not written: {error}'
-    except MemoryError:
-        return f'{job.source} was not written: it needs more memory than there is.'
+def _write(
+    job: Job, picture: Picture, bands: Iterable[np.ndarray], size: tuple[int, int], quality: int, run: Run = map
+) -> None:
+    """Encode and write one result, see :func:`write_picture`.
+
+    Raises:
+        _Failed: Its format cannot hold it.
+        InputError: It cannot be written.
+    """
     try:
         job.target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f'The output folder {job.target.parent} cannot be made: {error.strerror}.') from None
-    write_whole(job.target, data)
-    return None
+    with replacing(job.target) as partial, write_errors(job.target), partial.open('wb') as file:
+        try:
+            write_picture(file, picture, bands, size, job.file_format, quality, run)
+        except InputError as error:
+            raise _Failed(f'{job.source} was not written: {error}') from None
+        except MemoryError:
+            raise _Failed(f'{job.source} was not written: it needs more memory than there is.') from None

@@ -1,48 +1,46 @@
-"""Images from files and to files: pixels of 8 and 16 bits as they are stored, with what describes their colors."""
+"""Images from files: pixels of 8 and 16 bits as they are stored, with what describes their colors."""
 
 from __future__ import annotations
 
 import io
 import os
-import struct
-import tempfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from lora_sr.errors import InputError
 from lora_sr.images import metadata as extras
 from lora_sr.images import tiff
-from lora_sr.images.metadata import X_RESOLUTION, Y_RESOLUTION, Metadata, split_chunks
+from lora_sr.images.metadata import Metadata, split_chunks
 from lora_sr.images.modes import ALPHA_MODES, GRAY_MODES, MODES_OF_8_BITS
 from lora_sr.images.png import PNG_SIGNATURE, PNGError, read_chunks, write_chunks
+from lora_sr.images.tags import (
+    ASSOCIATED,
+    BITS_PER_SAMPLE,
+    EXIF_IFD,
+    EXTRA_SAMPLES,
+    GPS_IFD,
+    INTEROPERABILITY_IFD,
+    ORIENTATION,
+    PHOTOMETRIC,
+    PLANAR_CONFIGURATION,
+    SAMPLE_FORMAT,
+    SIGNED,
+    UNSPECIFIED,
+    X_RESOLUTION,
+    Y_RESOLUTION,
+)
 
 # Format -> the suffixes of its files; the first is what a new file gets.
 FORMATS = {'png': ('.png',), 'jpeg': ('.jpg', '.jpeg', '.jpe', '.jfif'), 'webp': ('.webp',), 'tiff': ('.tif', '.tiff')}
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-NAMES = {'png': 'PNG', 'jpeg': 'JPEG', 'webp': 'WebP', 'tiff': 'TIFF'}
 READABLE = ('PNG', 'JPEG', 'WEBP', 'TIFF')
-LARGEST_SIDE = {'jpeg': 65500, 'webp': 16383}  # pixels, of libjpeg and of WebP's 14 bits
-LOSSLESS = 100  # the quality at which WebP is lossless
-# Level 1 of zlib: on photographs higher ones take 2 to 7 times as long for files 9 to 16% smaller.
-ZLIB_LEVEL = 1
-
-# EXIF and TIFF tags, by their names in the standards.
-IMAGE_WIDTH, IMAGE_LENGTH, BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
-STRIP_OFFSETS, ORIENTATION, SAMPLES_PER_PIXEL, ROWS_PER_STRIP, STRIP_BYTE_COUNTS = 273, 274, 277, 278, 279
-PLANAR_CONFIGURATION, PREDICTOR, EXTRA_SAMPLES, SAMPLE_FORMAT = 284, 317, 338, 339
-# Of EXTRA_SAMPLES: any channel, alpha by which the colors are multiplied, and alpha by which they are not.
-UNSPECIFIED, ASSOCIATED, UNASSOCIATED = 0, 1, 2
-SIGNED = 2  # of SAMPLE_FORMAT
-ICC_PROFILE, EXIF_IFD, GPS_IFD, INTEROPERABILITY_IFD = 34675, 34665, 34853, 40965
-PIXEL_X_DIMENSION, PIXEL_Y_DIMENSION = 40962, 40963
 # What a TIFF says of a picture, and not of how its pixels are stored: description, make, model, orientation,
 # resolution (X, Y and unit), software, date and time, artist, copyright.
 DESCRIPTIVE_TAGS = (270, 271, 272, ORIENTATION, 282, 283, 296, 305, 306, 315, 33432, EXIF_IFD, GPS_IFD)
@@ -114,108 +112,6 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
         if isinstance(error, MemoryError) or getattr(error, 'code', None) == cv2.Error.StsNoMem:
             raise InputError(f'{path} needs more memory than there is.') from None
         raise InputError(f'{path} is damaged: {str(error).rstrip(".") or type(error).__name__}.') from None
-
-
-def check_format(file_format: str, dtype: np.dtype, height: int, width: int, channels: int) -> None:
-    """See that a format holds such pixels, before there are any.
-
-    Args:
-        file_format: A key of ``FORMATS``.
-        dtype: uint8 or uint16.
-        height: Pixels.
-        width: Pixels.
-        channels: 1 to 4, see :class:`Picture`.
-
-    Raises:
-        InputError: It cannot hold 16 bits, an alpha channel, or sides of that length.
-    """
-    if file_format in ('jpeg', 'webp') and dtype == np.uint16:
-        raise InputError(f'{NAMES[file_format]} cannot hold 16 bits: PNG and TIFF can.')
-    if file_format == 'jpeg' and channels in (2, 4):
-        raise InputError('JPEG cannot hold an alpha channel: PNG, WebP and TIFF can.')
-    longest = LARGEST_SIDE.get(file_format)
-    if longest is not None and max(height, width) > longest:
-        raise InputError(
-            f'{NAMES[file_format]} cannot hold {width} x {height} pixels, as it ends at {longest} a side: PNG can '
-            '(--format png).'
-        )
-
-
-def encode_picture(picture: Picture, file_format: str, quality: int) -> bytes:
-    """The bytes of an image file.
-
-    Args:
-        picture: What it shall hold. Sizes in its EXIF are set to those of the pixels.
-        file_format: A key of ``FORMATS``. WebP knows no gray, and gets three equal channels; so does a TIFF of 16 bits
-            with alpha, as few programs read gray there. A gray ICC profile is left out of these.
-        quality: 1 to 100, of JPEG, whose colors have full resolution (4:4:4), and of WebP, which is lossless at 100.
-
-    Raises:
-        InputError: The format cannot hold 16 bits, an alpha channel, or so many pixels.
-    """
-    pixels = picture.pixels
-    check_format(file_format, pixels.dtype, *pixels.shape)
-    if _makes_colors(pixels, file_format):
-        pixels = pixels[:, :, [0, 0, 0, 1][: pixels.shape[2] + 2]]
-    icc_profile = None if _loses_profile(picture, file_format) else picture.icc_profile
-    height, width = pixels.shape[:2]
-    exif, metadata = _with_size(picture.exif, height, width), picture.metadata
-    if metadata.xmp:
-        metadata = replace(metadata, xmp=extras.xmp_with_size(metadata.xmp, height, width))
-    if file_format == 'png':
-        return _encode_png(pixels, icc_profile, exif, metadata)
-    if file_format == 'tiff':
-        return _encode_tiff(pixels, icc_profile, exif, metadata, picture.has_alpha)
-    options: dict[str, Any] = {'quality': quality}
-    if file_format == 'jpeg':
-        options['subsampling'] = 0
-    elif quality == LOSSLESS:
-        options = {'lossless': True}
-    if file_format == 'webp':
-        exif = {**exif, **extras.resolution_tags(metadata.resolution)}
-        if metadata.xmp:
-            options['xmp'] = metadata.xmp
-    if icc_profile:
-        options['icc_profile'] = icc_profile
-    if exif:
-        options['exif'] = _exif_block(exif)
-    with _file_in_memory() as file:
-        try:
-            Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, file_format, **options)
-        except (OSError, ValueError) as error:
-            raise InputError(f'{NAMES[file_format]} cannot hold it: {str(error).rstrip(".")}.') from None
-        file.seek(0)
-        data = file.read()
-    return extras.with_segments(data, metadata) if file_format == 'jpeg' else data
-
-
-def kinds_left_out(picture: Picture, file_format: str) -> list[str]:
-    """What :func:`encode_picture` leaves out of a file, or was left out when it was read, by names for the user."""
-    kinds = extras.kinds_left_out(picture.metadata, file_format, picture.icc_profile is not None)
-    if _loses_profile(picture, file_format):
-        kinds.add('a gray color profile')
-    return sorted(kinds, key=str.lower)
-
-
-def _makes_colors(pixels: np.ndarray, file_format: str) -> bool:
-    """Whether gray is written as three channels."""
-    channels = pixels.shape[2]
-    return (file_format == 'webp' and channels < 3) or (
-        file_format == 'tiff' and channels == 2 and pixels.dtype == np.uint16
-    )
-
-
-def _loses_profile(picture: Picture, file_format: str) -> bool:
-    profile = picture.icc_profile
-    is_gray = profile is not None and profile[16:20] == b'GRAY'  # the color space of the data (ICC.1, section 7.2)
-    return is_gray and _makes_colors(picture.pixels, file_format)
-
-
-def _file_in_memory() -> IO[bytes]:
-    """A file without a name: Pillow lets other threads run while it encodes JPEG into a file, not into ``BytesIO``."""
-    if hasattr(os, 'memfd_create'):  # Linux
-        return os.fdopen(os.memfd_create('image'), 'w+b')
-    return tempfile.TemporaryFile()
 
 
 def _decode_png(data: bytes, path: str | os.PathLike[str]) -> Picture:
@@ -369,7 +265,7 @@ def _read_exif(image: Image.Image) -> tuple[int, dict[int, Any], frozenset[str]]
             tags = {tag: value for tag, value in tags.items() if tag in DESCRIPTIVE_TAGS}
         if ORIENTATION in tags:
             tags[ORIENTATION] = 1
-        _exif_block(tags)
+        exif_block(tags)
     except Exception:  # EXIF is often damaged, in ways that concern nothing but EXIF
         return 1, {}, frozenset({'damaged EXIF'})
     return orientation, tags, frozenset()
@@ -383,85 +279,9 @@ def _turn_exif(exif: Mapping[int, Any], orientation: int) -> dict[int, Any]:
     return exif
 
 
-def _with_size(exif: Mapping[int, Any], height: int, width: int) -> dict[int, Any]:
-    """The tags with sizes, where they have any, of these pixels."""
-    exif = dict(exif)
-    if EXIF_IFD in exif:
-        exif[EXIF_IFD] = dict(exif[EXIF_IFD])
-    for tags, of_width, of_height in (
-        (exif, IMAGE_WIDTH, IMAGE_LENGTH),
-        (exif.get(EXIF_IFD, {}), PIXEL_X_DIMENSION, PIXEL_Y_DIMENSION),
-    ):
-        tags.update({tag: value for tag, value in ((of_width, width), (of_height, height)) if tag in tags})
-    return exif
-
-
-def _exif_block(tags: Mapping[int, Any]) -> bytes:
+def exif_block(tags: Mapping[int, Any]) -> bytes:
+    """EXIF as bytes, which begin with ``Exif``."""
     exif = Image.Exif()
     for tag, value in tags.items():
         exif[tag] = value
     return exif.tobytes()
-
-
-def _encode_png(pixels: np.ndarray, icc_profile: bytes | None, exif: Mapping[int, Any], metadata: Metadata) -> bytes:
-    """A PNG (W3C recommendation, third edition) with the filter "up" in each row.
-
-    OpenCV writes no metadata and no gray with alpha, Pillow no colors of 16 bits and four times as slowly.
-    """
-    height, width, channels = pixels.shape
-    chunks = [
-        (b'IHDR', struct.pack('>IIBBBBB', width, height, 8 * pixels.itemsize, (0, 4, 2, 6)[channels - 1], 0, 0, 0))
-    ]
-    if icc_profile:
-        chunks.append((b'iCCP', b'ICC profile\0\0' + zlib.compress(icc_profile)))
-    if exif:
-        chunks.append((b'eXIf', _exif_block(exif)[len(b'Exif\0\0') :]))
-    chunks += extras.png_chunks(metadata)
-    big_endian = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder('>'))
-    rows = big_endian.view(np.uint8).reshape(height, -1)
-    filtered = np.empty((height, rows.shape[1] + 1), np.uint8)
-    filtered[:, 0] = 2
-    filtered[0, 1:] = rows[0]
-    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-    chunks += [(b'IDAT', zlib.compress(filtered.data, ZLIB_LEVEL)), (b'IEND', b'')]
-    return write_chunks(chunks)
-
-
-def _encode_tiff(
-    pixels: np.ndarray, icc_profile: bytes | None, exif: Mapping[int, Any], metadata: Metadata, has_alpha: bool
-) -> bytes:
-    """A TIFF 6.0 of one strip, deflated after horizontal differencing (predictor 2).
-
-    Pillow writes no colors of 16 bits, OpenCV no metadata, and tifffile no EXIF.
-    """
-    height, width, channels = pixels.shape
-    differences = pixels.copy()
-    np.subtract(pixels[:, 1:], pixels[:, :-1], out=differences[:, 1:])
-    little_endian = np.ascontiguousarray(differences, differences.dtype.newbyteorder('<'))
-    strip = zlib.compress(little_endian.data, ZLIB_LEVEL)
-    directory = ImageFileDirectory_v2()
-    for tag, value in exif.items():
-        directory[tag] = value
-    extras.add_tags(directory, metadata)
-    directory[IMAGE_WIDTH], directory[IMAGE_LENGTH] = width, height
-    directory[BITS_PER_SAMPLE] = (8 * pixels.itemsize,) * channels
-    directory[COMPRESSION] = 8
-    directory[PHOTOMETRIC] = 2 if channels > 2 else 1
-    directory[STRIP_OFFSETS] = 0  # counted from where the directory ends
-    directory[SAMPLES_PER_PIXEL] = channels
-    directory[ROWS_PER_STRIP] = height
-    directory[STRIP_BYTE_COUNTS] = len(strip)
-    directory[PLANAR_CONFIGURATION] = 1
-    directory[PREDICTOR] = 2
-    if channels in (2, 4):
-        directory[EXTRA_SAMPLES] = UNASSOCIATED if has_alpha else UNSPECIFIED
-    if icc_profile:
-        directory.tagtype[ICC_PROFILE] = 7  # of no defined type
-        directory[ICC_PROFILE] = icc_profile
-    file = io.BytesIO()
-    try:
-        directory.save(file)
-    except struct.error:
-        raise InputError('TIFF cannot hold it: it has 4 GiB or more.') from None
-    file.write(strip)
-    return file.getvalue()

@@ -14,8 +14,8 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from lora_sr.images.png import MOST_INFLATED, inflate
+from lora_sr.images.tags import BYTE, IPTC, RESOLUTION_UNIT, UNDEFINED, X_RESOLUTION, XMP, Y_RESOLUTION
 
-X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, XMP, IPTC = 282, 283, 296, 700, 33723  # TIFF tags
 TIFF_UNITS = {1: '', 2: 'inch', 3: 'cm'}
 JFIF_UNITS = {0: '', 1: 'inch', 2: 'cm'}
 INCHES = {'inch': 1.0, 'cm': 1 / 2.54, 'm': 1 / 0.0254}
@@ -316,7 +316,7 @@ def _segments(metadata: Metadata) -> list[tuple[str, bytes]]:
 
 def add_tags(directory: ImageFileDirectory_v2, metadata: Metadata) -> None:
     """Put into the directory of a TIFF what it can hold."""
-    for tag, value, kind in ((XMP, metadata.xmp, 1), (IPTC, metadata.iptc, 7)):  # bytes; of no defined type
+    for tag, value, kind in ((XMP, metadata.xmp, BYTE), (IPTC, metadata.iptc, UNDEFINED)):
         if value:
             directory.tagtype[tag] = kind
             directory[tag] = value

@@ -56,18 +56,20 @@ def read_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def write_chunks(chunks: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """A PNG of chunks, (name, content).
+    """A PNG of chunks, (name, content)."""
+    return b''.join([PNG_SIGNATURE, *(write_chunk(name, content) for name, content in chunks)])
+
+
+def write_chunk(name: bytes, content: bytes) -> bytes:
+    """A chunk with its length and its checksum.
 
     Raises:
-        InputError: A chunk has 2 GiB or more.
+        InputError: It has 2 GiB or more.
     """
-    parts = [PNG_SIGNATURE]
-    for name, content in chunks:
-        if len(content) >= 1 << 31:
-            raise InputError('PNG cannot hold it in one piece: it has 2 GiB or more.')
-        checksum = zlib.crc32(content, zlib.crc32(name))
-        parts += [struct.pack('>I', len(content)), name, content, struct.pack('>I', checksum)]
-    return b''.join(parts)
+    if len(content) >= 1 << 31:
+        raise InputError('PNG cannot hold it in one piece: it has 2 GiB or more.')
+    checksum = zlib.crc32(content, zlib.crc32(name))
+    return struct.pack('>I', len(content)) + name + content + struct.pack('>I', checksum)
 
 
 def inflate(content: bytes, most: int) -> bytes:

@@ -9,12 +9,24 @@ from dataclasses import dataclass
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from lora_sr.images.tags import (
+    BITS_PER_SAMPLE,
+    COMPRESSION,
+    EXTRA_SAMPLES,
+    IMAGE_WIDTH,
+    LONG,
+    ORIENTATION,
+    PHOTOMETRIC,
+    PLANAR_CONFIGURATION,
+    PREDICTOR,
+    SAMPLE_FORMAT,
+    SAMPLES_PER_PIXEL,
+    SHORT,
+    TILE_WIDTH,
+)
+
 TIFF_SIGNATURES = (b'II*\0', b'MM\0*')
 BIG_SIGNATURES = (b'II+\0', b'MM\0+')
-IMAGE_WIDTH, BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, ORIENTATION = 256, 258, 259, 262, 274
-SAMPLES_PER_PIXEL, PLANAR_CONFIGURATION, PREDICTOR, TILE_WIDTH = 277, 284, 317, 322
-EXTRA_SAMPLES, SAMPLE_FORMAT = 338, 339
-SHORT, LONG = 3, 4
 BYTEWISE = ((1,), (5,), (8,), (32773,), (32946,))  # none, LZW, Deflate, PackBits, Deflate: they see no pixels
 SAMPLE_FORMATS = {1: 'whole numbers', 2: 'whole numbers with signs', 3: 'floating point'}
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 # Features that are alive at once, in multiples of the widest: inputs, outputs, what skips ahead, and workspaces.
 FEATURES_AT_ONCE = 4
 MEMORY_SHARE = 0.5  # of what is free
+# Bytes by kind of device, and tiles in overlaps, beyond which larger tiles are hardly faster.
+ENOUGH_MEMORY = {'cpu': 1 << 29, 'cuda': 1 << 33}
+ENOUGH_OVERLAPS = 16
 UNKNOWN_MEMORY = 4 << 30  # bytes taken to be free where the system does not tell
 CGROUP = Path('/sys/fs/cgroup')  # what limits a container (Linux, version 2)
 
@@ -97,6 +100,6 @@ def free_memory(device: torch.device) -> int:
     return min(free, default=UNKNOWN_MEMORY)
 
 
-def largest_tile(network_bytes_per_pixel: int, device: torch.device) -> int:
-    """The side of the largest square tile, in LR pixels, that runs in half of the free memory of a device."""
-    return int((MEMORY_SHARE * free_memory(device) / network_bytes_per_pixel) ** 0.5)
+def largest_tile(network_bytes_per_pixel: int, memory: float) -> int:
+    """The side of the largest square tile, in LR pixels, that runs in so many bytes."""
+    return int((memory / network_bytes_per_pixel) ** 0.5)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
+from itertools import chain
 from typing import Callable
 
 import numpy as np
@@ -15,8 +17,19 @@ from lora_sr.archs.info import NetworkInfo, network_info, refusal
 from lora_sr.archs.receptive_field import receptive_radius
 from lora_sr.errors import InputError
 from lora_sr.runtime.deployed import optimize
-from lora_sr.runtime.tiling import bytes_per_pixel, cut_axis, largest_tile, smallest_tile
+from lora_sr.runtime.tiling import (
+    ENOUGH_MEMORY,
+    ENOUGH_OVERLAPS,
+    MEMORY_SHARE,
+    Span,
+    bytes_per_pixel,
+    cut_axis,
+    free_memory,
+    largest_tile,
+    smallest_tile,
+)
 
+BICUBIC_REACH = 2  # pixels on each side that an interpolated one depends on
 LUMA = (0.299, 0.587, 0.114)  # of R, G and B in gray (BT.601)
 BLIND_OVERLAP = 32  # LR pixels, for networks that look at the whole image
 
@@ -31,7 +44,9 @@ class Upscaler:
             :func:`lora_sr.load_network`; LoRA in it is merged, and branches are folded. It takes and gives values in
             [0, 1]; those of a network for 0 to 255 are converted. It is not changed.
         tile: Side of the tiles in LR pixels, overlap included. By default the image is run whole if that needs no more
-            than half of the free memory by a cautious estimate, else in the largest tiles that need no more.
+            than 512 MiB (of a GPU 8 GiB) by a cautious estimate, and no more than half of what is free; else in the
+            largest tiles that need no more. A network that looks far around gets larger ones, and one that looks at
+            the whole image all of that half.
         dtype: What the network computes in. Its results are float32 in any case.
 
     Raises:
@@ -83,7 +98,6 @@ class Upscaler:
             self._overlap = BLIND_OVERLAP if found is None else found
         return self._overlap
 
-    @torch.inference_mode()
     def __call__(
         self, image: np.ndarray, on_tile: Callable[[int, int], None] | None = None, has_alpha: bool = True
     ) -> np.ndarray:
@@ -106,43 +120,71 @@ class Upscaler:
         Raises:
             InputError: The image is of another type or shape; or values are not finite, as where float16 overflows.
         """
-        if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3) or not image.size:
-            raise InputError(
-                f'The image has type {image.dtype} and shape {image.shape}: uint8 or uint16 and (height, width) or '
-                '(height, width, channels) are right.'
-            )
-        planes = image if image.ndim == 3 else image[:, :, None]
+        planes = _planes(image)
+        bands = self.bands(planes, on_tile, has_alpha)
+        output = next(bands)
+        height, width = self.scale * planes.shape[0], self.scale * planes.shape[1]
+        if len(output) < height:
+            first, output = output, np.empty((height, width, planes.shape[2]), image.dtype)
+            start = 0
+            for band in chain([first], bands):
+                output[start : start + len(band)] = band
+                start += len(band)
+        return output.reshape(output.shape[: image.ndim])
+
+    def bands(
+        self, image: np.ndarray, on_tile: Callable[[int, int], None] | None = None, has_alpha: bool = True
+    ) -> Iterator[np.ndarray]:
+        """Upscale an image as a call does, and give the rows of the result as they are made.
+
+        Args:
+            image: As for a call, of shape (H, W, C).
+            on_tile: As for a call.
+            has_alpha: As for a call.
+
+        Yields:
+            From top to bottom, (rows, scale * W, C) of the image's type: one array for each row of tiles.
+
+        Raises:
+            InputError: As a call does.
+        """
+        planes = _planes(image)
         height, width, channels = planes.shape
-        if channels > 4:
-            raise InputError(f'The image has {channels} channels, where 1 to 4 are right.')
         colors = 3 if channels > 2 else 1
         if channels > colors and has_alpha:
             from lora_sr.images.alpha import without_hidden_colors  # imports OpenCV, which little here needs
 
             planes = without_hidden_colors(planes)
-        output = np.empty((self.scale * height, self.scale * width, channels), image.dtype)
-        rows, columns = (cut_axis(length, *self._tiling(height, width)) for length in (height, width))
-        tiles = [(row, column) for row in rows for column in columns]
-        for number, (row, column) in enumerate(tiles, 1):
-            piece = self._tensor(planes[row.start : row.stop, column.start : column.stop, :colors])
-            result = self._run(piece)
-            kept = result[
-                :,
-                self.scale * (row.first - row.start) : self.scale * (row.last - row.start),
-                self.scale * (column.first - column.start) : self.scale * (column.last - column.start),
-            ]
-            output[
-                self.scale * row.first : self.scale * row.last,
-                self.scale * column.first : self.scale * column.last,
-                :colors,
-            ] = _rounded(kept, image.dtype)
-            if on_tile is not None:
-                on_tile(number, len(tiles))
-        if channels > colors:
-            alpha = self._tensor(planes[:, :, colors:])[None]
-            alpha = F.interpolate(alpha, scale_factor=self.scale, mode='bicubic', align_corners=False)
-            output[:, :, colors:] = _rounded(alpha[0], image.dtype)
-        return output.reshape(output.shape[: image.ndim])
+        tiling = self._tiling(height, width)
+        rows, columns = cut_axis(height, *tiling), cut_axis(width, *tiling)
+        number = 0
+        for row in rows:
+            band = np.empty((self.scale * (row.last - row.first), self.scale * width, channels), image.dtype)
+            for column in columns:
+                with torch.inference_mode():
+                    result = self._run(self._tensor(planes[row.start : row.stop, column.start : column.stop, :colors]))
+                    kept = result[
+                        :,
+                        self.scale * (row.first - row.start) : self.scale * (row.last - row.start),
+                        self.scale * (column.first - column.start) : self.scale * (column.last - column.start),
+                    ]
+                    band[:, self.scale * column.first : self.scale * column.last, :colors] = _rounded(kept, image.dtype)
+                number += 1
+                if on_tile is not None:
+                    on_tile(number, len(rows) * len(columns))
+            if channels > colors:
+                band[:, :, colors:] = self._alpha(planes[:, :, colors:], row)
+            yield band
+
+    @torch.inference_mode()
+    def _alpha(self, alpha: np.ndarray, row: Span) -> np.ndarray:
+        """Bicubic interpolation of what of (H, W, 1) a row of tiles keeps, and of nothing that it does not need."""
+        start, stop = max(0, row.first - BICUBIC_REACH), row.last + BICUBIC_REACH
+        enlarged = F.interpolate(
+            self._tensor(alpha[start:stop])[None], scale_factor=self.scale, mode='bicubic', align_corners=False
+        )
+        kept = slice(self.scale * (row.first - start), self.scale * (row.last - start))
+        return _rounded(enlarged[0, :, kept], alpha.dtype)
 
     def _tensor(self, planes: np.ndarray) -> Tensor:
         """(H, W, C) of whole numbers -> float32 (C, H, W) in [0, 1] on the device."""
@@ -173,14 +215,21 @@ class Upscaler:
 
     def _tiling(self, height: int, width: int) -> tuple[int, int, int]:
         """Tile, overlap and multiple for an image, as :func:`lora_sr.runtime.tiling.cut_axis` takes them."""
-        tile = self.tile
-        if tile is None:
-            tile = largest_tile(self._bytes_per_pixel, self.device)
-            if height * width <= tile**2:
-                return max(height, width) + self.multiple, 0, self.multiple
-            # Below this the overlaps would be most of the work.
-            tile = max(tile, 2 * smallest_tile(self.overlap, self.multiple))
-        return tile, self.overlap, self.multiple
+        if self.tile is not None:
+            return self.tile, self.overlap, self.multiple
+        whole = max(height, width) + self.multiple, 0, self.multiple
+        free = MEMORY_SHARE * free_memory(self.device)
+        enough = min(free, ENOUGH_MEMORY[self.device.type])
+        if height * width * self._bytes_per_pixel <= enough:
+            return whole
+        overlap = self.overlap
+        tile = largest_tile(self._bytes_per_pixel, free)
+        if not self.looks_everywhere:
+            tile = min(tile, max(largest_tile(self._bytes_per_pixel, enough), ENOUGH_OVERLAPS * overlap))
+        if height * width <= tile**2:
+            return whole
+        # Below this the overlaps would be most of the work.
+        return max(tile, 2 * smallest_tile(overlap, self.multiple)), overlap, self.multiple
 
     def _check_tile(self, tile: int) -> None:
         smallest = smallest_tile(self.overlap, self.multiple)
@@ -217,3 +266,20 @@ def _rounded(image: Tensor, dtype: np.dtype) -> np.ndarray:
     peak = np.iinfo(dtype).max
     whole = (image.clamp(0, 1) * peak).round().to(torch.uint8 if peak == 255 else torch.int32)
     return whole.permute(1, 2, 0).cpu().numpy().astype(dtype, copy=False)
+
+
+def _planes(image: np.ndarray) -> np.ndarray:
+    """(H, W) or (H, W, C) as (H, W, C).
+
+    Raises:
+        InputError: It is no image.
+    """
+    if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3) or not image.size:
+        raise InputError(
+            f'The image has type {image.dtype} and shape {image.shape}: uint8 or uint16 and (height, width) or '
+            '(height, width, channels) are right.'
+        )
+    planes = image if image.ndim == 3 else image[:, :, None]
+    if planes.shape[2] > 4:
+        raise InputError(f'The image has {planes.shape[2]} channels, where 1 to 4 are right.')
+    return planes

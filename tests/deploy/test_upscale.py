@@ -448,7 +448,7 @@ def test_sides_that_a_format_cannot_hold_are_told_before_the_network_runs(enlarg
     assert 'wide.png was not upscaled: WebP cannot hold 16384 x 2 pixels' in reason and '--format png' in reason
 
 
-@pytest.mark.parametrize('step', ['read_picture', '_rounded', 'encode_picture'])
+@pytest.mark.parametrize('step', ['read_picture', '_rounded', 'write_picture'])
 def test_short_memory_does_not_stop_the_rest(enlarging, tmp_path, monkeypatch, step):
     for name in ('a.png', 'b.png'):
         Image.fromarray(pixels(4, 4, 3)).save(tmp_path / name)
@@ -465,6 +465,65 @@ def test_short_memory_does_not_stop_the_rest(enlarging, tmp_path, monkeypatch, s
     report = upscale([tmp_path / 'a.png', tmp_path / 'b.png'], 'any.pth', tmp_path / 'out')
     (reason,) = report.failures.values()
     assert report.images == 1 and reason.endswith('it needs more memory than there is.')
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.jpg', 'a.webp', 'a.tif'])
+def test_large_results_are_written_as_they_are_made(checkpoint, tmp_path, monkeypatch, name):
+    """The file is the one that is written at once."""
+    image = Image.fromarray(pixels(90, 70, 3 if name == 'a.jpg' else 4))
+    image.save(tmp_path / name)
+    upscale([tmp_path / name], checkpoint, tmp_path / 'whole', tile=60)
+    monkeypatch.setattr(module, 'WHOLE_BYTES', 0)
+    seen = []
+    original = Upscaler.bands
+    monkeypatch.setattr(Upscaler, 'bands', lambda *args: (seen.append(len(band)) or band for band in original(*args)))
+    monkeypatch.setattr(Upscaler, '__call__', None)
+    report = upscale([tmp_path / name], checkpoint, tmp_path / 'bands', tile=60)
+    assert report.images == 1 and len(seen) > 1 and sum(seen) == 180
+    assert (tmp_path / 'bands' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+
+
+def test_a_large_result_that_fails_leaves_nothing(enlarging, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'WHOLE_BYTES', 0)
+    for name in ('a.png', 'b.png', 'c.png'):
+        Image.fromarray(pixels(20, 20, 3)).save(tmp_path / name)
+    original, calls = upscaler_module._rounded, []
+
+    def fail_once(*args):
+        calls.append(1)
+        if len(calls) == 3:  # when the first rows are in the file
+            raise RuntimeError('DefaultCPUAllocator: not enough memory')
+        return original(*args)
+
+    monkeypatch.setattr(upscaler_module, '_rounded', fail_once)
+    out = tmp_path / 'out'
+    report = upscale([tmp_path / name for name in ('a.png', 'b.png', 'c.png')], 'any.pth', out, tile=11)
+    assert files_in(out) == ['b.png', 'c.png'] and report.images == 2
+    (reason,) = report.failures.values()
+    assert reason.endswith('a.png cannot be upscaled: DefaultCPUAllocator: not enough memory. A smaller --tile helps.')
+
+
+def test_a_full_disk_stops_large_results_too(enlarging, tmp_path, monkeypatch):
+    Image.fromarray(pixels(20, 20, 3)).save(tmp_path / 'a.png')
+    monkeypatch.setattr(module, 'WHOLE_BYTES', 0)
+
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(module, 'write_picture', full)
+    with pytest.raises(InputError, match=r'The output .*a.png cannot be written: No space left on device'):
+        upscale([tmp_path / 'a.png'], 'any.pth', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('scale', [2, 3, 4])
+def test_rows_of_tiles_have_the_alpha_of_the_whole_image(scale):
+    image = pixels(61, 23, 4)
+    upscaler = Upscaler(Enlarge(scale), tile=11)
+    alpha = torch.from_numpy(image[:, :, 3]).double()[None, None] / 255
+    expected = F.interpolate(alpha, scale_factor=scale, mode='bicubic').clamp(0, 1)[0, 0].numpy() * 255
+    bands = list(upscaler.bands(image))
+    assert len(bands) > 3 and np.abs(np.concatenate(bands)[:, :, 3] - expected).max() <= 0.5 + 1e-3
 
 
 def test_adapters_as_adapter_merge_mixes_them(checkpoint, tmp_path):

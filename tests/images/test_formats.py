@@ -14,7 +14,8 @@ import tifffile
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from lora_sr.errors import InputError
-from lora_sr.images.formats import FORMATS, Picture, encode_picture, read_picture
+from lora_sr.images.encoding import encode_picture
+from lora_sr.images.formats import FORMATS, Picture, read_picture
 
 GRAY_ICC = bytes(16) + b'GRAY' + bytes(108)  # a header (ICC.1, section 7.2) without tags
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()

@@ -12,7 +12,8 @@ import tifffile
 from PIL import Image, ImageCms, IptcImagePlugin, PngImagePlugin
 
 from lora_sr.errors import InputError
-from lora_sr.images.formats import FORMATS, Picture, encode_picture, kinds_left_out, read_picture
+from lora_sr.images.encoding import encode_picture, kinds_left_out
+from lora_sr.images.formats import FORMATS, Picture, read_picture
 from lora_sr.images.png import MOST_INFLATED, read_chunks
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8))

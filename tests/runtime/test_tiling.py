@@ -200,13 +200,26 @@ def test_image_is_whole_where_memory_allows_and_tiled_where_not(monkeypatch):
     assert seen == [1]
     side = 90
     free = 2 * upscaler._bytes_per_pixel * side**2
-    monkeypatch.setattr(tiling, 'free_memory', lambda device: free)
-    assert largest_tile(upscaler._bytes_per_pixel, upscaler.device) == side
+    monkeypatch.setattr('lora_sr.runtime.upscaler.free_memory', lambda device: free)
+    assert largest_tile(upscaler._bytes_per_pixel, free / 2) == side
     tiled = upscaler(image, lambda number, count: seen.append(count))
     assert seen[1:] == [4] * 4
     assert np.abs(tiled.astype(int) - whole).max() <= 1
-    monkeypatch.setattr(tiling, 'free_memory', lambda device: 0)  # tiles that work, whatever happens
+    monkeypatch.setattr('lora_sr.runtime.upscaler.free_memory', lambda device: 0)  # tiles that work, whatever happens
     assert np.abs(upscaler(image).astype(int) - whole).max() <= 1
+
+
+def test_tiles_are_no_larger_than_pays(monkeypatch):
+    """However much is free, but for networks of which tiles are another image."""
+    upscaler = Upscaler(NETWORKS['SPAN']().eval())
+    monkeypatch.setattr('lora_sr.runtime.upscaler.free_memory', lambda device: 1 << 40)
+    monkeypatch.setattr('lora_sr.runtime.upscaler.ENOUGH_MEMORY', {'cpu': upscaler._bytes_per_pixel * 400**2})
+    assert upscaler._tiling(400, 400)[0] > 400
+    assert upscaler._tiling(401, 400)[0] == 400
+    upscaler._overlap = 30  # as of a network that looks further
+    assert upscaler._tiling(700, 700)[0] == 480
+    upscaler.looks_everywhere = True
+    assert upscaler._tiling(4000, 6000)[0] > 6000
 
 
 def test_files_that_were_read_do_not_fill_a_container(tmp_path, monkeypatch):

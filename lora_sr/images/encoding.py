@@ -1,0 +1,395 @@
+"""Images to files. They are compressed in blocks of rows, so that none has to be in memory as a whole."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import IO, Any, Callable, NamedTuple
+
+import numpy as np
+from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from lora_sr.errors import InputError
+from lora_sr.images import metadata as extras
+from lora_sr.images import tags
+from lora_sr.images.formats import Picture, exif_block
+from lora_sr.images.png import PNG_SIGNATURE, write_chunk
+
+NAMES = {'png': 'PNG', 'jpeg': 'JPEG', 'webp': 'WebP', 'tiff': 'TIFF'}
+LARGEST_SIDE = {'jpeg': 65500, 'webp': 16383}  # pixels, of libjpeg and of WebP's 14 bits
+LOSSLESS = 100  # the quality at which WebP is lossless
+# Level 1 of zlib: on photographs higher ones take 2 to 7 times as long for files 9 to 16% smaller.
+ZLIB_LEVEL = 1
+BLOCK_BYTES = 1 << 23  # of pixels that zlib gets at once, and which threads share out
+JPEG_BLOCK = 8  # pixels a side, without subsampling
+LONGEST_RESTART_INTERVAL = (1 << 16) - 1  # in such blocks (ITU-T T.81, B.2.4.4)
+FRAME, RESTART, START_OF_SCAN, RESTART_INTERVAL = 0xC0, 0xD0, 0xDA, 0xDD  # markers; of restart the first of eight
+
+Run = Callable[[Callable[['Block'], Any], Iterable['Block']], Iterable[Any]]
+
+
+class Block(NamedTuple):
+    """Rows that are compressed by themselves.
+
+    Args:
+        pixels: (rows, width, channels).
+        above: The row before, (width, channels); zeros for the first.
+        is_first: Whether no rows come before.
+        is_last: Whether no rows follow.
+    """
+
+    pixels: np.ndarray
+    above: np.ndarray
+    is_first: bool
+    is_last: bool
+
+
+def check_format(file_format: str, dtype: np.dtype, height: int, width: int, channels: int) -> None:
+    """See that a format holds such pixels, before there are any.
+
+    Args:
+        file_format: A key of ``FORMATS``.
+        dtype: uint8 or uint16.
+        height: Pixels.
+        width: Pixels.
+        channels: 1 to 4, see :class:`Picture`.
+
+    Raises:
+        InputError: It cannot hold 16 bits, an alpha channel, or sides of that length.
+    """
+    if file_format in ('jpeg', 'webp') and dtype == np.uint16:
+        raise InputError(f'{NAMES[file_format]} cannot hold 16 bits: PNG and TIFF can.')
+    if file_format == 'jpeg' and channels in (2, 4):
+        raise InputError('JPEG cannot hold an alpha channel: PNG, WebP and TIFF can.')
+    longest = LARGEST_SIDE.get(file_format)
+    if longest is not None and max(height, width) > longest:
+        raise InputError(
+            f'{NAMES[file_format]} cannot hold {width} x {height} pixels, as it ends at {longest} a side: PNG can '
+            '(--format png).'
+        )
+
+
+def encode_picture(picture: Picture, file_format: str, quality: int) -> bytes:
+    """The bytes of an image file, see :func:`write_picture`."""
+    file = io.BytesIO()
+    write_picture(file, picture, [picture.pixels], picture.pixels.shape[:2], file_format, quality)
+    return file.getvalue()
+
+
+def write_picture(
+    file: IO[bytes],
+    picture: Picture,
+    bands: Iterable[np.ndarray],
+    size: tuple[int, int],
+    file_format: str,
+    quality: int,
+    run: Run = map,
+) -> None:
+    """Write an image file. The rows of PNG, TIFF and JPEG are forgotten as they are written; WebP wants them all.
+
+    Args:
+        file: Open for writing at its beginning, where it can be sought.
+        picture: What describes the pixels, and pixels of the type and the channels that are written. Sizes in its EXIF
+            are set to those that are written.
+        bands: The pixels from top to bottom, each (rows, width, channels) of any number of rows.
+        size: Height and width of them all.
+        file_format: A key of ``FORMATS``. WebP knows no gray, and gets three equal channels; so does a TIFF of 16 bits
+            with alpha, as few programs read gray there. A gray ICC profile is left out of these.
+        quality: 1 to 100, of JPEG, whose colors have full resolution (4:4:4), and of WebP, which is lossless at 100.
+        run: Does what `map` does, e.g. in threads, with the blocks of a band.
+
+    Raises:
+        InputError: The format cannot hold 16 bits, an alpha channel, or so many pixels.
+    """
+    height, width = size
+    channels = picture.pixels.shape[2]
+    check_format(file_format, picture.pixels.dtype, height, width, channels)
+    if _makes_colors(picture.pixels, file_format):
+        bands = (band[:, :, [0, 0, 0, 1][: channels + 2]] for band in bands)
+    exif, metadata = _with_size(picture.exif, height, width), picture.metadata
+    if metadata.xmp:
+        metadata = replace(metadata, xmp=extras.xmp_with_size(metadata.xmp, height, width))
+    icc_profile = None if _loses_profile(picture, file_format) else picture.icc_profile
+    picture = replace(picture, exif=exif, metadata=metadata, icc_profile=icc_profile)
+    if file_format == 'png':
+        _write_png(file, picture, bands, size, run)
+    elif file_format == 'tiff':
+        _write_tiff(file, picture, bands, size, run)
+    elif file_format == 'jpeg':
+        _write_jpeg(file, picture, bands, size, quality, run)
+    else:
+        _write_webp(file, picture, bands, quality)
+
+
+def kinds_left_out(picture: Picture, file_format: str) -> list[str]:
+    """What :func:`write_picture` leaves out of a file, or was left out when it was read, by names for the user."""
+    kinds = extras.kinds_left_out(picture.metadata, file_format, picture.icc_profile is not None)
+    if _loses_profile(picture, file_format):
+        kinds.add('a gray color profile')
+    return sorted(kinds, key=str.lower)
+
+
+def _makes_colors(pixels: np.ndarray, file_format: str) -> bool:
+    """Whether gray is written as three channels."""
+    channels = pixels.shape[2]
+    return (file_format == 'webp' and channels < 3) or (
+        file_format == 'tiff' and channels == 2 and pixels.dtype == np.uint16
+    )
+
+
+def _loses_profile(picture: Picture, file_format: str) -> bool:
+    profile = picture.icc_profile
+    is_gray = profile is not None and profile[16:20] == b'GRAY'  # the color space of the data (ICC.1, section 7.2)
+    return is_gray and _makes_colors(picture.pixels, file_format)
+
+
+def _with_size(exif: Mapping[int, Any], height: int, width: int) -> dict[int, Any]:
+    """The tags with sizes, where they have any, of these pixels."""
+    exif = dict(exif)
+    if tags.EXIF_IFD in exif:
+        exif[tags.EXIF_IFD] = dict(exif[tags.EXIF_IFD])
+    for directory, of_width, of_height in (
+        (exif, tags.IMAGE_WIDTH, tags.IMAGE_LENGTH),
+        (exif.get(tags.EXIF_IFD, {}), tags.PIXEL_X_DIMENSION, tags.PIXEL_Y_DIMENSION),
+    ):
+        directory.update({tag: value for tag, value in ((of_width, width), (of_height, height)) if tag in directory})
+    return exif
+
+
+def _blocks(bands: Iterable[np.ndarray], height: int, rows: int) -> Iterator[list[Block]]:
+    """Cut the rows of bands into blocks of so many, the last of fewer: for each band those that it completes."""
+    start, above = 0, None
+    held: list[np.ndarray] = []
+    for band in bands:
+        complete = []
+        while len(band):
+            wanted = min(rows, height - start) - sum(len(part) for part in held)
+            held.append(band[:wanted])
+            if len(band) < wanted:
+                break
+            pixels = held[0] if len(held) == 1 else np.concatenate(held)
+            above = np.zeros_like(pixels[0]) if above is None else above
+            complete.append(Block(pixels, above, start == 0, start + len(pixels) == height))
+            # Copies, for else whole bands stay in memory.
+            start, held, above, band = start + len(pixels), [], pixels[-1].copy(), band[wanted:]
+        held = [part.copy() for part in held]
+        yield complete
+
+
+def _rows_of_block(row_bytes: int) -> int:
+    return max(1, BLOCK_BYTES // row_bytes)
+
+
+# --- zlib: PNG and TIFF ---
+
+
+class _Deflated(NamedTuple):
+    data: bytes
+    checksum: int
+    length: int  # before it was deflated
+
+
+def _deflate(content: np.ndarray, is_last: bool) -> _Deflated:
+    """A part of a zlib stream that refers to none before it; it ends at a byte."""
+    deflater = zlib.compressobj(ZLIB_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
+    data = deflater.compress(content.data)
+    data += deflater.flush(zlib.Z_FINISH if is_last else zlib.Z_SYNC_FLUSH)
+    return _Deflated(data, zlib.adler32(content.data), content.nbytes)
+
+
+def _zlib_stream(parts: Iterable[_Deflated]) -> Iterator[bytes]:
+    """Make one stream of parts (RFC 1950), a piece of it for each; the last has the checksum of all."""
+    low, high, prefix, before = 1, 0, zlib.compress(b'', ZLIB_LEVEL)[:2], None
+    for part in parts:
+        if before is not None:
+            yield prefix + before
+            prefix = b''
+        before = part.data
+        # Adler-32 of what is joined: two sums modulo the largest prime below 2 ** 16, which begin at 1 and 0.
+        high = (high + (part.checksum >> 16) + part.length * (low - 1)) % 65521
+        low = (low + (part.checksum & 0xFFFF) - 1) % 65521
+    yield prefix + (before or b'') + struct.pack('>HH', high, low)
+
+
+def _write_png(file: IO[bytes], picture: Picture, bands: Iterable[np.ndarray], size: tuple[int, int], run: Run) -> None:
+    """A PNG (W3C recommendation, third edition) with the filter "up" in each row.
+
+    OpenCV writes no metadata and no gray with alpha, Pillow no colors of 16 bits and four times as slowly.
+    """
+    height, width = size
+    channels, itemsize = picture.pixels.shape[2], picture.pixels.itemsize
+    header = struct.pack('>IIBBBBB', width, height, 8 * itemsize, (0, 4, 2, 6)[channels - 1], 0, 0, 0)
+    chunks = [(b'IHDR', header)]
+    if picture.icc_profile:
+        chunks.append((b'iCCP', b'ICC profile\0\0' + zlib.compress(picture.icc_profile)))
+    if picture.exif:
+        chunks.append((b'eXIf', exif_block(picture.exif)[len(b'Exif\0\0') :]))
+    chunks += extras.png_chunks(picture.metadata)
+    file.write(PNG_SIGNATURE)
+    for name, content in chunks:
+        file.write(write_chunk(name, content))
+
+    def encode(block: Block) -> _Deflated:
+        rows, above = (
+            np.ascontiguousarray(pixels, pixels.dtype.newbyteorder('>')).view(np.uint8).reshape(len(pixels), -1)
+            for pixels in (block.pixels, block.above[None])
+        )
+        filtered = np.empty((len(rows), rows.shape[1] + 1), np.uint8)
+        filtered[:, 0] = 2
+        np.subtract(rows[0], above[0], out=filtered[0, 1:])
+        np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+        return _deflate(filtered, block.is_last)
+
+    blocks = _blocks(bands, height, _rows_of_block(width * channels * itemsize))
+    for piece in _zlib_stream(part for complete in blocks for part in run(encode, complete)):
+        file.write(write_chunk(b'IDAT', piece))
+    file.write(write_chunk(b'IEND', b''))
+
+
+def _write_tiff(
+    file: IO[bytes], picture: Picture, bands: Iterable[np.ndarray], size: tuple[int, int], run: Run
+) -> None:
+    """A TIFF 6.0 of one strip, deflated after horizontal differencing (predictor 2).
+
+    Pillow writes no colors of 16 bits, OpenCV no metadata, and tifffile no EXIF.
+    """
+    height, width = size
+    itemsize = picture.pixels.itemsize
+    channels = picture.pixels.shape[2] + 2 * _makes_colors(picture.pixels, 'tiff')
+    directory = ImageFileDirectory_v2()
+    for tag, value in picture.exif.items():
+        directory[tag] = value
+    extras.add_tags(directory, picture.metadata)
+    directory[tags.IMAGE_WIDTH], directory[tags.IMAGE_LENGTH] = width, height
+    directory[tags.BITS_PER_SAMPLE] = (8 * itemsize,) * channels
+    directory[tags.COMPRESSION] = tags.DEFLATE
+    directory[tags.PHOTOMETRIC] = 2 if channels > 2 else 1
+    directory[tags.STRIP_OFFSETS] = 0  # counted from where the directory ends
+    directory[tags.SAMPLES_PER_PIXEL] = channels
+    directory[tags.ROWS_PER_STRIP] = height
+    directory.tagtype[tags.STRIP_BYTE_COUNTS] = tags.LONG
+    directory[tags.PLANAR_CONFIGURATION] = 1
+    directory[tags.PREDICTOR] = tags.HORIZONTAL_DIFFERENCES
+    if channels in (2, 4):
+        directory[tags.EXTRA_SAMPLES] = tags.UNASSOCIATED if picture.has_alpha else tags.UNSPECIFIED
+    if picture.icc_profile:
+        directory.tagtype[tags.ICC_PROFILE] = tags.UNDEFINED
+        directory[tags.ICC_PROFILE] = picture.icc_profile
+
+    def head(length: int) -> bytes:
+        directory[tags.STRIP_BYTE_COUNTS] = length
+        written = io.BytesIO()
+        try:
+            directory.save(written)
+        except struct.error:
+            raise InputError('TIFF cannot hold it: it has 4 GiB or more.') from None
+        return written.getvalue()
+
+    def encode(block: Block) -> _Deflated:
+        differences = block.pixels.copy()
+        np.subtract(block.pixels[:, 1:], block.pixels[:, :-1], out=differences[:, 1:])
+        little_endian = np.ascontiguousarray(differences, differences.dtype.newbyteorder('<'))
+        return _deflate(little_endian.view(np.uint8).reshape(len(little_endian), -1), block.is_last)
+
+    length = 0
+    file.write(head(0))  # once more when the length is known
+    blocks = _blocks(bands, height, _rows_of_block(width * channels * itemsize))
+    for piece in _zlib_stream(part for complete in blocks for part in run(encode, complete)):
+        length += file.write(piece)
+    file.seek(0)
+    file.write(head(length))
+
+
+# --- Pillow: JPEG and WebP ---
+
+
+def _write_jpeg(
+    file: IO[bytes],
+    picture: Picture,
+    bands: Iterable[np.ndarray],
+    size: tuple[int, int],
+    quality: int,
+    run: Run,
+) -> None:
+    """A JPEG, or of a large image several in one scan, with restart markers between them (ITU-T T.81, E.1.4)."""
+    height, width = size
+    blocks_across = -(-width // JPEG_BLOCK)
+    blocks_down = LONGEST_RESTART_INTERVAL // blocks_across
+    rows, interval = blocks_down * JPEG_BLOCK, blocks_down * blocks_across
+    options = {'quality': quality, 'subsampling': 0}
+
+    def encode(block: Block) -> bytes:
+        if not block.is_first:
+            return _encode_by_pillow(block.pixels, 'jpeg', options)
+        return extras.with_segments(
+            _encode_by_pillow(block.pixels, 'jpeg', {**options, **_described(picture)}), picture.metadata
+        )
+
+    blocks = _blocks(bands, height, rows)
+    for number, jpeg in enumerate(data for complete in blocks for data in run(encode, complete)):
+        starts = _segments(jpeg)
+        scan = starts[START_OF_SCAN] + 2 + struct.unpack_from('>H', jpeg, starts[START_OF_SCAN] + 2)[0]
+        if number:
+            file.write(bytes([0xFF, RESTART + (number - 1) % 8]))
+        else:
+            head = bytearray(jpeg[:scan])
+            struct.pack_into('>H', head, starts[FRAME] + 5, height)
+            if rows < height:
+                at = starts[START_OF_SCAN]
+                head[at:at] = struct.pack('>BBHH', 0xFF, RESTART_INTERVAL, 4, interval)
+            file.write(head)
+        file.write(jpeg[scan:-2])
+    file.write(jpeg[-2:])  # the end of an image
+
+
+def _segments(jpeg: bytes) -> dict[int, int]:
+    """Marker -> start of its segment, up to the header of the scan."""
+    starts: dict[int, int] = {}
+    start = 2
+    while START_OF_SCAN not in starts:
+        marker, length = struct.unpack_from('>xBH', jpeg, start)
+        starts[marker] = start
+        start += 2 + length
+    return starts
+
+
+def _write_webp(file: IO[bytes], picture: Picture, bands: Iterable[np.ndarray], quality: int) -> None:
+    exif = {**picture.exif, **extras.resolution_tags(picture.metadata.resolution)}
+    options = _described(replace(picture, exif=exif))
+    options.update({'lossless': True} if quality == LOSSLESS else {'quality': quality})
+    if picture.metadata.xmp:
+        options['xmp'] = picture.metadata.xmp
+    file.write(_encode_by_pillow(np.concatenate(list(bands)), 'webp', options))
+
+
+def _described(picture: Picture) -> dict[str, Any]:
+    """What Pillow is told besides the pixels."""
+    options: dict[str, Any] = {}
+    if picture.icc_profile:
+        options['icc_profile'] = picture.icc_profile
+    if picture.exif:
+        options['exif'] = exif_block(picture.exif)
+    return options
+
+
+def _encode_by_pillow(pixels: np.ndarray, file_format: str, options: Mapping[str, Any]) -> bytes:
+    with _file_in_memory() as file:
+        try:
+            Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, file_format, **options)
+        except (OSError, ValueError) as error:
+            raise InputError(f'{NAMES[file_format]} cannot hold it: {str(error).rstrip(".")}.') from None
+        file.seek(0)
+        return file.read()
+
+
+def _file_in_memory() -> IO[bytes]:
+    """A file without a name: Pillow lets other threads run while it encodes JPEG into a file, not into ``BytesIO``."""
+    if hasattr(os, 'memfd_create'):  # Linux
+        return os.fdopen(os.memfd_create('image'), 'w+b')
+    return tempfile.TemporaryFile()

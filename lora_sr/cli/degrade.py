@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+
+from lora_sr.errors import printable
 
 EPILOG = """\
 examples:
@@ -22,12 +25,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Make an LR image NAME.png for each HR image NAME: anisotropic blur, sampling, shot and read '
         'noise, JPEG.\nTheir strengths and the noise come from the name of the file and the seed, so that the same '
-        'images\nare made on every machine.',
+        'images\nare made on every machine. Where an image is damaged or too small, all such images are named and '
+        'nothing is written.',
     )
     parser.add_argument('folder', metavar='HR_FOLDER', help='a folder of HR images; sub-folders are not searched')
     parser.add_argument('-o', '--output', required=True, metavar='LR_FOLDER', help='where the LR images go')
     parser.add_argument('--scale', type=int, required=True, metavar='N', help='how many times smaller they are')
     parser.add_argument('--seed', type=int, default=0, help='another seed makes other images (default: 0)')
+    parser.add_argument(
+        '--skip-broken', action='store_true', help='leave out the images that cannot be used, and name them at the end'
+    )
     parser.add_argument('--workers', type=int, metavar='N', help='number of threads (default: the number of cores)')
     parser.add_argument('--overwrite', action='store_true', help='replace other images of the same names')
     parser.set_defaults(run=run)
@@ -36,6 +43,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> None:
     """Make the images and say how many."""
     from lora_sr.data.degrade import degrade_folder
+    from lora_sr.data.sources import name_images
 
-    count = degrade_folder(args.folder, args.output, args.scale, args.seed, args.workers, args.overwrite)
-    print(f'{args.output}: {count} images at scale {args.scale}')
+    degraded = degrade_folder(
+        args.folder,
+        args.output,
+        args.scale,
+        args.seed,
+        args.workers,
+        args.overwrite,
+        skip_broken=args.skip_broken,
+    )
+    print(f'{printable(args.output)}: {degraded.images} images at scale {args.scale}')
+    if degraded.left_out:
+        total = degraded.images + len(degraded.left_out)
+        print(f'lora-sr: note: {name_images(degraded.left_out.values(), total, "left out")}', file=sys.stderr)

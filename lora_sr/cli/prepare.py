@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+
+from lora_sr.errors import printable
 
 EPILOG = """\
 examples:
@@ -27,7 +30,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Cut HR images and their LR images into sub-images and write them as paired LMDBs for BasicSR. '
-        'LR images\nthat are not there are made by MATLAB-compatible bicubic.',
+        'LR images\nthat are not there are made by MATLAB-compatible bicubic. Where an image cannot be used, as it is '
+        'damaged,\ntoo small, or without a partner of the right size, all such images are named and nothing is '
+        'written.',
     )
     parser.add_argument(
         'folders',
@@ -84,6 +89,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar='PIXELS',
         help='leave out a strip of up to this many HR pixels at the right or bottom edge (default: 0)',
     )
+    parser.add_argument(
+        '--skip-broken', action='store_true', help='leave out the images that cannot be used, and name them at the end'
+    )
+    parser.add_argument(
+        '--crop',
+        action='store_true',
+        help='trim HR and LR images whose sizes differ by up to two LR pixels, at the right and bottom: their top left '
+        'corners must show the same',
+    )
     parser.add_argument('--workers', type=int, metavar='N', help='number of threads (default: the number of cores)')
     parser.add_argument('--overwrite', action='store_true', help='replace databases of the same names')
     parser.set_defaults(run=run)
@@ -92,7 +106,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> None:
     """Prepare the databases and say what was made."""
     from lora_sr.data.prepare import prepare_databases
-    from lora_sr.data.sources import left_out
+    from lora_sr.data.sources import left_out, name_images
 
     try:
         prepared = prepare_databases(
@@ -107,6 +121,8 @@ def run(args: argparse.Namespace) -> None:
             args.overwrite,
             split=args.split,
             border=args.border,
+            skip_broken=args.skip_broken,
+            crop=args.crop,
         )
     except KeyboardInterrupt:
         print(
@@ -118,11 +134,15 @@ def run(args: argparse.Namespace) -> None:
         others = left_out(folder)
         if others:
             more = f', and {len(others) - 3} more' if len(others) > 3 else ''
-            print(f'not read in {folder}: {", ".join(others[:3])}{more}', file=sys.stderr)
+            print(printable(f'not read in {folder}: {", ".join(others[:3])}{more}'), file=sys.stderr)
     height, width = prepared.smallest
     for path in prepared.databases.values():
-        print(f'{path}: {prepared.entries} entries of {prepared.images} images')
+        print(f'{printable(os.fspath(path))}: {prepared.entries} entries of {prepared.images} images')
     print(
         f'checked: counts, keys and sizes agree; the smallest HR entry has {width} x {height} pixels, '
         f'so gt_size can be up to {min(height, width)}'
     )
+    if prepared.left_out:
+        total = prepared.images + len(prepared.left_out)
+        note = name_images(prepared.left_out.values(), total, 'left out')
+        print(f'lora-sr: note: {note}', file=sys.stderr)

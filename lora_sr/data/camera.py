@@ -60,8 +60,9 @@ def camera_seed(name: str, seed: int = 0) -> int:
     Returns:
         A whole number of 128 bits.
     """
+    # A name need not be text: Python has a letter of its own for each byte that is none.
     text = f'{seed} {unicodedata.normalize("NFC", name)}'
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], 'big')
+    return int.from_bytes(hashlib.sha256(text.encode(errors='surrogatepass')).digest()[:16], 'big')
 
 
 def camera_degradation(image: np.ndarray, scale: int, seed: int, ranges: CameraRanges = CameraRanges()) -> np.ndarray:
@@ -94,7 +95,7 @@ def camera_degradation(image: np.ndarray, scale: int, seed: int, ranges: CameraR
     if image.shape[0] % scale or image.shape[1] % scale:
         raise InputError(
             f'The sides of the image of the camera degradation must be multiples of the scale {scale}, got '
-            f'{image.shape[0]} x {image.shape[1]} pixels.'
+            f'{image.shape[1]} x {image.shape[0]} pixels (width x height).'
         )
     bits = np.random.Philox(key=seed)
     # The order of the draws is part of the result.

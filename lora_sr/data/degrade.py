@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lora_sr.data.camera import camera_degradation, camera_seed
-from lora_sr.data.sources import Source, find_sources, read_image
+from lora_sr.data.sources import Source, check_left_out, find_sources, memory_errors, read_image
 from lora_sr.errors import InputError
 from lora_sr.files import partial_folder
 from lora_sr.images.bicubic import MAX_SCALE
 from lora_sr.images.png import encode_png
+
+
+@dataclass(frozen=True)
+class Degraded:
+    """What ``degrade_folder`` has made.
+
+    Attributes:
+        images: number of LR images.
+        left_out: {HR image: why it was left out, in one sentence that names it}; empty without ``skip_broken``.
+    """
+
+    images: int
+    left_out: dict[str, str]
 
 
 def degrade_folder(
@@ -25,7 +40,8 @@ def degrade_folder(
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
-) -> int:
+    skip_broken: bool = False,
+) -> Degraded:
     """Write ``NAME.png``, the camera's LR image, for each image ``NAME`` of a folder; see ``camera_degradation``.
 
     An HR image is cropped at its right and bottom edges to a multiple of the scale. LR images come into their places
@@ -39,13 +55,11 @@ def degrade_folder(
         workers: number of threads; the number of cores if None.
         overwrite: replace images of these names.
         progress: show a progress bar, if stderr is a terminal.
-
-    Returns:
-        The number of images.
+        skip_broken: leave out images that cannot be read or are smaller than the scale.
 
     Raises:
-        InputError: if an option is out of range, an image cannot be read or is smaller than the scale, another image
-            has the name of an LR image, or the output cannot be written.
+        InputError: if an option is out of range, some images cannot be read or are smaller than the scale (with
+            ``skip_broken``: all are), another image has the name of an LR image, or the output cannot be written.
     """
     if not 2 <= scale <= MAX_SCALE:
         raise InputError(f'--scale must be a whole number from 2 to {MAX_SCALE}, got {scale}.')
@@ -59,17 +73,36 @@ def degrade_folder(
     pairs = [(source, output / f'{source.hr.stem}.png') for source in sources]
     pairs.sort(key=lambda pair: not os.path.lexists(pair[1]))  # what is there is looked at first, to be refused early
 
-    def write(source: Source, target: Path, path: Path) -> None:
+    left_out: dict[str, str] = {}
+    check_only = threading.Event()
+
+    def make(source: Source) -> bytes | None:
         image = read_image(source.hr)
         height, width = (length // scale * scale for length in image.shape[:2])
         if not height or not width:
             raise InputError(
-                f'{source.hr} must have at least {scale} pixels each way, got {image.shape[0]} x {image.shape[1]}.'
+                f'{source.hr} must have at least {scale} pixels each way, got {image.shape[1]} x {image.shape[0]} '
+                '(width x height).'
             )
+        if check_only.is_set():
+            return None
         lr = camera_degradation(image[:height, :width], scale, camera_seed(source.hr.stem, seed))
-        data = encode_png(lr).tobytes()
+        return encode_png(lr).tobytes()
+
+    def write(source: Source, target: Path, path: Path) -> None:
+        try:
+            with memory_errors(source.hr):
+                data = make(source)
+        except InputError as error:
+            left_out[str(source.hr)] = str(error)
+            if not skip_broken:
+                # After the first bad image the others are only looked at, so that one run finds all of them.
+                check_only.set()
+            return
+        if data is None:
+            return
         if os.path.lexists(target):
-            if target.is_file() and target.read_bytes() == data:
+            if target.is_file() and target.stat().st_size == len(data) and target.read_bytes() == data:
                 return
             if not overwrite:
                 raise InputError(
@@ -88,6 +121,8 @@ def degrade_folder(
                     job.result()
             finally:
                 pool.shutdown(cancel_futures=True)
+            left_out = dict(sorted(left_out.items()))
+            check_left_out(left_out, len(pairs), skip_broken)
             for path in sorted(partial.iterdir()):
                 os.replace(path, output / path.name)
     except OSError as error:
@@ -96,4 +131,4 @@ def degrade_folder(
         for path in made:
             with contextlib.suppress(OSError):  # what is not empty stays
                 path.rmdir()
-    return len(pairs)
+    return Degraded(len(pairs) - len(left_out), left_out)

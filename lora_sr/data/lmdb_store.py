@@ -38,7 +38,7 @@ class LmdbWriter:
         self._path = path
         self._meta = open(path / 'meta_info.partial', 'x', encoding='ascii')
         # Nobody reads the database before it is finished, so there are no locks and one sync, at the end.
-        self._env = lmdb.open(str(path), map_size=FIRST_MAP_BYTES, lock=False, sync=False)
+        self._env = lmdb.open(os.fsencode(path), map_size=FIRST_MAP_BYTES, lock=False, sync=False)
         self._batch: list[tuple[bytes, np.ndarray]] = []
         self._batch_bytes = 0
 
@@ -136,9 +136,14 @@ def check_databases(hr_path: Path, lr_paths: Mapping[int, Path], samples: int = 
         for key, (height, width, channels) in lr_shapes.items():
             if hr_shapes[key] != (height * scale, width * scale, channels):
                 raise InputError(
-                    f'{lr_path}: {key} has the shape {lr_shapes[key]} and its HR image {hr_shapes[key]}, '
+                    f'{lr_path}: {key} has {_size(lr_shapes[key])} and its HR image {_size(hr_shapes[key])}, '
                     f'which is not {scale} times as large.'
                 )
+
+
+def _size(shape: Shape) -> str:
+    height, width, channels = shape
+    return f'{width} x {height} pixels of {channels} channels'
 
 
 def _check_values(path: Path, shapes: Mapping[str, Shape], samples: int) -> None:
@@ -147,7 +152,7 @@ def _check_values(path: Path, shapes: Mapping[str, Shape], samples: int) -> None
     # Pages once looked at stay in the process's memory until the map is closed: it is opened for some keys at a time.
     for start in range(0, max(len(keys), 1), CHECKED_AT_ONCE):
         with (
-            lmdb.open(str(path), readonly=True, lock=False, readahead=False) as env,
+            lmdb.open(os.fsencode(path), readonly=True, lock=False, readahead=False) as env,
             env.begin(buffers=True) as transaction,
         ):
             entries = transaction.stat()['entries']
@@ -159,7 +164,7 @@ def _check_values(path: Path, shapes: Mapping[str, Shape], samples: int) -> None
             for key in keys[start : start + CHECKED_AT_ONCE]:
                 if not _is_png_of_shape(transaction.get(key.encode('ascii')), shapes[key], key in decoded):
                     raise InputError(
-                        f'{path}: {key} is not a whole PNG image of shape {shapes[key]}, as meta_info.txt says it is.'
+                        f'{path}: {key} is not a whole PNG image of {_size(shapes[key])}, as meta_info.txt says it is.'
                     )
 
 

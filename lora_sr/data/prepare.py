@@ -26,14 +26,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, TypeVar
+from typing import Any, Callable, TypeVar
 
 import lmdb
 import numpy as np
 from tqdm import tqdm
 
 from lora_sr.data.lmdb_store import LmdbWriter, check_databases, read_meta_info
-from lora_sr.data.sources import Source, find_sources, read_image
+from lora_sr.data.sources import Source, check_left_out, find_sources, memory_errors, read_image
 from lora_sr.errors import InputError
 from lora_sr.images.bicubic import BORDERS, MAX_SCALE, bicubic_downscale
 from lora_sr.images.png import encode_png
@@ -46,6 +46,7 @@ except ImportError:  # Windows: two runs at once into one folder go unnoticed th
 PARTIAL_FOLDER = '.prepare.partial'
 COMPLETE_FILE = 'complete.json'
 REPLACED_FOLDER = 'replaced'
+MOST_TRIMMED = 2  # LR pixels a side, with --crop
 
 Entry = tuple[str, np.ndarray, int, int]  # key, PNG bytes, height, width
 Item = TypeVar('Item')
@@ -62,6 +63,7 @@ class Cut:
         step: distance between neighbors in pixels.
         threshold: a strip at the right or bottom edge of up to this many pixels is left out.
         border: what bicubic sees beyond the edges of a whole image: 'replicate' or 'mirror'.
+        crop: trim HR and LR images whose sizes nearly fit.
     """
 
     scales: tuple[int, ...]
@@ -69,6 +71,7 @@ class Cut:
     step: int
     threshold: int
     border: str
+    crop: bool
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -114,15 +117,18 @@ class Prepared:
 
     Attributes:
         databases: {scale: folder}, with the HR database as scale 1.
-        images: number of source images.
+        images: number of source images that were used.
         entries: number of keys in each database.
         smallest: (height, width) of the smallest HR entry by its shorter side: an upper limit for ``gt_size``.
+        left_out: {path: why this image was left out, in one sentence that names it}: an HR image, or an LR image
+            without one; empty without ``skip_broken``.
     """
 
     databases: dict[int, Path]
     images: int
     entries: int
     smallest: tuple[int, int]
+    left_out: dict[str, str]
 
 
 def prepare_databases(
@@ -138,6 +144,8 @@ def prepare_databases(
     progress: bool = True,
     split: str | None = None,
     border: str | None = None,
+    skip_broken: bool = False,
+    crop: bool = False,
 ) -> Prepared:
     """Make the LMDBs ``HR_sub.lmdb`` and ``LR_…_X{scale}_sub.lmdb`` from folders of images.
 
@@ -148,6 +156,9 @@ def prepare_databases(
     or width. With size 0 images stay whole, under their own names, in ``HR.lmdb`` and ``LR_bicubic_X{scale}.lmdb``.
     Where the LR images are those of RealSR or DRealSR, or given, the name is ``LR_X{scale}``, for they may be anything;
     but ``LR_bicubic_X{scale}`` where the name of their folder says so, as ``LR_bicubic/X4`` and ``LRbicx4`` do.
+
+    An image cannot be used where it cannot be read, is smaller than the scale, or has no partner or one of another
+    size. One run finds all that cannot be used.
 
     Args:
         folders: HR folders, or roots of the published datasets; see ``find_sources``.
@@ -162,17 +173,24 @@ def prepare_databases(
         progress: show a progress bar, if stderr is a terminal.
         split: the part of RealSR or DRealSR, 'train' or 'test'; see ``find_sources``.
         border: 'replicate' or 'mirror', see ``bicubic_downscale``; 'replicate', which made the test sets, if None.
+        skip_broken: leave out images that cannot be used; the databases are those of folders without them.
+        crop: trim an HR image and its LR images, where ``scale`` times an LR side and the HR side differ by up to
+            ``2 * scale`` pixels, to the largest size that they share: at the right and bottom. The top left corner
+            stays, so they must show the same there. Without it they may differ by less than ``scale`` pixels, as where
+            a size was rounded.
 
     Raises:
-        InputError: if an option is out of range, the images cannot be found, read or paired, an image is smaller than
-            the scale, a border is given but no LR image has to be made, a database is already there, or the output
+        InputError: if an option is out of range, the images cannot be found, some cannot be used (with ``skip_broken``:
+            none can), a border is given but no LR image has to be made, a database is already there, or the output
             cannot be written. Nothing is left half-written.
     """
-    cut = Cut(tuple(scales), size, step, threshold, BORDERS[0] if border is None else border)
+    cut = Cut(tuple(scales), size, step, threshold, BORDERS[0] if border is None else border, crop)
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise InputError(f'--workers must be a whole number of at least 1, got {workers}.')
-    sources = find_sources(folders, cut.scales, lr_folders, split)
+    left_out: dict[str, str] = {}
+    sources = find_sources(folders, cut.scales, lr_folders, split, left_out)
+    total = len(sources) + len(left_out)
     if border is not None and all(scale in source.lr for source in sources for scale in cut.scales):
         raise InputError(f'--border must be left out where no LR image is made by bicubic, got {border}.')
     output = Path(output)
@@ -180,10 +198,11 @@ def prepare_databases(
         [scale for scale in cut.scales if all(_is_bicubic(source.lr.get(scale)) for source in sources)]
     )
     databases = {scale: output / name for scale, name in names.items()}
-    job = _fingerprint(sources, cut)
+    job = _fingerprint(sources, cut, skip_broken, left_out)
     try:
         with _partial_folder(output) as folder:
-            if _finish_interrupted(folder, output) != job:
+            done = _finish_interrupted(folder, output)
+            if done is None or done['job'] != job:
                 existing = [str(path) for path in databases.values() if os.path.lexists(path)]
                 if existing and not overwrite:
                     raise InputError(
@@ -191,14 +210,16 @@ def prepare_databases(
                         '--overwrite and name all the scales wanted in the one run.'
                     )
                 paths = {scale: folder / Path(name).stem for scale, name in names.items()}
-                _build(sources, cut, paths, workers, progress)
-                _mark_complete(folder, list(names.values()), job)
+                _build(sources, cut, paths, workers, progress, left_out, skip_broken)
+                images = total - len(left_out)
+                done = {'databases': list(names.values()), 'job': job, 'images': images, 'left_out': left_out}
+                _mark_complete(folder, done)
                 _move_into_place(folder, output)
     except (OSError, lmdb.Error) as error:
         raise InputError(f'{output}: the databases cannot be written there ({error}).') from error
     shapes = read_meta_info(databases[1]).values()
     smallest = min(((height, width) for height, width, _ in shapes), key=lambda shape: (min(shape), max(shape)))
-    return Prepared(databases, len(sources), len(shapes), smallest)
+    return Prepared(databases, done['images'], len(shapes), smallest, done['left_out'])
 
 
 def subimage_starts(length: int, size: int, step: int, threshold: int) -> list[int]:
@@ -221,9 +242,9 @@ def _is_bicubic(lr: Path | None) -> bool:
     return re.search('bicubic|LR_?bic', folder.name, re.IGNORECASE) is not None
 
 
-def _fingerprint(sources: Sequence[Source], cut: Cut) -> str:
+def _fingerprint(sources: Sequence[Source], cut: Cut, skip_broken: bool, misfits: Collection[str]) -> str:
     """The same for two runs that make the same databases."""
-    digest = hashlib.sha256(repr(cut).encode())
+    digest = hashlib.sha256(repr((cut, skip_broken, len(misfits))).encode())
     for source in sources:
         for path in (source.hr, *source.lr.values()):
             state = path.stat()
@@ -234,44 +255,58 @@ def _fingerprint(sources: Sequence[Source], cut: Cut) -> str:
 def _load(source: Source, cut: Cut) -> dict[int, np.ndarray]:
     """{scale: image}, the HR image as scale 1, cropped to sizes that fit each other exactly."""
     image = read_image(source.hr)
-    height, width = (length // cut.multiple * cut.multiple for length in image.shape[:2])
+    given = {scale: read_image(path) for scale, path in source.lr.items()}
+    for scale, lr in given.items():
+        _check_size(source, scale, image, lr, cut.crop)
+    sizes = [image.shape[:2], *((scale * lr.shape[0], scale * lr.shape[1]) for scale, lr in given.items())]
+    height, width = (min(lengths) // cut.multiple * cut.multiple for lengths in zip(*sizes))
     if not height or not width:
+        shared = ' in common with its LR images' if given else ''
+        height, width = (min(lengths) for lengths in zip(*sizes))
         raise InputError(
-            f'{source.hr} must have at least {cut.multiple} pixels each way, got {image.shape[0]} x {image.shape[1]}.'
+            f'{source.hr} must have at least {cut.multiple} pixels each way{shared}, got {width} x {height} '
+            '(width x height).'
         )
     images = {1: image[:height, :width]}
     for scale in cut.scales:
-        if scale not in source.lr:
+        if scale in given:
+            images[scale] = given[scale][: height // scale, : width // scale]
+        else:
             images[scale] = bicubic_downscale(images[1], scale, cut.border)
-            continue
-        lr = read_image(source.lr[scale])
-        if lr.shape == image.shape:
-            raise InputError(
-                f'{source.lr[scale]} must be {scale} times smaller than {source.hr}, got the same size: version 3 of '
-                'RealSR has it so, other than versions 1 and 2.'
-            )
-        # MATLAB's imresize rounds a size up, many datasets round it down; the pixels lie in the same places.
-        if not all(
-            hr_length // scale <= lr_length <= -(-hr_length // scale)
-            for hr_length, lr_length in zip(image.shape[:2], lr.shape[:2])
-        ):
-            raise InputError(
-                f'{source.lr[scale]} must have {image.shape[0] // scale} x {image.shape[1] // scale} pixels, the size '
-                f'of {source.hr} by {scale}, got {lr.shape[0]} x {lr.shape[1]}.'
-            )
-        images[scale] = lr[: height // scale, : width // scale]
     return images
+
+
+def _check_size(source: Source, scale: int, hr: np.ndarray, lr: np.ndarray, crop: bool) -> None:
+    if lr.shape == hr.shape:
+        raise InputError(
+            f'{source.lr[scale]} must be {scale} times smaller than {source.hr}, got the same size: version 3 of '
+            'RealSR has it so, other than versions 1 and 2.'
+        )
+    apart = max(abs(scale * lr_length - hr_length) for lr_length, hr_length in zip(lr.shape[:2], hr.shape[:2]))
+    # MATLAB's imresize rounds a size up, many datasets round it down; the pixels lie in the same places.
+    if apart < scale or (crop and apart <= MOST_TRIMMED * scale):
+        return
+    hint = ''
+    if apart <= MOST_TRIMMED * scale:
+        hint = ': --crop trims both at the right and bottom, where their top left corners show the same'
+    raise InputError(
+        f'{source.lr[scale]} must have {hr.shape[1] // scale} x {hr.shape[0] // scale} pixels (width x height), the '
+        f'size of {source.hr} by {scale}, got {lr.shape[1]} x {lr.shape[0]}{hint}.'
+    )
 
 
 def _entries(source: Source, cut: Cut, check_only: threading.Event) -> tuple[InputError | None, dict[int, list[Entry]]]:
     """What one image puts into the databases: (error, {scale: [(key, PNG bytes, height, width)]})."""
     try:
-        images = _load(source, cut)
+        with memory_errors(source.hr):
+            images = _load(source, cut)
+            return None, {} if check_only.is_set() else _cut(source.key, images, cut)
     except InputError as error:
-        check_only.set()
         return error, {}
-    if check_only.is_set():
-        return None, {}
+
+
+def _cut(key: str, images: Mapping[int, np.ndarray], cut: Cut) -> dict[int, list[Entry]]:
+    """{scale: its sub-images, encoded}, from {scale: image}."""
     height, width = images[1].shape[:2]
     if cut.size:
         corners = [
@@ -279,10 +314,10 @@ def _entries(source: Source, cut: Cut, check_only: threading.Event) -> tuple[Inp
             for top in subimage_starts(height, cut.size, cut.step, cut.threshold)
             for left in subimage_starts(width, cut.size, cut.step, cut.threshold)
         ]
-        keys = [f'{source.key}_s{number:03d}' for number in range(1, len(corners) + 1)]
+        keys = [f'{key}_s{number:03d}' for number in range(1, len(corners) + 1)]
         height, width = min(height, cut.size), min(width, cut.size)
     else:
-        corners, keys = [(0, 0)], [source.key]
+        corners, keys = [(0, 0)], [key]
     entries: dict[int, list[Entry]] = {}
     for scale, image in images.items():
         h, w = height // scale, width // scale
@@ -290,29 +325,43 @@ def _entries(source: Source, cut: Cut, check_only: threading.Event) -> tuple[Inp
         for key, (top, left) in zip(keys, corners):
             crop = image[top // scale : top // scale + h, left // scale : left // scale + w]
             entries[scale].append((key, encode_png(crop), h, w))
-    return None, entries
+    return entries
 
 
-def _build(sources: Sequence[Source], cut: Cut, paths: Mapping[int, Path], workers: int, progress: bool) -> None:
-    """Write and check the databases at {scale: path}, names without ``.lmdb``, which BasicSR does not open."""
+def _build(
+    sources: Sequence[Source],
+    cut: Cut,
+    paths: Mapping[int, Path],
+    workers: int,
+    progress: bool,
+    left_out: dict[str, str],
+    skip_broken: bool,
+) -> None:
+    """Write and check the databases at {scale: path}, names without ``.lmdb``, which BasicSR does not open.
+
+    ``left_out``, {path: why it cannot be used}, has the images that do not pair, and gets those that cannot be used.
+    """
+    total = len(sources) + len(left_out)
     check_only = threading.Event()
-    errors = []
+    if left_out and not skip_broken:
+        check_only.set()
     with contextlib.ExitStack() as stack:
         writers = {scale: stack.enter_context(contextlib.closing(LmdbWriter(path))) for scale, path in paths.items()}
         results = stack.enter_context(
             contextlib.closing(_map_in_order(partial(_entries, cut=cut, check_only=check_only), sources, workers))
         )
-        for error, entries in tqdm(results, total=len(sources), unit='image', disable=None if progress else True):
+        for source, (error, entries) in tqdm(
+            zip(sources, results), total=len(sources), unit='image', disable=None if progress else True
+        ):
             if error:
-                errors.append(error)
+                left_out[str(source.hr)] = str(error)
+                if not skip_broken:
+                    # After the first bad image the others are only looked at, so that one run finds all of them.
+                    check_only.set()
             for scale, of_scale in entries.items():
                 for entry in of_scale:
                     writers[scale].put(*entry)
-        if errors:
-            # After the first bad image the others are only looked at, so that one run finds all of them.
-            several = f'{len(errors)} of {len(sources)} images cannot be used: ' if len(errors) > 1 else ''
-            reasons = '; '.join(str(error).rstrip('.') for error in errors[:5])
-            raise InputError(f'{several}{reasons}{"; and so on" if len(errors) > 5 else ""}.')
+        check_left_out(left_out, total, skip_broken)
         for writer in writers.values():
             writer.finish()
     check_databases(paths[1], {scale: path for scale, path in paths.items() if scale > 1})
@@ -376,11 +425,11 @@ def _partial_folder(output: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def _mark_complete(folder: Path, names: Sequence[str], job: str) -> None:
-    """Say, in one step, that the databases in ``folder`` are complete."""
+def _mark_complete(folder: Path, done: Mapping[str, Any]) -> None:
+    """Say, in one step, that the databases in ``folder`` are complete, and what they are."""
     written = folder / 'complete.partial'
     with open(written, 'x', encoding='utf-8') as file:
-        json.dump({'databases': names, 'job': job}, file)
+        json.dump(done, file)
     os.replace(written, folder / COMPLETE_FILE)
 
 
@@ -400,17 +449,17 @@ def _move_into_place(folder: Path, output: Path) -> None:
     (folder / COMPLETE_FILE).unlink()
 
 
-def _finish_interrupted(folder: Path, output: Path) -> str | None:
+def _finish_interrupted(folder: Path, output: Path) -> dict[str, Any] | None:
     """Deal with what an interrupted run left in ``folder``.
 
     Returns:
-        The job of that run if its databases were complete and are now in place; else None, and ``folder`` is
-        empty.
+        What that run has done, see ``_mark_complete``, if its databases were complete and are now in place; else None,
+        and ``folder`` is empty.
     """
-    job = None
+    done = None
     if (folder / COMPLETE_FILE).exists():
-        job = json.loads((folder / COMPLETE_FILE).read_text(encoding='utf-8'))['job']
+        done = json.loads((folder / COMPLETE_FILE).read_text(encoding='utf-8'))
         _move_into_place(folder, output)
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    return job
+    return done

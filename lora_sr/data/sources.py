@@ -1,18 +1,20 @@
-"""Finding the images to prepare, pairing HR with LR, and reading them."""
+"""Finding the images to prepare, pairing HR with LR, reading them, and naming those that cannot be used."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, printable
 from lora_sr.images.decoding import decode
 from lora_sr.images.formats import SUFFIXES
 from lora_sr.images.png import PNG_SIGNATURE
@@ -20,6 +22,8 @@ from lora_sr.images.png import PNG_SIGNATURE
 IMAGE_SUFFIXES = (*SUFFIXES, '.bmp', '.tga', '.ppm', '.pgm')
 PUBLISHED_HR_FOLDERS = ('DIV2K_train_HR', 'Flickr2K_HR')
 SPLITS = ('train', 'test')
+MOST_BYTES = (1 << 31) - 1  # of a file, as many as OpenCV takes
+MOST_REASONS = 5  # in a message
 
 _JPEG_MARKER = re.compile(rb'\xff+([^\x00\xff\xd0-\xd7])', re.DOTALL)
 
@@ -57,6 +61,7 @@ def find_sources(
     scales: Sequence[int],
     lr_folders: Sequence[str | os.PathLike[str]] | None = None,
     split: str | None = None,
+    misfits: dict[str, str] | None = None,
 ) -> list[Source]:
     """Find the HR images of some folders, and the LR image of each where there is one.
 
@@ -78,9 +83,11 @@ def find_sources(
         lr_folders: the LR folder of each HR folder, in the same order, in place of those found by name. With one scale
             it may hold the images themselves; otherwise it holds a folder ``X2``, ``X3``, ... for each scale.
         split: 'train' or 'test': the part of RealSR or DRealSR that is wanted, where a folder has both.
+        misfits: gets the images without a partner where others have one, {path: why it cannot be used}. Without it
+            they are refused.
 
     Returns:
-        A ``Source`` for each HR image, sorted by key.
+        A ``Source`` for each HR image, sorted by key; those among ``misfits`` left out.
 
     Raises:
         InputError: if a folder is missing or has no images, HR and LR do not pair, two files make the same key, or a
@@ -94,20 +101,25 @@ def find_sources(
     if split not in (None, *SPLITS):
         raise InputError(f'--split must be {" or ".join(SPLITS)}, got {split}.')
     sources: dict[str, Source] = {}
+    lonely: dict[str, str] = {}
     for number, folder in enumerate(map(Path, folders)):
         lr_folder = Path(lr_folders[number]) if lr_folders else None
         parts = _captured_parts(folder)
         if parts:
-            found = _captured_sources(folder, parts, scales, lr_folder, split)
+            found = _captured_sources(folder, parts, scales, lr_folder, split, lonely)
         else:
-            found = _plain_sources(folder, scales, lr_folder)
+            found = _plain_sources(folder, scales, lr_folder, lonely)
         for source in found:
             if source.key in sources:
+                paths = printable(f'{sources[source.key].hr} and {source.hr}')
                 raise InputError(
-                    f'{sources[source.key].hr} and {source.hr} would have the same key, "{source.key}", in the '
-                    'database: rename one of them.'
+                    f'{paths} would have the same key, "{source.key}", in the database: rename one of them.'
                 )
             sources[source.key] = source
+    if lonely and (misfits is None or not sources):
+        raise InputError(name_images(lonely.values(), len(sources) + len(lonely), 'cannot be used'))
+    if misfits is not None:
+        misfits.update(lonely)
     if split and not any(source.captured for source in sources.values()):
         raise InputError('--split is for RealSR and DRealSR, which have parts, but none of the folders is one of them.')
     return [sources[key] for key in sorted(sources)]
@@ -121,9 +133,18 @@ def read_image(path: Path) -> np.ndarray:
         loader makes of it, and an alpha channel that is opaque everywhere is left out.
 
     Raises:
-        InputError: if the file cannot be read, is damaged or cut short, is not 8-bit, or is transparent somewhere.
+        InputError: if the file cannot be read, is larger than any image, is damaged or cut short, is not 8-bit, is
+            transparent somewhere, or needs more memory than there is.
     """
+    with memory_errors(path):
+        return _read_image(path)
+
+
+def _read_image(path: Path) -> np.ndarray:
     try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise InputError(f'{path} must be an image of less than 2 GiB, got {size / (1 << 30):.1f} GiB.')
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f'{path} cannot be read ({error.strerror}).') from error
@@ -141,7 +162,45 @@ def read_image(path: Path) -> np.ndarray:
     return image
 
 
-def _plain_sources(folder: Path, scales: Sequence[int], lr_folder: Path | None) -> list[Source]:
+@contextlib.contextmanager
+def memory_errors(path: Path) -> Iterator[None]:
+    """Turn a lack of memory for an image into InputError."""
+    try:
+        yield
+    except (MemoryError, cv2.error) as error:
+        if isinstance(error, cv2.error) and error.code != cv2.Error.StsNoMem:
+            raise
+        raise InputError(f'{path} needs more memory than there is.') from None
+
+
+def name_images(reasons: Collection[str], total: int, what: str) -> str:
+    """A sentence about some of ``total`` images: how many they are, and the reasons of the first.
+
+    Args:
+        reasons: a sentence for each that names it.
+        total: number of images.
+        what: what is said of them: 'cannot be used', 'left out'.
+    """
+    first = '; '.join(printable(reason).rstrip('.') for reason in islice(reasons, MOST_REASONS))
+    more = '; and so on' if len(reasons) > MOST_REASONS else ''
+    return f'{len(reasons)} of {total} images {what}: {first}{more}.'
+
+
+def check_left_out(left_out: Mapping[str, str], total: int, skip_broken: bool) -> None:
+    """Refuse to go on without the images that cannot be used, {path: why}, unless that is wanted and some are left.
+
+    Raises:
+        InputError: naming them.
+    """
+    if not left_out or (skip_broken and len(left_out) < total):
+        return
+    hint = ', which --skip-broken leaves out' if len(left_out) < total else ''
+    raise InputError(name_images(left_out.values(), total, f'cannot be used{hint}'))
+
+
+def _plain_sources(
+    folder: Path, scales: Sequence[int], lr_folder: Path | None, misfits: dict[str, str]
+) -> list[Source]:
     """The images of a folder, or of the published DIV2K or Flickr2K."""
     sources = []
     for hr_folder in _hr_folders(folder):
@@ -151,9 +210,10 @@ def _plain_sources(folder: Path, scales: Sequence[int], lr_folder: Path | None) 
                 _given_lr_folder(lr_folder, scale, len(scales)) if lr_folder else _published_lr_folder(hr_folder, scale)
             )
             if lr_of_hr_folder:
-                lr_of_scale[scale] = _pair(hr_folder, lr_of_hr_folder, scale)
+                lr_of_scale[scale] = _pair(hr_folder, lr_of_hr_folder, scale, misfits)
         for path in _images(hr_folder):
-            sources.append(Source(_key(path.stem), path, {scale: lr[path] for scale, lr in lr_of_scale.items()}))
+            if str(path) not in misfits:
+                sources.append(Source(_key(path.stem), path, {scale: lr[path] for scale, lr in lr_of_scale.items()}))
     return sources
 
 
@@ -185,7 +245,12 @@ def _has_image(folder: Path, pattern: str) -> bool:
 
 
 def _captured_sources(
-    folder: Path, parts: list[_Part], scales: Sequence[int], lr_folder: Path | None, split: str | None
+    folder: Path,
+    parts: list[_Part],
+    scales: Sequence[int],
+    lr_folder: Path | None,
+    split: str | None,
+    misfits: dict[str, str],
 ) -> list[Source]:
     """The pairs of the parts that are wanted."""
     dataset = parts[0].dataset
@@ -212,7 +277,7 @@ def _captured_sources(
     for part in wanted:
         if not part.lr.is_dir():
             raise InputError(f'{part.lr} is not a folder, where the LR images of {part.hr} are expected.')
-        for hr, lr in _pair(part.hr, part.lr, scale).items():
+        for hr, lr in _pair(part.hr, part.lr, scale, misfits).items():
             # `NAME_HR` and `NAME_x4` are both NAME; the parts of DRealSR for training may have a number behind.
             key = _key(re.sub(rf'_HR$|_x{scale}(?=_|$)', '', hr.stem))
             sources.append(Source(key, hr, {scale: lr}, captured=True))
@@ -234,9 +299,8 @@ def _hr_folders(folder: Path) -> list[Path]:
             raise InputError(f'{hr_folder} has no images ({", ".join(IMAGE_SUFFIXES)}).')
     if not published:
         raise InputError(
-            f'{folder} has no images ({", ".join(IMAGE_SUFFIXES)}), nor is it the root of DIV2K or '
-            f'Flickr2K, with a folder {" or ".join(PUBLISHED_HR_FOLDERS)}, or of RealSR or DRealSR, with '
-            'CAMERA/Train/4 or Train_x4; other sub-folders are not searched.'
+            f'{folder} has no images, nor is it the root of DIV2K, Flickr2K, RealSR or DRealSR, with a folder '
+            f'{", ".join(PUBLISHED_HR_FOLDERS)}, CAMERA/Train/4 or Train_x4; other sub-folders are not searched.'
         )
     return published
 
@@ -260,15 +324,18 @@ def _published_lr_folder(hr_folder: Path, scale: int) -> Path | None:
     return lr_folder if lr_folder.is_dir() else None
 
 
-def _pair(hr_folder: Path, lr_folder: Path, scale: int) -> dict[Path, Path]:
-    """{HR file: its LR file}, one to one. Where both are in one folder, ``NAME_HR`` are the HR files."""
+def _pair(hr_folder: Path, lr_folder: Path, scale: int, misfits: dict[str, str]) -> dict[Path, Path]:
+    """{HR file: its LR file}, one to one; the others go to ``misfits``.
+
+    Where both are in one folder, ``NAME_HR`` are the HR files.
+    """
     hr_paths, lr_paths = _images(hr_folder), _images(lr_folder)
     if hr_folder == lr_folder:
         hr_paths = [path for path in hr_paths if path.stem.endswith('_HR')]
         lr_paths = [path for path in lr_paths if not path.stem.endswith('_HR')]
     lr_of_stem = {path.stem: path for path in lr_paths}
     unused = set(lr_of_stem)
-    pairs, lonely = {}, []
+    pairs = {}
     for path in hr_paths:
         for stem in _lr_stems(path.stem, scale):
             if stem in unused:
@@ -276,20 +343,12 @@ def _pair(hr_folder: Path, lr_folder: Path, scale: int) -> dict[Path, Path]:
                 pairs[path] = lr_of_stem[stem]
                 break
         else:
-            lonely.append(path)
-    if lonely:
-        those = 'its HR images' if hr_folder == lr_folder else f'the HR images in {hr_folder}'
-        stems = _lr_stems(lonely[0].stem, scale)
-        raise InputError(
-            f'{lr_folder} has no LR image for {len(lonely)} of {those} '
-            f'({_some([path.name for path in lonely])}): for the first, '
-            f'it must be called {" or ".join(f"`{stem}`" for stem in stems[2:] or stems)}.'
-        )
-    if unused:
-        raise InputError(
-            f'{lr_folder} has {len(unused)} images without an HR image in {hr_folder} '
-            f'({_some(sorted(lr_of_stem[stem].name for stem in unused))}).'
-        )
+            stems = _lr_stems(path.stem, scale)
+            names = ' or '.join(f'`{stem}`' for stem in stems[2:] or stems)
+            misfits[str(path)] = f'{path} has no LR image in {lr_folder}, where it must be called {names}.'
+    for path in lr_paths:
+        if path.stem in unused:
+            misfits[str(path)] = f'{path} has no HR image in {hr_folder}.'
     return pairs
 
 
@@ -317,12 +376,8 @@ def left_out(folder: str | os.PathLike[str]) -> list[str]:
     if not _images(Path(folder)):  # the root of a published set, of which the folders are read
         return []
     entries = [path for path in Path(folder).iterdir() if not path.name.startswith('.')]
-    others = [path for path in entries if path.is_dir() or path.suffix.lower() not in IMAGE_SUFFIXES]
+    others = [path for path in entries if not path.is_file() or path.suffix.lower() not in IMAGE_SUFFIXES]
     return sorted(f'{path.name}/' if path.is_dir() else path.name for path in others)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
 
 
 def _is_damaged(data: bytes) -> bool:

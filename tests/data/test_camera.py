@@ -3,6 +3,7 @@
 import hashlib
 import io
 import math
+import os
 
 import cv2
 import numpy as np
@@ -133,7 +134,7 @@ def test_wrong_arguments():
     for wrong, scale, part in (
         (image, 1, 'from 2 to 16, got 1.'),
         (image, 17, 'from 2 to 16, got 17.'),
-        (image, 5, 'must be multiples of the scale 5, got 48 x 48 pixels'),
+        (photo(48, 60), 5, r'must be multiples of the scale 5, got 60 x 48 pixels \(width x height\).'),
         (image[..., 0], 4, r'got uint8 of shape \(48, 48\)'),
         (image / 255, 4, 'got float64'),
     ):
@@ -203,7 +204,9 @@ def test_command_with_wrong_input(tmp_path, make_images, capsys):
         assert '0002.png is damaged' in refused(hr, '-o', output, '--scale', 4, '--overwrite')
     assert contents(made) == before
     cv2.imwrite(str(hr / '0002.png'), np.zeros((3, 9, 3), np.uint8))
-    assert '0002.png must have at least 4 pixels each way, got 3 x 9.' in refused(hr, *out, '--scale', 4)
+    assert '0002.png must have at least 4 pixels each way, got 9 x 3 (width x height).' in refused(
+        hr, *out, '--scale', 4
+    )
     cv2.imwrite(str(hr / '0002.png'), photo(48, 48))
     (tmp_path / 'file').write_text('mine')
     assert 'file: the images cannot be written there' in refused(hr, '-o', tmp_path / 'file', '--scale', 4)
@@ -212,6 +215,63 @@ def test_command_with_wrong_input(tmp_path, make_images, capsys):
     after = contents(made)
     assert set(after) == set(before)
     assert [after[name] == before[name] for name in ('0001.png', '0002.png')] == [True, False]
+
+
+def test_all_broken_images_are_named(tmp_path, make_images, capsys):
+    hr = make_images(tmp_path / 'hr', [(48, 48)] * 8 + [(2, 9)])
+    for number in range(2, 9):
+        (hr / f'000{number}.png').write_bytes(b'no image')
+    assert degrade(hr, '-o', tmp_path / 'out', '--scale', 4) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('lora-sr: error: 8 of 9 images cannot be used, which --skip-broken leaves out: ')
+    assert [name for name in range(1, 10) if f'{name}.png' in err] == [2, 3, 4, 5, 6] and err.endswith('; and so on.\n')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_skip_broken_makes_what_the_others_alone_give(tmp_path, make_images, capsys):
+    hr = make_images(tmp_path / 'hr', [(48, 48), (48, 52), (3, 48), (52, 48)])
+    good = make_images(tmp_path / 'good', [(48, 48), (48, 52), (3, 48), (52, 48)])
+    for number in ('0001', '0003'):
+        (good / f'{number}.png').unlink()
+    assert degrade(good, '-o', tmp_path / 'wanted', '--scale', 4) == 0
+    (hr / '0001.png').write_bytes((hr / '0001.png').read_bytes()[:-20])
+    made, wanted = tmp_path / 'made', contents(tmp_path / 'wanted')
+    # The second run goes on after one that was killed while images came into their places.
+    for _ in range(2):
+        capsys.readouterr()
+        assert degrade(hr, '-o', made, '--scale', 4, '--skip-broken') == 0
+        out, err = capsys.readouterr()
+        assert out == f'{made}: 2 images at scale 4\n'
+        assert err.startswith('lora-sr: note: 2 of 4 images left out: ') and err.count('\n') == 1
+        assert f'{hr}/0001.png is damaged' in err and f'{hr}/0003.png must have at least 4 pixels each way' in err
+        assert contents(made) == wanted and sorted(wanted) == ['0002.png', '0004.png']
+        (made / '0004.png').unlink()
+    assert degrade(hr, '-o', made, '--scale', 4) == 2
+    assert list(contents(made)) == ['0002.png']
+    for number in ('0002', '0004'):
+        (hr / f'{number}.png').write_bytes(b'')
+    capsys.readouterr()
+    assert degrade(hr, '-o', tmp_path / 'none', '--scale', 4, '--skip-broken') == 2
+    assert capsys.readouterr().err.startswith('lora-sr: error: 4 of 4 images cannot be used: ')
+    assert not (tmp_path / 'none').exists()
+
+
+def test_too_little_memory_is_told_in_one_sentence(tmp_path, make_images, capsys, monkeypatch):
+    hr = make_images(tmp_path / 'hr', [(48, 48)])
+    monkeypatch.setattr('lora_sr.data.degrade.camera_degradation', lambda *_: (_ for _ in ()).throw(MemoryError))
+    assert degrade(hr, '-o', tmp_path / 'out', '--scale', 4) == 2
+    assert capsys.readouterr().err.endswith(f': {hr}/0001.png needs more memory than there is.\n')
+
+
+def test_names_that_are_no_text(tmp_path, make_images):
+    hr = tmp_path / 'hr\udcff'
+    try:
+        os.rename(make_images(tmp_path / 'hr', [(48, 48)]), hr)
+        os.rename(hr / '0001.png', hr / 'a\udcfe.png')
+    except OSError:
+        pytest.skip('this file system has no such names')
+    assert degrade(hr, '-o', tmp_path / 'out\udcff', '--scale', 4) == 0
+    assert [path.name for path in (tmp_path / 'out\udcff').iterdir()] == ['a\udcfe.png']
 
 
 def test_a_killed_run_goes_on(tmp_path, make_images):

@@ -1,5 +1,7 @@
 """Wrong input to `lora-sr prepare`: one sentence each, and nothing is written."""
 
+import os
+
 import cv2
 import lmdb
 import numpy as np
@@ -93,12 +95,20 @@ def test_lr_that_does_not_pair(tmp_path, make_images, refused):
     hr = make_images(tmp_path / 'hr', [(48, 48), (48, 48)])
     one = make_images(tmp_path / 'one', [(12, 12)])
     three = make_images(tmp_path / 'three', [(12, 12)] * 3)
-    large = make_images(tmp_path / 'large', [(12, 12), (14, 12)])
+    large = make_images(tmp_path / 'large', [(12, 12), (15, 12)])
     options = ('--scale', 4, '--lr')
-    assert 'no LR image for 1 of the HR images' in refused(hr, *options, one)
-    assert '(0002.png)' in refused(hr, *options, one)
-    assert '1 images without an HR image' in refused(hr, *options, three)
-    assert '0002.png must have 12 x 12 pixels' in refused(hr, *options, large)
+    assert refused(hr, *options, one) == (
+        '1 of 2 images cannot be used, which --skip-broken leaves out: '
+        f'{hr}/0002.png has no LR image in {one}, where it must be called `0002x4` or `0002`.'
+    )
+    assert (
+        f'1 of 3 images cannot be used, which --skip-broken leaves out: {three}/0003.png has no HR image in {hr}.'
+        in (refused(hr, *options, three))
+    )
+    message = refused(hr, *options, large)
+    assert (
+        f'0002.png must have 12 x 12 pixels (width x height), the size of {hr}/0002.png by 4, got 12 x 15.' in message
+    )
     assert 'X2 is not a folder' in refused(hr, '--lr', large)
 
 
@@ -111,8 +121,79 @@ def test_bad_images_are_all_named(tmp_path, make_images, refused):
     (folder / '0030.png').unlink()
     (folder / '0030.jpg').write_bytes(jpeg[:-100])
     message = refused(folder)
-    assert message.startswith('3 of 30 images cannot be used: ')
+    assert message.startswith('3 of 30 images cannot be used, which --skip-broken leaves out: ')
     assert all(f'{name} is damaged' in message for name in ('0003.png', '0009.png', '0030.jpg'))
+
+
+def test_one_run_names_all_that_cannot_be_used(tmp_path, make_images, refused):
+    hr = make_images(tmp_path / 'hr', [(48, 48)] * 8)
+    lr = make_images(tmp_path / 'lr', [(12, 12)] * 3 + [(12, 15)] * 3 + [(12, 12)])
+    (hr / '0002.png').write_bytes(b'')
+    (lr / '0003.png').write_bytes(b'')
+    os.rename(lr / '0007.png', lr / 'other.png')
+    message = refused(hr, '--scale', 4, '--lr', lr)
+    assert message.startswith('8 of 9 images cannot be used, which --skip-broken leaves out: ')
+    reasons = [reason.partition(' ')[0] for reason in message.partition('out: ')[2].split('; ')]
+    assert reasons == [
+        *map(str, (hr / '0007.png', hr / '0008.png', lr / 'other.png', hr / '0002.png', lr / '0003.png')),
+        'and',
+    ]
+    assert message.endswith('; and so on.')
+
+
+def test_skip_broken_names_what_it_leaves_out(tmp_path, make_images, capfd):
+    hr = make_images(tmp_path / 'hr', [(48, 48)] * 3)
+    (hr / '0002.png').write_bytes(b'')
+    call(hr, '-o', tmp_path / 'out', '--scale', 4, '--skip-broken')
+    out, err = capfd.readouterr()
+    assert f'{tmp_path}/out/HR_sub.lmdb: 2 entries of 2 images' in out
+    reason = f'{hr}/0002.png is damaged or is not an image: replace it or take it out of its folder.'
+    assert err == f'lora-sr: note: 1 of 3 images left out: {reason}\n'
+    (hr / '0001.png').write_bytes(b'')
+    (hr / '0003.png').write_bytes(b'')
+    assert main(['prepare', str(hr), '-o', str(tmp_path / 'none'), '--skip-broken']) == 2
+    assert capfd.readouterr().err.startswith('lora-sr: error: 3 of 3 images cannot be used: ')
+    assert not (tmp_path / 'none').exists()
+
+
+def test_a_refused_size_names_crop_where_it_helps(tmp_path, make_images, refused):
+    hr = make_images(tmp_path / 'hr', [(48, 64)])
+    for (height, width), helps in (((14, 16), True), ((12, 14), True), ((15, 16), False), ((12, 13), False)):
+        lr = make_images(tmp_path / f'lr{height}{width}', [(height, width)])
+        message = refused(hr, '--scale', 4, '--lr', lr)
+        assert (
+            f'must have 16 x 12 pixels (width x height), the size of {hr}/0001.png by 4, got {width} x {height}'
+            in message
+        )
+        assert (': --crop trims both' in message) == helps
+        assert main(
+            ['prepare', str(hr), '-o', str(tmp_path / lr.name / 'out'), '--scale', '4', '--lr', str(lr), '--crop']
+        ) == (0 if helps else 2)
+
+
+def test_files_larger_than_an_image_and_names_that_are_no_text(tmp_path, make_images, refused):
+    hr = make_images(tmp_path / 'hr', [(48, 48)])
+    with (hr / 'huge\n.png').open('wb') as file:
+        file.truncate(100 << 30)  # takes no place on the disk
+    assert 'huge\\n.png must be an image of less than 2 GiB, got 100.0 GiB' in refused(hr)
+    os.unlink(hr / 'huge\n.png')
+    os.symlink(tmp_path / 'nowhere', hr / 'link.png')
+    try:
+        os.rename(hr / '0001.png', hr / 'a\udcfe.png')
+    except OSError:
+        pytest.skip('this file system has no such names')
+    call(hr, '-o', tmp_path / 'out\udcff', '--scale', 4)
+    assert list(read_meta_info(tmp_path / 'out\udcff' / 'HR_sub.lmdb')) == ['a__s001']
+
+
+@pytest.mark.parametrize('place', ['sources.decode', 'prepare.encode_png'])
+@pytest.mark.parametrize('kind', [MemoryError, cv2.error])
+def test_too_little_memory_is_told_in_one_sentence(tmp_path, make_images, refused, monkeypatch, place, kind):
+    error = kind('Insufficient memory')
+    error.code = cv2.Error.StsNoMem
+    hr = make_images(tmp_path / 'hr', [(48, 48)])
+    monkeypatch.setattr(f'lora_sr.data.{place}', lambda *_: (_ for _ in ()).throw(error))
+    assert refused(hr) == f'1 of 1 images cannot be used: {hr}/0001.png needs more memory than there is.'
 
 
 @pytest.mark.parametrize(
@@ -122,7 +203,11 @@ def test_bad_images_are_all_named(tmp_path, make_images, refused):
         ('empty.jpg', b'', 'empty.jpg is damaged'),
         ('deep.png', np.zeros((48, 48, 3), np.uint16), 'must have 8-bit values, got uint16'),
         ('clear.png', np.zeros((48, 48, 4), np.uint8), 'must be opaque'),
-        ('tiny.png', np.zeros((48, 3, 3), np.uint8), 'must have at least 12 pixels each way, got 48 x 3'),
+        (
+            'tiny.png',
+            np.zeros((48, 3, 3), np.uint8),
+            'must have at least 12 pixels each way, got 3 x 48 (width x height).',
+        ),
     ],
 )
 def test_an_image_that_cannot_be_used(tmp_path, make_images, refused, name, content, part):

@@ -239,6 +239,18 @@ def test_the_check_finds_what_is_wrong(tmp_path, make_images, damage):
         check_databases(databases[1], {2: databases[2]})
 
 
+def test_the_check_tells_sizes_by_width_and_height(tmp_path, make_images):
+    folder = make_images(tmp_path / 'photos', [(48, 96)])
+    databases = prepare_databases([folder], tmp_path / 'out', [2], size=0, progress=False).databases
+    meta = databases[2] / 'meta_info.txt'
+    meta.write_text('0001.png (20,48,3) 1\n')
+    with pytest.raises(InputError, match='not a whole PNG image of 48 x 20 pixels of 3 channels'):
+        check_databases(databases[1], {2: databases[2]})
+    meta.write_text('0001.png (24,48,3) 1\n')
+    with pytest.raises(InputError, match='has 48 x 24 pixels of 3 channels and its HR image 96 x 48 pixels'):
+        check_databases(databases[1], {3: databases[2]})
+
+
 # Each argument after the first two is a moment: a process is forked, and kills itself at that moment.
 KILL = """
 import os, signal, sys
@@ -320,6 +332,107 @@ def test_what_was_interrupted_is_not_finished_with_another_border(tmp_path, make
     prepare_databases([folder], tmp_path / 'mirror', [2], border='mirror', **SMALL)
     with pytest.raises(InputError, match='already exist'):
         prepare_databases([folder], tmp_path / 'replicate', [2], border='replicate', **SMALL)
+
+
+def test_what_was_interrupted_is_not_finished_without_skip_broken(tmp_path, make_images, monkeypatch):
+    folder = make_images(tmp_path / 'photos', [(60, 60)] * 3)
+    (folder / '0002.png').write_bytes(b'')
+    for output in ('with', 'without'):
+        with monkeypatch.context() as context:
+            context.setattr(prepare_module, '_move_into_place', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                prepare_databases([folder], tmp_path / output, [2], skip_broken=True, **SMALL)
+    # What was left out is told by the run that finishes, too.
+    prepared = prepare_databases([folder], tmp_path / 'with', [2], skip_broken=True, **SMALL)
+    assert prepared.images == 2 and list(prepared.left_out) == [str(folder / '0002.png')]
+    with pytest.raises(InputError, match='already exist'):
+        prepare_databases([folder], tmp_path / 'without', [2], **SMALL)
+    with pytest.raises(InputError, match='0002.png is damaged'):
+        prepare_databases([folder], tmp_path / 'without', [2], overwrite=True, **SMALL)
+
+
+def test_skip_broken_makes_the_databases_of_folders_without_them(tmp_path, make_images):
+    sizes = [(60 + 7 * i, 120 - 5 * i) for i in range(9)]
+    for name in ('all', 'good'):
+        make_images(tmp_path / name / 'HR', sizes)
+        for scale in (2, 4):
+            lr_sizes = [(height // scale, width // scale) for height, width in sizes]
+            make_images(tmp_path / name / 'LR' / f'X{scale}', lr_sizes)
+    broken, good = tmp_path / 'all', tmp_path / 'good'
+    (broken / 'HR/0001.png').write_bytes((broken / 'HR/0001.png').read_bytes()[:-20])
+    cv2.imwrite(str(broken / 'HR/0002.png'), np.zeros((3, 90, 3), np.uint8))
+    (broken / 'LR/X2/0004.png').write_bytes(b'no image')
+    cv2.imwrite(str(broken / 'LR/X4/0005.png'), np.zeros((90, 9, 3), np.uint8))
+    for missing in ('LR/X4/0006.png', 'LR/X2/0007.png', 'LR/X4/0007.png', 'HR/0008.png', 'LR/X2/0008.png'):
+        (broken / missing).unlink()
+    for number in (1, 2, 4, 5, 6, 7, 8):
+        for folder in ('HR', 'LR/X2', 'LR/X4'):
+            (good / folder / f'000{number}.png').unlink()
+    made, wanted = (
+        prepare_databases([root / 'HR'], root / 'out', [2, 4], [root / 'LR'], skip_broken=root is broken, **SMALL)
+        for root in (broken, good)
+    )
+    assert made.images == wanted.images == 2 and not wanted.left_out
+    for scale, path in wanted.databases.items():
+        assert contents(made.databases[scale]) == contents(path)
+        assert (made.databases[scale] / 'data.mdb').read_bytes() == (path / 'data.mdb').read_bytes()
+    left = {str(broken / 'HR' / f'000{number}.png') for number in (1, 2, 4, 5, 6, 7)}
+    assert set(made.left_out) == {*left, str(broken / 'LR/X4/0008.png')}
+    with pytest.raises(InputError, match='7 of 9 images cannot be used, which --skip-broken leaves out: '):
+        prepare_databases([broken / 'HR'], tmp_path / 'refused', [2, 4], [broken / 'LR'], **SMALL)
+    assert not (tmp_path / 'refused').exists()
+
+
+def test_crop_keeps_the_top_left_corner_of_what_pairs_share(tmp_path, make_images):
+    # HR, and LR at scales 2 and 4, (height, width); wanted of HR: multiples of 4, within 2 x 2 and 4 x 4 pixels.
+    pairs = [
+        ((100, 81), (48, 40), (26, 22), (96, 80)),
+        ((97, 88), (50, 43), (23, 22), (92, 84)),
+        ((96, 88), (48, 44), (24, 22), (96, 88)),
+    ]
+    hr = make_images(tmp_path / 'HR', [pair[0] for pair in pairs])
+    for scale, place in ((2, 1), (4, 2)):
+        make_images(tmp_path / 'LR' / f'X{scale}', [pair[place] for pair in pairs])
+    options = dict(lr_folders=[tmp_path / 'LR'], size=0, progress=False)
+    prepared = prepare_databases([hr], tmp_path / 'out', [2, 4], crop=True, **options)
+    for scale, folder in ((1, hr), (2, tmp_path / 'LR/X2'), (4, tmp_path / 'LR/X4')):
+        values, _ = contents(prepared.databases[scale])
+        for name, (*_, (height, width)) in zip(('0001', '0002', '0003'), pairs):
+            image = cv2.imread(str(folder / f'{name}.png'))[: height // scale, : width // scale]
+            np.testing.assert_array_equal(decode(values[name.encode()]), image)
+    with pytest.raises(InputError, match='2 of 3 images cannot be used, .*: --crop trims both'):
+        prepare_databases([hr], tmp_path / 'refused', [2, 4], **options)
+
+
+def test_crop_makes_missing_lr_images_of_what_is_left(tmp_path, make_images):
+    hr = make_images(tmp_path / 'a_HR', [(60, 48)])
+    make_images(tmp_path / 'a_LR_bicubic' / 'X4', [(13, 14)])
+    prepared = prepare_databases([hr], tmp_path / 'out', [2, 4], crop=True, size=0, progress=False)
+    values, _ = contents(prepared.databases[2])
+    image = cv2.imread(str(hr / '0001.png'))[:52, :48]
+    np.testing.assert_array_equal(decode(values[b'0001']), bicubic_downscale(image, 2))
+
+
+def test_crop_changes_nothing_where_sizes_fit(tmp_path, make_images):
+    hr, lr = make_images(tmp_path / 'hr', [(98, 75)]), make_images(tmp_path / 'lr', [(25, 19)])
+    without, cropped = (
+        contents(prepare_databases([hr], tmp_path / str(crop), [4], [lr], crop=crop, **SMALL).databases[4])
+        for crop in (False, True)
+    )
+    assert cropped == without
+
+
+def test_crop_leaves_no_pair_too_small(tmp_path, make_images):
+    hr, lr = make_images(tmp_path / 'hr', [(12, 14)]), make_images(tmp_path / 'lr', [(1, 4)])
+    small = make_images(tmp_path / 'small', [(11, 14)])
+    with pytest.raises(InputError, match=r'in common with its LR images, got 12 x 4 \(width x height\)'):
+        make_images(tmp_path / 'x' / 'X3', [(4, 4)])
+        make_images(tmp_path / 'x' / 'X4', [(1, 3)])
+        prepare_databases([hr], tmp_path / 'out', [3, 4], [tmp_path / 'x'], crop=True, size=0, progress=False)
+    assert prepare_databases([small], tmp_path / 'out', [4], [lr], crop=True, size=0, progress=False).smallest == (
+        4,
+        12,
+    )
 
 
 def test_an_interrupt_leaves_nothing(tmp_path, make_images, monkeypatch):

@@ -152,23 +152,28 @@ def test_patches_of_one_photograph_pair_by_their_number(tmp_path):
 def test_missing_partners(realsr, drealsr, refused):
     folder = realsr / 'Canon' / 'Train' / '4'
     (folder / 'Canon_002_LR4.png').unlink()
-    assert (
-        f'{folder} has no LR image for 1 of its HR images (Canon_002_HR.png): '
-        'for the first, it must be called `Canon_002_LR4`.' in refused(realsr, '--scale', 4, '--split', 'train')
+    reason = f'{folder}/Canon_002_HR.png has no LR image in {folder}, where it must be called `Canon_002_LR4`'
+    assert f'1 of 4 images cannot be used, which --skip-broken leaves out: {reason}.' in (
+        refused(realsr, '--scale', 4, '--split', 'train')
     )
+    assert names(find_sources([folder], [4], misfits={})) == [
+        ('Canon_001', 'Canon_001_HR.png', {4: 'Canon_001_LR4.png'}),
+    ]
     (folder / 'Canon_001_LR4.png').unlink()
-    for given in (realsr, folder):
+    for given, total in ((realsr, 4), (folder, 2)):
         message = refused(given, '--scale', 4, '--split', 'train')
-        assert f'{folder} has no LR image for 2 of its HR images (Canon_001_HR.png, Canon_002_HR.png)' in message
+        assert message.startswith(f'2 of {total} images cannot be used') and message.endswith(f'; {reason}.')
+        assert f'{folder}/Canon_001_HR.png has no LR image in {folder}' in message
+    with pytest.raises(InputError, match='2 of 2 images cannot be used: '):
+        find_sources([folder], [4], misfits={})
     folder = realsr / 'Nikon' / 'Test' / '2'
     (folder / 'Nikon_001_HR.png').unlink()
     message = refused(realsr, '--scale', 2, '--split', 'test')
-    assert f'{folder} has 1 images without an HR image' in message and '(Nikon_001_LR2.png)' in message
+    assert message.endswith(f'{folder}/Nikon_001_LR2.png has no HR image in {folder}.')
     folder = drealsr / 'x4' / 'Train_x4'
     (folder / 'train_LR' / 'sony_95_x1.png').unlink()
     message = refused(drealsr, '--scale', 4, '--split', 'train')
-    assert f'{folder / "train_LR"} has no LR image for 1 of the HR images' in message
-    assert '(sony_95_x4.png): for the first, it must be called `sony_95_x1`.' in message
+    assert f'sony_95_x4.png has no LR image in {folder}/train_LR, where it must be called `sony_95_x1`.' in message
     shutil.rmtree(folder / 'train_LR')
     assert 'train_LR is not a folder' in refused(drealsr, '--scale', 4, '--split', 'train')
 

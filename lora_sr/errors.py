@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 import sys
 from collections.abc import Iterable
+
+LONG_WORD = re.compile(r'\S{257,}')  # longer than the name of any file
 
 
 class InputError(ValueError):
@@ -32,6 +35,21 @@ def printable(text: str) -> str:
 def shown(text: str, most: int = 80) -> str:
     """What somebody else has written, for a message: printable, and cut in its middle to ``most`` letters before."""
     return printable(text if len(text) <= most else f'{text[: most - 20]}…{text[-19:]}')
+
+
+def sentences(message: str, given: Iterable[str]) -> str:
+    """A message of a sentence a line, without what a name would make a line or a color of its own.
+
+    Args:
+        message: Its lines are its sentences, but where something that was given has line breaks.
+        given: The arguments of the command line.
+    """
+    for argument in given:
+        for name in (argument, argument.partition('=')[2]):
+            if not name.isprintable() and name in message:
+                message = message.replace(name, printable(name))
+    lines = (printable(line) for line in message.split('\n'))
+    return '\n'.join(LONG_WORD.sub(lambda word: shown(word[0]), line) for line in lines)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

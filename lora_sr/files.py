@@ -8,6 +8,7 @@ that writes to the same place removes it. Where there are no locks, as on Window
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import functools
 import logging
 import os
@@ -16,7 +17,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Callable
 
@@ -58,8 +59,8 @@ def check_output(path: str | os.PathLike[str], suffixes: tuple[str, ...], overwr
     path = Path(path)
     if path.suffix not in suffixes:
         raise InputError(f'The output {path} must end in {" or ".join(suffixes)}.')
-    if path.exists() and not overwrite:
-        raise InputError(f'The output {path} exists: choose another name, or allow it with --overwrite.')
+    if os.path.lexists(path) and not overwrite:
+        raise _exists(path)
     if not path.parent.is_dir():
         raise InputError(f'The folder {path.parent} of the output does not exist.')
     try:
@@ -67,6 +68,15 @@ def check_output(path: str | os.PathLike[str], suffixes: tuple[str, ...], overwr
             pass
     except OSError as error:
         raise InputError(f'The output {path} cannot be written: {error.strerror}.') from None
+
+
+def identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """What tells a file from others, under all its names; ``None`` where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 @contextlib.contextmanager
@@ -83,6 +93,53 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield partial
         with write_errors(path):
             os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def replacing_together(paths: Sequence[str | os.PathLike[str]], overwrite: bool) -> Iterator[list[Path]]:
+    """As :func:`replacing`, several files: they are moved when all are complete.
+
+    A process that is killed between two moves leaves the rest under hidden names, by which :func:`was_interrupted`
+    knows it. The next one, which writes the same files, finds some of them in their places.
+
+    Args:
+        paths: Where the files go.
+        overwrite: Replace files that exist; those that are as they would be written are no matter anyway.
+
+    Raises:
+        InputError: A file exists, or cannot be moved.
+    """
+    targets = list(map(Path, paths))
+    with contextlib.ExitStack() as stack:
+        partials = []
+        for target in targets:
+            with write_errors(target):
+                partials.append(stack.enter_context(_partial_file(target.parent, target.stem, target.suffix)))
+        yield partials
+        for partial, target in zip(partials, targets):
+            if not overwrite and os.path.lexists(target) and not is_same_file(partial, target):
+                raise _exists(target)
+        for partial, target in zip(partials, targets):
+            with write_errors(target):
+                os.replace(partial, target)
+
+
+def was_interrupted(paths: Sequence[str | os.PathLike[str]]) -> bool:
+    """Whether a process was killed before it had moved all of these files, see :func:`replacing_together`."""
+    for path in map(Path, paths):
+        for entry in _unfinished(path.parent):
+            if _is_abandoned(path.parent, entry, path.stem, path.suffix):
+                return True
+    return False
+
+
+def is_same_file(path: Path, other: Path) -> bool:
+    """Whether a file has the same bytes as one that may not be there."""
+    return other.is_file() and filecmp.cmp(path, other, shallow=False)
+
+
+def _exists(path: Path) -> InputError:
+    return InputError(f'The output {path} exists: choose another name, or allow it with --overwrite.')
 
 
 @contextlib.contextmanager
@@ -139,7 +196,7 @@ def partial_folder(folder: Path, name: str) -> Iterator[Path]:
     Raises:
         OSError: It cannot be made or removed.
     """
-    _remove_abandoned(folder, name, '', _unfinished(folder))
+    remove_abandoned(folder, name)
     with _partial(folder, name, '', lambda path: os.mkdir(path, 0o700)) as partial:
         try:
             yield partial
@@ -224,19 +281,34 @@ def _found_first(folder: Path) -> list[str]:
     return _unfinished(folder)
 
 
+def remove_abandoned(folder: Path, name: str) -> None:
+    """Remove the folders of that name that :func:`partial_folder` made for processes which were killed."""
+    _remove_abandoned(folder, name, '', _unfinished(folder))
+
+
 def _remove_abandoned(folder: Path, name: str, suffix: str, unfinished: list[str]) -> None:
     """Remove what killed processes of this user left unfinished for the same place."""
     for entry in unfinished:
-        match = PARTIAL.fullmatch(entry)
-        if match is None or match.groups() != (name, suffix):
-            continue
-        path = folder / entry
+        with _abandoned(folder, entry, name, suffix) as path, contextlib.suppress(OSError):
+            if path is not None:
+                shutil.rmtree(path) if path.is_dir() else os.unlink(path)
+
+
+def _is_abandoned(folder: Path, entry: str, name: str, suffix: str) -> bool:
+    with _abandoned(folder, entry, name, suffix) as path:
+        return path is not None
+
+
+@contextlib.contextmanager
+def _abandoned(folder: Path, entry: str, name: str, suffix: str) -> Iterator[Path | None]:
+    """Lock what a killed process of this user left unfinished under that name; ``None`` for all else."""
+    match = PARTIAL.fullmatch(entry)
+    lock = None
+    if match is not None and match.groups() == (name, suffix):
         with contextlib.suppress(OSError):  # BlockingIOError among them: its process is at work
-            lock = _lock(path)
-            if lock is None:
-                continue
-            try:
-                if os.fstat(lock).st_uid == os.geteuid():
-                    shutil.rmtree(path) if path.is_dir() else os.unlink(path)
-            finally:
-                os.close(lock)
+            lock = _lock(folder / entry)
+    try:
+        yield folder / entry if lock is not None and os.fstat(lock).st_uid == os.geteuid() else None
+    finally:
+        if lock is not None:
+            os.close(lock)

@@ -114,8 +114,7 @@ def load_options(path: str | os.PathLike) -> dict:
         raise InputError(f'the option file {path} is not a text file in UTF-8') from error
     if not isinstance(options, dict):
         raise InputError(f"the option file {path} holds no options; it has to be a mapping such as 'name: my_run'")
-    unshared: dict = _unshared(options, f'the option file {path}', itertools.count())
-    return unshared
+    return options
 
 
 def _unshared(value: Any, source: str, counter: Iterator[int]) -> Any:
@@ -140,15 +139,15 @@ def apply_overrides(options: dict, entries: Iterable[str] | None) -> None:
     for entry in entries or ():
         path, equals, text = entry.partition('=')
         if not equals:
-            raise InputError(f"--force_yml {entry}: there is no '='; write it as train:total_iter=1000")
+            raise InputError(f"--force_yml {shown(entry)}: there is no '='; write it as train:total_iter=1000")
         place, keys = options, [key.strip() for key in path.split(':')]
         for depth, key in enumerate(keys):
             if not isinstance(place, dict) or key not in place:
-                raise InputError(f'--force_yml {entry}: {_what_exists(place, keys[:depth], key)}')
+                raise InputError(f'--force_yml {shown(entry)}: {_what_exists(place, keys[:depth], key)}')
             if depth < len(keys) - 1:
                 place = place[key]
         text = text.strip()
-        value = None if text.lower() == 'none' else _parse(text, f'--force_yml {entry}')
+        value = None if text.lower() == 'none' else _parse(text, f'--force_yml {shown(entry)}')
         changes.append((place, keys[-1], value))
     for place, key, value in changes:
         if value is None and place is options.get('datasets'):
@@ -167,7 +166,9 @@ def _what_exists(place: Any, parents: list[str], key: str) -> str:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=OptionLoader)
+        return _unshared(yaml.load(text, Loader=OptionLoader), source, itertools.count())
+    except InputError:
+        raise
     except yaml.YAMLError as error:
         mark = getattr(error, 'problem_mark', None)
         line = '' if mark is None or source.startswith('--') else f', line {mark.line + 1}'

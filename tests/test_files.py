@@ -10,7 +10,14 @@ from lora_sr import files
 from lora_sr.checkpoints.origin import Origin
 from lora_sr.checkpoints.writing import write_state
 from lora_sr.errors import InputError
-from lora_sr.files import partial_folder, replacing, save_atomically, write_whole
+from lora_sr.files import (
+    partial_folder,
+    replacing,
+    replacing_together,
+    save_atomically,
+    was_interrupted,
+    write_whole,
+)
 
 TOKEN = '0123456789abcdef'
 WRITERS = {
@@ -110,3 +117,39 @@ def test_folders_of_killed_runs(tmp_path, killed):
     with partial_folder(tmp_path, 'run') as partial:
         assert list(tmp_path.iterdir()) == [partial] and partial != left
     assert not list(tmp_path.iterdir())
+
+
+def test_files_that_go_together(tmp_path):
+    paths = [tmp_path / 'a.md', tmp_path / 'b.png']
+
+    def write(overwrite=False, error=None):
+        with replacing_together(paths, overwrite) as partials:
+            for partial, name in zip(partials, 'ab'):
+                partial.write_text(name)
+            if error:
+                raise error
+
+    with pytest.raises(ValueError, match='why'):
+        write(error=ValueError('why'))
+    assert not list(tmp_path.iterdir())
+    write()
+    assert [path.read_text() for path in paths] == ['a', 'b'] and len(list(tmp_path.iterdir())) == 2
+    paths[0].write_text('mine')
+    paths[1].unlink()
+    with pytest.raises(InputError, match=r'a.md exists: choose another name, or allow it with --overwrite'):
+        write()
+    assert paths[0].read_text() == 'mine' and len(list(tmp_path.iterdir())) == 1
+    write(overwrite=True)
+    paths[1].unlink()
+    write()  # what is there is what would be written
+    assert [path.read_text() for path in paths] == ['a', 'b']
+
+
+@needs_locks
+def test_a_killed_run_is_known_by_what_it_left(tmp_path, killed):
+    paths = [tmp_path / 'a.md', tmp_path / 'b.png']
+    assert not was_interrupted(paths)
+    with replacing(paths[1]):
+        assert not was_interrupted(paths)  # it is at work
+    killed(replacing(paths[1]))
+    assert was_interrupted(paths) and not was_interrupted(paths[:1])

@@ -150,7 +150,7 @@ class DistillationModel(SRModel):
             if output.shape[2:] != (size * scale, size * scale):
                 raise InputError(
                     f'The option "scale" is {scale}, but {key} ({type(network).__name__}) makes '
-                    f'{output.shape[2]}x{output.shape[3]} of {size}x{size}: give both networks the scale of the data.'
+                    f'{output.shape[3]}x{output.shape[2]} of {size}x{size}: give both networks the scale of the data.'
                 )
             outputs.append(output)
         if outputs[0].shape != outputs[1].shape:

@@ -29,7 +29,7 @@ from lora_sr.basicsr.options import check_options
 from lora_sr.basicsr.patches.options import mistakes
 from lora_sr.checkpoints.imports import import_modules
 from lora_sr.errors import InputError
-from lora_sr.files import replacing
+from lora_sr.files import identity, replacing_together, was_interrupted
 from lora_sr.option_file import load_options
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 COLORS = {'conv': 'tab:blue', 'attention': 'tab:orange', 'mlp': 'tab:green', 'upsampler': 'tab:red'}
 BAR = 40  # characters
+MOST_BATCHES = 10_000
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,23 @@ def allocate(
 
     Raises:
         InputError: The option file is wrong, as before a run, or its network is no AdaptSR; the budget is no number,
-            0 or less, more than the network, or less than one rank; no batch, or a limit below 1; or ``output`` or
-            ``chart`` cannot be written. Neither is written then.
+            0 or less, more than the network, or less than one rank; no batch, or more than 10,000, or a limit below
+            1; or ``output`` or ``chart`` cannot be written, or is the option file. Neither is written then.
     """
-    output = Path(output)
-    for path in (output, *([] if chart is None else [Path(chart)])):
-        if path.exists() and not overwrite:
+    outputs = [Path(path) for path in (output, chart) if path is not None]
+    may_exist = overwrite or was_interrupted(outputs)
+    for path in outputs:
+        if os.path.lexists(path) and not may_exist:
             raise InputError(f'The output {path} exists: choose another name, or allow it with --overwrite.')
         if not path.parent.is_dir():
             raise InputError(f'The folder {path.parent} of {path} does not exist.')
+        if identity(path) is not None and identity(path) == identity(option_file):
+            raise InputError(f'The output {path} is the option file that is read: choose another name.')
     for name, value in (('number of batches', batches), ('largest rank', max_rank)):
         if value < 1:
             raise InputError(f'The {name} is {value}: it must be an integer of at least 1.')
+    if batches > MOST_BATCHES:
+        raise InputError(f'The number of batches must be at most {MOST_BATCHES:,}, got {batches:,}.')
     if chart is not None:
         _figure_class()
     options = load_options(option_file)
@@ -123,14 +129,12 @@ def allocate(
     pattern = {**left_out, **{re.escape(name): rank for name, rank in ranks.items()}}
     AdaptSR(network['base'], {**network['lora'], 'rank_pattern': pattern})  # e.g. alpha_pattern may not fit any more
     allocation = Allocation(ranks, groups, allowed, used, base)
-    with contextlib.ExitStack() as unfinished:
-        partial = unfinished.enter_context(replacing(output))
-        write_ranks(option_file, pattern, f'lora-sr allocate --budget {budget}: {used:,} parameters', partial)
+    with replacing_together(outputs, overwrite) as partials:
+        write_ranks(option_file, pattern, f'lora-sr allocate --budget {budget}: {used:,} parameters', partials[0])
         if chart is not None:
-            drawn = unfinished.enter_context(replacing(chart))
             figure = plot_ranks(allocation)
             try:
-                figure.savefig(drawn)
+                figure.savefig(partials[1])
             except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix that it does not know
                 raise InputError(f'The picture {chart} cannot be written: {error}.') from None
     return allocation

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_sr.errors import InputError
 from lora_sr.losses.affinity import spatial_affinity_distance
 
 SHAPE = (4, 26, 64, 64)
+LARGEST_SIZE = 256  # of which each map of the naive form has 69 GB
 
 
 def naive_affinity_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -84,7 +86,13 @@ def measure_time(form: str, shape: tuple[int, ...] = SHAPE, device: str = 'cpu',
 
 
 def run(size: int = SHAPE[2]) -> None:
-    """Print memory and time of both forms and their ratios, for features (4, 26, size, size)."""
+    """Print memory and time of both forms and their ratios, for features (4, 26, size, size).
+
+    Raises:
+        InputError: The size is below 1, or so large that the naive form needs more memory than machines have.
+    """
+    if not 1 <= size <= LARGEST_SIZE:
+        raise InputError(f'--size must be a whole number from 1 to {LARGEST_SIZE}, got {size}.')
     shape = (*SHAPE[:2], size, size)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     print(f'spatial affinity loss, forward and backward, float32 features {shape}, {device}')

@@ -29,6 +29,7 @@ Run = Callable[[Tensor], Tensor]
 PUBLISHED = 'as published (eager, NCHW, float32)'
 REFOLDING = 'the same, folding at each pass'
 REPEATS = 9
+MOST_PIXELS = 2**22  # of the LR image; the published forms take some 20 GB for them
 COPIED = 2**26  # values that are copied to measure the bandwidth
 MULTIPLIED = 2048  # rows and columns of the matrices that are multiplied to measure the rate
 
@@ -78,6 +79,8 @@ def run(sources: Mapping[str, NetworkLike], sizes: Sequence[tuple[int, int]] = (
     for size in sizes:
         if min(size) < 1:
             raise InputError(f'The size is {size[0]} {size[1]}: height and width have to be at least 1.')
+        if size[0] * size[1] > MOST_PIXELS:
+            raise InputError(f'The size must have at most {MOST_PIXELS:,} pixels, got {size[1]}x{size[0]}.')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     loaded = {name: load_network(source) for name, source in sources.items()}
     networks = loaded or _random_networks()
@@ -91,7 +94,7 @@ def run(sources: Mapping[str, NetworkLike], sizes: Sequence[tuple[int, int]] = (
             image = synthetic_image(1, 3, height, width).to(device)
             forms, preparing = make_forms(network, image)
             measured = measure(network, forms, image)
-            print(f'\n{name}, LR {height}x{width}')
+            print(f'\n{name}, LR {width}x{height} (width x height)')
             print(f'{"":44}{"time":>12}{"ratio":>8}{"beside float64: equal in 8 bits, PSNR":>40}')
             for form, row in measured.items():
                 ratio = measured[PUBLISHED].seconds / row.seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from lora_sr.cli.arguments import add_network_options, network_source, weighted
+from lora_sr.cli.arguments import add_network_options, network_source, tell_written, weighted
 
 if TYPE_CHECKING:
     from lora_sr.deploy.adapters import Pairs
@@ -84,7 +84,7 @@ def run_extract(args: argparse.Namespace) -> None:
     from lora_sr.deploy.adapters import extract_to_file
 
     print(extract_to_file(args.checkpoint, args.output, args.param_key, args.overwrite))
-    print(f'wrote {args.output}')
+    tell_written(args.output)
 
 
 def run_apply(args: argparse.Namespace) -> None:
@@ -92,7 +92,7 @@ def run_apply(args: argparse.Namespace) -> None:
     from lora_sr.deploy.adapters import apply_adapters
 
     print(apply_adapters(network_source(args, args.base), args.adapters, args.output, args.overwrite, _pairs(args)))
-    print(f'wrote {args.output}')
+    tell_written(args.output)
 
 
 def run_merge(args: argparse.Namespace) -> None:
@@ -100,7 +100,7 @@ def run_merge(args: argparse.Namespace) -> None:
     from lora_sr.deploy.adapters import merge_adapters
 
     print(merge_adapters(network_source(args, args.base), args.adapters, args.output, args.overwrite, _pairs(args)))
-    print(f'wrote {args.output}')
+    tell_written(args.output)
 
 
 def run_info(args: argparse.Namespace) -> None:

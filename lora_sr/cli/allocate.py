@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from lora_sr.cli.arguments import tell_written
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command to `lora-sr`."""
@@ -32,6 +34,6 @@ def run(args: argparse.Namespace) -> None:
 
     allocation = allocate(args.opt, args.budget, args.output, args.batches, args.max_rank, args.chart, args.overwrite)
     print(format_ranks(allocation))
-    print(f'wrote {args.output}')
+    tell_written(args.output)
     if args.chart:
-        print(f'wrote {args.chart}')
+        tell_written(args.chart)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, printable
 
 if TYPE_CHECKING:
     from lora_sr.checkpoints import NetworkSource
@@ -86,6 +86,11 @@ def add_force(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         '--force', action='store_true', help='put an adapter on another base than its own, or twice on one'
     )
+
+
+def tell_written(path: str | os.PathLike[str]) -> None:
+    """Print the name of a file that a command has written."""
+    print(f'wrote {printable(os.fspath(path))}')
 
 
 def network_source(args: argparse.Namespace, checkpoint: str | None) -> NetworkSource:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lora_sr.cli.arguments import add_network_options, by_name, named, network_source
+from lora_sr.cli.arguments import add_network_options, by_name, named, network_source, tell_written
 
 if TYPE_CHECKING:
     from lora_sr.checkpoints import NetworkSource, OpenedNetwork
@@ -60,6 +61,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument('--plot', metavar='FILE', help='draw PSNR over multiply-adds (.png, .svg, .pdf; matplotlib)')
     parser.add_argument('--picture', metavar='PNG', help='write details of all versions side by side')
     parser.add_argument('--overwrite', action='store_true', help='replace files that exist')
+    parser.add_argument(
+        '--skip-broken', action='store_true', help='leave out the images that cannot be used, and name them at the end'
+    )
     add_network_options(parser)
     parser.set_defaults(run=run)
 
@@ -84,10 +88,13 @@ def _network(args: argparse.Namespace, file: str) -> NetworkSource | OpenedNetwo
 
 def run(args: argparse.Namespace) -> None:
     """Compare, and print the table."""
+    from lora_sr.option_file import load_options
     from lora_sr.report.comparison import compare
     from lora_sr.report.tables import format_table
 
-    compare(
+    if args.options is not None:
+        load_options(args.options)  # what is wrong with it must not look like a file that it does not fit
+    comparison = compare(
         {name: _network(args, file) for name, file in by_name(args.networks).items()},
         {name: _folders(value) for name, value in by_name(args.sets).items()},
         rgb=args.rgb,
@@ -98,11 +105,14 @@ def run(args: argparse.Namespace) -> None:
         plot=args.plot,
         picture=args.picture,
         overwrite=args.overwrite,
+        skip_broken=args.skip_broken,
         on_table=lambda comparison: print(format_table(comparison), flush=True),
     )
     for file in (*(args.outputs or ()), args.plot, args.picture):
         if file:
-            print(f'wrote {file}')
+            tell_written(file)
+    if comparison.note:
+        print(f'lora-sr: note: {comparison.note}', file=sys.stderr)
 
 
 def _folders(value: str) -> tuple[str, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lora_sr.cli.arguments import by_name, named
+from lora_sr.cli.arguments import by_name, named, tell_written
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,4 +29,4 @@ def run(args: argparse.Namespace) -> None:
     from lora_sr.report.curves import draw_curves
 
     draw_curves(by_name(args.runs), args.output, args.dataset, args.metric)
-    print(f'wrote {args.output}')
+    tell_written(args.output)

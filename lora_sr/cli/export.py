@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source
+from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source, tell_written
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,4 +43,4 @@ def run(args: argparse.Namespace) -> None:
     export = getattr(exports, f'export_{args.format}')
     options = {'dtype': args.dtype} if args.format == 'onnx' else {}
     print(export(network_source(args, args.checkpoint), args.output, overwrite=args.overwrite, **options))
-    print(f'wrote {args.output}')
+    tell_written(args.output)

@@ -15,14 +15,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Callable, NoReturn
 
-from lora_sr.errors import InputError, import_basicsr, printable, shown
+from lora_sr.errors import InputError, import_basicsr, printable, sentences, shown
 
 if TYPE_CHECKING:
     from types import FrameType
 
 PREPARING, TRAINING = ('prepare', 'degrade'), ('inspect', 'allocate', 'pipelines')
 DEPLOYING, MEASURING = ('merge', 'adapter', 'upscale', 'export', 'submission'), ('compare', 'curves', 'bench')
-LONG_WORD = re.compile(r'\S{257,}')  # longer than the name of any file
 NEED_BASICSR = ('train', 'test', 'allocate')
 
 
@@ -30,7 +29,15 @@ class _Parser(argparse.ArgumentParser):
     """A parser that repeats what is wrong as part of its own line; sub-commands have one of the same class."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(LONG_WORD.sub(lambda word: shown(word[0]), printable(message)))
+        super().error(sentences(printable(message), ()))
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        for word in sys.argv[1:] if args is None else args:
+            if re.fullmatch('--[^=]+=--', word):  # of which argparse makes an empty list before Python 3.13
+                self.error(f'argument {word[:-3]}: expected one argument')
+        return super().parse_known_args(args, namespace)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,7 +87,7 @@ def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False, ar
         try:
             return run() or 0
         except InputError as error:
-            message, status = f'error: {_one_line_each(str(error), sys.argv[1:] if argv is None else argv)}', 2
+            message, status = f'error: {sentences(str(error), sys.argv[1:] if argv is None else argv)}', 2
         except BrokenPipeError:  # whoever read the output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
@@ -96,15 +103,6 @@ def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False, ar
     if not is_quiet:
         print(f'{prefix}{message}', file=sys.stderr, flush=True)
     return status
-
-
-def _one_line_each(message: str, argv: Sequence[str]) -> str:
-    """A message of a sentence a line, without what an argument or a name would make a line or a color of its own."""
-    for argument in [*argv, *(argument.partition('=')[2] for argument in argv)]:
-        if not argument.isprintable() and argument in message:
-            message = message.replace(argument, printable(argument))
-    lines = (printable(line) for line in message.split('\n'))
-    return '\n'.join(LONG_WORD.sub(lambda word: shown(word[0]), line) for line in lines)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source
+from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source, tell_written
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,4 +27,4 @@ def run(args: argparse.Namespace) -> None:
     from lora_sr.deploy.merge import merge_checkpoint
 
     print(merge_checkpoint(network_source(args, args.checkpoint), args.output, overwrite=args.overwrite))
-    print(f'wrote {args.output}')
+    tell_written(args.output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source
+from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source, tell_written
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,5 +43,5 @@ def run(args: argparse.Namespace) -> None:
     )
     print(report)
     for file in report.files:
-        print(f'wrote {Path(args.output, file)}')
+        tell_written(Path(args.output, file))
     print(f'\nTo paste into select_model in test_demo.py:\n\n{report.branch}', end='')

@@ -29,11 +29,12 @@ from lora_sr.checkpoints import NetworkLike, OpenedNetwork, open_network
 from lora_sr.deploy.own_source import write_own_source
 from lora_sr.deploy.submitted_networks import class_name_for, describe, submitted_state, write_source
 from lora_sr.errors import InputError
-from lora_sr.files import partial_folder
+from lora_sr.files import is_same_file, partial_folder, remove_abandoned, was_interrupted
 
 CHALLENGE_SCALE = 4
 TOLERANCE = 1e-6  # of the largest output, where outputs are not equal to the bit
 LARGEST_TEAM = 999
+STAGING = 'submission'  # within the name of the hidden folder in which the files are made
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._+-]{0,39}')
 # Batch, channels, height and width of the images on which the file is run.
 VERIFIED_SHAPES = ((1, 3, 17, 23), (1, 3, 41, 29), (2, 3, 31, 37))
@@ -197,7 +198,9 @@ def write_submission(
     code, weights = f'models/{stem}.py', f'model_zoo/{stem}.pth'
     branch_file, factsheet = f'{stem}_select_model.txt', f'{stem}_factsheet.md'
     files = (code, weights, branch_file, factsheet)
-    _check_folder(output, files, overwrite)
+    # Beside an output that was new, and within one that was there.
+    interrupted = was_interrupted([output.parent / STAGING, output / STAGING])
+    _check_folder(output, files, overwrite or interrupted)
     branch = _branch(team, name, stem, class_name, float(info.value_range))
     with _staging(output) as staging:
         for folder in ('models', 'model_zoo'):
@@ -290,7 +293,7 @@ def _check_folder(output: Path, files: tuple[str, ...], overwrite: bool) -> None
     if not output.exists() and not output.parent.is_dir():
         raise InputError(f'The folder {output.parent} of the output does not exist.')
     for file in files:
-        if (output / file).exists() and not overwrite:
+        if os.path.lexists(output / file) and not overwrite:
             raise InputError(
                 f'The output {output / file} exists: choose another folder, name or team, or allow it with --overwrite.'
             )
@@ -300,7 +303,8 @@ def _check_folder(output: Path, files: tuple[str, ...], overwrite: bool) -> None
 def _staging(output: Path) -> Iterator[Path]:
     """A folder on the disk of ``output`` that is gone afterwards, whatever happens."""
     try:
-        with partial_folder(output if output.is_dir() else output.parent, 'submission') as hidden:
+        remove_abandoned(output.parent, STAGING)
+        with partial_folder(output if output.is_dir() else output.parent, STAGING) as hidden:
             staging = hidden / 'submission'
             staging.mkdir()  # with the usual permissions; those of a partial folder are for its owner alone
             yield staging
@@ -354,10 +358,11 @@ def _put_in_place(staging: Path, output: Path, files: tuple[str, ...], overwrite
     if not output.exists():
         os.rename(staging, output)
         return
-    _check_folder(output, files, overwrite)
+    changed = tuple(file for file in files if not is_same_file(staging / file, output / file))
+    _check_folder(output, changed, overwrite)
     undo: list[Callable[[], object]] = []
     try:
-        for file in files:
+        for file in changed:
             target, former = output / file, staging / f'{file}.former'
             if not target.parent.exists():
                 target.parent.mkdir()

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from lora_sr.checkpoints import NetworkLike, load_network
 from lora_sr.errors import InputError
-from lora_sr.files import replacing, write_errors
+from lora_sr.files import identity, replacing, write_errors
 from lora_sr.images.encoding import Run, check_format, kinds_left_out, write_picture
 from lora_sr.images.formats import FORMATS, SUFFIXES, Picture, format_of, read_picture
 from lora_sr.runtime.upscaler import Upscaler
@@ -231,9 +231,9 @@ def _search(root: Path, output: Path) -> list[tuple[Path, Path]]:
 def _check_targets(jobs: list[Job], may_exist: bool) -> None:
     """Refuse to write over an input, in whatever way it is reached, and over others unless asked to."""
     existing = [job for job in jobs if os.path.lexists(job.target)]
-    sources = {_identity(job.source): job.source for job in jobs}
+    sources = {identity(job.source): job.source for job in jobs}
     for job in existing:
-        source = sources.get(_identity(job.target))
+        source = sources.get(identity(job.target))
         if source is not None:
             raise InputError(f'The output {job.target} is the input {source}: choose another output.')
         if job.target.is_dir():
@@ -244,15 +244,6 @@ def _check_targets(jobs: list[Job], may_exist: bool) -> None:
             f'The output {existing[0].target}{others}: choose another output, replace what is there with --overwrite, '
             'or go on with the rest with --skip-existing.'
         )
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file from others, under all its names; ``None`` for a link that leads nowhere."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from typing import Callable, TypeVar
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -28,14 +27,14 @@ from lora_sr.archs.complexity import (
 )
 from lora_sr.archs.info import refusal
 from lora_sr.checkpoints import NetworkLike, OpenedNetwork, open_network
-from lora_sr.data.sources import IMAGE_SUFFIXES, Source, find_sources, read_image
-from lora_sr.errors import InputError
-from lora_sr.files import check_output, write_whole
+from lora_sr.data.sources import IMAGE_SUFFIXES, Source, check_left_out, find_sources, name_images, read_image
+from lora_sr.errors import InputError, printable
+from lora_sr.files import check_output, identity, replacing_together, was_interrupted, write_errors
 from lora_sr.images.bicubic import bicubic_downscale, bicubic_upscale
 from lora_sr.report.cost import measure_peak_memory, measure_runtimes, ntire_score
 from lora_sr.report.fidelity import WINDOW, Fidelity, mean_fidelity, measure_fidelity
-from lora_sr.report.plot import PLOT_SUFFIXES, check_matplotlib, draw_comparison
-from lora_sr.report.tables import TABLE_SUFFIXES, Comparison, Cost, Row, write_table
+from lora_sr.report.plot import PLOT_SUFFIXES, check_matplotlib, encode_plot
+from lora_sr.report.tables import TABLE_SUFFIXES, Comparison, Cost, Row, encode_table
 from lora_sr.runtime.deployed import optimize
 from lora_sr.runtime.pixels import image_to_tensor, tensor_to_image
 
@@ -45,6 +44,7 @@ Result = TypeVar('Result')
 BICUBIC, ORIGINAL = 'bicubic', 'original'
 PATCH, ZOOM = 64, 3  # the picture shows patches of 64x64 pixels, each pixel 3x3
 READ_AHEAD = 2  # images that are read while the networks run
+WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass
@@ -75,6 +75,7 @@ def compare(
     plot: str | os.PathLike | None = None,
     picture: str | os.PathLike | None = None,
     overwrite: bool = False,
+    skip_broken: bool = False,
     on_table: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
     """Measure networks, and bicubic interpolation beside them, on sets of images.
@@ -98,6 +99,8 @@ def compare(
         plot: A picture to write: PSNR over multiply-adds. Needs matplotlib.
         picture: A PNG file to write: for every image a detail, in all versions beside the original.
         overwrite: Replace files that exist.
+        skip_broken: Leave out images that are damaged, too small or without a partner; the name of a set says how many
+            are left. Without it all of them are named and nothing is measured.
         on_table: Called with what is returned before any file is written, so that no failure to write loses it.
 
     Returns:
@@ -112,15 +115,25 @@ def compare(
     runtime = runtime or baseline is not None
     _check_request(networks, sets, rgb, runtime, baseline, size, plot, picture)
     files = [(picture, ('.png',)), (plot, PLOT_SUFFIXES), *((path, TABLE_SUFFIXES) for path in outputs or ())]
-    for path, suffixes in files:
-        if path is not None:
-            check_output(path, suffixes, overwrite)
+    written = {Path(path): suffixes for path, suffixes in files if path is not None}
+    may_exist = overwrite or was_interrupted(list(written))
+    for path, suffixes in written.items():
+        check_output(path, suffixes, may_exist)
     _check_distinct([path for path, _ in files if path is not None])
     contestants = {name: _read_contestant(name, file) for name, file in networks.items()}
     if plot is not None and not any(one.has_weights for one in contestants.values()):
         raise InputError(f'There is nothing to draw in {plot}: no network has weights.')
     scale = _common_scale(contestants)
-    sources = {name: _sources_of_set(name, gt, lr, scale) for name, (gt, lr) in sets.items()}
+    sources: dict[str, list[Source]] = {}
+    left_out: dict[str, str] = {}
+    for name, (gt, lr) in sets.items():
+        usable, misfits = _sources_of_set(name, gt, lr, scale, skip_broken)
+        left_out.update(misfits)
+        # In whatever form the table is kept, it says so.
+        sources[f'{name} ({len(usable)} of {len(usable) + len(misfits)})' if misfits else name] = usable
+    _check_inputs(
+        list(written), [path for of_set in sources.values() for one in of_set for path in (one.hr, *one.lr.values())]
+    )
 
     costs = {name: _count_costs(one.network, scale) for name, one in contestants.items()}
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -140,15 +153,20 @@ def compare(
         costs = _score(costs, baseline)
     rows = [Row(BICUBIC, None, quality[BICUBIC])] if sets else []
     rows += [Row(name, costs[name], quality[name]) for name in networks]
-    comparison = Comparison(rows, scale, baseline, conditions)
+    total = len(left_out) + sum(map(len, sources.values()))
+    note = name_images(left_out.values(), total, 'left out') if left_out else None
+    comparison = Comparison(rows, scale, baseline, conditions, note)
     if on_table is not None:
         on_table(comparison)
-    for path in outputs or ():
-        write_table(comparison, path)
+    contents = {Path(path): encode_table(comparison, Path(path).suffix) for path in outputs or ()}
     if plot is not None:
-        draw_comparison(comparison, plot)
+        contents[Path(plot)] = encode_plot(comparison, Path(plot).suffix)
     if picture is not None:
-        write_whole(picture, cv2.imencode('.png', np.concatenate(strips))[1].tobytes())
+        contents[Path(picture)] = cv2.imencode('.png', np.concatenate(strips))[1].tobytes()
+    with replacing_together(list(contents), overwrite) as partials:
+        for (path, content), partial in zip(contents.items(), partials):
+            with write_errors(path):
+                partial.write_bytes(content)
     return comparison
 
 
@@ -186,6 +204,9 @@ def _check_request(
     plot: str | os.PathLike | None,
     picture: str | os.PathLike | None,
 ) -> None:
+    for name in (*networks, *sets):
+        if not name.isprintable():
+            raise InputError(f'Names must be printable, got "{printable(name)}".')
     for name in (BICUBIC, ORIGINAL):
         if name in networks:
             raise InputError(f'"{name}" is the name of another row or picture: give the network another name.')
@@ -194,7 +215,7 @@ def _check_request(
     if size is not None and not runtime:
         raise InputError('The size of the input is for measuring the runtime: ask for that too, with --runtime.')
     if size is not None and min(size) < 1:
-        raise InputError(f'The size of the input is {size[0]}x{size[1]}: both have to be at least 1.')
+        raise InputError(f'The size of the input must be at least 1x1, got {size[1]}x{size[0]} (width x height).')
     for what, wanted in (('RGB', rgb), ('plot', plot), ('picture', picture)):
         if wanted and not sets:
             raise InputError(f'{what} was asked for, but no set of images is given: name one with --set.')
@@ -209,6 +230,13 @@ def _check_distinct(paths: list[str | os.PathLike]) -> None:
         if real in seen:
             raise InputError(f'The output {path} is given twice: give each output its own file.')
         seen.add(real)
+
+
+def _check_inputs(outputs: list[Path], inputs: list[Path]) -> None:
+    known = set(map(identity, inputs))
+    for path in outputs:
+        if path.exists() and identity(path) in known:
+            raise InputError(f'The output {path} is an image of a set: choose another output.')
 
 
 def _read_contestant(name: str, source: NetworkLike | OpenedNetwork) -> _Contestant:
@@ -241,8 +269,10 @@ def _common_scale(contestants: dict[str, _Contestant]) -> int:
     return next(iter(scales.values()))
 
 
-def _sources_of_set(name: str, gt: str | os.PathLike, lr: str | os.PathLike | None, scale: int) -> list[Source]:
-    """The images of a set, whose sizes fit the scale."""
+def _sources_of_set(
+    name: str, gt: str | os.PathLike, lr: str | os.PathLike | None, scale: int, skip_broken: bool
+) -> tuple[list[Source], dict[str, str]]:
+    """The images of a set that can be used, and why others cannot, path -> sentence."""
     known: dict[str, Path] = {}
     for path in sorted(
         path for path in Path(gt).glob('[!.]*') if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
@@ -252,29 +282,32 @@ def _sources_of_set(name: str, gt: str | os.PathLike, lr: str | os.PathLike | No
             raise InputError(
                 f'{other} and {path.name} of the set "{name}" have one name: rename or remove one of them.'
             )
-    sources = find_sources([gt], [scale], None if lr is None else [lr])
-    for source in sources:
-        height, width = (length // scale for length in _size_of(source.hr))
-        if min(height, width) * scale < 2 * scale + WINDOW:
-            raise InputError(
-                f'{source.hr} is too small: within a border of {scale} pixels, SSIM needs {WINDOW} each way.'
-            )
-        if scale in source.lr and _size_of(source.lr[scale]) != (height, width):
-            there = _size_of(source.lr[scale])
-            raise InputError(
-                f'{source.lr[scale]} of the set "{name}" has {there[1]}x{there[0]} pixels, where x{scale}, the scale '
-                f'of the networks, wants {width}x{height} for {source.hr.name}.'
-            )
-    return sources
+    left_out: dict[str, str] = {}
+    sources = find_sources([gt], [scale], None if lr is None else [lr], misfits=left_out)
+    total = len(sources) + len(left_out)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for source, reason in zip(sources, pool.map(lambda source: _misfit(name, source, scale), sources)):
+            if reason is not None:
+                left_out[str(source.hr)] = reason
+    check_left_out(left_out, total, skip_broken)
+    return [source for source in sources if str(source.hr) not in left_out], left_out
 
 
-def _size_of(path: Path) -> tuple[int, int]:
-    """Height and width of an image, from its head where that tells."""
+def _misfit(name: str, source: Source, scale: int) -> str | None:
+    """Why an image, which is decoded for it, cannot be used; no image is missed when the networks run."""
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception:  # Pillow has many names for a file that it does not like; ours says what is wrong with it
-        return read_image(path).shape[:2]
+        height, width = (length // scale for length in read_image(source.hr).shape[:2])
+        there = read_image(source.lr[scale]).shape[:2] if scale in source.lr else (height, width)
+    except InputError as error:
+        return str(error)
+    if min(height, width) * scale < 2 * scale + WINDOW:
+        return f'{source.hr} is too small: within a border of {scale} pixels, SSIM needs {WINDOW} each way.'
+    if there != (height, width):
+        return (
+            f'{source.lr[scale]} of the set "{name}" has {there[1]}x{there[0]} pixels, where x{scale}, the scale '
+            f'of the networks, wants {width}x{height} for {source.hr.name}.'
+        )
+    return None
 
 
 def _count_costs(network: nn.Module, scale: int) -> Cost:
@@ -312,9 +345,8 @@ def _measure_set(
         measures = measure_fidelity(versions.versions, versions.original, scale, rgb)
         return measures, _strip({**versions.versions, ORIGINAL: versions.original}) if with_strips else None
 
-    workers = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        found = list(tqdm(_ahead(pool, judge, run(pool), workers), name, len(sources), leave=False, disable=None))
+    with ThreadPoolExecutor(WORKERS) as pool:
+        found = list(tqdm(_ahead(pool, judge, run(pool), WORKERS), name, len(sources), leave=False, disable=None))
     names = (BICUBIC, *networks)
     means = {key: mean_fidelity([measures[key] for measures, _ in found]) for key in names}
     return means, [strip for _, strip in found if strip is not None]
@@ -349,7 +381,7 @@ def _measure_costs(
         for name, cost in costs.items()
     }
     where = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-    return costs, f'input {height}x{width}, batch 1, float32, {where}, torch {torch.__version__}'
+    return costs, f'input {width}x{height} (width x height), batch 1, float32, {where}, torch {torch.__version__}'
 
 
 def _score(costs: dict[str, Cost], baseline: str) -> dict[str, Cost]:

@@ -153,7 +153,7 @@ def _cpu_memory(network: nn.Module, height: int, width: int) -> int:
     if process.returncode:
         reason = (process.stderr.decode(errors='replace').strip().splitlines() or ['it was ended'])[-1]
         raise InputError(
-            f'The peak memory of {type(network).__name__} cannot be measured with an input of {height}x{width} pixels '
+            f'The peak memory of {type(network).__name__} cannot be measured with an input of {width}x{height} pixels '
             f'(status {process.returncode}: {reason}); a smaller input may do.'
         )
     weights = sum(value.numel() * value.element_size() for value in network.state_dict().values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_sr.errors import InputError
+from lora_sr.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -137,7 +139,9 @@ def draw_curves(
         InputError: As :func:`plot_curves`; or a picture that cannot be written.
     """
     figure = plot_curves(runs, datasets, metric)
+    picture = io.BytesIO()
     try:
-        figure.savefig(output)
-    except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix that it does not know
+        figure.savefig(picture, format=Path(output).suffix[1:] or None)
+    except ValueError as error:  # a suffix that matplotlib does not know
         raise InputError(f'The picture {output} cannot be written: {error}.') from None
+    write_whole(output, picture.getvalue())

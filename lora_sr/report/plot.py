@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_sr.errors import InputError
-from lora_sr.files import write_whole
 from lora_sr.report.tables import Comparison
 
 if TYPE_CHECKING:
@@ -69,16 +66,12 @@ def plot_comparison(comparison: Comparison) -> Figure:
     return figure
 
 
-def draw_comparison(comparison: Comparison, output: str | os.PathLike) -> None:
-    """Write the figure of :func:`plot_comparison`.
-
-    Args:
-        comparison: As for :func:`plot_comparison`.
-        output: Picture to write, ``.png``, ``.svg`` or ``.pdf``.
+def encode_plot(comparison: Comparison, suffix: str) -> bytes:
+    """The bytes of the figure of :func:`plot_comparison`; the suffix, ``.png``, ``.svg`` or ``.pdf``, says how.
 
     Raises:
-        InputError: As :func:`plot_comparison`; or the picture cannot be written. No half-written file is left behind.
+        InputError: As :func:`plot_comparison`.
     """
     data = io.BytesIO()
-    plot_comparison(comparison).savefig(data, format=Path(output).suffix[1:], dpi=150)
-    write_whole(output, data.getvalue())
+    plot_comparison(comparison).savefig(data, format=suffix[1:], dpi=150)
+    return data.getvalue()

@@ -7,11 +7,8 @@ import html
 import io
 import json
 import math
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from lora_sr.files import write_whole
 from lora_sr.report.fidelity import Fidelity
 from lora_sr.report.text import align
 
@@ -62,13 +59,15 @@ class Row:
 class Comparison:
     """The table: its rows, the scale of the networks, and what runtime and memory were measured under.
 
-    ``baseline`` is the name of the network that scores are relative to, ``conditions`` says size, type and device.
+    ``baseline`` is the name of the network that scores are relative to, ``conditions`` says size, type and device, and
+    ``note`` which images were left out, if any.
     """
 
     rows: list[Row]
     scale: int
     baseline: str | None = None
     conditions: str | None = None
+    note: str | None = None
 
     @property
     def sets(self) -> list[str]:
@@ -142,18 +141,9 @@ def format_json(comparison: Comparison) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + '\n'
 
 
-def write_table(comparison: Comparison, path: str | os.PathLike) -> None:
-    """Write the table; the suffix of the file says how.
-
-    Args:
-        comparison: The table.
-        path: ``.md``, ``.csv`` or ``.json``.
-
-    Raises:
-        InputError: It cannot be written. No half-written file is left behind.
-    """
-    form = dict(zip(TABLE_SUFFIXES, (format_markdown, format_csv, format_json)))[Path(path).suffix]
-    write_whole(path, form(comparison).encode())
+def encode_table(comparison: Comparison, suffix: str) -> bytes:
+    """The bytes of a file with the table; its suffix, ``.md``, ``.csv`` or ``.json``, says how."""
+    return dict(zip(TABLE_SUFFIXES, (format_markdown, format_csv, format_json)))[suffix](comparison).encode()
 
 
 def _cells(comparison: Comparison) -> list[list[str]]:

@@ -204,7 +204,7 @@ def test_runtime_memory_and_score(monkeypatch, tmp_path, span):
     assert (small.runtime, small.optimized, small.memory, wide.runtime) == (0.003, 0.001, 5_000_000, 0.004)
     expected = ntire_score((3, small.flops, small.parameters), (4, wide.flops, wide.parameters))
     assert small.score == pytest.approx(expected) and wide.score == pytest.approx(math.e**2)
-    assert 'input 20x30' in comparison.conditions
+    assert 'input 30x20 (width x height)' in comparison.conditions
     header, line, *notes = format_table(comparison).splitlines()
     assert re.split(' {2,}', header.strip())[-4:] == ['runtime', 'optimized', 'peak memory', 'NTIRE score']
     assert re.split(' {2,}', line)[-4:-1] == ['3.00 ms', '1.00 ms', '5.0 MB']
@@ -306,7 +306,7 @@ def files_for_mistakes(folder, span):
         (['bicubic={x3.pth}'], '"bicubic" is the name of another row'),
         (['--baseline', 'c'], 'The baseline "c" is none of the networks, which are a.'),
         (['--size', '20', '20'], 'ask for that too, with --runtime'),
-        (['--runtime', '--size', '0', '20'], 'The size of the input is 0x20'),
+        (['--runtime', '--size', '0', '20'], 'The size of the input must be at least 1x1, got 20x0 (width x height)'),
         (['--picture', '{a.png}'], 'picture was asked for, but no set of images is given'),
         (['--set=A={gt}', '--picture', '{a.jpg}'], 'a.jpg must end in .png'),
         (['--set=A={gt}', '-o', '{a.txt}'], 'a.txt must end in .md or .csv or .json'),
@@ -344,6 +344,53 @@ def test_overwrite_and_damage(span, tmp_path):
     with pytest.raises(InputError, match='1.png is damaged'):
         compare({'a': span}, {'A': (gt, None)}, outputs=[tmp_path / 'new.md'])
     assert not (tmp_path / 'new.md').exists()
+
+
+def test_broken_images_are_all_named_or_left_out(span, tmp_path, capsys):
+    gt = write_images(tmp_path / 'gt', [(40, 48), (42, 48), (8, 8), (44, 50)])
+    lr = write_images(tmp_path / 'lr', [(20, 24), (20, 24), (4, 4), (22, 25)], seed=1)
+    write_images(tmp_path / 'good', [(40, 48)])
+    (gt / '3.png').write_bytes((gt / '3.png').read_bytes()[:-100])
+    write_images(tmp_path / 'more', [(40, 48)])
+    (tmp_path / 'more/0.png').rename(gt / 'lonely.png')
+    command = ['compare', f'a={span}', f'--set=A={gt},{lr}', '-o', str(tmp_path / 't.csv')]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert 'error: 4 of 5 images cannot be used, which --skip-broken leaves out: ' in told
+    for words in (
+        'lonely.png has no LR image',
+        '1.png of the set "A" has 24x20 pixels',
+        '2.png is too small',
+        '3.png is',
+    ):
+        assert words in told
+    assert main([*command, '--skip-broken']) == 0
+    assert 'note: 4 of 5 images left out: ' in capsys.readouterr().err
+    assert 'A (1 of 5)' in (tmp_path / 't.csv').read_text()
+    for folder in (gt, lr):
+        for path in folder.iterdir():
+            if path.name != '0.png':
+                path.unlink()
+    left, alone = compare({'a': span}, {'A': (gt, lr)}), (tmp_path / 't.csv').read_text()
+    assert str(left.rows[1].quality['A'].psnr) in alone
+
+
+@pytest.mark.parametrize('wrong', ['picture', 'plot', 'table'])
+def test_images_of_a_set_are_not_written_over(span, tmp_path, wrong):
+    gt = write_images(tmp_path / 'gt', [(40, 48)])
+    before = (gt / '0.png').read_bytes()
+    link = tmp_path / {'picture': 'a.png', 'plot': 'a.png', 'table': 'a.md'}[wrong]
+    link.symlink_to(gt / '0.png')
+    output = {'outputs': [link]} if wrong == 'table' else {wrong: link}
+    with pytest.raises(InputError, match='is an image of a set: choose another output'):
+        compare({'a': span}, {'A': (gt, None)}, overwrite=True, **output)
+    assert (gt / '0.png').read_bytes() == before
+
+
+def test_an_option_file_that_cannot_be_read_is_told(span, tmp_path, capsys):
+    """And not that the checkpoint does not fit it, which is no mistake."""
+    assert main(['compare', f'a={span}', '-opt', str(tmp_path / 'lost.yml')]) == 2
+    assert 'lost.yml cannot be read: No such file or directory' in capsys.readouterr().err
 
 
 def test_values_that_are_not_finite_are_not_rated(tmp_path, span, capsys):

@@ -21,7 +21,7 @@ from lora_sr.basicsr.patches.samples import patch_create_train_val_dataloader
 from lora_sr.basicsr.patches.tools import is_defective, patch, replace_everywhere, swapped
 from lora_sr.checkpoints.content import forget, remember
 from lora_sr.checkpoints.imports import import_modules
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, sentences
 from lora_sr.option_file import OptionDumper, OptionLoader, apply_overrides, load_options
 
 CHECK_VARIABLE = 'LORA_SR_CHECK'  # 0 in the environment switches the check off
@@ -47,7 +47,7 @@ def mistakes(mode: str) -> Iterator[None]:
 def tell(error: Exception) -> None:
     """Print a mistake, an ``error: …`` for each of its lines, in the first process of each machine."""
     if int(os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', 0))) == 0:
-        for line in str(error).splitlines():
+        for line in sentences(str(error), sys.argv[1:]).split('\n'):
             print(f'error: {line}', file=sys.stderr, flush=True)
 
 

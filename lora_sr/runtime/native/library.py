@@ -26,7 +26,7 @@ from typing import BinaryIO
 import torch
 
 from lora_sr.errors import printable
-from lora_sr.files import partial_folder
+from lora_sr.files import partial_folder, remove_abandoned
 
 LOG = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ def _kept_or_compiled(compiler: list[str]) -> ctypes.CDLL:
     parts = [SOURCE.read_text(encoding='utf-8'), *FLAGS, *_openmp(), machine]
     key = hashlib.sha256('\0'.join(parts).encode(errors='surrogateescape')).hexdigest()[:HASH_DIGITS]
     folder = _cache(key)
+    remove_abandoned(folder, 'kernels')
     for library in _kept(folder, key):
         if _is_whole(library):
             with contextlib.suppress(OSError):

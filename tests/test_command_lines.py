@@ -1,0 +1,89 @@
+"""Command lines with a wrong value in each place: a sentence for each, and nothing that is not asked for."""
+
+import os
+import re
+import time
+
+import pytest
+from tiny_commands import write_inputs
+
+from lora_sr.cli.main import build_parser, main
+
+LINES = {
+    'prepare': 'prepare images --lr lq -o {out} --scale 2 --size 24 --step 12 --threshold 0 --workers 1',
+    'degrade': 'degrade images -o {out} --scale 2 --seed 1 --workers 1',
+    'inspect': 'inspect base.pth --param-key params --adapter a.safetensors=0.5',
+    'allocate': 'allocate -opt adapt.yml --budget 20% --batches 1 --max-rank 2 -o {out}/new.yml --chart {out}/c.png',
+    'merge': 'merge lora.pth -o {out}/m.pth --param-key params',
+    'extract': 'adapter extract lora.pth -o {out}/a.safetensors',
+    'apply': 'adapter apply base.pth a.safetensors=1 -o {out}/a.pth',
+    'adapter': 'adapter merge base.pth a.safetensors=0.5 -o {out}/m.safetensors',
+    'info': 'adapter info a.safetensors',
+    'upscale': 'upscale images -m base.pth -o {out} --tile 64 --dtype float32 --format png --quality 90',
+    'chainner': 'export chainner base.pth -o {out}/c.pth',
+    'torchscript': 'export torchscript base.pth -o {out}/c.pt',
+    'submission': 'submission -m base.pth --team 7 --name Tiny -o {out}',
+    'compare': 'compare a=base.pth --set s=images,lq -o {out}/t.md --picture {out}/p.png -opt adapt.yml',
+    'curves': 'curves run=run -o {out}/c.png --metric psnr --dataset val',
+    'bench': 'bench runtime --size 8 8',
+    'affinity': 'bench affinity --size 8',
+    'train': 'train -opt adapt.yml --force_yml name=other',
+}
+WRONG = (
+    '', '-1', '0', '2147483648', '1e309', 'nan', '\x1b[31mred\nerror: forged', 'x' * 5000, '\udcff\udcfe', '--',
+    '/dev/null', '.', '~', 'nowhere/file', '/dev/full', 'pipe', 'run', 'a=b=c', '{out}', 'base.pth', 'lq',
+)  # fmt: skip
+LONGEST = 300
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    write_inputs(tmp_path / 'inputs')
+    os.mkfifo(tmp_path / 'inputs/pipe')
+    return tmp_path / 'inputs'
+
+
+def values(line):
+    """Places of a command line whose values can be wrong."""
+    words = line.split()
+    first = 2 if words[0] in ('adapter', 'export', 'bench') else 1
+    return [place for place in range(first, len(words)) if not words[place].startswith('-')]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', LINES)
+def test_wrong_values(inputs, tmp_path, monkeypatch, capfd, name):
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr('lora_sr.deploy.submission._verify', lambda *args: 0.0)  # a process that takes seconds
+    before = {path: path.read_bytes() for path in inputs.rglob('*') if path.is_file()}
+    cases = [(place, wrong) for place in values(LINES[name]) for wrong in WRONG]
+    for number, (place, wrong) in enumerate(cases):
+        out = tmp_path / str(number)
+        out.mkdir()
+        words = LINES[name].split()
+        words[place] = wrong
+        argv = [word.replace('{out}', str(out)) for word in words]
+        start = time.perf_counter()
+        try:
+            status = main(argv)
+        except SystemExit as error:  # of argparse
+            status = error.code
+        told = capfd.readouterr()
+        case = (argv, status, told.err[-2000:])
+        assert status in (0, 1, 2), case
+        assert time.perf_counter() - start < 20, case
+        errors = [line for line in told.err.splitlines() if 'error: ' in line]
+        assert status == 0 or 1 <= len(errors) <= 21, case
+        assert 'Traceback' not in told.err and all(
+            len(part) <= LONGEST for line in errors for part in line.split('; ')
+        ), case
+        assert re.fullmatch(r'[\n\r\t -~\u00a0-\U0010ffff]*', told.err + told.out), case
+        assert not any(line.startswith('error: forged') for line in (told.err + told.out).splitlines()), case
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_every_command_is_tried():
+    """Of those that only measure, two."""
+    parser = build_parser()
+    (commands,) = (action.choices for action in parser._actions if action.dest == 'command')
+    assert {line.split()[0] for line in LINES.values()} == set(commands) - {'test'}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lora_sr.archs.info import NetworkInfo
 from lora_sr.archs.reparam import Foldable, bias_of
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
 
 
 class BSConvU(nn.Module):
@@ -178,6 +178,7 @@ def make_upsampler(channels: int, out_channels: int, upscale: int) -> nn.Sequent
 # The names are those of the authors' option files.
 CONVS = {'BSConvU': BSConvU, 'BSConvU_idt': BSConvU_idt, 'BSConvU_rep': BSConvU_rep}
 UPSAMPLERS = {'pixelshuffledirect': make_upsampler, 'pixelshuffle_rep': RepUpsampler}
+LARGEST_DEPTH = 200  # of what a state dict tells of: torch looks through all of it for each block
 
 
 class LKDN(nn.Module):
@@ -225,12 +226,12 @@ class LKDN(nn.Module):
         }
         for key, value in numbers.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f'"{key}" of LKDN is {value!r}: it must be an integer of at least 1.')
+                raise InputError(f'"{key}" of LKDN is {shown(repr(value))}: it must be an integer of at least 1.')
         if num_feat % 2:
             raise InputError(f'"num_feat" of LKDN is {num_feat}: it must be even, as half of it is distilled.')
         for key, name, known in (('conv', conv, list(CONVS)), ('upsampler', upsampler, list(UPSAMPLERS))):
             if name not in known:
-                raise InputError(f'"{key}" of LKDN is {name!r}: it must be one of {", ".join(known)}.')
+                raise InputError(f'"{key}" of LKDN is {shown(repr(name))}: it must be one of {", ".join(known)}.')
         self.num_in, self.num_block, self.upscale = num_in, num_block, upscale
         self.num_feat, self.num_atten = num_feat, num_atten
         self.num_in_ch, self.num_out_ch = num_in_ch, num_out_ch
@@ -300,6 +301,9 @@ def build_lkdn(state: Mapping[str, Tensor]) -> LKDN:
             f'it is no LKDN for RGB images, with 3 channels in and out: fea_conv.pw takes {inputs}, which should be a '
             f'multiple of 3, and the upsampler convolves to {outputs}, which should be 3 times the square of a scale.'
         )
+    blocks = {key.split('.')[0] for key in state if re.match(r'B\d+\.', key)}
+    if len(blocks) > LARGEST_DEPTH:
+        raise InputError(f'it is no LKDN: its blocks must be at most {LARGEST_DEPTH}, got {len(blocks):,}.')
     conv = 'BSConvU'
     if 'B1.c1_r.rep1x1.weight' in state:
         conv = 'BSConvU_rep'
@@ -308,7 +312,7 @@ def build_lkdn(state: Mapping[str, Tensor]) -> LKDN:
     return LKDN(
         num_feat=state['c1.weight'].shape[0],
         num_atten=state['B1.atten.pointwise.weight'].shape[0],
-        num_block=len({key.split('.')[0] for key in state if re.match(r'B\d+\.', key)}),
+        num_block=len(blocks),
         upscale=upscale,
         num_in=inputs // 3,
         conv=conv,

@@ -14,7 +14,9 @@ from lora_sr.adapters import Adapter, describe_misfit, parse_adapter
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint, is_state_dict
 from lora_sr.checkpoints.content import without_module_prefix
 from lora_sr.checkpoints.origin import SHOWN, Origin, adapter_fingerprint, fingerprint
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
+
+SHOWN_MISFIT = 180  # letters of why an adapter does not fit
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,12 @@ class AdapterFile:
         misfit = describe_misfit(self.adapter, base)
         if misfit:
             hint = ' (the base has branches, which `lora-sr merge` folds)' if has_branches else ''
-            raise InputError(f'The adapter {self.path} does not fit the base {name}: {misfit}{hint}.')
+            raise InputError(
+                f'The adapter {self.path} does not fit the base {name}: {shown(misfit, SHOWN_MISFIT)}{hint}.'
+            )
         for key, value in self.adapter.tensors.items():
             if not value.isfinite().all():
-                raise InputError(f'The adapter {self.path} has values that are not finite, in {key}.')
+                raise InputError(f'The adapter {self.path} has values that are not finite, in {shown(key)}.')
 
     def check_base(
         self,

@@ -19,8 +19,9 @@ from lora_sr.errors import InputError, shown
 LONGEST_NAME = 512
 # Tied weights have several names, and a view may repeat values: what a file holds stands for so many times as much.
 LARGEST_REPEAT = 16
-SMALL_BYTES = 3 * 2**28  # and more than VGG19 has
+SMALL_BYTES = 2**27  # merging makes several copies of each
 FEW_VALUES, FEW_TENSORS = 10**6, 1000
+MOST_TENSORS = 10_000  # torch looks through those of a module again for each part of it
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(getattr(torch, name) for name in ('float8_e4m3fn', 'float8_e5m2') if hasattr(torch, name)),  # since torch 2.1
@@ -28,8 +29,13 @@ DTYPES = (
 )
 
 
-def check_content(content: Mapping[Any, Any], path: object) -> None:
+def check_content(content: Mapping[Any, Any], path: object, size: int) -> None:
     """Check what a file holds, before anything is made of it: names, and the tensors of its state dicts.
+
+    Args:
+        content: What it holds.
+        path: The file, for messages.
+        size: How many bytes it has.
 
     Raises:
         InputError: A name is no text, too long or not printable; or a tensor has a layout or a type that weights have
@@ -40,7 +46,7 @@ def check_content(content: Mapping[Any, Any], path: object) -> None:
         tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
         if tensors and len(tensors) == len(values):
             _check_names(values, path)
-            _check_tensors(tensors, path)
+            _check_tensors(tensors, path, size)
 
 
 def _check_names(values: Mapping[Any, Any], path: object) -> None:
@@ -52,26 +58,30 @@ def _check_names(values: Mapping[Any, Any], path: object) -> None:
             )
 
 
-def _check_tensors(state: Mapping[str, Tensor], path: object) -> None:
+def _check_tensors(state: Mapping[str, Tensor], path: object, size: int) -> None:
     claimed, held = 0, {}
     for name, value in state.items():
         if value.layout is not torch.strided or value.is_nested or value.is_quantized:
             kind = 'nested' if value.is_nested else str(value.dtype if value.is_quantized else value.layout)
             kind = kind.replace('torch.', '')
-            raise InputError(f'the checkpoint {path} cannot be used: {name} must be a dense tensor, got {kind}')
+            raise InputError(f'the checkpoint {path} cannot be used: {shown(name)} must be a dense tensor, got {kind}')
         if value.dtype not in DTYPES:
             raise InputError(
-                f'the checkpoint {path} cannot be used: {name} must be of a type that weights have, got {value.dtype}'
+                f'the checkpoint {path} cannot be used: {shown(name)} must be of a type that weights have, got '
+                f'{value.dtype}'
             )
         if value.device.type == 'meta':
-            raise InputError(f'the checkpoint {path} cannot be used: {name} must have values, got none (device meta)')
+            raise InputError(
+                f'the checkpoint {path} cannot be used: {shown(name)} must have values, got none (device meta)'
+            )
         claimed += value.numel() * value.element_size()
         held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-    if claimed > LARGEST_REPEAT * sum(held.values()) + SMALL_BYTES:
+    # A pickle may also make memory with nothing in it.
+    if claimed > LARGEST_REPEAT * min(sum(held.values()), size) + SMALL_BYTES:
         largest = max(state, key=lambda name: state[name].numel())
         raise InputError(
-            f'the checkpoint {path} is damaged: its tensors must have the values that it holds, got {largest} of shape '
-            f'{shown(str(tuple(state[largest].shape)))}'
+            f'the checkpoint {path} is damaged: its tensors must have the values that it holds, got {shown(largest)} '
+            f'of shape {shown(str(tuple(state[largest].shape)))}'
         )
 
 
@@ -84,8 +94,10 @@ def bounded(state: Mapping[str, Tensor], factor: int) -> Iterator[None]:
         factor: How many times its values, and its tensors, all that is built may have.
 
     Raises:
-        InputError: The network is larger.
+        InputError: The network is larger, or the state dict has more tensors than any network.
     """
+    if len(state) > MOST_TENSORS:
+        raise InputError(f'the state dict of a network must have at most {MOST_TENSORS:,} tensors, got {len(state):,}')
     values = factor * sum(value.numel() for value in state.values()) + FEW_VALUES
     sentence = 'the network that its names and shapes tell of must have about the values that are in it, got far more'
     with at_most(values, factor * len(state) + FEW_TENSORS, sentence):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import nn
 from lora_sr.archs import AdaptSR
 from lora_sr.archs.registry import OWN, Arch, find_arch, known_archs
 from lora_sr.checkpoints.bounds import at_most
-from lora_sr.checkpoints.imports import IMPORTED
-from lora_sr.errors import InputError, MissingBasicSR, did_you_mean
+from lora_sr.checkpoints.imports import IMPORTED, reason_of
+from lora_sr.errors import InputError, MissingBasicSR, did_you_mean, shown
 
 # Long before it fills the memory, or takes for ever.
 MOST_VALUES, MOST_TENSORS = 2 * 10**9, 100_000
+SHOWN = 80  # letters of a list of names
 TOO_LARGE = f'the network must have at most {MOST_VALUES:,} values in {MOST_TENSORS:,} tensors, got more'
 
 
@@ -49,13 +50,13 @@ def construct(arch: Arch, section: Mapping[str, Any], where: str) -> nn.Module:
     except InputError as error:
         raise InputError(f'{where}: {error}') from None
     except Exception as error:  # whatever a constructor, also one of others, makes of wrong values
-        reason = f': {str(error).splitlines()[0]}' if str(error) else ''
+        reason = reason_of(error)
         is_ours = arch.__module__.startswith(('lora_sr.', 'basicsr.'))  # others' may fetch things
         with torch.device('meta'):
             key = refused_key(arch, arguments) if is_ours else None
         if key is not None:
-            sentence = f'{where}.{key}: {section["type"]} cannot be built with {arguments[key]!r}{reason}'
-            raise InputError(sentence) from error
+            value = shown(repr(arguments[key]))
+            raise InputError(f'{where}.{key}: {section["type"]} cannot be built with {value}{reason}') from error
         raise InputError(f'{where}: {section["type"]} cannot be built from these values{reason}') from error
 
 
@@ -79,21 +80,26 @@ def base_section(section: Mapping[str, Any]) -> Mapping[str, Any]:
 def _check_section(section: object, where: str) -> tuple[Arch, Mapping[str, Any]]:
     """Check the type and the keys of a section. Returns what it names, and the section."""
     if not isinstance(section, Mapping):
-        raise InputError(f'{where} has to be a section of keys, not {section!r}')
+        raise InputError(f'{where} has to be a section of keys, not {shown(repr(section))}')
     name = section.get('type')
     if not isinstance(name, str):
-        raise InputError(f'{where}.type is missing' if name is None else f'{where}.type has to be a name, not {name!r}')
-    arch, known = _find(name)
+        wrong = 'is missing' if name is None else f'has to be a name, not {shown(repr(name))}'
+        raise InputError(f'{where}.type {wrong}')
+    arch, known = find_known(name)
     if arch is None:
-        hint = f'{did_you_mean(name, known)} (--import, or imports in the option file, teaches a network of your own)'
-        raise InputError(f"{where}.type: there is no network '{name}'; {hint}")
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = did_you_mean(name, known) if near else f'known are {_some(sorted(known))}'
+        raise InputError(
+            f"{where}.type: there is no network '{shown(name, 40)}'; {hint} (--import, or imports in the option file, "
+            'teaches a network of your own)'
+        )
     _check_arguments(where, arch, {key: value for key, value in section.items() if key != 'type'})
     if arch is AdaptSR:
         _check_section(section['base'], f'{where}.base')  # whose mistakes are told by their own names
     return arch, section
 
 
-def _find(name: str) -> tuple[Arch | None, Mapping[str, Arch]]:
+def find_known(name: str) -> tuple[Arch | None, Mapping[str, Arch]]:
     """The network of that name, and all that there are: without BasicSR, this package's and imported modules'."""
     if name == AdaptSR.__name__:
         return AdaptSR, {}
@@ -116,8 +122,14 @@ def _check_arguments(where: str, arch: Any, arguments: Mapping[str, Any]) -> Non
     for key in arguments:
         if key not in named and not takes_any:
             near = difflib.get_close_matches(str(key), [other for other in named if other not in arguments], n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f'the keys here are {", ".join(named)}'
-            raise InputError(f'{where}.{key} is not a known key; {hint}')
+            hint = f"did you mean '{near[0]}'?" if near else f'the keys here are {_some(named)}'
+            raise InputError(f'{where}.{shown(str(key))} is not a known key; {hint}')
     for key in named:
         if parameters[key].default is inspect.Parameter.empty and key not in arguments:
             raise InputError(f'{where}.{key} is missing')
+
+
+def _some(names: Iterable[str]) -> str:
+    """Names as a list, which ends early where it is long."""
+    text = ', '.join(names)
+    return text if len(text) <= SHOWN else f'{text[:SHOWN].rpartition(", ")[0]}, …'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_sr.adapters import is_lora_key
+from lora_sr.checkpoints.archive import check_archive
 from lora_sr.checkpoints.bounds import check_content
 from lora_sr.checkpoints.origin import KEY, Origin
 from lora_sr.errors import InputError, shown
@@ -67,7 +69,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Content:
 
     Raises:
         InputError: The file is missing, is none, is damaged, or holds anything but tensors and plain values; see also
-            :func:`lora_sr.checkpoints.bounds.check_content`.
+            :func:`lora_sr.checkpoints.archive.check_archive` and :func:`lora_sr.checkpoints.bounds.check_content`.
     """
     if _remembered is None:
         return _read(path)
@@ -91,7 +93,13 @@ def _read(path: str | os.PathLike[str]) -> Content:
             with safetensors.safe_open(os.fspath(path), framework='pt') as file:
                 content, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
         else:
-            content = torch.load(path, map_location='cpu', weights_only=True)
+            check_archive(path)
+            with warnings.catch_warnings():  # of formats, which are read or refused in a sentence
+                warnings.simplefilter('ignore', UserWarning)
+                content = torch.load(path, map_location='cpu', weights_only=True)
+        size = os.path.getsize(path)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f'the checkpoint {path} cannot be read: {error.strerror or error}') from error
     except Exception as error:  # torch raises half a dozen types for a file that is none of its own
@@ -100,7 +108,7 @@ def _read(path: str | os.PathLike[str]) -> Content:
         raise InputError(f'the checkpoint {path} is damaged, or holds more than tensors and plain values') from error
     if not isinstance(content, dict):
         raise InputError(f'the checkpoint {path} holds a {type(content).__name__}, not a dictionary of tensors')
-    check_content(content, path)
+    check_content(content, path, size)
     return Content(content, metadata)
 
 
@@ -196,9 +204,10 @@ def _misfit(net: nn.Module, weights: Mapping[str, Tensor]) -> str:
         ('not known to it', [key for key in weights if key not in own]),
     ):
         if keys:
-            parts.append(f'{len(keys)} keys are {what} (the first is {keys[0]})')
+            parts.append(f'{len(keys)} keys are {what} (the first is {shown(keys[0])})')
     for key in own:
         if key in weights and own[key].shape != weights[key].shape:
-            parts.append(f'{key} has shape {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}')
+            shape = shown(str(tuple(weights[key].shape)), 40)
+            parts.append(f'{shown(key)} has shape {shape} instead of {tuple(own[key].shape)}')
             break
     return ', '.join(parts)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
 
 IMPORTED: list[ModuleType] = []  # in their order
 
@@ -40,8 +40,8 @@ def import_modules(names: Sequence[str], beside: str | os.PathLike[str] | None =
         except InputError:
             raise
         except (Exception, SystemExit) as error:  # whatever a module of somebody's raises
-            reason = f'{type(error).__name__}: {error}'.splitlines()[0] + _place(error)
-            raise InputError(f'The module {name} cannot be imported: {reason}.') from error
+            reason = f'{shown(type(error).__name__)}{reason_of(error)}{_place(error)}'
+            raise InputError(f'The module {shown(os.fspath(name))} cannot be imported: {reason}.') from error
 
 
 def find_file(name: str | os.PathLike[str], beside: str | os.PathLike[str] | None) -> Path:
@@ -58,6 +58,15 @@ def find_file(name: str | os.PathLike[str], beside: str | os.PathLike[str] | Non
     return (file if file.is_file() else there).resolve()
 
 
+def reason_of(error: BaseException) -> str:
+    """What somebody's code says of an error, as the end of a sentence: its first line, or nothing."""
+    try:
+        text = str(error).strip()
+    except Exception:  # whatever a class of somebody's raises
+        return ''
+    return f': {shown(text.splitlines()[0])}' if text else ''
+
+
 def _note(module: ModuleType) -> None:
     if module not in IMPORTED:
         IMPORTED.append(module)
@@ -66,7 +75,7 @@ def _note(module: ModuleType) -> None:
 def _place(error: BaseException) -> str:
     """Where in a file of the user's an error was raised."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith('<')]
-    return f' ({frames[-1].filename}, line {frames[-1].lineno})' if len(frames) > 1 else ''
+    return f' ({shown(frames[-1].filename)}, line {frames[-1].lineno})' if len(frames) > 1 else ''
 
 
 def _import_file(file: Path) -> None:

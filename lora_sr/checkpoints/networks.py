@@ -29,6 +29,7 @@ from lora_sr.checkpoints.content import load_weights, read_checkpoint
 from lora_sr.checkpoints.families import FAMILIES, OURS
 from lora_sr.checkpoints.imports import import_modules
 from lora_sr.checkpoints.origin import Origin, fingerprint
+from lora_sr.checkpoints.stated import check_stated
 from lora_sr.checkpoints.stock import STOCK_NETWORKS
 from lora_sr.errors import InputError, MissingBasicSR, shown
 from lora_sr.option_file import load_options
@@ -38,6 +39,7 @@ LOG = logging.getLogger('lora_sr')
 PathLike = Union[str, 'os.PathLike[str]']
 OPTION_SUFFIXES = ('.yml', '.yaml')
 LARGEST_SCALE = 64
+SHOWN = 40  # letters of a key
 # How many times the values of a file a network may have: a base and its adapted form; branches of what is folded.
 FAMILY_FACTOR, SECTION_FACTOR = 2, 16
 
@@ -172,6 +174,12 @@ def open_network(source: NetworkLike, param_key: str | None = None, needs_weight
     return _with_adapters(opened, source) if source.adapters else opened
 
 
+def input_files(source: NetworkLike, checkpoint: Checkpoint | None) -> list[PathLike]:
+    """The files that a network was made of: its checkpoint, if there is one, and its adapters."""
+    adapters = [path for path, _ in source.adapters] if isinstance(source, NetworkSource) else []
+    return adapters if checkpoint is None else [checkpoint.path, *adapters]
+
+
 def _read(named: PathLike | Checkpoint, param_key: str | None, or_params: bool = False) -> Checkpoint:
     """The file that is named; ``or_params`` takes ``params`` where there is no ``param_key``, as a run does."""
     if isinstance(named, Checkpoint):
@@ -212,6 +220,7 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
     # Of networks that are not ours the keys do not tell everything; what their run has written down does.
     if checkpoint.family not in OURS and origin is not None and origin.network is not None:
         try:
+            check_stated(origin.network, 'network_g')
             with bounded(state, SECTION_FACTOR):
                 return _open_by_section(checkpoint, origin.network, 'network_g')
         except InputError as error:
@@ -219,9 +228,9 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
                 raise UnknownNetwork(f'{path} names the network of its run, but {error}', checkpoint) from None
     if checkpoint.family is None:
         raise UnknownNetwork(
-            f'{path} belongs to no network known here ({", ".join(FAMILIES)}): its first keys are '
-            f'{", ".join(map(shown, list(state)[:3]))}. Name the option file of its network with -opt, and the module '
-            'of a network of your own with --import.',
+            f'{path} belongs to no network known here: its first keys are '
+            f'{", ".join(shown(key, SHOWN) for key in list(state)[:3])}. Name the option file of its network with '
+            '-opt, and the module of a network of your own with --import.',
             checkpoint,
         )
     try:
@@ -232,7 +241,7 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
     except MissingBasicSR as error:
         raise MissingBasicSR(f'{path} cannot be used: {error}') from None
     except KeyError as error:
-        raise UnknownNetwork(f'{path} is incomplete: it lacks {error.args[0]}.', checkpoint) from None
+        raise UnknownNetwork(f'{path} is incomplete: it lacks {shown(str(error.args[0]))}.', checkpoint) from None
     except InputError as error:
         reason = str(error)
         reason = reason if reason.startswith(str(path)) else f'{path} cannot be used: {reason}'
@@ -349,7 +358,7 @@ def _load_some(network: nn.Module, checkpoint: Checkpoint) -> None:
     if rest:
         LOG.warning(
             f'{checkpoint.path} gives {len(fitting)} of {len(own)} tensors of {type(network).__name__}; the others '
-            f'stay random, {rest[0]} among them.'
+            f'stay random, {shown(rest[0])} among them.'
         )
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_sr.adapters import is_lora_key
@@ -19,6 +18,7 @@ KEY = 'lora_sr'  # in a .pth file beside the state dicts, in the metadata of oth
 # Buffers that follow from the sizes of a network and that not every file has, or that move while it trains.
 DERIVED = ('attn_mask', 'relative_position_index', 'num_batches_tracked', 'running_mean', 'running_var')
 SHOWN = 12  # digits of a fingerprint
+SHOWN_ADAPTERS = 4
 LARGEST_ITERATION = 10**12
 
 
@@ -92,7 +92,9 @@ class Origin:
         if self.base is not None:
             parts.append(f'base {shown(self.base[:SHOWN])}')
         if self.adapters:
-            parts.append(f'with adapters {", ".join(shown(adapter[:SHOWN]) for adapter in self.adapters)}')
+            adapters = [shown(adapter[:SHOWN]) for adapter in self.adapters[:SHOWN_ADAPTERS]]
+            more = len(self.adapters) - len(adapters)
+            parts.append(f'with adapters {", ".join(adapters)}' + (f' and {more} more' if more else ''))
         return ', '.join([*parts, f'lora_sr {shown(self.version or "")}'])
 
 
@@ -133,5 +135,4 @@ def adapter_fingerprint(state: Mapping[str, Tensor]) -> str:
 
 def _bytes(value: Tensor) -> bytes:
     value = value.float() if value.is_floating_point() else value
-    contiguous = value.detach().cpu().contiguous().reshape(-1)
-    return contiguous.view(torch.uint8).numpy().tobytes() if contiguous.numel() else b''
+    return value.detach().cpu().resolve_conj().resolve_neg().reshape(-1).numpy().tobytes()

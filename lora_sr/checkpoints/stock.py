@@ -21,20 +21,18 @@ from lora_sr.errors import InputError, import_basicsr
 
 State = Mapping[str, Tensor]
 Arguments = dict[str, Any]
-LARGEST_WINDOW, LARGEST_SIDE = 64, 512  # of SwinIR
+LARGEST_WINDOW, LARGEST_SIDE, LARGEST_MASK = 64, 512, 2**25  # of SwinIR
 
 
 def _swinir(state: State) -> Arguments:
     """SwinIR with any upsampler. ``img_range`` is 255 for windows of 7 without an upsampler, else 1."""
     width, channels = state['conv_first.weight'].shape[:2]
-    depths = [
-        _count(state, rf'layers\.{i}\.residual_group\.blocks\.\d+\.') for i in range(_count(state, r'layers\.\d+\.'))
-    ]
+    depths = _swinir_depths(state)
     first_blocks = [f'layers.{i}.residual_group.blocks.0' for i in range(len(depths))]
     tables = [state[f'{block}.attn.relative_position_bias_table'] for block in first_blocks]
     window = (math.isqrt(tables[0].shape[0]) + 1) // 2
-    if window > LARGEST_WINDOW:  # it makes an index of window**4 values itself
-        raise InputError(f'it is no SwinIR: its windows must be of at most {LARGEST_WINDOW} pixels, got {window}.')
+    size = _swinir_size(state, window)
+    check_swinir(window, *size)
     hidden = state['layers.0.residual_group.blocks.0.mlp.fc1.weight'].shape[0]
     mlp_ratio = hidden / width
     if int(width * mlp_ratio) != hidden:  # as the network rounds it
@@ -47,7 +45,7 @@ def _swinir(state: State) -> Arguments:
     elif 'upsample.0.weight' in state:
         upsampler, upscale = 'pixelshuffledirect', math.isqrt(state['upsample.0.weight'].shape[0] // channels)
     return dict(
-        img_size=_swinir_size(state, window),
+        img_size=size,
         in_chans=channels,
         embed_dim=width,
         depths=depths,
@@ -64,6 +62,36 @@ def _swinir(state: State) -> Arguments:
     )
 
 
+def check_swinir(window: int, height: int, width: int) -> None:
+    """Check the sizes of a SwinIR before it is built: it works out an index and masks, which follow from them alone.
+
+    Raises:
+        InputError: They take too much memory, or too much time when it is run with an image of its size.
+    """
+    if window > LARGEST_WINDOW:  # its index has window**4 values
+        raise InputError(f'it is no SwinIR: its windows must be of at most {LARGEST_WINDOW} pixels, got {window}.')
+    if height * width > LARGEST_SIDE**2:
+        raise InputError(
+            f'it is no SwinIR: its images must be of at most {LARGEST_SIDE}x{LARGEST_SIDE} pixels, got '
+            f'{height}x{width}.'
+        )
+    if height * width * window**2 > LARGEST_MASK:
+        raise InputError(
+            f'it is no SwinIR: its masks must have at most {LARGEST_MASK:,} values, got {height}x{width} pixels in '
+            f'windows of {window}.'
+        )
+
+
+def _swinir_depths(state: State) -> list[int]:
+    """The number of blocks in each layer."""
+    layers: dict[str, set[str]] = {}
+    for key in state:
+        match = re.match(r'(layers\.\d+)\.(residual_group\.blocks\.\d+\.)?', key)
+        if match:
+            layers.setdefault(match[1], set()).update(filter(None, [match[2]]))
+    return [len(layers.get(f'layers.{i}', ())) for i in range(len(layers))]
+
+
 def _swinir_size(state: State, window: int) -> tuple[int, int]:
     """Height and width of the images that SwinIR was built for, of which only its buffers tell."""
     mask = next((value for key, value in state.items() if key.endswith('.attn_mask')), None)
@@ -73,8 +101,6 @@ def _swinir_size(state: State, window: int) -> tuple[int, int]:
         return mask.shape[0] // columns * window, columns * window
     pixels = state['absolute_pos_embed'].shape[1] if 'absolute_pos_embed' in state else window**2
     side = math.isqrt(pixels)
-    if side > LARGEST_SIDE:  # it is run with an image of its size
-        raise InputError(f'it is no SwinIR: its images must be of at most {LARGEST_SIDE} pixels a side, got {side}.')
     return (side, side) if side**2 == pixels else (window, pixels // window)
 
 

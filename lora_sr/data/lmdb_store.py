@@ -23,6 +23,30 @@ CHECKED_AT_ONCE = 500
 _META_LINE = re.compile(r'([^.]+)\.png \((\d+),(\d+),(\d+)\) \d+')
 
 
+def bytes_of_pages(environment: lmdb.Environment) -> int:
+    """How many bytes the file of a database has at least."""
+    return int((environment.info()['last_pgno'] + 1) * environment.stat()['psize'])
+
+
+def check_whole(path: str, needed: int) -> None:
+    """Check that the file of a database has all its pages: to read beyond its end kills the process.
+
+    Args:
+        path: The folder of the database.
+        needed: Its bytes when it was opened. Later, to ask for them is to read.
+
+    Raises:
+        InputError: It has been cut short, or is gone.
+    """
+    file = os.path.join(path, 'data.mdb')
+    try:
+        size = os.stat(file).st_size
+    except OSError as error:
+        raise InputError(f'the database {path} cannot be read: {error.strerror}') from None
+    if size < needed:
+        raise InputError(f'the database {path} is damaged: data.mdb has {size} bytes of {needed}')
+
+
 class LmdbWriter:
     """Writes a new database; ``meta_info.txt`` appears when ``finish`` has put everything on the disk.
 

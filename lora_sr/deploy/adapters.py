@@ -26,9 +26,9 @@ from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
 from lora_sr.checkpoints.families import OURS
 from lora_sr.checkpoints.networks import UnknownNetwork
 from lora_sr.checkpoints.origin import KEY
-from lora_sr.checkpoints.writing import SUFFIXES, write_state
+from lora_sr.checkpoints.writing import SUFFIXES, check_not_input, write_state
 from lora_sr.deploy.mixing import FittedMix, fit_mix
-from lora_sr.errors import InputError, MissingBasicSR
+from lora_sr.errors import InputError, MissingBasicSR, shown
 from lora_sr.files import check_output
 
 
@@ -82,9 +82,10 @@ def extract_to_file(
 
     Raises:
         InputError: ``checkpoint`` cannot be read, carries no LoRA or is an adapter already; or ``output`` exists, has
-            another suffix, or cannot be written.
+            another suffix, is ``checkpoint``, or cannot be written.
     """
     check_output(output, (SUFFIX,), overwrite)
+    check_not_input(Path(output), [checkpoint])
     found = Checkpoint.read(checkpoint, param_key)
     origin = replace(found.origin or Origin(), base=found.fingerprint)
     save_adapter(_adapter_of(found), output, overwrite, {KEY: origin.to_json()})
@@ -112,7 +113,7 @@ def apply_adapters(
 
     Raises:
         InputError: A file cannot be read or is of another kind, an adapter does not fit the base, the pairs cannot be
-            used, or ``output`` exists, has another suffix or cannot be written.
+            used, or ``output`` exists, has another suffix, is an input or cannot be written.
     """
     return _mix(base, adapters, output, overwrite, pairs, apply_adapter)
 
@@ -152,7 +153,7 @@ def describe_file(path: str | os.PathLike) -> str:
         rows.setdefault((re.sub(r'\d+', '*', name), _shape(delta), '-', '-', delta.numel()), []).append(name)
     table = [('layer, or parameter with a delta', 'count', 'tensors', 'rank', 'alpha', 'parameters')]
     for (_, shapes, rank, alpha, size), names in rows.items():
-        table.append((_pattern(names), str(len(names)), shapes, str(rank), alpha, f'{size * len(names):,}'))
+        table.append((shown(_pattern(names)), str(len(names)), shapes, str(rank), alpha, f'{size * len(names):,}'))
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = [
         '  '.join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))])
@@ -184,6 +185,7 @@ def _mix(
     check_output(output, SUFFIXES, overwrite)
     source = base if isinstance(base, NetworkSource) else NetworkSource(base)
     checkpoint = _read_base(source)
+    check_not_input(Path(output), [checkpoint.path, *(path for path, _ in adapters)])
     files = [AdapterFile.read(path) for path, _ in adapters]
     check_once(files, source.force)
     network = _network(source, checkpoint, pairs)
@@ -249,7 +251,7 @@ def _network(source: NetworkSource, checkpoint: Checkpoint, pairs: Pairs | None)
 
 
 def _shape(tensor: Tensor) -> str:
-    return 'x'.join(map(str, tensor.shape))
+    return shown('x'.join(map(str, tensor.shape)), 40)
 
 
 def _pattern(names: list[str]) -> str:

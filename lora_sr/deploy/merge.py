@@ -18,9 +18,9 @@ from lora_sr.checkpoints import Checkpoint, NetworkLike, OpenedNetwork, Origin, 
 from lora_sr.checkpoints.building import base_section
 from lora_sr.checkpoints.checkpoint import ADAPTED
 from lora_sr.checkpoints.families import OURS
-from lora_sr.checkpoints.networks import UnknownNetwork, reopen
+from lora_sr.checkpoints.networks import UnknownNetwork, input_files, reopen
 from lora_sr.checkpoints.origin import adapter_fingerprint, fingerprint
-from lora_sr.checkpoints.writing import SUFFIXES, write_state, writing
+from lora_sr.checkpoints.writing import SUFFIXES, check_not_input, write_state, writing
 from lora_sr.errors import InputError
 from lora_sr.files import check_output
 
@@ -78,9 +78,9 @@ def merge_checkpoint(
         overwrite: Replace ``output`` where it exists.
 
     Raises:
-        InputError: ``source`` cannot be read, or there is nothing to merge or fold; ``output`` exists, has another
-            suffix or cannot be written; or the outputs differ by more than 1e-5 of the largest. No file is left behind
-            then.
+        InputError: ``source`` cannot be read, or there is nothing to merge or fold; ``output`` exists, is an input, has
+            another suffix or cannot be written; or the outputs differ by more than 1e-5 of the largest. No file is left
+            behind then.
     """
     output = Path(output)
     check_output(output, SUFFIXES, overwrite)
@@ -90,10 +90,10 @@ def merge_checkpoint(
         # A network of one's own may look like a stock one; those of this package may have branches.
         if error.checkpoint.form != ADAPTED or error.checkpoint.family in OURS:
             raise
+        check_not_input(output, input_files(source, error.checkpoint))
         return _merge_unknown(error.checkpoint, output)
     trained = opened.network
-    if opened.checkpoint is not None and output.exists() and output.samefile(opened.checkpoint.path):
-        raise InputError(f'The output {output} is the input, whose updates would be lost: choose another output.')
+    check_not_input(output, input_files(source, opened.checkpoint))
     if opened.checkpoint is None:  # a live network stays as it is
         trained = deepcopy(trained).cpu().eval()
     layers = sum(1 for _ in lora_layers(trained))

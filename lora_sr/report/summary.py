@@ -6,9 +6,10 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from lora_sr.checkpoints.content import PARAM_KEYS, Content, read_checkpoint
 from lora_sr.checkpoints.families import FAMILIES, OURS, family_name, is_for_chainner
 from lora_sr.checkpoints.networks import OPTION_SUFFIXES, UnknownNetwork, network_of_options
 from lora_sr.checkpoints.origin import KEY
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, printable, shown
 from lora_sr.report.inspection import format_inspection, inspect_network
 
 # Discriminators of BasicSR -> keys by which they are told.
@@ -31,6 +32,8 @@ DISCRIMINATORS = {
     'StyleGAN2Discriminator': {'conv_body.0.0.weight', 'final_conv.0.weight', 'final_linear.1.weight'},
 }
 SHOWN_TENSORS = 8  # of a network that is not known
+SHOWN_NAMES = 5  # of what else there is
+LONGEST_LINE = 400  # of what a file says, and not of commands
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,14 @@ class CheckpointSummary:
     network: nn.Module | None = None
 
     def __str__(self) -> str:
-        rows = {**self.rows, 'next': '\n'.join(self.commands)} if self.commands else self.rows
+        rows = {label: [shown(line, LONGEST_LINE) for line in value.split('\n')] for label, value in self.rows.items()}
+        if self.commands:
+            rows['next'] = list(map(printable, self.commands))
         width = max(map(len, rows)) + 2
         return '\n'.join(
             f'{"" if index else label:{width}}{line}'
-            for label, value in rows.items()
-            for index, line in enumerate(value.split('\n'))
+            for label, lines in rows.items()
+            for index, line in enumerate(lines)
         )
 
 
@@ -101,7 +106,7 @@ def summarize_checkpoint(source: str | os.PathLike[str] | Checkpoint | NetworkSo
         raise InputError('No file is named: give a checkpoint, or an option file.')
     path = named.path if isinstance(named, Checkpoint) else Path(named)
     content = named.content if isinstance(named, Checkpoint) else read_checkpoint(path)
-    rows = {'file': f'{path}, {path.stat().st_size:,} bytes'}
+    rows = {'file': f'{printable(str(path))}, {path.stat().st_size:,} bytes'}
     if isinstance(content.get('optimizers'), list) or {'state', 'param_groups'} <= content.keys():
         return _summarize_training_state(path, content, rows)
     checkpoint, found = _choose_state_dict(path, content, source.param_key)
@@ -132,13 +137,19 @@ def _choose_state_dict(path: Path, content: Content, param_key: str | None) -> t
         return checkpoint, f'the file itself ({len(checkpoint.state)} tensors)'
     if param_key is None:
         param_key = next(key for key in (*PARAM_KEYS, *nested) if key in nested)
-    others = ', '.join(str(key) for key in content if key not in nested and key != KEY)
-    found = (
-        f'{key} ({len(value)} tensors{"; this one is read" if key == param_key and len(nested) > 1 else ""})'
+    others = _some([shown(key) for key in content if key not in nested and key != KEY])
+    found = [
+        f'{shown(key)} ({len(value)} tensors{"; this one is read" if key == param_key and len(nested) > 1 else ""})'
         for key, value in nested.items()
-    )
+    ]
     beside = f'; beside {others}' if others else ''
-    return Checkpoint.of(path, content, param_key), ', '.join(found) + beside
+    return Checkpoint.of(path, content, param_key), _some(found) + beside
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names as a list, of which the first few are told."""
+    more = len(names) - SHOWN_NAMES
+    return ', '.join(names[:SHOWN_NAMES]) + (f' and {more:,} more' if more > 0 else '')
 
 
 def _summarize_network(
@@ -206,7 +217,7 @@ def _summarize_unknown(checkpoint: Checkpoint, rows: dict[str, str], obstacle: s
         return CheckpointSummary({'file': rows.pop('file'), **described, **rows}, commands)
     has_lora = any(map(is_lora_key, state))
     unknown = f'none of those known here ({", ".join(FAMILIES)}); -opt names the option file of its network'
-    described = {'family': obstacle or unknown, 'form': 'no LoRA'}
+    described = {'family': printable(obstacle) or unknown, 'form': 'no LoRA'}
     commands = []
     if has_lora:
         described['form'] = 'with LoRA beside some layers'
@@ -220,10 +231,10 @@ def _summarize_unknown(checkpoint: Checkpoint, rows: dict[str, str], obstacle: s
         except InputError as error:
             described['LoRA'] = f'incomplete: {error}'
     described['values'] = f'{values:,}'
-    shown = [f'{key}  {_shape(value)}' for key, value in list(state.items())[:SHOWN_TENSORS]]
+    tensors = [f'{shown(key)}  {shown(_shape(value))}' for key, value in list(state.items())[:SHOWN_TENSORS]]
     if len(state) > SHOWN_TENSORS:
-        shown.append(f'… and {len(state) - SHOWN_TENSORS} more')
-    return CheckpointSummary({'file': rows.pop('file'), **described, **rows, 'tensors': '\n'.join(shown)}, commands)
+        tensors.append(f'… and {len(state) - SHOWN_TENSORS} more')
+    return CheckpointSummary({'file': rows.pop('file'), **described, **rows, 'tensors': '\n'.join(tensors)}, commands)
 
 
 def _summarize_adapter(checkpoint: Checkpoint, rows: dict[str, str]) -> CheckpointSummary:
@@ -237,7 +248,7 @@ def _summarize_adapter(checkpoint: Checkpoint, rows: dict[str, str]) -> Checkpoi
     described = {
         'form': 'adapter only: it goes onto its base',
         'LoRA': _lora(adapter),
-        'layers': ', '.join([*adapter.layers[:3], *(['…'] if len(adapter.layers) > 3 else [])]),
+        'layers': ', '.join([*map(shown, adapter.layers[:3]), *(['…'] if len(adapter.layers) > 3 else [])]),
         'parameters': f'{values:,}',
     }
     commands = [
@@ -252,8 +263,8 @@ def _summarize_training_state(path: Path, content: dict, rows: dict[str, str]) -
     values = sum(
         tensor.numel()
         for optimizer in optimizers
-        for state in optimizer.get('state', {}).values()
-        for tensor in state.values()
+        for state in _values(optimizer.get('state') if isinstance(optimizer, Mapping) else None)
+        for tensor in _values(state)
         if isinstance(tensor, Tensor)
     )
     is_of_run = 'optimizers' in content
@@ -261,13 +272,19 @@ def _summarize_training_state(path: Path, content: dict, rows: dict[str, str]) -
     rows['optimizers'] = f'{len(optimizers)}, {values:,} values'
     commands = []
     if isinstance(content.get('iter'), int):
-        rows['iteration'] = f'{content["iter"]:,}, epoch {content.get("epoch", "unknown")}'
+        epoch = content.get('epoch')
+        rows['iteration'] = f'{content["iter"]:,}, epoch {f"{epoch:,}" if isinstance(epoch, int) else "unknown"}'
         network = path.parent.parent / 'models' / f'net_g_{content["iter"]}.pth'
-        if network.is_file():
+        if os.path.isfile(network):  # which takes a name of any length
             commands.append(_command('lora-sr inspect', network))
     if is_of_run:
         commands.append('lora-sr train -opt OPTION_FILE --auto_resume')
     return CheckpointSummary(rows, commands)
+
+
+def _values(value: object) -> Iterable[Any]:
+    """Those of a section; of anything else none, as a file may hold anything."""
+    return value.values() if isinstance(value, Mapping) else ()
 
 
 def _family(network: nn.Module, is_adapted: bool) -> str:
@@ -338,7 +355,7 @@ def _spread(what: str, values: Iterable[float]) -> str:
     counts = sorted(Counter(values).items())
     if len(counts) == 1:
         return f'{what} {counts[0][0]:g}'
-    return f'{what}s ' + ', '.join(f'{value:g} ({count} layer{"s" * (count > 1)})' for value, count in counts)
+    return f'{what}s ' + _some([f'{value:g} ({count} layer{"s" * (count > 1)})' for value, count in counts])
 
 
 def _iteration(path: Path, content: dict) -> str:

@@ -1,5 +1,7 @@
 """The patches of BasicSR's start, options and files: the defect, and its repair."""
 
+import contextlib
+import inspect
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from basicsr.archs import basicvsr_arch, dfdnet_arch, spynet_arch, tof_arch
 from basicsr.models import base_model
 from basicsr.models.base_model import BaseModel
 from basicsr.models.lr_scheduler import MultiStepRestartLR
@@ -291,6 +294,47 @@ def test_wrong_checkpoints(tmp_path):
     torch.save({'params': {'bias': net.bias.data, 'w': net.bias.data}}, path)
     with pytest.raises(InputError, match=r'1 keys are missing \(the first is weight\), 1 keys are not known to it'):
         model().load_network(net, str(path))
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize(
+    ('module', 'name', 'arguments'),
+    [
+        (spynet_arch, 'SpyNet', {'load_path': 'evil.pth'}),
+        (tof_arch, 'SPyNetTOF', {'load_path': 'evil.pth'}),
+        (basicvsr_arch, 'EDVRFeatureExtractor', {'num_input_frame': 5, 'num_feat': 4, 'load_path': 'evil.pth'}),
+        (dfdnet_arch, 'DFDNet', {'num_feat': 4, 'dict_path': 'evil.pth'}),
+    ],
+)
+def test_parts_of_networks_are_read_safely(tmp_path, monkeypatch, module, name, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')  # as before torch 2.6
+    torch.save({'params': Evil(tmp_path / 'made')}, 'evil.pth')
+    network = getattr(module, name)
+    with contextlib.suppress(Exception):  # after the harm is done
+        inspect.unwrap(network.__init__)(network.__new__(network), **arguments)
+    assert (tmp_path / 'made').exists()
+    (tmp_path / 'made').rmdir()
+    with pytest.raises(InputError, match='evil.pth'):
+        network(**arguments)
+    assert not (tmp_path / 'made').exists() and torch.load.__module__ == 'torch.serialization'
+
+
+def test_spynet_reads_its_weights(tmp_path):
+    torch.manual_seed(0)
+    state = {key: value for key, value in spynet_arch.SpyNet().state_dict().items() if key not in ('mean', 'std')}
+    torch.save({'params': state}, tmp_path / 'spynet.pth')
+    network = spynet_arch.SpyNet(str(tmp_path / 'spynet.pth'))
+    assert all(torch.equal(network.state_dict()[key], value) for key, value in state.items())
 
 
 def test_load_network(tmp_path):

@@ -9,7 +9,14 @@ from collections import Counter
 import pytest
 import torch
 import yaml
-from basicsr.archs import discriminator_arch
+from basicsr.archs import (
+    basicvsr_arch,
+    dfdnet_arch,
+    discriminator_arch,
+    spynet_arch,
+    tof_arch,
+    vgg_arch,
+)
 from basicsr.data import prefetch_dataloader
 from basicsr.losses import basic_loss
 from basicsr.models import base_model, realesrgan_model, realesrnet_model
@@ -133,11 +140,24 @@ class Good:
     def ordered_yaml():
         return yaml.SafeLoader, yaml.SafeDumper
 
+    def load_part(self, load_path):
+        self.load_state_dict(torch.load(load_path, weights_only=True))
+
 
 NET, GAN = realesrnet_model.RealESRNetModel, realesrgan_model.RealESRGANModel
 LEFT_ALONE = [
     (patches.optimizers.patch_get_optimizer, [(BaseModel, 'get_optimizer')]),
     (patches.checkpoints.patch_load_network, [(BaseModel, 'load_network')]),
+    (
+        patches.checkpoints.patch_weights_of_parts,
+        [
+            (spynet_arch.SpyNet, '__init__', 'load_part'),
+            (tof_arch.SPyNetTOF, '__init__', 'load_part'),
+            (basicvsr_arch.EDVRFeatureExtractor, '__init__', 'load_part'),
+            (dfdnet_arch.DFDNet, '__init__', 'load_part'),
+            (vgg_arch.VGGFeatureExtractor, '__init__', 'load_part'),
+        ],
+    ),
     (patches.checkpoints.patch_saving, [(BaseModel, 'save_network'), (BaseModel, 'save_training_state')]),
     (patches.checkpoints.patch_frozen_warnings, [(SRModel, 'setup_optimizers')]),
     (patches.checkpoints.patch_missing_lora_warnings, [(BaseModel, '_print_different_keys_loading')]),
@@ -213,6 +233,7 @@ def test_every_patch_has_such_a_test():
         patches.average.patch_average,
         patches.resume.patch_training_state_types,
         patches.resume.patch_load_resume_state,  # test_load_resume_state_of_a_script_is_replaced
+        patches.lmdb.patch_reading_of_databases,  # no BasicSR looks at the file while it reads
         patches.samples.patch_build_dataloader,  # no BasicSR seeds samples, see tests/basicsr/test_samples.py
         patches.samples.patch_create_train_val_dataloader,
         patches.samples.patch_update_learning_rate,

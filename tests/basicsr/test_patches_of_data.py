@@ -1,6 +1,8 @@
 """The patches of what reads, degrades and averages: the defect, and its repair."""
 
 import io
+import os
+import shutil
 import threading
 import types
 
@@ -34,6 +36,36 @@ def test_database_is_shared_within_a_process(pairs):
         lmdb.open(path, readonly=True, lock=False)
     del first, second
     lmdb.open(path, readonly=True, lock=False).close()
+
+
+@pytest.mark.parametrize('change', ['cut', 'emptied', 'deleted'])
+def test_database_that_changes_while_it_is_read(pairs, tmp_path, change):
+    """In a process of its own: to read beyond the end of a mapped file ends it with SIGBUS."""
+    shutil.copytree(pairs / 'gt.lmdb', tmp_path / 'gt.lmdb')
+    backend = LmdbBackend(str(tmp_path / 'gt.lmdb'))
+    file = tmp_path / 'gt.lmdb/data.mdb'
+    process = os.fork()
+    if not process:
+        try:
+            whole = backend.get('000', 'default') is not None
+            if change == 'deleted':
+                file.unlink()
+            else:
+                os.truncate(file, 8192 if change == 'cut' else 0)
+            backend.get('007', 'default')
+        except InputError as error:
+            words = 'No such file' if change == 'deleted' else 'is damaged: data.mdb has'
+            os._exit(0 if whole and words in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(process, 0)[1] == 0
+
+
+def test_database_that_is_none(tmp_path):
+    (tmp_path / 'a.lmdb').mkdir()
+    (tmp_path / 'a.lmdb/data.mdb').write_bytes(bytes(8192))
+    with pytest.raises(InputError, match='a.lmdb cannot be opened: '):
+        LmdbBackend(str(tmp_path / 'a.lmdb'))
 
 
 # --- batches read ahead ---

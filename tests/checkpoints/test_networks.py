@@ -1,5 +1,7 @@
 """The one way in: whatever a user names gives the network that was meant, or a sentence."""
 
+import sys
+
 import pytest
 import torch
 from basicsr.archs.edsr_arch import EDSR
@@ -124,15 +126,22 @@ def test_part_of_a_file_is_told(files, caplog):
             NetworkSource('plain.pth', imports=['exits.py']),
             r'exits.py cannot be imported: SystemExit: 0 \(.*exits.py, line 2\)',
         ),
+        (NetworkSource('plain.pth', imports=['loud.py']), r'loud.py cannot be imported: E \(.*loud.py, line 3\)'),
+        (NetworkSource('plain.pth', imports=['long.py']), r'ValueError: [x …]{70,80} \(.*long.py, line 1\)\.$'),
+        (NetworkSource('plain.pth', imports=['red.py']), r'ValueError: \\x1b\[31mx \(.*red.py, line 1\)'),
         (NetworkSource('plain.pth', imports=['list.yml']), 'list.yml must be a module or a .py file'),
         (NetworkSource('plain.pth', imports=['no.such']), 'The module no.such cannot be imported: ModuleNotFoundError'),
         ('list.yml', 'imports must be a list'),
     ],
 )
-def test_mistakes(files, source, sentence):
+def test_mistakes(files, monkeypatch, source, sentence):
+    monkeypatch.setattr(sys, 'path', [*sys.path])  # which the folder of an imported file joins
     torch.save({'state_dict': edsr().state_dict(), 'epoch': 3}, 'nested.pth')
     (files / 'tabnanny.py').write_text('')
     (files / 'exits.py').write_text('\nraise SystemExit(0)\n')
+    (files / 'loud.py').write_text('class E(Exception):\n    def __str__(self): raise ValueError\nraise E\n')
+    (files / 'long.py').write_text('raise ValueError("x " * 10**5)\n')
+    (files / 'red.py').write_text('raise ValueError("\\x1b[31mx\\ny")\n')
     (files / 'list.yml').write_text('imports: my_arch.py\nnetwork_g: {type: SPAN}\n')
     with pytest.raises(InputError, match=sentence):
         open_network(source)

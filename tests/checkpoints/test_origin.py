@@ -8,6 +8,7 @@ import pytest
 import safetensors
 import torch
 import yaml
+from safetensors.torch import save_file
 from tiny_run import TINY_OPTIONS, run_python, write_pairs
 
 import lora_sr
@@ -34,6 +35,22 @@ def test_fingerprint_is_of_names_types_shapes_and_values():
         {'c': state['a'], 'b.weight': state['b.weight']},
     ):
         assert fingerprint(other) != digest.hexdigest()
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        torch.zeros(()).expand(1),
+        torch.ones(2, 3).T,
+        torch.zeros(0, 4),
+        torch.ones([1] * 100 + [3]),
+        torch._neg_view(torch.ones(3)),
+        torch.full((2,), 1 + 2j).conj(),
+    ],
+)
+def test_fingerprint_is_of_values_however_they_are_stored(value):
+    plain = torch.tensor(value.flatten().tolist(), dtype=value.dtype).reshape(value.shape)
+    assert fingerprint({'a': value}) == fingerprint({'a': plain})
 
 
 def test_origin_reads_what_it_writes():
@@ -193,7 +210,25 @@ def test_the_other_state_dict_of_a_file_is_named(files, capsys):
         (files / 'm.pth').unlink()
 
 
-def test_a_merge_does_not_replace_what_it_merges(files, capsys):
-    assert main(['merge', 'adapted.pth', '-o', 'adapted.pth', '--overwrite']) == 2
-    assert 'adapted.pth is the input, whose updates would be lost' in capsys.readouterr().err
-    assert Checkpoint.read('adapted.pth').form == 'adapted'
+@pytest.mark.parametrize(
+    'command, output',
+    [
+        ('merge adapted.pth', 'adapted.pth'),
+        ('merge base.pth --adapter a.safetensors', 'a.safetensors'),
+        ('adapter merge base.pth a.safetensors', 'base.pth'),
+        ('adapter merge base.pth a.safetensors', 'a.safetensors'),
+        ('adapter apply base.pth a.safetensors', 'link.safetensors'),
+        ('adapter apply base.pth a.safetensors=0.5', 'a.safetensors'),
+        ('adapter extract adapted.safetensors', 'adapted.safetensors'),
+        ('merge own.pth', 'own.pth'),
+    ],
+)
+def test_nothing_replaces_what_it_is_made_of(files, capsys, command, output):
+    (files / 'link.safetensors').symlink_to(files / 'a.safetensors')
+    adapted = Checkpoint.read('adapted.pth').state
+    save_file(adapted, 'adapted.safetensors')
+    torch.save({f'own.{key}': value for key, value in adapted.items()}, 'own.pth')
+    before = (files / output).read_bytes()
+    assert main([*command.split(), '-o', output, '--overwrite']) == 2
+    assert f'The output {output} is the input ' in capsys.readouterr().err
+    assert (files / output).read_bytes() == before

@@ -259,6 +259,54 @@ def test_training_states(tmp_path):
 
 
 @pytest.mark.parametrize(
+    'content',
+    [
+        *(
+            {'optimizers': [one]}
+            for one in (3, None, [1], {'state': 5}, {'state': None}, {'state': [1]}, {'state': {0: 5}})
+        ),
+        {'optimizers': [{'state': {0: [torch.ones(2)]}}]},
+        {'state': 5, 'param_groups': 6},
+        {'state': None, 'param_groups': None},
+        {'optimizers': [], 'iter': 5, 'epoch': '\x1b[31m\nx'},
+        {'optimizers': [], 'iter': 5, 'epoch': 'x' * 10**6},
+        {'optimizers': [], 'iter': 5, 'epoch': {index: index for index in range(10**4)}},
+        {'optimizers': [], 'iter': 10**600, 'epoch': -(10**600)},
+        {'optimizers': [{'state': {0: {'a': torch.zeros(3).to_sparse()}}}]},
+    ],
+)
+def test_training_states_may_hold_anything(tmp_path, capsys, content):
+    assert_short(capsys, save(content, tmp_path / 'odd.state'))
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        {**{f'extra{index}': index for index in range(20000)}, 'params': {'a': torch.ones(1)}},
+        {f'dict{index}' + 'x' * 400: {'a': torch.ones(1)} for index in range(5000)},
+        {'params': {letter * 512: torch.ones([1] * 500) for letter in 'abcdefghijkl'}},
+        {'a': torch.ones(1), 'lora_sr': {'run': '\x1b[31m\n' * 999, 'adapters': ['a' * 64] * 20000}},
+        {'params': {'a': torch.ones(1)}, 'lora_sr': {'adapters': ['\x1b' * 10**6] * 9, 'version': 'x' * 10**6}},
+        {
+            f'{index}.{name}': torch.ones(size)
+            for index in range(60)
+            for name, size in (('lora_A', (index + 1, 2)), ('lora_B', (2, index + 1)), ('lora_alpha', ()))
+        },
+    ],
+)
+def test_what_is_told_of_a_file_is_short(tmp_path, capsys, content):
+    assert_short(capsys, save(content, tmp_path / 'odd.pth'))
+
+
+def assert_short(capsys, file):
+    status = main(['inspect', str(file)])
+    output = capsys.readouterr()
+    assert status == 0 or 'holds no state dict' in output.err
+    lines = output.out.splitlines()
+    assert all(line.isprintable() and len(line) < 700 for line in lines) and len(lines) < 30
+
+
+@pytest.mark.parametrize(
     'section',
     [
         {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'num_feat': 2},

@@ -12,7 +12,7 @@ import lmdb
 from PIL import Image
 
 from lora_sr.basicsr.datasets import lr_roots
-from lora_sr.data.lmdb_store import PNG_END, PNG_SIGNATURE, read_meta_info
+from lora_sr.data.lmdb_store import PNG_END, PNG_SIGNATURE, bytes_of_pages, check_whole, read_meta_info
 from lora_sr.errors import InputError
 
 # Reading a header costs little, reading all of a file a lot more: larger datasets are sampled evenly.
@@ -157,12 +157,7 @@ def _check_database(path: Path, shapes: dict) -> None:
     except lmdb.Error as error:
         raise InputError(f'the database {path} is damaged: {error}') from error
     with environment:
-        # Pages beyond the end of a file that was cut short would kill the process, not raise.
-        pages, page_size = environment.info()['last_pgno'] + 1, environment.stat()['psize']
-        if file.stat().st_size < pages * page_size:
-            raise InputError(
-                f'the database {path} is damaged: data.mdb has {file.stat().st_size} bytes of {pages * page_size}'
-            )
+        check_whole(os.fspath(path), bytes_of_pages(environment))
         try:
             with environment.begin(buffers=True) as transaction:
                 entries = transaction.stat()['entries']

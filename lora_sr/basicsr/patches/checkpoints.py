@@ -9,12 +9,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_sr.adapters import is_lora_key
 from lora_sr.basicsr import provenance, resume
 from lora_sr.basicsr.patches.divergence import check_weights
-from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch, replace_everywhere
+from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch, replace_everywhere, swapped
 from lora_sr.checkpoints.content import forget, load_weights, read_checkpoint, without_module_prefix
 from lora_sr.checkpoints.origin import KEY, fingerprint
 from lora_sr.files import save_atomically
@@ -45,6 +46,44 @@ def patch_load_network() -> None:
             self.base_fingerprint = fingerprint(bare.state_dict()) if resumed is None else resumed.base
 
     BaseModel.load_network = load_network
+
+
+def patch_weights_of_parts() -> None:
+    """SpyNet, TOFlow's, EDVR's features in IconVSR, DFDNet's dictionary and VGG unpickle anything themselves."""
+    from basicsr.archs import basicvsr_arch, dfdnet_arch, spynet_arch, tof_arch, vgg_arch
+
+    for network in (
+        spynet_arch.SpyNet,
+        tof_arch.SPyNetTOF,
+        basicvsr_arch.EDVRFeatureExtractor,
+        dfdnet_arch.DFDNet,
+        vgg_arch.VGGFeatureExtractor,
+    ):
+        if is_defective(network.__init__, 'load', without='weights_only'):
+            network.__init__ = _loading_safely(network.__init__)
+
+
+def _loading_safely(original: Any) -> Any:
+    """A constructor in whose module ``torch.load`` is ours for a while."""
+
+    @patch
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        with swapped(original.__globals__, torch=_SafeTorch()):
+            original(self, *args, **kwargs)
+
+    return __init__
+
+
+class _SafeTorch:
+    """``torch``, but for its ``load``."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def load(path: str, **_: Any) -> dict[str, Any]:
+        return dict(read_checkpoint(path))
 
 
 def patch_saving() -> None:

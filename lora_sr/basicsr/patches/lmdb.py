@@ -1,12 +1,14 @@
-"""A database may be opened more than once."""
+"""A database may be opened more than once, and cut while it is read."""
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from lora_sr.basicsr.patches.tools import is_defective, patch
+from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch
+from lora_sr.data.lmdb_store import bytes_of_pages, check_whole
 from lora_sr.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +48,30 @@ def patch_lmdb_backend() -> None:
     LmdbBackend.__init__ = __init__
 
 
+def patch_reading_of_databases() -> None:
+    """``LmdbBackend.get`` reads pages that a file has no longer, of which the process dies without a word.
+
+    Somebody may cut or copy over a database under a run; and the map of a file is read beyond its end without an error.
+    """
+    from basicsr.utils.file_client import LmdbBackend
+
+    original = LmdbBackend.get
+    if is_patch(original):
+        return
+
+    @patch
+    @functools.wraps(original)
+    def get(self: Any, filepath: object, client_key: str) -> bytes | None:
+        environment = self._client.get(client_key)
+        if environment in _needed:
+            check_whole(environment.path(), _needed[environment])
+        return original(self, filepath, client_key)
+
+    LmdbBackend.get = get
+
+
 _databases: weakref.WeakValueDictionary[str, Environment] = weakref.WeakValueDictionary()
+_needed: weakref.WeakKeyDictionary[Environment, int] = weakref.WeakKeyDictionary()
 
 
 def _open_database(path: str, settings: dict[str, Any]) -> Environment:
@@ -57,5 +82,9 @@ def _open_database(path: str, settings: dict[str, Any]) -> Environment:
     key = os.path.realpath(path)
     environment = _databases.get(key)
     if environment is None:
-        environment = _databases[key] = lmdb.open(path, **settings)
+        try:
+            environment = _databases[key] = lmdb.open(path, **settings)
+            _needed[environment] = bytes_of_pages(environment)
+        except lmdb.Error as error:
+            raise InputError(f'the database {path} cannot be opened: {error}') from error
     return environment

@@ -13,7 +13,7 @@ from lora_sr.archs import fold
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints import NetworkLike, load_network
 from lora_sr.checkpoints.families import is_for_chainner
-from lora_sr.checkpoints.writing import SUFFIXES, writing
+from lora_sr.checkpoints.writing import SUFFIXES, check_not_input, writing
 from lora_sr.deploy.exports.deployed import FLOAT32_TOLERANCE, Deployed, ExportReport, deployed_network
 from lora_sr.errors import InputError
 from lora_sr.files import check_output
@@ -47,6 +47,7 @@ def export_chainner(
     output = Path(output)
     check_output(output, SUFFIXES, overwrite)
     deployed = deployed_network(source, param_key)
+    check_not_input(output, deployed.files)
     is_span = isinstance(deployed.network, SPAN)
     if not is_for_chainner(deployed.network):
         raise _unknown(deployed)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Callable
@@ -21,6 +21,7 @@ from lora_sr.archs.info import refusal
 from lora_sr.archs.reparam import deploy_form
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints import NetworkLike, Origin, open_network
+from lora_sr.checkpoints.networks import PathLike, input_files
 from lora_sr.checkpoints.origin import KEY
 from lora_sr.deploy.exports.attention import use_plain_attention
 from lora_sr.deploy.merge import merged_origin
@@ -44,6 +45,7 @@ class Deployed:
         info: Which images it takes and gives.
         name: What its source is called in messages.
         origin: Where it comes from.
+        files: The checkpoint and the adapters that it was made of.
     """
 
     network: nn.Module
@@ -51,6 +53,7 @@ class Deployed:
     info: NetworkInfo
     name: str
     origin: Origin
+    files: Sequence[PathLike] = ()
 
     @property
     def family(self) -> str:
@@ -159,7 +162,8 @@ def deployed_network(source: NetworkLike, param_key: str | None = None) -> Deplo
             f'{opened.name} cannot be exported: its {type(network).__name__} takes images of one size alone, as with '
             'an absolute position embedding, where any size or any multiple of a number is right.'
         )
-    deployed = Deployed(network, reference, info, opened.name, merged_origin(opened))
+    files = input_files(source, opened.checkpoint)
+    deployed = Deployed(network, reference, info, opened.name, merged_origin(opened), files)
     images = deployed.checked_images()
     with torch.no_grad():
         if not network(images[0]).isfinite().all():

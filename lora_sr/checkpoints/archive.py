@@ -1,0 +1,83 @@
+"""What a file in torch's format asks for, looked at before torch reads it."""
+
+from __future__ import annotations
+
+import os
+import pickletools
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+from zipfile import ZIP_STORED, ZipFile
+
+from lora_sr.errors import InputError
+
+MAGIC = b'PK\x03\x04'
+END, LOCATOR, END_64 = struct.Struct('<4s12xL2x'), struct.Struct('<4s4xQ4x'), struct.Struct('<48xQ')
+LENGTHS = struct.Struct('<26x2H')  # of the name of a member and of what stands behind it
+OLD_PICKLES = 5  # of a file from before torch 1.6: two numbers, the machine, the content, the names of its storages
+# What torch lets a pickle call although it takes memory for what is not in the file.
+ALLOCATING = ('bytearray', '_rebuild_device_tensor_from_cpu_tensor', '_rebuild_device_tensor_from_numpy')
+
+
+def check_archive(path: str | os.PathLike[str]) -> None:
+    """Check that a file in torch's format takes about as much memory as it has bytes when torch reads it.
+
+    Raises:
+        InputError: Its members are compressed, or larger than the file; or it makes values that are not in it.
+        Exception: It is damaged, or no file of that format.
+    """
+    with open(path, 'rb') as file:
+        is_archive = file.read(len(MAGIC)) == MAGIC
+        file.seek(0)
+        called = next(_called_in_archive(file, path) if is_archive else _called_in_old_format(file), None)
+    if called is not None:
+        raise InputError(f'the checkpoint {path} must hold tensors and plain values alone, got a {called}')
+
+
+def _called_in_archive(file: BinaryIO, path: object) -> Iterator[str]:
+    """Those of :data:`ALLOCATING` that an archive names."""
+    members = ZipFile(file)
+    if members.start_dir != _directory(file):
+        raise ValueError('Python and torch find different members')
+    if any(member.compress_type != ZIP_STORED for member in members.infolist()):
+        raise InputError(f'the checkpoint {path} must be stored as torch.save does it, got compressed members')
+    size, claimed = file.seek(0, os.SEEK_END), sum(member.file_size for member in members.infolist())
+    if claimed > size:
+        raise InputError(
+            f'the checkpoint {path} is damaged: its members must have at most its {size:,} bytes, got {claimed:,}'
+        )
+    for member in members.infolist():
+        if member.orig_filename.lower().endswith('.pkl'):  # to torch's reader the case is the same
+            # Not by ZipFile, which checks a sum that torch may leave out.
+            file.seek(member.header_offset)
+            file.seek(sum(LENGTHS.unpack(file.read(LENGTHS.size))), os.SEEK_CUR)
+            pickled = file.read(member.file_size)
+            # To parse it would take as long as to load it, and a name stands there in plain letters.
+            yield from (name for name in ALLOCATING if f'\n{name}\n'.encode() in pickled)
+
+
+def _directory(file: BinaryIO) -> int:
+    """Where torch's reader finds the list of the members: where the end says. To Python it is what is before the end.
+
+    Raises:
+        ValueError: There is something behind the end, which torch.save never writes.
+    """
+    end = file.seek(-END.size, os.SEEK_END)
+    signature, directory = END.unpack(file.read(END.size))
+    if signature != b'PK\x05\x06':
+        raise ValueError('the end is missing')
+    if end > LOCATOR.size:
+        file.seek(end - LOCATOR.size)
+        signature, end_64 = LOCATOR.unpack(file.read(LOCATOR.size))
+        if signature == b'PK\x06\x07':
+            file.seek(end_64)
+            (directory,) = END_64.unpack(file.read(END_64.size))
+    return int(directory)
+
+
+def _called_in_old_format(file: BinaryIO) -> Iterator[str]:
+    """The same of a file from before torch 1.6: a few pickles, and behind them the values as they are."""
+    for _ in range(OLD_PICKLES):
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name == 'GLOBAL':
+                yield from (name for name in ALLOCATING if str(argument).endswith(f' {name}'))

@@ -211,5 +211,5 @@ def test_folders_of_photographs_are_what_they_were(tmp_path, make_images):
         sources = find_sources([folder], [2, 4])
         assert [(source.key, source.lr, source.captured) for source in sources] == [(key, {}, False) for key in keys]
     assert [source.lr[4].name for source in find_sources([hr], [4], [lr])] == ['a_HR.png', 'b_x4x4.png']
-    with pytest.raises(InputError, match='RealSR or DRealSR, with CAMERA/Train/4 or Train_x4'):
+    with pytest.raises(InputError, match='RealSR or DRealSR, with a folder .*CAMERA/Train/4 or Train_x4'):
         find_sources([tmp_path], [4])

@@ -73,7 +73,7 @@ def test_a_process_that_does_not_get_through_is_told(monkeypatch):
     if not sys.platform.startswith('linux'):
         pytest.skip('only Linux tells the memory of a process')
     monkeypatch.setattr(subprocess, 'run', lambda *_, **__: subprocess.CompletedProcess([], -9, b'', b''))
-    with pytest.raises(InputError, match=r'of Upsample cannot be measured .* 8x9 pixels \(status -9: it was ended\)'):
+    with pytest.raises(InputError, match=r'of Upsample cannot be measured .* 9x8 pixels \(status -9: it was ended\)'):
         measure_peak_memory(nn.Upsample(), 8, 9, CPU)
 
 

@@ -31,7 +31,8 @@ REFOLDING = 'the same, folding at each pass'
 REPEATS = 9
 MOST_PIXELS = 2**22  # of the LR image; the published forms take some 20 GB for them
 COPIED = 2**26  # values that are copied to measure the bandwidth
-MULTIPLIED = 2048  # rows and columns of the matrices that are multiplied to measure the rate
+MULTIPLIED = (256, 512, 1024, 2048)  # rows and columns of the matrices that are multiplied to measure the rate
+LONG_PRODUCT = 0.05  # seconds
 
 
 class RefoldingConv3XC(nn.Module):
@@ -183,9 +184,13 @@ def measure_bandwidth(device: torch.device) -> float:
 
 
 def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a product of matrices."""
-    matrix = torch.rand(MULTIPLIED, MULTIPLIED, device=device).to(dtype)
-    return 2 * MULTIPLIED**3 / min(_seconds(matrix.matmul, matrix) for _ in range(5))
+    """Floating-point operations a second of a product of matrices, which are smaller where a product takes long."""
+    for side in MULTIPLIED:
+        matrix = torch.rand(side, side, device=device).to(dtype)
+        seconds = min(_seconds(matrix.matmul, matrix) for _ in range(5))
+        if seconds > LONG_PRODUCT:  # as of bfloat16 on a CPU that does not know it
+            break
+    return 2 * side**3 / seconds
 
 
 def _measurable(network: nn.Module) -> SPAN | LKDN:

@@ -47,7 +47,7 @@ def test_command(tmp_path, capsys):
     torch.save(networks()[0].state_dict(), path)
     assert main(['bench', 'runtime', str(path), '--size', '24', '20', '--size', '9', '7']) == 0
     output = capsys.readouterr().out
-    for part in ('SPAN.pth, LR 20x24 (width x height)', 'SPAN.pth, LR 9x7', 'floor of plain convolutions, float32'):
+    for part in ('SPAN.pth, LR 20x24 (width x height)', 'SPAN.pth, LR 7x9', 'floor of plain convolutions, float32'):
         assert part in output
 
 

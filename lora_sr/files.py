@@ -57,6 +57,7 @@ def check_output(path: str | os.PathLike[str], suffixes: tuple[str, ...], overwr
         InputError: It cannot be written.
     """
     path = Path(path)
+    _check_replaceable(path)
     if path.suffix not in suffixes:
         raise InputError(f'The output {path} must end in {" or ".join(suffixes)}.')
     if os.path.lexists(path) and not overwrite:
@@ -84,9 +85,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give the caller a name to write under, and move the file to ``path`` when the caller is done without an error.
 
     Raises:
-        InputError: The file cannot be moved. The caller's own errors of writing are told by :func:`write_errors`.
+        InputError: There is a device or a pipe, or the file cannot be moved. The caller's own errors of writing are
+            told by :func:`write_errors`.
     """
     path = Path(path)
+    _check_replaceable(path)
     with contextlib.ExitStack() as stack:
         with write_errors(path):
             partial = stack.enter_context(_partial_file(path.parent, path.stem, path.suffix))
@@ -113,6 +116,7 @@ def replacing_together(paths: Sequence[str | os.PathLike[str]], overwrite: bool)
     with contextlib.ExitStack() as stack:
         partials = []
         for target in targets:
+            _check_replaceable(target)
             with write_errors(target):
                 partials.append(stack.enter_context(_partial_file(target.parent, target.stem, target.suffix)))
         yield partials
@@ -122,6 +126,13 @@ def replacing_together(paths: Sequence[str | os.PathLike[str]], overwrite: bool)
         for partial, target in zip(partials, targets):
             with write_errors(target):
                 os.replace(partial, target)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to put a file in the place of a device, such as /dev/null, of a pipe, or of a folder."""
+    if path.exists() and not path.is_file():
+        kind = 'a folder' if path.is_dir() else 'a pipe or a device'
+        raise InputError(f'The output {path} must be a file, got {kind}.')
 
 
 def was_interrupted(paths: Sequence[str | os.PathLike[str]]) -> bool:
@@ -233,7 +244,9 @@ def _partial(folder: Path, name: str, suffix: str, make: Callable[[Path], None])
                 break
             if lock is not None:
                 os.close(lock)
-        # Another process has found it before it was locked, and takes it for left over.
+        # Another process has found it before it was locked, and takes it for left over, or only looks at it.
+        with contextlib.suppress(OSError):
+            partial.rmdir() if partial.is_dir() else partial.unlink()
     try:
         yield partial
     finally:

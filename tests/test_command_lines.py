@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 import time
 
 import pytest
@@ -31,9 +32,10 @@ LINES = {
 }
 WRONG = (
     '', '-1', '0', '2147483648', '1e309', 'nan', '\x1b[31mred\nerror: forged', 'x' * 5000, '\udcff\udcfe', '--',
-    '/dev/null', '.', '~', 'nowhere/file', '/dev/full', 'pipe', 'run', 'a=b=c', '{out}', 'base.pth', 'lq',
+    '.', '~', 'nowhere/file', 'pipe', 'run', 'a=b=c', '{out}', 'base.pth', 'lq',
 )  # fmt: skip
-LONGEST = 300
+LONGEST = 300  # letters of a problem
+SECONDS = 120  # against what would never end; a few are usual
 
 
 @pytest.fixture
@@ -51,6 +53,7 @@ def values(line):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no pipes with names')
 @pytest.mark.parametrize('name', LINES)
 def test_wrong_values(inputs, tmp_path, monkeypatch, capfd, name):
     monkeypatch.chdir(inputs)
@@ -69,15 +72,17 @@ def test_wrong_values(inputs, tmp_path, monkeypatch, capfd, name):
         except SystemExit as error:  # of argparse
             status = error.code
         told = capfd.readouterr()
-        case = (argv, status, told.err[-2000:])
+        err = told.err.replace(str(tmp_path), 'tmp')
+        case = (argv, status, err[-2000:])
         assert status in (0, 1, 2), case
-        assert time.perf_counter() - start < 20, case
-        errors = [line for line in told.err.splitlines() if 'error: ' in line]
+        assert time.perf_counter() - start < SECONDS, case
+        errors = [line for line in err.splitlines() if 'error: ' in line]
         assert status == 0 or 1 <= len(errors) <= 21, case
         assert 'Traceback' not in told.err and all(
             len(part) <= LONGEST for line in errors for part in line.split('; ')
         ), case
         assert re.fullmatch(r'[\n\r\t -~\u00a0-\U0010ffff]*', told.err + told.out), case
+        assert stat.S_ISFIFO((inputs / 'pipe').stat().st_mode), case
         assert not any(line.startswith('error: forged') for line in (told.err + told.out).splitlines()), case
     assert {path: path.read_bytes() for path in before} == before
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 
 import pytest
 import torch
@@ -143,6 +144,37 @@ def test_files_that_go_together(tmp_path):
     paths[1].unlink()
     write()  # what is there is what would be written
     assert [path.read_text() for path in paths] == ['a', 'b']
+
+
+@needs_locks
+def test_who_only_looks_leaves_nothing_behind(tmp_path, monkeypatch):
+    """Another process looks for killed runs just when a file has been made, and before it is locked."""
+    make, seen = files._make_file, []
+
+    def make_and_look(path):
+        make(path)
+        if not seen:
+            seen.append(os.open(path, os.O_RDWR))
+            files.fcntl.flock(seen[0], files.fcntl.LOCK_EX)
+
+    monkeypatch.setattr(files, '_make_file', make_and_look)
+    write_whole(tmp_path / 'a.md', b'data')
+    os.close(seen[0])
+    assert list(tmp_path.iterdir()) == [tmp_path / 'a.md']
+
+
+@pytest.mark.parametrize('write', [lambda path: write_whole(path, b''), lambda path: write_together([path])])
+def test_pipes_and_devices_are_not_replaced(tmp_path, write):
+    os.mkfifo(tmp_path / 'pipe')
+    for path in (tmp_path / 'pipe', tmp_path):
+        with pytest.raises(InputError, match='must be a file, got a (pipe or a device|folder)'):
+            write(path)
+    assert stat.S_ISFIFO((tmp_path / 'pipe').stat().st_mode)
+
+
+def write_together(paths):
+    with replacing_together(paths, True):
+        pass
 
 
 @needs_locks

@@ -28,9 +28,11 @@ from lora_sr.archs.adaptsr import AdaptSR
 from lora_sr.basicsr.options import check_options
 from lora_sr.basicsr.patches.options import mistakes
 from lora_sr.checkpoints.imports import import_modules
+from lora_sr.checkpoints.networks import OPTION_SUFFIXES
 from lora_sr.errors import InputError
-from lora_sr.files import identity, replacing_together, was_interrupted
+from lora_sr.files import check_output, identity, replacing_together, was_interrupted, write_errors
 from lora_sr.option_file import load_options
+from lora_sr.report.plot import PLOT_SUFFIXES, encode_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,11 +89,8 @@ def allocate(
     """
     outputs = [Path(path) for path in (output, chart) if path is not None]
     may_exist = overwrite or was_interrupted(outputs)
-    for path in outputs:
-        if os.path.lexists(path) and not may_exist:
-            raise InputError(f'The output {path} exists: choose another name, or allow it with --overwrite.')
-        if not path.parent.is_dir():
-            raise InputError(f'The folder {path.parent} of {path} does not exist.')
+    for path, suffixes in zip(outputs, (OPTION_SUFFIXES, PLOT_SUFFIXES)):
+        check_output(path, suffixes, may_exist)
         if identity(path) is not None and identity(path) == identity(option_file):
             raise InputError(f'The output {path} is the option file that is read: choose another name.')
     for name, value in (('number of batches', batches), ('largest rank', max_rank)):
@@ -132,11 +131,8 @@ def allocate(
     with replacing_together(outputs, overwrite) as partials:
         write_ranks(option_file, pattern, f'lora-sr allocate --budget {budget}: {used:,} parameters', partials[0])
         if chart is not None:
-            figure = plot_ranks(allocation)
-            try:
-                figure.savefig(partials[1])
-            except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix that it does not know
-                raise InputError(f'The picture {chart} cannot be written: {error}.') from None
+            with write_errors(chart):
+                partials[1].write_bytes(encode_figure(plot_ranks(allocation), partials[1].suffix))
     return allocation
 
 

@@ -79,7 +79,7 @@ def run(sources: Mapping[str, NetworkLike], sizes: Sequence[tuple[int, int]] = (
     """
     for size in sizes:
         if min(size) < 1:
-            raise InputError(f'The size is {size[0]} {size[1]}: height and width have to be at least 1.')
+            raise InputError(f'The size must be at least 1x1, got {size[1]}x{size[0]} (width x height).')
         if size[0] * size[1] > MOST_PIXELS:
             raise InputError(f'The size must have at most {MOST_PIXELS:,} pixels, got {size[1]}x{size[0]}.')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

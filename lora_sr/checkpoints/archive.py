@@ -19,17 +19,20 @@ OLD_PICKLES = 5  # of a file from before torch 1.6: two numbers, the machine, th
 ALLOCATING = ('bytearray', '_rebuild_device_tensor_from_cpu_tensor', '_rebuild_device_tensor_from_numpy')
 
 
-def check_archive(path: str | os.PathLike[str]) -> None:
+def check_archive(file: BinaryIO, path: object) -> None:
     """Check that a file in torch's format takes about as much memory as it has bytes when torch reads it.
+
+    Args:
+        file: The file, at its beginning.
+        path: Its name, for messages.
 
     Raises:
         InputError: Its members are compressed, or larger than the file; or it makes values that are not in it.
         Exception: It is damaged, or no file of that format.
     """
-    with open(path, 'rb') as file:
-        is_archive = file.read(len(MAGIC)) == MAGIC
-        file.seek(0)
-        called = next(_called_in_archive(file, path) if is_archive else _called_in_old_format(file), None)
+    is_archive = file.read(len(MAGIC)) == MAGIC
+    file.seek(0)
+    called = next(_called_in_archive(file, path) if is_archive else _called_in_old_format(file), None)
     if called is not None:
         raise InputError(f'the checkpoint {path} must hold tensors and plain values alone, got a {called}')
 
@@ -39,6 +42,8 @@ def _called_in_archive(file: BinaryIO, path: object) -> Iterator[str]:
     members = ZipFile(file)
     if members.start_dir != _directory(file):
         raise ValueError('Python and torch find different members')
+    if any(member.filename.endswith('/constants.pkl') for member in members.infolist()):
+        raise InputError(f'the checkpoint {path} must be what torch.save writes, got a TorchScript archive')
     if any(member.compress_type != ZIP_STORED for member in members.infolist()):
         raise InputError(f'the checkpoint {path} must be stored as torch.save does it, got compressed members')
     size, claimed = file.seek(0, os.SEEK_END), sum(member.file_size for member in members.infolist())

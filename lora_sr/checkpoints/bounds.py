@@ -13,6 +13,7 @@ from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.nn.parameter import is_lazy
 
 from lora_sr.errors import InputError, shown
 
@@ -122,7 +123,7 @@ def at_most(values: int, tensors: int, sentence: str) -> Iterator[None]:
 
     def count(module: nn.Module, name: str, value: Tensor | None) -> None:
         nonlocal built, held
-        if value is None or threading.get_ident() != thread:
+        if value is None or is_lazy(value) or threading.get_ident() != thread:
             return
         built, held = built + 1, held + value.numel()
         if held > values or built > tensors:

@@ -93,10 +93,11 @@ def _read(path: str | os.PathLike[str]) -> Content:
             with safetensors.safe_open(os.fspath(path), framework='pt') as file:
                 content, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
         else:
-            check_archive(path)
-            with warnings.catch_warnings():  # of formats, which are read or refused in a sentence
-                warnings.simplefilter('ignore', UserWarning)
-                content = torch.load(path, map_location='cpu', weights_only=True)
+            with open(path, 'rb') as file, warnings.catch_warnings():
+                check_archive(file, path)
+                file.seek(0)
+                warnings.simplefilter('ignore', UserWarning)  # of formats, which are read or refused in a sentence
+                content = torch.load(file, map_location='cpu', weights_only=True)
         size = os.path.getsize(path)
     except InputError:
         raise

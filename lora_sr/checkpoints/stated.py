@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import inspect
-import os
+import re
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
 from lora_sr.archs import AdaptSR
 from lora_sr.checkpoints.building import base_section, find_known
-from lora_sr.checkpoints.stock import STOCK_NETWORKS, check_swinir
+from lora_sr.checkpoints.stock import check_swinir
 from lora_sr.errors import InputError, shown
 
 MOST_VALUES, LONGEST_TEXT = 1000, 80
+PATH = re.compile(r'[/\\]|\.[A-Za-z]')
 LARGEST_SUM = 2**16  # of all numbers: what a constructor makes of them need not be parameters, which are counted
 SWINIR = 'SwinIR'
+REMEDY = 'an option file, named with -opt, may say more'
+# BasicSR's networks that read files when they are made, and such that take no image or give none.
+OF_OTHER_THINGS = (
+    *('BasicVSR', 'BasicVSRPlusPlus', 'DFDNet', 'DUF', 'EDVR', 'IconVSR', 'SpyNet', 'TOFlow', 'VGGFeatureExtractor'),
+    *('HiFaceGANDiscriminator', 'StyleGAN2Discriminator', 'UNetDiscriminatorSN', 'VGGStyleDiscriminator'),
+    *('StyleGAN2Generator', 'StyleGAN2GeneratorBilinear', 'StyleGAN2GeneratorClean', 'StyleGAN2GeneratorCSFT'),
+)
 
 
 def check_stated(section: Mapping[str, Any], where: str) -> None:
@@ -34,7 +42,7 @@ def check_stated(section: Mapping[str, Any], where: str) -> None:
     if arch is None:
         return  # which is told where it is built
     is_stock = arch.__module__.startswith('basicsr.')
-    if arch is AdaptSR or (is_stock and arch.__name__ not in [network.name for network in STOCK_NETWORKS]):
+    if arch is AdaptSR or (is_stock and arch.__name__ in OF_OTHER_THINGS):
         raise InputError(f'{where}.type must be a network that takes an image and gives an image, got {name}')
     if is_stock and arch.__name__ == SWINIR:
         _check_swinir(arch, section, where)
@@ -53,17 +61,14 @@ def _check_values(section: Mapping[str, Any], where: str) -> None:
         elif isinstance(value, (list, tuple)):
             values += ((key, one) for one in islice(value, MOST_VALUES + 1))
         elif isinstance(value, str):
-            if (
-                len(value) > LONGEST_TEXT
-                or not value.isprintable()
-                or {'/', '\\'} & set(value)
-                or os.path.isfile(value)
-            ):
-                raise InputError(f'{name} must be a word, and no path, got {shown(repr(value), 40)}')
+            if len(value) > LONGEST_TEXT or not value.isprintable() or PATH.search(value):
+                raise InputError(f'{name} must be a word, and no path, got {shown(repr(value), 40)}; {REMEDY}')
         elif isinstance(value, (int, float)):
             total += abs(value) if abs(value) <= LARGEST_SUM else LARGEST_SUM + 1  # NaN is as large
             if total > LARGEST_SUM:
-                raise InputError(f'{where} must have numbers of at most {LARGEST_SUM:,} in all, got more at {key}')
+                raise InputError(
+                    f'the numbers of {where} must add up to at most {LARGEST_SUM:,}, got more at {key}; {REMEDY}'
+                )
         elif value is not None:
             raise InputError(f'{name} must be a plain value, got a {type(value).__name__}')
 

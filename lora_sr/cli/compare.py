@@ -62,7 +62,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument('--picture', metavar='PNG', help='write details of all versions side by side')
     parser.add_argument('--overwrite', action='store_true', help='replace files that exist')
     parser.add_argument(
-        '--skip-broken', action='store_true', help='leave out the images that cannot be used, and name them at the end'
+        '--skip-broken', action='store_true', help='leave out the images that cannot be used, and say how many'
     )
     add_network_options(parser)
     parser.set_defaults(run=run)

@@ -21,6 +21,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument('-o', '--output', required=True, metavar='PICTURE', help='file to write (.png, .svg, .pdf)')
     parser.add_argument('--dataset', nargs='+', metavar='NAME', help='validation sets (default: all)')
     parser.add_argument('--metric', default='psnr', help='name in val.metrics (default: psnr)')
+    parser.add_argument('--overwrite', action='store_true', help='replace the picture where it exists')
     parser.set_defaults(run=run)
 
 
@@ -28,5 +29,5 @@ def run(args: argparse.Namespace) -> None:
     """Draw the curves."""
     from lora_sr.report.curves import draw_curves
 
-    draw_curves(by_name(args.runs), args.output, args.dataset, args.metric)
+    draw_curves(by_name(args.runs), args.output, args.dataset, args.metric, args.overwrite)
     tell_written(args.output)

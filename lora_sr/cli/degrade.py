@@ -25,7 +25,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Make an LR image NAME.png for each HR image NAME: anisotropic blur, sampling, shot and read '
         'noise, JPEG.\nTheir strengths and the noise come from the name of the file and the seed, so that the same '
-        'images\nare made on every machine. Where an image is damaged or too small, all such images are named and '
+        'images\nare made on every machine. Where images are damaged or too small, they are counted and '
         'nothing is written.',
     )
     parser.add_argument('folder', metavar='HR_FOLDER', help='a folder of HR images; sub-folders are not searched')
@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument('--scale', type=int, required=True, metavar='N', help='how many times smaller they are')
     parser.add_argument('--seed', type=int, default=0, help='another seed makes other images (default: 0)')
     parser.add_argument(
-        '--skip-broken', action='store_true', help='leave out the images that cannot be used, and name them at the end'
+        '--skip-broken', action='store_true', help='leave out the images that cannot be used, and say how many'
     )
     parser.add_argument('--workers', type=int, metavar='N', help='number of threads (default: the number of cores)')
     parser.add_argument('--overwrite', action='store_true', help='replace other images of the same names')

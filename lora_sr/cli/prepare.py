@@ -31,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Cut HR images and their LR images into sub-images and write them as paired LMDBs for BasicSR. '
         'LR images\nthat are not there are made by MATLAB-compatible bicubic. Where an image cannot be used, as it is '
-        'damaged,\ntoo small, or without a partner of the right size, all such images are named and nothing is '
+        'damaged,\ntoo small, or without a partner of the right size, all such images are counted and nothing is '
         'written.',
     )
     parser.add_argument(
@@ -90,7 +90,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help='leave out a strip of up to this many HR pixels at the right or bottom edge (default: 0)',
     )
     parser.add_argument(
-        '--skip-broken', action='store_true', help='leave out the images that cannot be used, and name them at the end'
+        '--skip-broken', action='store_true', help='leave out the images that cannot be used, and say how many'
     )
     parser.add_argument(
         '--crop',

@@ -122,7 +122,7 @@ def degrade_folder(
             finally:
                 pool.shutdown(cancel_futures=True)
             left_out = dict(sorted(left_out.items()))
-            check_left_out(left_out, len(pairs), skip_broken)
+            check_left_out(left_out.values(), len(pairs), skip_broken)
             for path in sorted(partial.iterdir()):
                 os.replace(path, output / path.name)
     except OSError as error:

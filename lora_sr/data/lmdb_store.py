@@ -19,6 +19,7 @@ Shape = tuple[int, int, int]  # height, width, channels
 BATCH_BYTES = 1 << 25  # what waits for one transaction; bounds the memory of a writer
 FIRST_MAP_BYTES = 1 << 28  # doubled whenever the database outgrows it
 CHECKED_AT_ONCE = 500
+DATA_FILE = 'data.mdb'  # in the folder of a database
 
 _META_LINE = re.compile(r'([^.]+)\.png \((\d+),(\d+),(\d+)\) \d+')
 
@@ -38,13 +39,13 @@ def check_whole(path: str, needed: int) -> None:
     Raises:
         InputError: It has been cut short, or is gone.
     """
-    file = os.path.join(path, 'data.mdb')
+    file = os.path.join(path, DATA_FILE)
     try:
         size = os.stat(file).st_size
     except OSError as error:
         raise InputError(f'the database {path} cannot be read: {error.strerror}') from None
     if size < needed:
-        raise InputError(f'the database {path} is damaged: data.mdb has {size} bytes of {needed}')
+        raise InputError(f'the database {path} is damaged: {DATA_FILE} has {size} bytes of {needed}')
 
 
 class LmdbWriter:

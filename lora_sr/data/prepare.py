@@ -361,7 +361,7 @@ def _build(
             for scale, of_scale in entries.items():
                 for entry in of_scale:
                     writers[scale].put(*entry)
-        check_left_out(left_out, total, skip_broken)
+        check_left_out(left_out.values(), total, skip_broken)
         for writer in writers.values():
             writer.finish()
     check_databases(paths[1], {scale: path for scale, path in paths.items() if scale > 1})

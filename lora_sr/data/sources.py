@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -186,8 +186,13 @@ def name_images(reasons: Collection[str], total: int, what: str) -> str:
     return f'{len(reasons)} of {total} images {what}: {first}{more}.'
 
 
-def check_left_out(left_out: Mapping[str, str], total: int, skip_broken: bool) -> None:
-    """Refuse to go on without the images that cannot be used, {path: why}, unless that is wanted and some are left.
+def check_left_out(left_out: Collection[str], total: int, skip_broken: bool) -> None:
+    """Refuse to go on without the images that cannot be used, unless that is wanted and some are left.
+
+    Args:
+        left_out: a sentence for each.
+        total: number of images.
+        skip_broken: whether it is wanted.
 
     Raises:
         InputError: naming them.
@@ -195,7 +200,7 @@ def check_left_out(left_out: Mapping[str, str], total: int, skip_broken: bool) -
     if not left_out or (skip_broken and len(left_out) < total):
         return
     hint = ', which --skip-broken leaves out' if len(left_out) < total else ''
-    raise InputError(name_images(left_out.values(), total, f'cannot be used{hint}'))
+    raise InputError(name_images(left_out, total, f'cannot be used{hint}'))
 
 
 def _plain_sources(

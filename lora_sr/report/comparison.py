@@ -116,7 +116,8 @@ def compare(
     _check_request(networks, sets, rgb, runtime, baseline, size, plot, picture)
     files = [(picture, ('.png',)), (plot, PLOT_SUFFIXES), *((path, TABLE_SUFFIXES) for path in outputs or ())]
     written = {Path(path): suffixes for path, suffixes in files if path is not None}
-    may_exist = overwrite or was_interrupted(list(written))
+    # A killed run is made up for by the same files, but times are never the same.
+    may_exist = overwrite or (not runtime and was_interrupted(list(written)))
     for path, suffixes in written.items():
         check_output(path, suffixes, may_exist)
     _check_distinct([path for path, _ in files if path is not None])
@@ -125,12 +126,16 @@ def compare(
         raise InputError(f'There is nothing to draw in {plot}: no network has weights.')
     scale = _common_scale(contestants)
     sources: dict[str, list[Source]] = {}
-    left_out: dict[str, str] = {}
+    left_out: list[str] = []
     for name, (gt, lr) in sets.items():
-        usable, misfits = _sources_of_set(name, gt, lr, scale, skip_broken)
-        left_out.update(misfits)
+        usable, misfits = _sources_of_set(name, gt, lr, scale)
+        if not usable:
+            raise InputError(name_images(misfits, len(misfits), f'of the set "{name}" cannot be used'))
+        left_out += misfits
         # In whatever form the table is kept, it says so.
         sources[f'{name} ({len(usable)} of {len(usable) + len(misfits)})' if misfits else name] = usable
+    total = len(left_out) + sum(map(len, sources.values()))
+    check_left_out(left_out, total, skip_broken)
     _check_inputs(
         list(written), [path for of_set in sources.values() for one in of_set for path in (one.hr, *one.lr.values())]
     )
@@ -153,8 +158,7 @@ def compare(
         costs = _score(costs, baseline)
     rows = [Row(BICUBIC, None, quality[BICUBIC])] if sets else []
     rows += [Row(name, costs[name], quality[name]) for name in networks]
-    total = len(left_out) + sum(map(len, sources.values()))
-    note = name_images(left_out.values(), total, 'left out') if left_out else None
+    note = name_images(left_out, total, 'left out') if left_out else None
     comparison = Comparison(rows, scale, baseline, conditions, note)
     if on_table is not None:
         on_table(comparison)
@@ -270,9 +274,9 @@ def _common_scale(contestants: dict[str, _Contestant]) -> int:
 
 
 def _sources_of_set(
-    name: str, gt: str | os.PathLike, lr: str | os.PathLike | None, scale: int, skip_broken: bool
-) -> tuple[list[Source], dict[str, str]]:
-    """The images of a set that can be used, and why others cannot, path -> sentence."""
+    name: str, gt: str | os.PathLike, lr: str | os.PathLike | None, scale: int
+) -> tuple[list[Source], list[str]]:
+    """The images of a set that can be used, and why others cannot, a sentence for each."""
     known: dict[str, Path] = {}
     for path in sorted(
         path for path in Path(gt).glob('[!.]*') if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
@@ -282,15 +286,12 @@ def _sources_of_set(
             raise InputError(
                 f'{other} and {path.name} of the set "{name}" have one name: rename or remove one of them.'
             )
-    left_out: dict[str, str] = {}
-    sources = find_sources([gt], [scale], None if lr is None else [lr], misfits=left_out)
-    total = len(sources) + len(left_out)
+    lonely: dict[str, str] = {}
+    sources = find_sources([gt], [scale], None if lr is None else [lr], misfits=lonely)
     with ThreadPoolExecutor(WORKERS) as pool:
-        for source, reason in zip(sources, pool.map(lambda source: _misfit(name, source, scale), sources)):
-            if reason is not None:
-                left_out[str(source.hr)] = reason
-    check_left_out(left_out, total, skip_broken)
-    return [source for source in sources if str(source.hr) not in left_out], left_out
+        reasons = list(pool.map(lambda source: _misfit(name, source, scale), sources))
+    usable = [source for source, reason in zip(sources, reasons) if reason is None]
+    return usable, [*lonely.values(), *(reason for reason in reasons if reason is not None)]
 
 
 def _misfit(name: str, source: Source, scale: int) -> str | None:
@@ -301,11 +302,12 @@ def _misfit(name: str, source: Source, scale: int) -> str | None:
     except InputError as error:
         return str(error)
     if min(height, width) * scale < 2 * scale + WINDOW:
-        return f'{source.hr} is too small: within a border of {scale} pixels, SSIM needs {WINDOW} each way.'
+        needed = -(-(2 * scale + WINDOW) // scale) * scale  # within the border, for SSIM
+        return f'{source.hr} must have at least {needed} pixels each way, got {width * scale} x {height * scale}.'
     if there != (height, width):
         return (
-            f'{source.lr[scale]} of the set "{name}" has {there[1]}x{there[0]} pixels, where x{scale}, the scale '
-            f'of the networks, wants {width}x{height} for {source.hr.name}.'
+            f'{source.lr[scale]} of the set "{name}" must have {width} x {height} pixels at x{scale}, the scale of the '
+            f'networks, got {there[1]} x {there[0]}.'
         )
     return None
 

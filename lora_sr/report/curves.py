@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Mapping
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_sr.errors import InputError
-from lora_sr.files import write_whole
+from lora_sr.files import check_output, write_whole
+from lora_sr.report.plot import PLOT_SUFFIXES, encode_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,6 +126,7 @@ def draw_curves(
     output: str | os.PathLike[str],
     datasets: list[str] | None = None,
     metric: str = 'psnr',
+    overwrite: bool = False,
 ) -> None:
     """Write the figure of :func:`plot_curves`.
 
@@ -134,14 +135,10 @@ def draw_curves(
         output: Picture to write; its suffix says how (``.png``, ``.svg``, ``.pdf``).
         datasets: As for :func:`plot_curves`.
         metric: As for :func:`plot_curves`.
+        overwrite: Replace the picture where it exists.
 
     Raises:
-        InputError: As :func:`plot_curves`; or a picture that cannot be written.
+        InputError: As :func:`plot_curves`; or a picture that exists, has another suffix, or cannot be written.
     """
-    figure = plot_curves(runs, datasets, metric)
-    picture = io.BytesIO()
-    try:
-        figure.savefig(picture, format=Path(output).suffix[1:] or None)
-    except ValueError as error:  # a suffix that matplotlib does not know
-        raise InputError(f'The picture {output} cannot be written: {error}.') from None
-    write_whole(output, picture.getvalue())
+    check_output(output, PLOT_SUFFIXES, overwrite)
+    write_whole(output, encode_figure(plot_curves(runs, datasets, metric), Path(output).suffix))

@@ -72,6 +72,21 @@ def encode_plot(comparison: Comparison, suffix: str) -> bytes:
     Raises:
         InputError: As :func:`plot_comparison`.
     """
+    return encode_figure(plot_comparison(comparison), suffix, dpi=150)
+
+
+def encode_figure(figure: Figure, suffix: str, dpi: int | None = None) -> bytes:
+    """The bytes of a figure, the same each time.
+
+    Args:
+        figure: What is drawn.
+        suffix: One of ``PLOT_SUFFIXES``.
+        dpi: Dots per inch of PNG; matplotlib's own number if None.
+    """
+    import matplotlib
+
+    dates = {'.svg': {'Date': None}, '.pdf': {'CreationDate': None}}
     data = io.BytesIO()
-    plot_comparison(comparison).savefig(data, format=suffix[1:], dpi=150)
+    with matplotlib.rc_context({'svg.hashsalt': 'lora_sr'}):
+        figure.savefig(data, format=suffix[1:], dpi=dpi or 'figure', metadata=dates.get(suffix))
     return data.getvalue()

@@ -267,9 +267,9 @@ def test_what_cannot_be_changed_in_place_is_refused(tmp_path, text):
         (['--budget', '17'], 'The budget is 17 parameters: rank 1 in a single layer takes at least'),
         (['--budget', '5%', '--batches', '0'], 'The number of batches is 0'),
         (['--budget', '5%', '--max-rank', '0'], 'The largest rank is 0'),
-        (['--budget', '5%', '--chart', 'no/chart.png'], 'The folder no of no/chart.png does not exist'),
-        (['--budget', '5%', '--batches', '1', '--chart', 'chart.xyz'], 'chart.xyz cannot be written'),
-        (['--budget', '5%', '--chart', 'tiny.yml'], 'The output tiny.yml exists'),
+        (['--budget', '5%', '--chart', 'no/chart.png'], 'The folder no of the output does not exist'),
+        (['--budget', '5%', '--batches', '1', '--chart', 'chart.xyz'], 'chart.xyz must end in .png or .svg or .pdf'),
+        (['--budget', '5%', '--chart', 'tiny.yml'], 'The output tiny.yml must end in .png'),
     ],
 )
 def test_wrong_arguments(options, capsys, arguments, sentence):

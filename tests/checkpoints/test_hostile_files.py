@@ -277,6 +277,7 @@ def test_updates_that_make_no_sense_are_not_added(refuse, changes, message):
 
 
 EDSR = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 4, 'num_block': 1}
+TOO_LARGE = 'the numbers of network_g must add up to at most 65,536, got more at '
 NO_IMAGE = 'network_g.type must be a network that takes an image and gives an image, got '
 
 
@@ -284,18 +285,30 @@ NO_IMAGE = 'network_g.type must be a network that takes an image and gives an im
     'section, message',
     [
         ({**SWINIR, 'img_size': 4096, 'window_size': 128}, 'its windows must be of at most 64 pixels, got 128'),
-        ({**SWINIR, 'img_size': 100_000}, 'must have numbers of at most 65,536 in all, got more at img_size'),
+        (
+            {**SWINIR, 'img_size': 100_000},
+            f'{TOO_LARGE}img_size',
+        ),
         ({**SWINIR, 'img_size': [8192, 8192]}, 'its images must be of at most 512x512 pixels, got 8192x8192'),
         ({**SWINIR, 'img_size': {0: 8192, 1: 8192}}, 'must have integers for img_size and window_size, got '),
         ({**SWINIR, 'img_size': [8192, 8192, 1]}, 'must have integers for img_size and window_size, got '),
         ({**SWINIR, 'img_size': 512, 'window_size': 64}, 'its masks must have at most 33,554,432 values, got 512x512'),
-        ({**SWINIR, 'depths': [10**9]}, 'must have numbers of at most 65,536 in all, got more at depths'),
-        ({**SWINIR, 'depths': [40_000, 40_000]}, 'must have numbers of at most 65,536 in all, got more at depths'),
+        ({**SWINIR, 'depths': [10**9]}, f'{TOO_LARGE}depths'),
+        (
+            {**SWINIR, 'depths': [40_000, 40_000]},
+            f'{TOO_LARGE}depths',
+        ),
         ({**SWINIR, 'depths': [0] * 10**5}, 'must have at most 1,000 values, got more'),
         ({**SWINIR, 'depths': torch.tensor([9])}, 'network_g.depths must be a plain value, got a Tensor'),
-        ({**SWINIR, 'mlp_ratio': float('nan')}, 'must have numbers of at most 65,536 in all, got more at mlp_ratio'),
+        (
+            {**SWINIR, 'mlp_ratio': float('nan')},
+            f'{TOO_LARGE}mlp_ratio',
+        ),
         ({**EDSR, 'rgb_mean': [0.0] * 10**6}, 'must have at most 1,000 values, got more'),
-        ({**EDSR, 'num_block': 10**12}, 'must have numbers of at most 65,536 in all, got more at num_block'),
+        (
+            {**EDSR, 'num_block': 10**12},
+            f'{TOO_LARGE}num_block',
+        ),
         ({'type': 'DFDNet', 'num_feat': 1, 'dict_path': 'evil'}, f'{NO_IMAGE}DFDNet'),
         ({'type': 'SpyNet', 'load_path': 'evil'}, f'{NO_IMAGE}SpyNet'),
         ({'type': 'IconVSR', 'num_feat': 1, 'spynet_path': 'evil'}, f'{NO_IMAGE}IconVSR'),

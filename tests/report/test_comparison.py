@@ -290,9 +290,9 @@ def files_for_mistakes(folder, span):
         (['b={x3.pth}', '--set=A={gt}'], 'The networks have different scales ("a" x2, "b" x3): compare those of'),
         (
             ['--set=A={gt},{lr}'],
-            '0.png of the set "A" has 12x10 pixels, where x2, the scale of the networks, wants 24x20',
+            '0.png of the set "A" must have 24 x 20 pixels at x2, the scale of the networks, got 12 x 10',
         ),
-        (['--set=A={small}'], '0.png is too small: within a border of 2 pixels, SSIM needs 11 each way.'),
+        (['--set=A={small}'], '0.png must have at least 16 pixels each way, got 40 x 14.'),
         (['--set=A={no}'], 'no is not a folder'),
         (['--set=A={gt}', '--set=A={lr}'], 'The name "A" is given 2 times'),
         (['b={gray.pth}'], '"b" does not take RGB images of any size'),
@@ -359,8 +359,8 @@ def test_broken_images_are_all_named_or_left_out(span, tmp_path, capsys):
     assert 'error: 4 of 5 images cannot be used, which --skip-broken leaves out: ' in told
     for words in (
         'lonely.png has no LR image',
-        '1.png of the set "A" has 24x20 pixels',
-        '2.png is too small',
+        '1.png of the set "A" must have 24 x 21 pixels',
+        '2.png must have at least 16 pixels each way, got 8 x 8',
         '3.png is',
     ):
         assert words in told

@@ -152,3 +152,13 @@ def test_wrong_input_is_one_sentence(trained, tmp_path, capsys):
     for arguments in (['--dataset', 'Set5', '-o', 'a.png'], ['-o', 'a.xyz'], ['-o', str(tmp_path / 'no' / 'a.png')]):
         assert main(['curves', f'one={trained}/experiments/tiny', *arguments]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_picture_that_exists_is_kept(tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    write_log(tmp_path / 'run', [(4, 'val', '30.0000')])
+    (tmp_path / 'c.png').write_text('mine')
+    command = ['curves', f'a={tmp_path / "run"}', '-o', str(tmp_path / 'c.png')]
+    assert main(command) == 2 and (tmp_path / 'c.png').read_text() == 'mine'
+    assert 'c.png exists: choose another name, or allow it with --overwrite' in capsys.readouterr().err
+    assert main([*command, '--overwrite']) == 0 and cv2.imread(str(tmp_path / 'c.png')) is not None

@@ -8,8 +8,9 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch
-from lora_sr.data.lmdb_store import bytes_of_pages, check_whole
+from lora_sr.data.lmdb_store import DATA_FILE, bytes_of_pages, check_whole
 from lora_sr.errors import InputError
+from lora_sr.files import identity
 
 if TYPE_CHECKING:
     from lmdb import Environment
@@ -63,15 +64,19 @@ def patch_reading_of_databases() -> None:
     @functools.wraps(original)
     def get(self: Any, filepath: object, client_key: str) -> bytes | None:
         environment = self._client.get(client_key)
-        if environment in _needed:
-            check_whole(environment.path(), _needed[environment])
+        if environment in _opened:
+            file, needed = _opened[environment]
+            # Another file of that name is not the one that is read, which may be whole though it has no name.
+            if file == identity(os.path.join(environment.path(), DATA_FILE)):
+                check_whole(environment.path(), needed)
         return original(self, filepath, client_key)
 
     LmdbBackend.get = get
 
 
 _databases: weakref.WeakValueDictionary[str, Environment] = weakref.WeakValueDictionary()
-_needed: weakref.WeakKeyDictionary[Environment, int] = weakref.WeakKeyDictionary()
+# Which file it is, and how many bytes it needs.
+_opened: weakref.WeakKeyDictionary[Environment, tuple[tuple[int, int] | None, int]] = weakref.WeakKeyDictionary()
 
 
 def _open_database(path: str, settings: dict[str, Any]) -> Environment:
@@ -84,7 +89,7 @@ def _open_database(path: str, settings: dict[str, Any]) -> Environment:
     if environment is None:
         try:
             environment = _databases[key] = lmdb.open(path, **settings)
-            _needed[environment] = bytes_of_pages(environment)
+            _opened[environment] = identity(os.path.join(path, DATA_FILE)), bytes_of_pages(environment)
         except lmdb.Error as error:
             raise InputError(f'the database {path} cannot be opened: {error}') from error
     return environment

@@ -16,7 +16,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / 'lora_sr'
 
-BASE = {'errors', 'files', 'option_file'}
+BASE = {'errors', 'figures', 'files', 'option_file'}
 FLOOR_0 = BASE | {'adapters', 'optim', 'losses', 'images'}
 FLOOR_1 = {'archs', 'checkpoints', 'data'}
 FLOOR_2 = {'runtime', 'basicsr'}
@@ -29,6 +29,7 @@ ALLOWED = {
     '__init__': {'hook', 'checkpoints', 'runtime'},  # the last two as types, and on demand
     'hook': {'errors', 'basicsr'},  # it plugs the plug in, once BasicSR is there
     'errors': set(),
+    'figures': {'errors'},
     'files': {'errors'},
     'option_file': {'errors', 'files'},
     **dict.fromkeys(('adapters', 'optim', 'losses', 'images'), BASE),
@@ -44,6 +45,7 @@ THIRD_PARTIES: dict[str, tuple[set[str], set[str]]] = {
     '__init__': (set(), set()),
     'hook': (set(), set()),
     'errors': (set(), {'basicsr'}),
+    'figures': (set(), {'matplotlib'}),
     'files': (set(), {'torch'}),
     'option_file': ({'yaml'}, set()),
     'adapters': ({'torch', 'safetensors'}, set()),

@@ -30,9 +30,9 @@ from lora_sr.basicsr.patches.options import mistakes
 from lora_sr.checkpoints.imports import import_modules
 from lora_sr.checkpoints.networks import OPTION_SUFFIXES
 from lora_sr.errors import InputError
+from lora_sr.figures import SUFFIXES, encode_figure, figure_class
 from lora_sr.files import check_output, identity, replacing_together, was_interrupted, write_errors
 from lora_sr.option_file import load_options
-from lora_sr.report.plot import PLOT_SUFFIXES, encode_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,7 +89,7 @@ def allocate(
     """
     outputs = [Path(path) for path in (output, chart) if path is not None]
     may_exist = overwrite or was_interrupted(outputs)
-    for path, suffixes in zip(outputs, (OPTION_SUFFIXES, PLOT_SUFFIXES)):
+    for path, suffixes in zip(outputs, (OPTION_SUFFIXES, SUFFIXES)):
         check_output(path, suffixes, may_exist)
         if identity(path) is not None and identity(path) == identity(option_file):
             raise InputError(f'The output {path} is the option file that is read: choose another name.')
@@ -99,7 +99,7 @@ def allocate(
     if batches > MOST_BATCHES:
         raise InputError(f'The number of batches must be at most {MOST_BATCHES:,}, got {batches:,}.')
     if chart is not None:
-        _figure_class()
+        figure_class()
     options = load_options(option_file)
     import_modules(options.get('imports') or (), option_file)
     network = options.get('network_g')
@@ -363,7 +363,7 @@ def plot_ranks(allocation: Allocation) -> Figure:
         InputError: matplotlib is not installed.
     """
     names = list(allocation.ranks)
-    figure = _figure_class()(figsize=(max(6, 2 + 0.08 * len(names)), 4), layout='constrained')
+    figure = figure_class()(figsize=(max(6, 2 + 0.08 * len(names)), 4), layout='constrained')
     axes = figure.subplots()
     for group, color in COLORS.items():
         bars = [index for index, name in enumerate(names) if allocation.groups[name] == group]
@@ -374,11 +374,3 @@ def plot_ranks(allocation: Allocation) -> Figure:
     axes.set(ylabel='rank', xlim=(-0.7, len(names) - 0.3))
     axes.legend()
     return figure
-
-
-def _figure_class() -> type[Figure]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError('The chart is drawn by matplotlib, which is not installed: pip install matplotlib.') from None
-    return Figure

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from lora_sr import figures
 from lora_sr.adapters import count_parameters
 from lora_sr.archs import deploy_form, network_info, take_any_size
 from lora_sr.archs.complexity import (
@@ -33,7 +34,7 @@ from lora_sr.files import check_output, identity, replacing_together, was_interr
 from lora_sr.images.bicubic import bicubic_downscale, bicubic_upscale
 from lora_sr.report.cost import measure_peak_memory, measure_runtimes, ntire_score
 from lora_sr.report.fidelity import WINDOW, Fidelity, mean_fidelity, measure_fidelity
-from lora_sr.report.plot import PLOT_SUFFIXES, check_matplotlib, encode_plot
+from lora_sr.report.plot import encode_plot
 from lora_sr.report.tables import TABLE_SUFFIXES, Comparison, Cost, Row, encode_table
 from lora_sr.runtime.deployed import optimize
 from lora_sr.runtime.pixels import image_to_tensor, tensor_to_image
@@ -114,7 +115,7 @@ def compare(
     sets = sets or {}
     runtime = runtime or baseline is not None
     _check_request(networks, sets, rgb, runtime, baseline, size, plot, picture)
-    files = [(picture, ('.png',)), (plot, PLOT_SUFFIXES), *((path, TABLE_SUFFIXES) for path in outputs or ())]
+    files = [(picture, ('.png',)), (plot, figures.SUFFIXES), *((path, TABLE_SUFFIXES) for path in outputs or ())]
     written = {Path(path): suffixes for path, suffixes in files if path is not None}
     # A killed run is made up for by the same files, but times are never the same.
     may_exist = overwrite or (not runtime and was_interrupted(list(written)))
@@ -224,7 +225,7 @@ def _check_request(
         if wanted and not sets:
             raise InputError(f'{what} was asked for, but no set of images is given: name one with --set.')
     if plot is not None:
-        check_matplotlib()
+        figures.figure_class()
 
 
 def _check_distinct(paths: list[str | os.PathLike]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_sr.errors import InputError
+from lora_sr.figures import SUFFIXES, encode_figure, figure_class
 from lora_sr.files import check_output, write_whole
-from lora_sr.report.plot import PLOT_SUFFIXES, encode_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,17 +99,14 @@ def plot_curves(
     Raises:
         InputError: As :func:`read_curves`; a set that no run has validated on; or matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError('Curves are drawn by matplotlib, which is not installed: pip install matplotlib.') from None
+    figure_type = figure_class()
     curves = {name: read_curves(run, metric) for name, run in runs.items()}
     known = list(dict.fromkeys(dataset for sets in curves.values() for dataset in sets))
     for dataset in datasets or ():
         if dataset not in known:
             raise InputError(f'No run was validated on "{dataset}": the sets are {", ".join(known)}.')
     shown = datasets or known
-    figure = Figure(figsize=(4.5 * len(shown), 3.5), layout='constrained')
+    figure = figure_type(figsize=(4.5 * len(shown), 3.5), layout='constrained')
     for axes, dataset in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
         for name, sets in curves.items():
             points = sorted(sets.get(dataset, {}).items())
@@ -140,5 +137,5 @@ def draw_curves(
     Raises:
         InputError: As :func:`plot_curves`; or a picture that exists, has another suffix, or cannot be written.
     """
-    check_output(output, PLOT_SUFFIXES, overwrite)
+    check_output(output, SUFFIXES, overwrite)
     write_whole(output, encode_figure(plot_curves(runs, datasets, metric), Path(output).suffix))

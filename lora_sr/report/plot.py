@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import TYPE_CHECKING
 
-from lora_sr.errors import InputError
+from lora_sr.figures import encode_figure, figure_class
 from lora_sr.report.tables import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PLOT_SUFFIXES = ('.png', '.svg', '.pdf')
 LARGEST, SMALLEST = 1500, 25  # areas of circles, in square points
-
-
-def check_matplotlib() -> None:
-    """Raise InputError where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError('Plots are drawn by matplotlib, which is not installed: pip install matplotlib.') from None
 
 
 def plot_comparison(comparison: Comparison) -> Figure:
@@ -38,8 +28,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
     Raises:
         InputError: matplotlib is not installed.
     """
-    check_matplotlib()
-    from matplotlib.figure import Figure
+    figure_type = figure_class()
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogFormatter
 
@@ -48,7 +37,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
     colors = [f'C{index % 10}' for index in range(len(rows))]
     names = [f'{row.name}, {cost.parameters / 1e3:,.0f} K' for row, cost in rows]
     sets = comparison.sets
-    figure = Figure(figsize=(5 * len(sets), 4), layout='constrained')
+    figure = figure_type(figsize=(5 * len(sets), 4), layout='constrained')
     panels = figure.subplots(1, len(sets), squeeze=False)[0]
     for axes, name in zip(panels, sets):
         for (row, cost), color in zip(rows, colors):
@@ -73,20 +62,3 @@ def encode_plot(comparison: Comparison, suffix: str) -> bytes:
         InputError: As :func:`plot_comparison`.
     """
     return encode_figure(plot_comparison(comparison), suffix, dpi=150)
-
-
-def encode_figure(figure: Figure, suffix: str, dpi: int | None = None) -> bytes:
-    """The bytes of a figure, the same each time.
-
-    Args:
-        figure: What is drawn.
-        suffix: One of ``PLOT_SUFFIXES``.
-        dpi: Dots per inch of PNG; matplotlib's own number if None.
-    """
-    import matplotlib
-
-    dates = {'.svg': {'Date': None}, '.pdf': {'CreationDate': None}}
-    data = io.BytesIO()
-    with matplotlib.rc_context({'svg.hashsalt': 'lora_sr'}):
-        figure.savefig(data, format=suffix[1:], dpi=dpi or 'figure', metadata=dates.get(suffix))
-    return data.getvalue()

@@ -1,0 +1,43 @@
+"""Figures of matplotlib, which is imported when one is drawn."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from lora_sr.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SUFFIXES = ('.png', '.svg', '.pdf')
+
+
+def figure_class() -> type[Figure]:
+    """The class of a figure without a window.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError('Figures are drawn by matplotlib, which is not installed: pip install matplotlib.') from None
+    return Figure
+
+
+def encode_figure(figure: Figure, suffix: str, dpi: int | None = None) -> bytes:
+    """The bytes of a file with a figure, the same each time.
+
+    Args:
+        figure: What is drawn.
+        suffix: One of ``SUFFIXES``, which says how.
+        dpi: Dots per inch of PNG; those of the figure if None.
+    """
+    import matplotlib
+
+    dates = {'.svg': {'Date': None}, '.pdf': {'CreationDate': None}}
+    data = io.BytesIO()
+    with matplotlib.rc_context({'svg.hashsalt': 'lora_sr'}):
+        figure.savefig(data, format=suffix[1:], dpi=dpi or 'figure', metadata=dates.get(suffix))
+    return data.getvalue()

@@ -45,7 +45,7 @@ THIRD_PARTIES: dict[str, tuple[set[str], set[str]]] = {
     '__init__': (set(), set()),
     'hook': (set(), set()),
     'errors': (set(), {'basicsr'}),
-    'figures': (set(), {'matplotlib'}),
+    'figures': ({'matplotlib'}, set()),  # at its top for types alone
     'files': (set(), {'torch'}),
     'option_file': ({'yaml'}, set()),
     'adapters': ({'torch', 'safetensors'}, set()),

@@ -1,23 +1,18 @@
 """Commands that are killed at their file operations: the same command again completes, and nothing old is lost."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import pytest
-import torch
 from tiny_commands import write_inputs
+from tiny_run import python_environment
 
-from lora_sr import files
-from lora_sr.cli.main import main
-
-# Of `open` only what may write; `os.replace` is told as a rename.
-EVENTS = ('open', 'os.mkdir', 'os.rename', 'os.remove', 'os.rmdir')
-SECONDS = 120  # against what would never end
-KILLS = 9  # of a command, the last five of its operations among them
+LAST, OTHERS = 4, 3  # operations before which a command is killed
 # {new} is a folder that the command makes, {out} one that is there; what it writes there by itself.
 COMMANDS = {
     'merge': ('merge lora.pth -o {out}/m.pth', ['m.pth']),
@@ -55,51 +50,20 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def start(argv, out, kill_at=None):
-    """Run a command in another process, and kill it before one of its file operations under a folder.
+@pytest.fixture(scope='module')
+def start(inputs):
+    """A function: run a command in a process of its own, killed before a file operation under a folder or not."""
+    environment = python_environment()
+    command = [sys.executable, str(Path(__file__).with_name('kill_server.py'))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
 
-    Returns:
-        Its status, negative after a signal; and how many such operations it began.
-    """
-    read_end, write_end = os.pipe()
-    process = os.fork()
-    if process:
-        os.close(write_end)
-        with os.fdopen(read_end, 'rb') as pipe:
-            count = len(pipe.read())
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), count
-    try:
-        signal.alarm(SECONDS)
-        # The other threads of their pools are not in this process.
-        torch.set_num_threads(1)
-        cv2.setNumThreads(0)
-        files._found_first.cache_clear()
-        own, seen = os.getpid(), [0]
+        def ask(argv, out, kill_at=None):
+            request = {'argv': argv, 'inputs': str(inputs), 'out': str(out), 'kill_at': kill_at}
+            server.stdin.write(json.dumps(request) + '\n')
+            server.stdin.flush()
+            return json.loads(server.stdout.readline())
 
-        def watch(event, arguments):
-            if event not in EVENTS or os.getpid() != own or not is_written(event, arguments, out):
-                return
-            if seen[0] == kill_at:
-                os.kill(own, signal.SIGKILL)
-            seen[0] += 1
-            os.write(write_end, b'.')
-
-        sys.addaudithook(watch)
-        status = main(argv)
-        if kill_at is not None:  # more than there are: after the last
-            os.kill(own, signal.SIGKILL)
-        os._exit(status)
-    finally:
-        os._exit(99)
-
-
-def is_written(event, arguments, out):
-    paths = [os.fspath(path) for path in arguments[:2] if isinstance(path, (str, os.PathLike))]
-    if event == 'open' and not (
-        isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-    ):
-        return False
-    return any(os.path.abspath(path).startswith(str(out)) for path in paths)
+        yield ask
 
 
 def contents(folder):
@@ -119,13 +83,12 @@ def is_hidden(name):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')
-@pytest.mark.parametrize('old', [False, True], ids=['new', 'overwrite'])
-@pytest.mark.parametrize('name', COMMANDS)
-def test_killed_commands(inputs, tmp_path, monkeypatch, name, old):
+@pytest.mark.parametrize(
+    ('name', 'old'),
+    [(name, False) for name in COMMANDS] + [(name, True) for name in ('merge', 'curves', 'submission')],
+)
+def test_killed_commands(start, tmp_path, name, old):
     words, names = COMMANDS[name]
-    if old and not names:
-        pytest.skip('what it writes into is its own folder')
-    monkeypatch.setattr('lora_sr.deploy.submission._verify', lambda *args: 0.0)  # a process that takes seconds
     out = tmp_path / 'out'
 
     def arrange():
@@ -139,13 +102,10 @@ def test_killed_commands(inputs, tmp_path, monkeypatch, name, old):
     argv = words.format(out=out, new=out / 'new').split() + ['--overwrite'] * old
     arrange()
     before = contents(out)
-    monkeypatch.chdir(inputs)
-    assert main(argv) == 0  # here, so that what it imports is there for all others
-    arrange()
     status, count = start(argv, out)
     complete = contents(out)
     assert status == 0 and count > 0 and not any(map(is_hidden, complete)) and complete != before
-    points = sorted({*range(max(0, count - 5), count + 1), *range(0, count, max(1, count // (KILLS - 5)))})
+    points = sorted({*range(max(0, count - LAST), count + 1), *range(0, count, max(1, count // OTHERS))})
     for point in points:
         arrange()
         assert start(argv, out, point)[0] == -signal.SIGKILL

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Callable
 
@@ -78,6 +78,18 @@ def identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def check_not_input(output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Check that what is written does not replace what it is made of, which could not be made again from it.
+
+    Raises:
+        InputError: The output is an input, under this name or another.
+    """
+    written = identity(output)
+    for path in inputs:
+        if written is not None and written == identity(path):
+            raise InputError(f'The output {output} is the input {path}, which would be lost: choose another output.')
 
 
 @contextlib.contextmanager

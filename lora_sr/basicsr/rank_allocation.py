@@ -31,7 +31,7 @@ from lora_sr.checkpoints.imports import import_modules
 from lora_sr.checkpoints.networks import OPTION_SUFFIXES
 from lora_sr.errors import InputError
 from lora_sr.figures import SUFFIXES, encode_figure, figure_class
-from lora_sr.files import check_output, identity, replacing_together, was_interrupted, write_errors
+from lora_sr.files import check_not_input, check_output, replacing_together, was_interrupted, write_errors
 from lora_sr.option_file import load_options
 
 if TYPE_CHECKING:
@@ -91,8 +91,7 @@ def allocate(
     may_exist = overwrite or was_interrupted(outputs)
     for path, suffixes in zip(outputs, (OPTION_SUFFIXES, SUFFIXES)):
         check_output(path, suffixes, may_exist)
-        if identity(path) is not None and identity(path) == identity(option_file):
-            raise InputError(f'The output {path} is the option file that is read: choose another name.')
+        check_not_input(path, [option_file])
     for name, value in (('number of batches', batches), ('largest rank', max_rank)):
         if value < 1:
             raise InputError(f'The {name} is {value}: it must be an integer of at least 1.')

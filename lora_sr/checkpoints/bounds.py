@@ -22,7 +22,7 @@ LONGEST_NAME = 512
 LARGEST_REPEAT = 16
 SMALL_BYTES = 2**27  # merging makes several copies of each
 FEW_VALUES, FEW_TENSORS = 10**6, 1000
-MOST_TENSORS = 10_000  # torch looks through those of a module again for each part of it
+LARGEST_STATE = 10_000  # torch looks through those of a module again for each part of it
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(getattr(torch, name) for name in ('float8_e4m3fn', 'float8_e5m2') if hasattr(torch, name)),  # since torch 2.1
@@ -97,8 +97,8 @@ def bounded(state: Mapping[str, Tensor], factor: int) -> Iterator[None]:
     Raises:
         InputError: The network is larger, or the state dict has more tensors than any network.
     """
-    if len(state) > MOST_TENSORS:
-        raise InputError(f'the state dict of a network must have at most {MOST_TENSORS:,} tensors, got {len(state):,}')
+    if len(state) > LARGEST_STATE:
+        raise InputError(f'the state dict of a network must have at most {LARGEST_STATE:,} tensors, got {len(state):,}')
     values = factor * sum(value.numel() for value in state.values()) + FEW_VALUES
     sentence = 'the network that its names and shapes tell of must have about the values that are in it, got far more'
     with at_most(values, factor * len(state) + FEW_TENSORS, sentence):

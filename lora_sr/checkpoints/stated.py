@@ -13,7 +13,7 @@ from lora_sr.checkpoints.building import base_section, find_known
 from lora_sr.checkpoints.stock import check_swinir
 from lora_sr.errors import InputError, shown
 
-MOST_VALUES, LONGEST_TEXT = 1000, 80
+MOST_ARGUMENTS, LONGEST_TEXT = 1000, 80
 PATH = re.compile(r'[/\\]|\.[A-Za-z]')
 LARGEST_SUM = 2**16  # of all numbers: what a constructor makes of them need not be parameters, which are counted
 SWINIR = 'SwinIR'
@@ -54,12 +54,12 @@ def _check_values(section: Mapping[str, Any], where: str) -> None:
     total = 0.0
     for index, (key, value) in enumerate(values):  # which grow
         name = f'{where}.{shown(str(key), 40)}'
-        if index >= MOST_VALUES:
-            raise InputError(f'{where} must have at most {MOST_VALUES:,} values, got more')
+        if index >= MOST_ARGUMENTS:
+            raise InputError(f'{where} must have at most {MOST_ARGUMENTS:,} values, got more')
         if isinstance(value, Mapping):
-            values += islice(value.items(), MOST_VALUES + 1)
+            values += islice(value.items(), MOST_ARGUMENTS + 1)
         elif isinstance(value, (list, tuple)):
-            values += ((key, one) for one in islice(value, MOST_VALUES + 1))
+            values += ((key, one) for one in islice(value, MOST_ARGUMENTS + 1))
         elif isinstance(value, str):
             if len(value) > LONGEST_TEXT or not value.isprintable() or PATH.search(value):
                 raise InputError(f'{name} must be a word, and no path, got {shown(repr(value), 40)}; {REMEDY}')

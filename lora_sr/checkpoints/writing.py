@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,21 +11,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lora_sr.checkpoints.origin import KEY, Origin
-from lora_sr.errors import InputError
 from lora_sr.files import replacing, write_errors
 
 SUFFIXES = ('.pth', '.safetensors')
-
-
-def check_not_input(output: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
-    """Check that what is written does not replace what it is made of, which could not be made again from it.
-
-    Raises:
-        InputError: The output is an input, under this name or another.
-    """
-    for path in inputs:
-        if output.exists() and os.path.exists(path) and output.samefile(path):
-            raise InputError(f'The output {output} is the input {path}, which would be lost: choose another output.')
 
 
 @contextlib.contextmanager

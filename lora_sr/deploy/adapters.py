@@ -26,10 +26,10 @@ from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
 from lora_sr.checkpoints.families import OURS
 from lora_sr.checkpoints.networks import UnknownNetwork
 from lora_sr.checkpoints.origin import KEY
-from lora_sr.checkpoints.writing import SUFFIXES, check_not_input, write_state
+from lora_sr.checkpoints.writing import SUFFIXES, write_state
 from lora_sr.deploy.mixing import FittedMix, fit_mix
 from lora_sr.errors import InputError, MissingBasicSR, shown
-from lora_sr.files import check_output
+from lora_sr.files import check_not_input, check_output
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from lora_sr.checkpoints.checkpoint import ADAPTED
 from lora_sr.checkpoints.families import OURS
 from lora_sr.checkpoints.networks import UnknownNetwork, input_files, reopen
 from lora_sr.checkpoints.origin import adapter_fingerprint, fingerprint
-from lora_sr.checkpoints.writing import SUFFIXES, check_not_input, write_state, writing
+from lora_sr.checkpoints.writing import SUFFIXES, write_state, writing
 from lora_sr.errors import InputError
-from lora_sr.files import check_output
+from lora_sr.files import check_not_input, check_output
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,13 @@ def _blocks(bands: Iterable[np.ndarray], height: int, rows: int) -> Iterator[lis
         yield complete
 
 
+def _encoded(
+    encode: Callable[[Block], Any], bands: Iterable[np.ndarray], height: int, rows: int, run: Run
+) -> Iterator[Any]:
+    """What a function makes of blocks of so many rows, in their order; those that a band completes at once."""
+    return (part for blocks in _blocks(bands, height, rows) for part in run(encode, blocks))
+
+
 def _rows_of_block(row_bytes: int) -> int:
     return max(1, BLOCK_BYTES // row_bytes)
 
@@ -246,8 +253,8 @@ def _write_png(file: IO[bytes], picture: Picture, bands: Iterable[np.ndarray], s
         np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
         return _deflate(filtered, block.is_last)
 
-    blocks = _blocks(bands, height, _rows_of_block(width * channels * itemsize))
-    for piece in _zlib_stream(part for complete in blocks for part in run(encode, complete)):
+    rows = _rows_of_block(width * channels * itemsize)
+    for piece in _zlib_stream(_encoded(encode, bands, height, rows, run)):
         file.write(write_chunk(b'IDAT', piece))
     file.write(write_chunk(b'IEND', b''))
 
@@ -299,8 +306,8 @@ def _write_tiff(
 
     length = 0
     file.write(head(0))  # once more when the length is known
-    blocks = _blocks(bands, height, _rows_of_block(width * channels * itemsize))
-    for piece in _zlib_stream(part for complete in blocks for part in run(encode, complete)):
+    rows = _rows_of_block(width * channels * itemsize)
+    for piece in _zlib_stream(_encoded(encode, bands, height, rows, run)):
         length += file.write(piece)
     file.seek(0)
     file.write(head(length))
@@ -331,8 +338,7 @@ def _write_jpeg(
             _encode_by_pillow(block.pixels, 'jpeg', {**options, **_described(picture)}), picture.metadata
         )
 
-    blocks = _blocks(bands, height, rows)
-    for number, jpeg in enumerate(data for complete in blocks for data in run(encode, complete)):
+    for number, jpeg in enumerate(_encoded(encode, bands, height, rows, run)):
         starts = _segments(jpeg)
         scan = starts[START_OF_SCAN] + 2 + struct.unpack_from('>H', jpeg, starts[START_OF_SCAN] + 2)[0]
         if number:

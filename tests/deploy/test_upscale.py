@@ -11,17 +11,13 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from basicsr.archs.ridnet_arch import RIDNet
-from basicsr.archs.rrdbnet_arch import RRDBNet
-from basicsr.archs.swinir_arch import SwinIR
+from enlarging import Enlarge, pixels, repeated
 from PIL import Image, PngImagePlugin
 from skimage.metrics import peak_signal_noise_ratio
 from torch import nn
-from torch.nn import functional as F
 
 from lora_sr import load_network
 from lora_sr.adapters import LoRAConfig, add_lora, lora_layers, save_adapter
-from lora_sr.archs import take_any_size
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints import NetworkSource
@@ -32,28 +28,7 @@ from lora_sr.deploy.adapters import merge_adapters
 from lora_sr.deploy.upscale import upscale
 from lora_sr.errors import InputError
 from lora_sr.runtime import upscaler as upscaler_module
-from lora_sr.runtime.upscaler import Upscaler, upscale_image
-
-
-class Enlarge(nn.Module):
-    """Repeats each pixel, so that everybody knows what is right."""
-
-    def __init__(self, scale=2, channels=3):
-        super().__init__()
-        self.scale = scale
-        self.conv = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
-        nn.init.ones_(self.conv.weight)
-
-    def forward(self, x):
-        return self.conv(x).repeat_interleave(self.scale, 2).repeat_interleave(self.scale, 3)
-
-
-def repeated(image, scale=2):
-    return image.repeat(scale, 0).repeat(scale, 1)
-
-
-def pixels(*shape, dtype=np.uint8):
-    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, endpoint=True).astype(dtype)
+from lora_sr.runtime.upscaler import Upscaler
 
 
 @pytest.fixture
@@ -86,165 +61,6 @@ def run(*arguments) -> int:
 
 def files_in(folder) -> list:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
-
-
-# Arrays
-
-
-@pytest.mark.parametrize('tile', [None, 11])
-@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-@pytest.mark.parametrize('network_channels', [1, 3])
-@pytest.mark.parametrize('shape', [(13, 18), (13, 18, 1), (13, 18, 3)])
-def test_every_level_of_every_channel_arrives(shape, network_channels, dtype, tile):
-    image = pixels(*shape, dtype=dtype)
-    result = upscale_image(Enlarge(3, network_channels), image, tile)
-    assert result.dtype == dtype and np.array_equal(result, repeated(image, 3))
-
-
-@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-@pytest.mark.parametrize('channels', [2, 4])
-def test_alpha_is_bicubic_and_opaque_stays_opaque(channels, dtype):
-    image = pixels(12, 15, channels, dtype=dtype)
-    peak = np.iinfo(dtype).max
-    image[..., -1] |= 1  # nothing is hidden
-    image[:6, :, -1] = peak
-    result = upscale_image(Enlarge(2), image)
-    assert np.array_equal(result[..., :-1], repeated(image[..., :-1]))
-    assert (result[:8, :, -1] == peak).all()
-    bicubic = cv2.resize(image[..., -1].astype(np.float64), None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
-    assert np.abs(result[..., -1] - bicubic.clip(0, peak)).max() < 0.51
-
-
-@pytest.mark.parametrize('tile', [None, 11])
-@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-@pytest.mark.parametrize('channels', [2, 4])
-def test_colors_under_alpha_0_do_not_bleed(channels, dtype, tile):
-    class Soft(Enlarge):
-        def forward(self, x):
-            return F.interpolate(self.conv(x), scale_factor=2, mode='bicubic')
-
-    peak = np.iinfo(dtype).max
-    y, x = np.mgrid[:32, :32]
-    image = np.zeros((32, 32, channels), dtype)
-    image[..., -1] = np.clip(10.5 - np.hypot(x - 15.5, y - 15.5), 0, 1) * peak
-    image[image[..., -1] > 0, :-1] = peak  # a white disc, black where it is hidden
-    result = upscale_image(Soft(), image, tile)
-    assert (result[..., :-1] == peak).all()  # also at alpha 0: there is the color of what is nearest
-
-    hidden = np.concatenate([pixels(32, 32, channels - 1, dtype=dtype), image[..., -1:]], 2)
-    hidden[image[..., -1] > 0] = image[image[..., -1] > 0]
-    assert np.array_equal(upscale_image(Soft(), hidden, tile), result)
-
-
-def test_the_nearest_visible_color_is_taken():
-    image = np.zeros((7, 9, 4), np.uint8)
-    image[1, 2], image[5, 7] = (200, 10, 30, 1), (1, 2, 3, 255)
-    result = upscale_image(Enlarge(1), image)
-    y, x = np.mgrid[:7, :9]
-    first, second = (y - 1) ** 2 + (x - 2) ** 2, (y - 5) ** 2 + (x - 7) ** 2
-    assert (result[first < second, :3] == (200, 10, 30)).all() and (result[second < first, :3] == (1, 2, 3)).all()
-
-
-def test_colors_stay_where_nothing_is_visible_or_the_channel_is_not_alpha():
-    image = pixels(8, 8, 4)
-    image[..., 3] = 0
-    assert np.array_equal(upscale_image(Enlarge(), image), repeated(image))
-    image[0, 0, 3] = 255
-    assert np.array_equal(Upscaler(Enlarge())(image, has_alpha=False)[..., :3], repeated(image[..., :3]))
-
-
-def test_gray_of_a_network_for_rgb_is_luma():
-    class Tint(Enlarge):
-        def forward(self, x):
-            return super().forward(x) * torch.tensor([1.0, 0.5, 0.25]).view(3, 1, 1)
-
-    image = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    colors = np.stack([image, image * 0.5, image * 0.25], 2).astype(np.float32) / 255
-    expected = cv2.cvtColor(colors, cv2.COLOR_RGB2GRAY) * 255
-    assert np.abs(upscale_image(Tint(1), image) - expected).max() < 0.51
-
-
-def test_value_range_of_ridnet():
-    torch.manual_seed(0)
-    network = RIDNet(3, 16, 3, num_block=1).eval()
-    image = pixels(20, 24, 3)
-    with torch.inference_mode():
-        expected = network(torch.from_numpy(image).permute(2, 0, 1)[None].float())[0].permute(1, 2, 0).numpy()
-    assert np.abs(upscale_image(network, image) - expected.clip(0, 255)).max() < 0.51
-    assert expected.std() > 20
-
-
-def test_network_is_merged_and_folded_and_not_changed():
-    torch.manual_seed(0)
-    network = DSCLoRA(feature_channels=6, upscale=2, rank=2).eval()
-    for _, layer in lora_layers(network):
-        nn.init.normal_(layer.lora_B, std=0.05)
-    image = pixels(14, 15, 3)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    with torch.inference_mode():
-        expected = network(torch.from_numpy(image).permute(2, 0, 1)[None] / 255)[0].permute(1, 2, 0).numpy() * 255
-    assert np.abs(upscale_image(network, image) - expected.clip(0, 255)).max() < 0.51
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert all(parameter.requires_grad == ('lora' in name) for name, parameter in network.named_parameters())
-
-
-def test_dtype_is_that_of_the_runtime(monkeypatch):
-    asked = []
-    monkeypatch.setattr(upscaler_module, 'optimize', lambda network, dtype: asked.append(dtype) or network)
-    Upscaler(Enlarge(), dtype=torch.bfloat16)
-    assert asked == [torch.bfloat16]
-
-
-@pytest.mark.parametrize('size', [(1, 1), (1, 9), (9, 2)])
-@pytest.mark.parametrize(
-    'build',
-    [
-        lambda: SPAN(feature_channels=6, upscale=2),
-        lambda: RRDBNet(3, 3, 2, num_feat=6, num_block=1, num_grow_ch=4),
-        lambda: SwinIR(
-            upscale=2, img_size=8, window_size=4, depths=[2], embed_dim=8, num_heads=[2], upsampler='pixelshuffle'
-        ),
-    ],
-)
-def test_tiny_images(build, size):
-    assert upscale_image(take_any_size(build().eval()), pixels(*size, 3)).shape == (2 * size[0], 2 * size[1], 3)
-
-
-@pytest.mark.parametrize(
-    'image', [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8)]
-)
-def test_other_arrays_are_refused(image):
-    with pytest.raises(InputError, match='The image has .* right'):
-        upscale_image(Enlarge(), image)
-
-
-def test_networks_that_cannot_be_used():
-    with pytest.raises(InputError, match='Enlarge does not take RGB or gray images'):
-        Upscaler(Enlarge(2, 5))
-    absolute = SwinIR(img_size=8, window_size=4, depths=[2], embed_dim=8, num_heads=[2], ape=True, upsampler='')
-    with pytest.raises(InputError, match='SwinIR does not take RGB or gray images of any size'):
-        Upscaler(absolute)
-
-
-def test_values_that_are_not_finite():
-    network = Enlarge()
-    upscaler = Upscaler(network)
-    upscaler.runtime = lambda x: network(x) / 0
-    with pytest.raises(InputError, match='Enlarge gives values that are not finite: it has weights that are NaN'):
-        upscaler(pixels(4, 4, 3))
-    upscaler.dtype = torch.float16
-    with pytest.raises(InputError, match='Enlarge gives values that are not finite: float16 overflows'):
-        upscaler(pixels(4, 4, 3))
-
-
-@pytest.mark.parametrize('weight', [float('nan'), 3e38])
-@pytest.mark.parametrize('tile', [None, 40])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
-def test_weights_that_cannot_be_right_are_told_at_once(weight, tile, dtype):
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1), nn.PixelShuffle(2))
-    nn.init.constant_(network[0].weight, weight)
-    with pytest.raises(InputError, match='not finite: it has weights that are NaN or too large'):
-        Upscaler(network, tile, dtype)
 
 
 # Files
@@ -514,16 +330,6 @@ def test_a_full_disk_stops_large_results_too(enlarging, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r'The output .*a.png cannot be written: No space left on device'):
         upscale([tmp_path / 'a.png'], 'any.pth', tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
-
-
-@pytest.mark.parametrize('scale', [2, 3, 4])
-def test_rows_of_tiles_have_the_alpha_of_the_whole_image(scale):
-    image = pixels(61, 23, 4)
-    upscaler = Upscaler(Enlarge(scale), tile=11)
-    alpha = torch.from_numpy(image[:, :, 3]).double()[None, None] / 255
-    expected = F.interpolate(alpha, scale_factor=scale, mode='bicubic').clamp(0, 1)[0, 0].numpy() * 255
-    bands = list(upscaler.bands(image))
-    assert len(bands) > 3 and np.abs(np.concatenate(bands)[:, :, 3] - expected).max() <= 0.5 + 1e-3
 
 
 def test_adapters_as_adapter_merge_mixes_them(checkpoint, tmp_path):

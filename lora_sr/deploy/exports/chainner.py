@@ -13,10 +13,10 @@ from lora_sr.archs import fold
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints import NetworkLike, load_network
 from lora_sr.checkpoints.families import is_for_chainner
-from lora_sr.checkpoints.writing import SUFFIXES, check_not_input, writing
+from lora_sr.checkpoints.writing import SUFFIXES, writing
 from lora_sr.deploy.exports.deployed import FLOAT32_TOLERANCE, Deployed, ExportReport, deployed_network
 from lora_sr.errors import InputError
-from lora_sr.files import check_output
+from lora_sr.files import check_not_input, check_output
 
 GAIN = 2  # factor of the inner channels of every Conv3XC, as spandrel builds them
 

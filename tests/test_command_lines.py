@@ -87,6 +87,21 @@ def test_wrong_values(inputs, tmp_path, monkeypatch, capfd, name):
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.parametrize('option', ['threshold', 'workers', 'border'])
+def test_two_dashes_are_no_value(capsys, option):
+    """Of which argparse makes an empty list before Python 3.13."""
+    with pytest.raises(SystemExit, match='2'):
+        main(['prepare', 'images', '-o', 'out', f'--{option}=--'])
+    assert f'error: argument --{option}: expected one argument' in capsys.readouterr().err
+
+
+def test_names_of_outputs_bring_no_color(inputs, monkeypatch, capsys):
+    monkeypatch.chdir(inputs)
+    assert main(['merge', 'lora.pth', '-o', '\x1b[31mred\nwrote.pth']) == 0
+    told = capsys.readouterr().out
+    assert 'wrote \\x1b[31mred\\nwrote.pth' in told
+
+
 def test_every_command_is_tried():
     """Of those that only measure, two."""
     parser = build_parser()

@@ -7,7 +7,7 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import IO, Any, Callable, NamedTuple
 
@@ -30,6 +30,9 @@ BLOCK_BYTES = 1 << 23  # of pixels that zlib gets at once, and which threads sha
 JPEG_BLOCK = 8  # pixels a side, without subsampling
 LONGEST_RESTART_INTERVAL = (1 << 16) - 1  # in such blocks (ITU-T T.81, B.2.4.4)
 FRAME, RESTART, START_OF_SCAN, RESTART_INTERVAL = 0xC0, 0xD0, 0xDA, 0xDD  # markers; of restart the first of eight
+
+# Each entry of a directory: tag, type, count, and the value or where it is.
+TIFF_HEADER, TIFF_ENTRY = struct.Struct('<2sHL'), struct.Struct('<HHLL')
 
 Run = Callable[[Callable[['Block'], Any], Iterable['Block']], Iterable[Any]]
 
@@ -150,8 +153,10 @@ def _loses_profile(picture: Picture, file_format: str) -> bool:
 
 
 def _with_size(exif: Mapping[int, Any], height: int, width: int) -> dict[int, Any]:
-    """The tags with sizes, where they have any, of these pixels."""
+    """The tags with sizes of these pixels where they have any, without a description that is a size."""
     exif = dict(exif)
+    if str(exif.get(tags.IMAGE_DESCRIPTION, '')).startswith('{"shape": '):  # tifffile's, of the pixels before
+        del exif[tags.IMAGE_DESCRIPTION]
     if tags.EXIF_IFD in exif:
         exif[tags.EXIF_IFD] = dict(exif[tags.EXIF_IFD])
     for directory, of_width, of_height in (
@@ -193,7 +198,7 @@ def _rows_of_block(row_bytes: int) -> int:
     return max(1, BLOCK_BYTES // row_bytes)
 
 
-# --- zlib: PNG and TIFF ---
+# --- PNG ---
 
 
 class _Deflated(NamedTuple):
@@ -259,16 +264,32 @@ def _write_png(file: IO[bytes], picture: Picture, bands: Iterable[np.ndarray], s
     file.write(write_chunk(b'IEND', b''))
 
 
+# --- TIFF ---
+
+
 def _write_tiff(
     file: IO[bytes], picture: Picture, bands: Iterable[np.ndarray], size: tuple[int, int], run: Run
 ) -> None:
-    """A TIFF 6.0 of one strip, deflated after horizontal differencing (predictor 2).
+    """A TIFF 6.0, a strip a block, each deflated after horizontal differencing (predictor 2); its directory is the end.
 
     Pillow writes no colors of 16 bits, OpenCV no metadata, and tifffile no EXIF.
     """
     height, width = size
     itemsize = picture.pixels.itemsize
     channels = picture.pixels.shape[2] + 2 * _makes_colors(picture.pixels, 'tiff')
+
+    def encode(block: Block) -> bytes:
+        differences = block.pixels.copy()
+        np.subtract(block.pixels[:, 1:], block.pixels[:, :-1], out=differences[:, 1:])
+        return zlib.compress(np.ascontiguousarray(differences, differences.dtype.newbyteorder('<')).data, ZLIB_LEVEL)
+
+    rows = _rows_of_block(width * channels * itemsize)
+    starts, lengths = [], []
+    file.write(TIFF_HEADER.pack(b'II', 42, 0))  # once more when it is known where the directory is
+    for strip in _encoded(encode, bands, height, rows, run):
+        starts.append(file.tell())
+        lengths.append(file.write(strip))
+        _check_offset(file.tell())
     directory = ImageFileDirectory_v2()
     for tag, value in picture.exif.items():
         directory[tag] = value
@@ -277,10 +298,10 @@ def _write_tiff(
     directory[tags.BITS_PER_SAMPLE] = (8 * itemsize,) * channels
     directory[tags.COMPRESSION] = tags.DEFLATE
     directory[tags.PHOTOMETRIC] = 2 if channels > 2 else 1
-    directory[tags.STRIP_OFFSETS] = 0  # counted from where the directory ends
     directory[tags.SAMPLES_PER_PIXEL] = channels
-    directory[tags.ROWS_PER_STRIP] = height
+    directory[tags.ROWS_PER_STRIP] = min(rows, height)
     directory.tagtype[tags.STRIP_BYTE_COUNTS] = tags.LONG
+    directory[tags.STRIP_BYTE_COUNTS] = tuple(lengths)
     directory[tags.PLANAR_CONFIGURATION] = 1
     directory[tags.PREDICTOR] = tags.HORIZONTAL_DIFFERENCES
     if channels in (2, 4):
@@ -288,29 +309,27 @@ def _write_tiff(
     if picture.icc_profile:
         directory.tagtype[tags.ICC_PROFILE] = tags.UNDEFINED
         directory[tags.ICC_PROFILE] = picture.icc_profile
+    _finish_tiff(file, directory, starts)
 
-    def head(length: int) -> bytes:
-        directory[tags.STRIP_BYTE_COUNTS] = length
-        written = io.BytesIO()
-        try:
-            directory.save(written)
-        except struct.error:
-            raise InputError('TIFF cannot hold it: it has 4 GiB or more.') from None
-        return written.getvalue()
 
-    def encode(block: Block) -> _Deflated:
-        differences = block.pixels.copy()
-        np.subtract(block.pixels[:, 1:], block.pixels[:, :-1], out=differences[:, 1:])
-        little_endian = np.ascontiguousarray(differences, differences.dtype.newbyteorder('<'))
-        return _deflate(little_endian.view(np.uint8).reshape(len(little_endian), -1), block.is_last)
-
-    length = 0
-    file.write(head(0))  # once more when the length is known
-    rows = _rows_of_block(width * channels * itemsize)
-    for piece in _zlib_stream(_encoded(encode, bands, height, rows, run)):
-        length += file.write(piece)
+def _finish_tiff(file: IO[bytes], directory: ImageFileDirectory_v2, starts: Sequence[int]) -> None:
+    """Write where the strips start, then the directory: Pillow knows one strip, or counts them from there."""
+    file.write(b'\0' * (file.tell() % 2))
+    table = file.tell()
+    offset = table + 4 * len(starts)
+    directory[tags.STRIP_OFFSETS] = 0
+    _check_offset(offset + len(directory.tobytes()))
+    written = bytearray(directory.tobytes(offset))
+    entry = (tags.STRIP_OFFSETS, tags.LONG, len(starts), starts[0] if len(starts) == 1 else table)
+    TIFF_ENTRY.pack_into(written, 2 + TIFF_ENTRY.size * sorted(directory).index(tags.STRIP_OFFSETS), *entry)
+    file.write(struct.pack(f'<{len(starts)}L', *starts) + written)
     file.seek(0)
-    file.write(head(length))
+    file.write(TIFF_HEADER.pack(b'II', 42, offset))
+
+
+def _check_offset(offset: int) -> None:
+    if offset >= 1 << 32:
+        raise InputError('TIFF cannot hold it: it has 4 GiB or more.')
 
 
 # --- Pillow: JPEG and WebP ---

@@ -105,18 +105,39 @@ def test_rows_are_written_as_they_come(small_blocks, file_format):
     assert grown.min() > 0.5 * grown.max()
 
 
-def test_tiff_of_four_gigabytes_and_more(monkeypatch):
-    """The length of the strip, which is known at its end, does not fit."""
+@pytest.mark.parametrize('before', [0, 700])
+def test_tiff_of_four_gigabytes_and_more(before):
+    """Neither a strip nor the directory may end there."""
+
+    class Far(io.BytesIO):
+        """Is as far from its beginning as no test can write."""
+
+        def tell(self):
+            return super().tell() + (1 << 32) - before
+
     image = photograph(16, 16)
-    monkeypatch.setattr(encoding, '_zlib_stream', lambda parts: [LongBytes()])
     with pytest.raises(InputError, match='TIFF cannot hold it: it has 4 GiB or more'):
-        write_picture(Counting(), Picture(image), [image], (16, 16), 'tiff', 95)
+        write_picture(Far(), Picture(image), [image], (16, 16), 'tiff', 95)
 
 
-class LongBytes(bytes):
-    """Stands for more than fit into a test."""
+@pytest.mark.parametrize(('bytes_of_a_block', 'strips'), [(1000, 32), (1 << 23, 1)])
+def test_strips_of_tiff(monkeypatch, bytes_of_a_block, strips):
+    monkeypatch.setattr(encoding, 'BLOCK_BYTES', bytes_of_a_block)
+    image = photograph(157, 61)
+    exif = {270: 'A photograph', 34665: {36867: '2026:01:01'}}
+    data = encode_picture(Picture(image, exif=exif), 'tiff', 95)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages[0]
+        assert len(file.pages) == 1 and len(page.dataoffsets) == len(page.databytecounts) == strips
+        assert page.description == 'A photograph' and page.tags['ExifTag'].value['DateTimeOriginal'] == '2026:01:01'
+    assert np.array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB), image)
+    assert np.array_equal(Image.open(io.BytesIO(data)), image)
+    assert np.array_equal(tifffile.imread(io.BytesIO(data)), image)
 
 
-class Counting(io.BytesIO):
-    def write(self, data):
-        return super().write(data) + (isinstance(data, LongBytes) << 32)
+@pytest.mark.parametrize(('description', 'kept'), [('{"shape": [4, 5, 3]}', ''), ('A shape', 'A shape')])
+def test_the_shape_that_tifffile_notes(description, kept):
+    """It is that of the image before: tifffile warns of each that is another."""
+    data = encode_picture(Picture(photograph(8, 10), exif={270: description}), 'tiff', 95)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        assert file.pages[0].description == kept

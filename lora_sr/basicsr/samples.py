@@ -49,6 +49,9 @@ class SampleStream(Sampler):
     Args:
         sampler: Orders the samples of the epoch that its ``set_epoch`` was told; BasicSR's ``EnlargedSampler``.
         seed: The run's; with epoch and number it seeds each sample.
+
+    Attributes:
+        val_loaders, tb_logger: What the run validates on, and the writer of TensorBoard that is told.
     """
 
     def __init__(self, sampler: Any, seed: int):
@@ -57,6 +60,8 @@ class SampleStream(Sampler):
         self.batch_size = 1
         self.total_iter: int | None = None
         self.start = Place()
+        self.val_loaders: list[Any] = []
+        self.tb_logger: Any = None
         self.processes = getattr(sampler, 'num_replicas', 1)
         self.rank = getattr(sampler, 'rank', 0)
 

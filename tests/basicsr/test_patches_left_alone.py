@@ -194,7 +194,7 @@ LEFT_ALONE = [
     (patches.images.patch_imfrombytes, [(img_util, 'imfrombytes')]),
     (patches.validation.patch_best_metrics, [(BaseModel, '_initialize_best_metric_results')]),
     (patches.divergence.patch_reduce_loss_dict, [(BaseModel, 'reduce_loss_dict')]),
-    (patches.messages.patch_remaining_time, [(logger.MessageLogger, '__init__', 'message_logger')]),
+    (patches.messages.patch_message_logger, [(logger.MessageLogger, '__init__', 'message_logger')]),
     (patches.losses.patch_perceptual_criterion, [(basic_loss.PerceptualLoss, '__init__', 'perceptual_loss')]),
     (patches.options.patch_ordered_yaml, [(options, 'ordered_yaml')]),
 ]

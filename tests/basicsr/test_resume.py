@@ -287,6 +287,7 @@ def write_run(folder, pairs, workers=0, ratio=3, **section):
     opt['datasets']['train']['batch_size_per_gpu'] = 7  # of 24: three are left over
     opt['train'].update(total_iter=13, ema_decay=0.9)
     opt['logger']['save_checkpoint_freq'] = 5
+    opt['val']['val_freq'] = 5  # which BasicSR does when it has saved: the training state knows nothing of it
     (folder / 'tiny.yml').write_text(yaml.safe_dump(opt, sort_keys=False))
 
 
@@ -335,6 +336,7 @@ def assert_equal(run, other):
         assert same(*contents), name
         if name.endswith('state'):
             assert same(*({key: values[key] for key in ('samples', 'best', 'trained')} for values in ours))
+            assert ours[0]['best']['val']['psnr']['iter'] == 5
 
 
 @pytest.mark.slow

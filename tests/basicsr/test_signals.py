@@ -1,5 +1,6 @@
 """Signals that end a run."""
 
+import contextlib
 import os
 import re
 import signal
@@ -8,9 +9,13 @@ import sys
 import types
 
 import pytest
+from basicsr.data.data_sampler import EnlargedSampler
+from basicsr.models.base_model import BaseModel
+from basicsr.utils.logger import MessageLogger
 from tiny_run import python_environment
 
 from lora_sr.basicsr import signals
+from lora_sr.basicsr.samples import SampleStream
 
 
 class Model:
@@ -82,6 +87,52 @@ def test_handlers_of_others_are_left_alone(monkeypatch):
         assert isinstance(signal.getsignal(signal.SIGUSR1), types.FunctionType)
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+class Validating(BaseModel):
+    """Is terminated at the second of its images."""
+
+    def __init__(self, opt):
+        super().__init__(opt)
+        self.validated_images, self.saved = [], []
+
+    def nondist_validation(self, dataloader, current_iter, tb_logger, save_img):
+        for image in dataloader:
+            self.validated_images.append((current_iter, tb_logger, image))
+            if image == 1 and not signals.status():
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def save(self, epoch, iteration):
+        self.saved.append((epoch, iteration))
+
+
+def begun(folder, **state):
+    """A model that validates, and the samples of its run, of which it has done some."""
+    opt = {'num_gpu': 0, 'is_train': True, 'rank': 0, 'dist': False, 'path': {'training_states': str(folder)}}
+    opt.update(train={'total_iter': 9}, val={'val_freq': 7, 'save_img': False}, name='run')
+    opt['logger'] = {'print_freq': 1, 'use_tb_logger': False}
+    model, stream = Validating(opt), SampleStream(EnlargedSampler([0] * 8, 1, 0), 0)
+    stream.begin(opt, 1, state, None)
+    stream.val_loaders = [[0, 1, 2]]
+    return model, stream
+
+
+def test_a_signal_ends_a_validation(listening, tmp_path):
+    model, stream = begun(tmp_path)
+    with pytest.raises(SystemExit):
+        model.validation(stream.val_loaders[0], 7, None)
+    assert model.saved == [(0, 7)]
+    assert model.validated_images == [(7, None, 0), (7, None, 1)]
+
+
+@pytest.mark.parametrize(('iteration', 'images'), [(7, [(7, 'writer', 0), (7, 'writer', 1)]), (6, [])])
+def test_a_run_that_goes_on_makes_up_for_its_validation(listening, tmp_path, iteration, images):
+    model, stream = begun(tmp_path, iter=iteration, epoch=0)
+    MessageLogger(model.opt, iteration, 'writer')
+    with contextlib.suppress(SystemExit):
+        model.update_learning_rate(iteration + 1)
+    assert model.validated_images == images and model.saved == []  # the iteration has been saved
+    assert bool(signals.status()) == bool(images)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def apply() -> None:
         validation.patch_validation,
         validation.patch_best_metrics,
         divergence.patch_reduce_loss_dict,
-        messages.patch_remaining_time,
+        messages.patch_message_logger,
         options.patch_ordered_yaml,
         distributed.patch_distributed_start,
         distributed.patch_model_to_device,

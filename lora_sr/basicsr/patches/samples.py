@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lora_sr.basicsr import provenance, signals
 from lora_sr.basicsr.patches.tools import is_patch, patch, replace_everywhere
+from lora_sr.basicsr.patches.validation import validate_again
 from lora_sr.basicsr.samples import SampleStream, SeededDataset, seed_process, stream_of
 from lora_sr.checkpoints.content import read_checkpoint
 
@@ -70,6 +71,7 @@ def _begun(original: Any) -> Any:
         state = read_checkpoint(path) if path else {}
         last_epoch = stream.begin(opt, made[0].batch_size, state, provenance.given('manual_seed'))
         loader, sampler, val_loaders, _, iterations = made
+        stream.val_loaders = val_loaders
         return loader, sampler, val_loaders, last_epoch, iterations
 
     return create_train_val_dataloader
@@ -79,8 +81,8 @@ def patch_update_learning_rate() -> None:
     """A training step draws from a stream of random numbers that no training state holds; a warm-up ends too low.
 
     ``update_learning_rate`` is what BasicSR calls first in an iteration; here it also seeds that iteration, or ends the
-    run before it if a signal has come. A scheduler of steps goes on from the rate it finds, which in a warm-up is not
-    its own: it stayed a step below for good.
+    run before it if a signal has come. A run that goes on first makes up for a validation. A scheduler of steps goes on
+    from the rate it finds, which in a warm-up is not its own: it stayed a step below for good.
     """
     from basicsr.models.base_model import BaseModel
 
@@ -93,7 +95,10 @@ def patch_update_learning_rate() -> None:
     def update_learning_rate(self: Any, current_iter: int, warmup_iter: int = -1) -> None:
         stream = stream_of(self.opt)
         if stream is not None:
-            signals.stop_if_told(self, stream.sampler.epoch, current_iter - 1, stream.start.iteration)
+            done = current_iter - 1
+            if done == stream.start.iteration > 0:
+                validate_again(self, stream)
+            signals.stop_if_told(self, stream.sampler.epoch, done, stream.start.iteration)
             seed_process(stream.seed, stream.rank, current_iter)
         self.current_iter = current_iter
         if 1 < current_iter <= warmup_iter:

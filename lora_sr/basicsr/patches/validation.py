@@ -1,16 +1,22 @@
-"""Validation during a run: once, and with the better value as the best."""
+"""Validation during a run: once, also after a resume, to be stopped, and with the better value as the best."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
+from lora_sr.basicsr import signals
 from lora_sr.basicsr.metrics import lower_is_better
 from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch
+from lora_sr.basicsr.samples import SampleStream, stream_of
 
 
 def patch_validation() -> None:
-    """``train_pipeline`` validates once more at its end, also where the last iteration has just been validated."""
+    """``train_pipeline`` validates once more at its end, also where the last iteration has just been validated.
+
+    A signal waits until all images are done, which may be longer than a scheduler does.
+    """
     from basicsr.models.base_model import BaseModel
 
     original = BaseModel.validation
@@ -23,10 +29,42 @@ def patch_validation() -> None:
         done = self.__dict__.setdefault('validated', {})
         if self.is_train and done.get(id(dataloader)) == current_iter:
             return
-        original(self, dataloader, current_iter, tb_logger, save_img)
+        stream = stream_of(self.opt) if self.is_train else None
+        images = dataloader if stream is None else _Watched(dataloader, self, stream, current_iter)
+        original(self, images, current_iter, tb_logger, save_img)
         done[id(dataloader)] = current_iter
 
     BaseModel.validation = validation
+
+
+class _Watched:
+    """A data loader before each image of which a signal ends the run, as it does between two iterations."""
+
+    def __init__(self, loader: Any, model: Any, stream: SampleStream, iteration: int):
+        self.loader = loader
+        self.place = model, stream.sampler.epoch, iteration, stream.start.iteration
+
+    def __iter__(self) -> Iterator[Any]:
+        for images in self.loader:
+            signals.stop_if_told(*self.place)
+            yield images
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+def validate_again(model: Any, stream: SampleStream) -> None:
+    """Validate a run that goes on where it was saved, if that is where it validates: this comes after saving.
+
+    Whether it did so before it ended nobody knows; its training state knows no best value of it.
+    """
+    options, iteration = model.opt.get('val'), stream.start.iteration
+    if options is not None and iteration % options['val_freq'] == 0:
+        for loader in stream.val_loaders:
+            model.validation(loader, iteration, stream.tb_logger, options['save_img'])
 
 
 def patch_best_metrics() -> None:

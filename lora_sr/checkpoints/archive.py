@@ -15,6 +15,8 @@ MAGIC = b'PK\x03\x04'
 END, LOCATOR, END_64 = struct.Struct('<4s12xL2x'), struct.Struct('<4s4xQ4x'), struct.Struct('<48xQ')
 LENGTHS = struct.Struct('<26x2H')  # of the name of a member and of what stands behind it
 OLD_PICKLES = 5  # of a file from before torch 1.6: two numbers, the machine, the content, the names of its storages
+# A training state holds two or three for each parameter of each of its networks; torch takes some 5,000 a second.
+MOST_VALUES = 60_000
 # What torch lets a pickle call although it takes memory for what is not in the file.
 ALLOCATING = ('bytearray', '_rebuild_device_tensor_from_cpu_tensor', '_rebuild_device_tensor_from_numpy')
 
@@ -27,12 +29,13 @@ def check_archive(file: BinaryIO, path: object) -> None:
         path: Its name, for messages.
 
     Raises:
-        InputError: Its members are compressed, or larger than the file; or it makes values that are not in it.
+        InputError: Its members are compressed, larger than the file, or more than :data:`MOST_VALUES`; or it makes
+            values that are not in it.
         Exception: It is damaged, or no file of that format.
     """
     is_archive = file.read(len(MAGIC)) == MAGIC
     file.seek(0)
-    called = next(_called_in_archive(file, path) if is_archive else _called_in_old_format(file), None)
+    called = next(_called_in_archive(file, path) if is_archive else _called_in_old_format(file, path), None)
     if called is not None:
         raise InputError(f'the checkpoint {path} must hold tensors and plain values alone, got a {called}')
 
@@ -42,6 +45,7 @@ def _called_in_archive(file: BinaryIO, path: object) -> Iterator[str]:
     members = ZipFile(file)
     if members.start_dir != _directory(file):
         raise ValueError('Python and torch find different members')
+    _check_count(len(members.infolist()), path)
     if any(member.filename.endswith('/constants.pkl') for member in members.infolist()):
         raise InputError(f'the checkpoint {path} must be what torch.save writes, got a TorchScript archive')
     if any(member.compress_type != ZIP_STORED for member in members.infolist()):
@@ -80,9 +84,18 @@ def _directory(file: BinaryIO) -> int:
     return int(directory)
 
 
-def _called_in_old_format(file: BinaryIO) -> Iterator[str]:
+def _called_in_old_format(file: BinaryIO, path: object) -> Iterator[str]:
     """The same of a file from before torch 1.6: a few pickles, and behind them the values as they are."""
+    values = 0
     for _ in range(OLD_PICKLES):
         for opcode, argument, _ in pickletools.genops(file):
             if opcode.name == 'GLOBAL':
                 yield from (name for name in ALLOCATING if str(argument).endswith(f' {name}'))
+            elif opcode.name == 'BINPERSID':
+                values += 1
+                _check_count(values, path)
+
+
+def _check_count(values: int, path: object) -> None:
+    if values > MOST_VALUES:
+        raise InputError(f'the checkpoint {path} must hold at most {MOST_VALUES:,} tensors, got more')

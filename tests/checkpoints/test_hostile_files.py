@@ -129,6 +129,16 @@ def test_values_are_in_the_file(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize('is_new', [True, False])
+def test_tensors_are_counted_before_they_are_read(tmp_path, monkeypatch, is_new):
+    path = tmp_path / 'many.pth'
+    torch.save({f'{index}.weight': torch.zeros(1) for index in range(40)}, path, _use_new_zipfile_serialization=is_new)
+    read_checkpoint(path)
+    monkeypatch.setattr('lora_sr.checkpoints.archive.MOST_VALUES', 39)
+    with pytest.raises(InputError, match='must hold at most 39 tensors, got more'):
+        read_checkpoint(path)
+
+
 def test_an_archive_is_no_larger_than_it_looks(tmp_path, capsys):
     whole, file = io.BytesIO(), tmp_path / 'bad.pth'
     torch.save(span().state_dict(), whole)

@@ -8,7 +8,6 @@ import re
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -23,7 +22,6 @@ IMAGE_SUFFIXES = (*SUFFIXES, '.bmp', '.tga', '.ppm', '.pgm')
 PUBLISHED_HR_FOLDERS = ('DIV2K_train_HR', 'Flickr2K_HR')
 SPLITS = ('train', 'test')
 MOST_BYTES = (1 << 31) - 1  # of a file, as many as OpenCV takes
-MOST_REASONS = 5  # in a message
 
 _JPEG_MARKER = re.compile(rb'\xff+([^\x00\xff\xd0-\xd7])', re.DOTALL)
 
@@ -174,16 +172,17 @@ def memory_errors(path: Path) -> Iterator[None]:
 
 
 def name_images(reasons: Collection[str], total: int, what: str) -> str:
-    """A sentence about some of ``total`` images: how many they are, and the reasons of the first.
+    """A sentence about some of ``total`` images: how many they are and why, a line for each where they are several.
 
     Args:
         reasons: a sentence for each that names it.
         total: number of images.
         what: what is said of them: 'cannot be used', 'left out'.
     """
-    first = '; '.join(printable(reason).rstrip('.') for reason in islice(reasons, MOST_REASONS))
-    more = '; and so on' if len(reasons) > MOST_REASONS else ''
-    return f'{len(reasons)} of {total} images {what}: {first}{more}.'
+    before = ' ' if len(reasons) == 1 else '\n  '
+    return f'{len(reasons)} of {total} images {what}:' + ''.join(
+        f'{before}{printable(reason).rstrip(".")}.' for reason in reasons
+    )
 
 
 def check_left_out(left_out: Collection[str], total: int, skip_broken: bool) -> None:

@@ -14,7 +14,8 @@ def refused(tmp_path, capfd):
         assert main(['prepare', *map(str, arguments), '-o', str(output)]) == 2
         assert not (tmp_path / 'out').exists()
         out, err = capfd.readouterr()
-        assert not out and err.startswith('lora-sr: error: ') and err.endswith('.\n') and err.count('\n') == 1, err
+        assert not out and err.startswith('lora-sr: error: ') and err.endswith('.\n'), err
+        assert all(line.startswith('  ') and line.endswith('.') for line in err.splitlines()[1:]), err
         return err[len('lora-sr: error: ') : -1]
 
     return message

@@ -223,8 +223,9 @@ def test_all_broken_images_are_named(tmp_path, make_images, capsys):
         (hr / f'000{number}.png').write_bytes(b'no image')
     assert degrade(hr, '-o', tmp_path / 'out', '--scale', 4) == 2
     err = capsys.readouterr().err
-    assert err.startswith('lora-sr: error: 8 of 9 images cannot be used, which --skip-broken leaves out: ')
-    assert [name for name in range(1, 10) if f'{name}.png' in err] == [2, 3, 4, 5, 6] and err.endswith('; and so on.\n')
+    assert err.startswith('lora-sr: error: 8 of 9 images cannot be used, which --skip-broken leaves out:\n')
+    assert [name for name in range(1, 10) if f'\n  {hr}/000{name}.png' in err] == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert err.endswith('.\n') and len(err.splitlines()) == 9
     assert not (tmp_path / 'out').exists()
 
 
@@ -242,7 +243,7 @@ def test_skip_broken_makes_what_the_others_alone_give(tmp_path, make_images, cap
         assert degrade(hr, '-o', made, '--scale', 4, '--skip-broken') == 0
         out, err = capsys.readouterr()
         assert out == f'{made}: 2 images at scale 4\n'
-        assert err.startswith('lora-sr: note: 2 of 4 images left out: ') and err.count('\n') == 1
+        assert err.startswith('lora-sr: note: 2 of 4 images left out:') and err.count('\n') == 3
         assert f'{hr}/0001.png is damaged' in err and f'{hr}/0003.png must have at least 4 pixels each way' in err
         assert contents(made) == wanted and sorted(wanted) == ['0002.png', '0004.png']
         (made / '0004.png').unlink()
@@ -252,7 +253,7 @@ def test_skip_broken_makes_what_the_others_alone_give(tmp_path, make_images, cap
         (hr / f'{number}.png').write_bytes(b'')
     capsys.readouterr()
     assert degrade(hr, '-o', tmp_path / 'none', '--scale', 4, '--skip-broken') == 2
-    assert capsys.readouterr().err.startswith('lora-sr: error: 4 of 4 images cannot be used: ')
+    assert capsys.readouterr().err.startswith('lora-sr: error: 4 of 4 images cannot be used:')
     assert not (tmp_path / 'none').exists()
 
 

@@ -162,9 +162,9 @@ def test_missing_partners(realsr, drealsr, refused):
     (folder / 'Canon_001_LR4.png').unlink()
     for given, total in ((realsr, 4), (folder, 2)):
         message = refused(given, '--scale', 4, '--split', 'train')
-        assert message.startswith(f'2 of {total} images cannot be used') and message.endswith(f'; {reason}.')
+        assert message.startswith(f'2 of {total} images cannot be used') and message.endswith(f'\n  {reason}.')
         assert f'{folder}/Canon_001_HR.png has no LR image in {folder}' in message
-    with pytest.raises(InputError, match='2 of 2 images cannot be used: '):
+    with pytest.raises(InputError, match='2 of 2 images cannot be used:'):
         find_sources([folder], [4], misfits={})
     folder = realsr / 'Nikon' / 'Test' / '2'
     (folder / 'Nikon_001_HR.png').unlink()

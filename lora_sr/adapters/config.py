@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import json
+import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Iterable, Mapping
+from typing import Any, Mapping
 
 from lora_sr.adapters.groups import GROUPS
+from lora_sr.adapters.patterns import MOST_STEPS, Patterns, check_simple
 from lora_sr.errors import InputError, shown
 
 ALSO_TRAIN = ('bias', 'norm', 'position', 'parameters', 'depthwise')
 LARGEST_ALPHA = 1e30
 LARGEST_RANK = 2**31 - 1
-LONGEST_PATTERN, MOST_REPEATS = 2048, 3  # of a pattern in a file: a name of 512 letters, each escaped, and more
 
 
 @dataclass
@@ -63,6 +63,8 @@ class LoRAConfig:
     target_parameters: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._known: dict[str, Patterns] = {}
+        self._most_steps = math.inf
         for name in ('target_modules', 'exclude_modules', 'groups', 'also_train', 'target_parameters'):
             value = getattr(self, name)
             if not isinstance(value, (str, list, tuple, type(None))):
@@ -111,24 +113,35 @@ class LoRAConfig:
 
     def is_target(self, name: str, group: str) -> bool:
         """Whether the layer called ``name``, of that group, is to receive LoRA."""
-        is_wanted = bool({group, 'all'} & set(self.groups)) or _first_match(self.target_modules, name) is not None
+        is_wanted = bool({group, 'all'} & set(self.groups)) or bool(self._matching('target_modules', name))
         return is_wanted and not self.is_excluded(name)
 
     def is_excluded(self, name: str) -> bool:
         """Whether the module called ``name`` stays as it is, whatever targets it."""
-        return _first_match(self.exclude_modules, name) is not None or self.rank_of(name) == 0
+        return bool(self._matching('exclude_modules', name)) or self.rank_of(name) == 0
 
     def rank_of(self, name: str) -> int:
         """The rank for the layer called ``name``."""
-        pattern = _first_match(self.rank_pattern, name)
-        return self.rank if pattern is None else self.rank_pattern[pattern]
+        patterns = self._matching('rank_pattern', name)
+        return self.rank_pattern[patterns[0]] if patterns else self.rank
 
     def alpha_of(self, name: str) -> float:
         """The alpha for the module called ``name``."""
-        pattern = _first_match(self.alpha_pattern, name)
-        if pattern is not None:
-            return self.alpha_pattern[pattern]
+        patterns = self._matching('alpha_pattern', name)
+        if patterns:
+            return self.alpha_pattern[patterns[0]]
         return self.rank_of(name) if self.alpha is None else self.alpha
+
+    def parameters_of(self, name: str) -> tuple[str, ...]:
+        """The ``target_parameters`` that match the parameter called ``name``."""
+        return self._matching('target_parameters', name)
+
+    def _matching(self, key: str, name: str) -> tuple[str, ...]:
+        """The patterns of that key that match a name, in their order."""
+        patterns = tuple(getattr(self, key))
+        if key not in self._known or self._known[key].patterns != patterns:
+            self._known[key] = Patterns(patterns, self._most_steps)
+        return self._known[key].matching(name)
 
     def to_json(self) -> str:
         """The configuration as one line of JSON, for the metadata of an adapter file."""
@@ -150,8 +163,10 @@ class LoRAConfig:
         for value in options.values():
             for pattern in value if isinstance(value, (list, dict)) else [value]:
                 if isinstance(pattern, str):
-                    _check_simple(pattern)
-        return cls.from_dict(options)
+                    check_simple(pattern)
+        config = cls.from_dict(options)
+        config._most_steps = MOST_STEPS
+        return config
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> LoRAConfig:
@@ -167,29 +182,3 @@ class LoRAConfig:
                 hint = f'did you mean "{near[0]}"?' if near else f'known keys are {", ".join(known)}.'
                 raise InputError(f'Unknown LoRA option "{shown(str(key))}": {hint}')
         return cls(**options)
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern matches a whole name."""
-    return _compiled(pattern).fullmatch(name) is not None
-
-
-@functools.lru_cache(maxsize=None)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    # An exact configuration has a pattern a layer, often more than the 512 that `re` itself remembers.
-    return re.compile(pattern)
-
-
-def _check_simple(pattern: str) -> None:
-    """Raise InputError where trying a pattern on a name could take for ever: `re` cannot be stopped."""
-    bare = re.sub(r'\\.', 'x', pattern[:LONGEST_PATTERN], flags=re.DOTALL)  # without what is escaped
-    is_simple = not re.search(r'\)[*+?{]', bare) and len(re.findall(r'[*+?{]', bare)) <= MOST_REPEATS
-    if len(pattern) > LONGEST_PATTERN or not is_simple:
-        raise InputError(
-            f'The pattern {shown(repr(pattern))} must be simpler: of at most {LONGEST_PATTERN} letters and '
-            f'{MOST_REPEATS} repetitions, and none of them of a group.'
-        )
-
-
-def _first_match(patterns: Iterable[str], name: str) -> str | None:
-    return next((pattern for pattern in patterns if matches(pattern, name)), None)

@@ -10,7 +10,7 @@ from typing import Any, Hashable, Iterator, NamedTuple, Tuple, TypeVar, cast
 import torch
 from torch import nn
 
-from lora_sr.adapters.config import LoRAConfig, matches
+from lora_sr.adapters.config import LoRAConfig
 from lora_sr.adapters.groups import layer_groups
 from lora_sr.adapters.layers import (
     DELTA_PREFIX,
@@ -29,6 +29,7 @@ from lora_sr.adapters.layers import (
     rows_of_unit,
     weight_name,
 )
+from lora_sr.adapters.patterns import matches_any
 from lora_sr.errors import InputError
 
 LARGEST_EXCESS = 8  # times the full rank: the usual rank of 8 goes onto any layer
@@ -169,10 +170,11 @@ def _targets(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, nn.Module]
         )
         raise InputError(f'exclude_modules {config.exclude_modules} and ranks of 0 leave nothing of {wanted} to adapt.')
     chosen = set(targets.values())
+    adapted = {name for name, module in modules.items() if module in chosen}
     for key in ('rank_pattern', 'alpha_pattern'):
         for pattern in getattr(config, key):
             is_zero = key == 'rank_pattern' and config.rank_pattern[pattern] == 0
-            if not is_zero and not any(matches(pattern, name) and modules[name] in chosen for name in modules):
+            if not is_zero and not matches_any(pattern, adapted):
                 raise InputError(
                     f'{key} "{pattern}" matches none of the adapted layers, which are {_some(list(targets))}.'
                 )
@@ -189,7 +191,9 @@ def _deltas(
             or a parameter carries one already.
     """
     found: dict[Place, nn.Parameter] = {}
-    kinds, matched, possible = set(), set(), []
+    kinds: set[str | None] = set()
+    matched: set[str] = set()
+    possible: list[str] = []
     is_frozen = not any(value.requires_grad for name, value in model.named_parameters() if not _is_update(name))
     for name, module in model.named_modules(remove_duplicate=False):
         for key, value in _own_parameters(module):
@@ -203,7 +207,7 @@ def _deltas(
             has_lora = (module in targets or isinstance(module, LoRALayer)) and key == weight_name(module)
             if (kind is not None or is_adaptable(module)) and not has_lora:
                 possible.append(full)
-                patterns = [pattern for pattern in config.target_parameters if matches(pattern, full)]
+                patterns = config.parameters_of(full)
                 matched.update(patterns)
                 is_wanted = is_wanted or bool(patterns)
             if is_wanted and carries_delta(module, key):
@@ -417,9 +421,9 @@ def _check_pattern(
 
     With ``parameters`` that trains besides, also a module can be excluded that has any.
     """
-    if any(matches(pattern, name) for name in adaptable):
+    if matches_any(pattern, adaptable):
         return
-    matched = [name for name in modules if matches(pattern, name)]
+    matched = [name for name in modules if matches_any(pattern, [name])]
     if key == 'exclude_modules' and 'parameters' in config.also_train:
         own = (
             delta_kind(modules[name], parameter) for name in matched for parameter, _ in _own_parameters(modules[name])

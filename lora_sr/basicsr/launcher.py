@@ -38,7 +38,7 @@ def check(launcher: str) -> None:
     # Of a batch script of slurm's the first variable is not set: there it is one process, whatever was asked for.
     for variable, name in (('SLURM_STEP_NUM_TASKS', 'slurm'), ('WORLD_SIZE', 'pytorch')):
         count = os.environ.get(variable, '1')
-        if launcher == 'none' and count.isdigit() and int(count) > 1:
+        if launcher == 'none' and count.isdecimal() and int(count) > 1:
             raise InputError(
                 f'--launcher must be {name} where {STARTED_BY[name]} starts {count} processes, got none: each would '
                 f'train all of it, in one folder.'

@@ -50,6 +50,28 @@ def check_content(content: Mapping[Any, Any], path: object, size: int) -> None:
             _check_tensors(tensors, path, size)
 
 
+def check_plain(content: object, path: object) -> None:
+    """Check that no section of a file has attributes of its own: a pickle may put some in the place of its methods.
+
+    Raises:
+        InputError: One has, beside what a state dict keeps of the versions of its modules.
+    """
+    seen: set[int] = set()
+    values = [content]
+    while values:
+        value = values.pop()
+        if not isinstance(value, (dict, list, tuple, set)) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        own = sorted(map(str, getattr(value, '__dict__', {}).keys() - {'_metadata'}))
+        if own:
+            raise InputError(
+                f'the checkpoint {path} must hold tensors and plain values alone, got a section with the attribute '
+                f'{shown(own[0])}'
+            )
+        values += dict.values(value) if isinstance(value, dict) else value
+
+
 def _check_names(values: Mapping[Any, Any], path: object) -> None:
     for name in values:
         if not isinstance(name, str) or len(name) > LONGEST_NAME or not name.isprintable():

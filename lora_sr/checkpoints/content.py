@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_sr.adapters import is_lora_key
 from lora_sr.checkpoints.archive import check_archive
-from lora_sr.checkpoints.bounds import check_content
+from lora_sr.checkpoints.bounds import check_content, check_plain
 from lora_sr.checkpoints.origin import KEY, Origin
 from lora_sr.errors import InputError, shown
 from lora_sr.files import check_regular
@@ -107,6 +107,7 @@ def _read(path: str | os.PathLike[str]) -> Content:
         if Path(path).suffix in ('.yml', '.yaml'):
             raise InputError(f'{path} is an option file, where a checkpoint is right') from error
         raise InputError(f'the checkpoint {path} is damaged, or holds more than tensors and plain values') from error
+    check_plain(content, path)
     if not isinstance(content, dict):
         raise InputError(f'the checkpoint {path} holds a {type(content).__name__}, not a dictionary of tensors')
     check_content(content, path, size)
@@ -190,8 +191,13 @@ def without_module_prefix(weights: Mapping[str, Tensor]) -> OrderedDict[str, Ten
         # Next to nothing is defined for float8.
         value = value.float() if value.element_size() == 1 and value.is_floating_point() else value
         renamed[key[len('module.') :] if key.startswith('module.') else key] = value.detach().cpu()
-    if hasattr(weights, '_metadata'):  # the versions of the modules, which some of them look at when they load
-        renamed._metadata = weights._metadata  # type: ignore[attr-defined]
+    versions = getattr(weights, '_metadata', None)  # of the modules, which some of them look at when they load
+    if isinstance(versions, Mapping):
+        renamed._metadata = {  # type: ignore[attr-defined]
+            name: {'version': value['version']}
+            for name, value in versions.items()
+            if isinstance(value, Mapping) and isinstance(value.get('version'), int)
+        }
     return renamed
 
 

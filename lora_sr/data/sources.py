@@ -229,7 +229,7 @@ def _captured_parts(folder: Path) -> list[_Part]:
     images = _images(here)
     parts = []
     for path in [here] if images else sorted([*here.glob('T*/*'), *here.glob('*/T*/*')]):
-        if path.parent.name in ('Train', 'Test') and path.name.isdigit() and _has_image(path, r'_(HR|LR\d)$'):
+        if path.parent.name in ('Train', 'Test') and path.name.isdecimal() and _has_image(path, r'_(HR|LR\d)$'):
             parts.append(_Part('RealSR', path.parent.name.lower(), int(path.name), path, path))
     if not parts and images and _has_image(here, r'_LR\d$'):
         parts.append(_Part('RealSR', None, None, here, here))

@@ -19,6 +19,7 @@ from lora_sr.adapters import (
     save_adapter,
 )
 from lora_sr.adapters.adapter_file import SUFFIX
+from lora_sr.adapters.layers import join
 from lora_sr.archs import is_training_form
 from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkSource, Origin, open_network
 from lora_sr.checkpoints.adapter_file import check_once
@@ -146,7 +147,7 @@ def describe_file(path: str | os.PathLike) -> str:
     adapter = AdapterFile.of(checkpoint).adapter if is_adapter else _adapter_of(checkpoint)
     rows: dict[tuple, list[str]] = {}
     for name in adapter.layers:
-        lora_A, lora_B = (adapter.tensors[f'{name}.{tensor}'] for tensor in ('lora_A', 'lora_B'))
+        lora_A, lora_B = (adapter.tensors[join(name, tensor)] for tensor in ('lora_A', 'lora_B'))
         kind = f'{_shape(lora_A)}, {_shape(lora_B)}', adapter.rank_of(name), f'{adapter.alpha_of(name):g}'
         rows.setdefault((re.sub(r'\d+', '*', name), *kind, lora_A.numel() + lora_B.numel()), []).append(name)
     for name, delta in adapter.deltas.items():

@@ -260,6 +260,8 @@ def _summarize_adapter(checkpoint: Checkpoint, rows: dict[str, str]) -> Checkpoi
 
 def _summarize_training_state(path: Path, content: dict, rows: dict[str, str]) -> CheckpointSummary:
     optimizers = content.get('optimizers', [content])
+    if not isinstance(optimizers, (list, tuple)):
+        raise InputError(f'{path} is damaged: its optimizers must be a list, got a {type(optimizers).__name__}.')
     values = sum(
         tensor.numel()
         for optimizer in optimizers
@@ -361,7 +363,7 @@ def _spread(what: str, values: Iterable[float]) -> str:
 def _iteration(path: Path, content: dict) -> str:
     if isinstance(content.get('iter'), int):
         return f'{content["iter"]:,}, as the file says'
-    name = re.fullmatch(r'net_\w+?_(\d+|latest)', path.stem)
+    name = re.fullmatch(r'net_\w+?_([0-9]{1,18}|latest)', path.stem)
     if name is None:
         return 'unknown: neither the file nor its name says'
     states = path.parent.parent / 'training_states'
@@ -369,7 +371,7 @@ def _iteration(path: Path, content: dict) -> str:
         iteration = int(name[1])
         resumes = (states / f'{iteration}.state').is_file()
         return f'{iteration:,}, by its name' + ('; its training state is there, to go on from' if resumes else '')
-    known = [int(state.stem) for state in states.glob('*.state') if state.stem.isdigit()]
+    known = [int(state.stem) for state in states.glob('*.state') if re.fullmatch('[0-9]{1,18}', state.stem)]
     return 'the last of its run' + (f', whose last training state is of {max(known):,}' if known else '')
 
 

@@ -10,6 +10,7 @@ import time
 import types
 import warnings
 import zipfile
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -119,6 +120,50 @@ def test_a_pickle_makes_no_memory(tmp_path, capsys, name, is_old):
     error = assert_refused(capsys, 'inspect', tmp_path / 'bad.pth')
     assert f'must hold tensors and plain values alone, got a {name}' in error
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # KiB
+
+
+@pytest.mark.parametrize('name', ['items', 'values', 'keys', 'get', '__len__'])
+@pytest.mark.parametrize('place', ['', 'params', 'optimizers'])
+def test_a_pickle_replaces_no_method(tmp_path, capsys, name, place):
+    class Section(OrderedDict):
+        def __reduce__(self):
+            return OrderedDict, (), {name: 3}, None, iter(super().items())
+
+    section = Section(a=torch.zeros(3))
+    torch.save(
+        {'': section, 'params': {'params': section}, 'optimizers': {'optimizers': [section]}}[place],
+        tmp_path / 'bad.pth',
+    )
+    error = assert_refused(capsys, 'inspect', tmp_path / 'bad.pth')
+    assert f'must hold tensors and plain values alone, got a section with the attribute {name}' in error
+
+
+@pytest.mark.parametrize('metadata', [3, {'': 3}, {'': {'version': 'x'}}, {3: {'version': None}}, {'': {'version': 1}}])
+def test_versions_of_modules_may_be_anything(tmp_path, metadata):
+    state = span().state_dict()
+    state._metadata = metadata
+    torch.save(state, tmp_path / 'odd.pth')
+    assert isinstance(load_network(tmp_path / 'odd.pth'), SPAN)
+
+
+@pytest.mark.parametrize('optimizers', [3, None, torch.zeros(()), {'state': 3}])
+def test_optimizers_are_a_list(tmp_path, capsys, optimizers):
+    torch.save({'optimizers': optimizers, 'state': {}, 'param_groups': [], 'iter': 4}, tmp_path / '4.state')
+    assert 'its optimizers must be a list, got a ' in assert_refused(capsys, 'inspect', tmp_path / '4.state')
+
+
+@pytest.mark.parametrize('name', ['²', '①', '9' * 200])
+def test_states_are_named_by_numbers(tmp_path, capsys, name):
+    for folder, file in (
+        ('models', 'net_g_latest.pth'),
+        ('models', f'net_g_{name}.pth'),
+        ('training_states', f'{name}.state'),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        torch.save(span().state_dict(), tmp_path / folder / file)
+    for file in ('net_g_latest', f'net_g_{name}'):
+        assert main(['inspect', str(tmp_path / 'models' / f'{file}.pth')]) == 0
+        assert name not in capsys.readouterr().out.partition('iteration')[2].partition('\n')[0]
 
 
 def test_values_are_in_the_file(tmp_path, capsys):
@@ -253,6 +298,7 @@ def adapter(tmp_path):
         ({'target_modules': ['(([a-z0-9_.])+)+!']}, 'must be simpler'),
         ({'exclude_modules': ['.*.*.*.*!']}, 'must be simpler'),
         ({'target_parameters': ['(' * 5000]}, 'must be simpler'),
+        ({'rank_pattern': {r'(a*)(a*)\1\2b': 3}}, 'must be simpler'),
         ({'exclude_modules': '(' * 2000 + 'a' + ')' * 40}, 'is not a regular expression'),
         ({'rank': 10**9}, 'do not go with rank 1000000000'),
         ({'rank': 10**400}, 'must be at most 2147483647'),

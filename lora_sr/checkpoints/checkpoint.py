@@ -57,7 +57,7 @@ class Checkpoint:
         if param_key is None:
             param_key = next((key for key in PARAM_KEYS if key in content), None)
         elif param_key not in content:
-            raise InputError(f'{path} has no "{param_key}": it has {", ".join(map(shown, list(content)[:4]))}.')
+            raise InputError(f'{path} has no "{shown(param_key)}": it has {", ".join(map(shown, list(content)[:4]))}.')
         state = content if param_key is None else content[param_key]
         if not is_state_dict(state):
             raise InputError(f'{path} holds no state dict, i.e. no mapping of names to tensors{_nested(content)}.')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -54,7 +55,10 @@ class Origin:
         """What is known, in values that ``torch.load(weights_only=True)`` reads; the version is that at hand."""
         import lora_sr
 
-        values = {**dataclasses.asdict(self), 'adapters': list(self.adapters), 'version': lora_sr.__version__}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values.update(adapters=list(self.adapters), network=None, version=lora_sr.__version__)
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # of a file, in which anything may stand
+            values['network'] = json.loads(json.dumps(self.network))
         return {key: value for key, value in values.items() if value not in (None, [])}
 
     def to_json(self) -> str:

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Callable, NoReturn
 
@@ -83,7 +84,9 @@ def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False, ar
     """Run something, its imports included, and turn what stops it into a line and an exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # a file may have a name that is no text
-    with _noted_interrupts() as interrupts:
+    with _noted_interrupts() as interrupts, warnings.catch_warnings():
+        # Of SwinIR's calls, and of networks whose layers have no channels, which are told where that matters.
+        warnings.filterwarnings('ignore', 'torch.meshgrid|Initializing zero-element', UserWarning)
         try:
             return run() or 0
         except InputError as error:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from lora_sr.adapters import LoRAConfig, add_lora, extract_adapter
 from lora_sr.archs import LKDN, SPAN
-from lora_sr.checkpoints import NetworkSource, building, load_network
+from lora_sr.checkpoints import Checkpoint, NetworkSource, building, load_network
 from lora_sr.checkpoints.bounds import bounded
 from lora_sr.checkpoints.content import load_weights, read_checkpoint
 from lora_sr.checkpoints.origin import Origin
@@ -144,6 +144,19 @@ def test_versions_of_modules_may_be_anything(tmp_path, metadata):
     state._metadata = metadata
     torch.save(state, tmp_path / 'odd.pth')
     assert isinstance(load_network(tmp_path / 'odd.pth'), SPAN)
+
+
+CYCLIC: dict = {'type': 'SPAN'}
+CYCLIC['upscale'] = CYCLIC
+
+
+@pytest.mark.parametrize('odd', [torch.zeros(1), b'x', 1j, torch.float16, {('a',): 1}, {torch.zeros(1): 1}, CYCLIC])
+def test_the_network_in_an_origin_is_text(tmp_path, odd):
+    content = {'params': span().state_dict(), 'lora_sr': {'network': {'type': 'SPAN', 'upscale': odd}, 'run': 'a run'}}
+    torch.save(content, tmp_path / 'odd.pth')
+    origin = Checkpoint.read(tmp_path / 'odd.pth').origin
+    handed_on = Origin.parse(origin.to_json())
+    assert handed_on == Origin.parse(origin.to_dict()) and (handed_on.run, handed_on.network) == ('a run', None)
 
 
 @pytest.mark.parametrize('optimizers', [3, None, torch.zeros(()), {'state': 3}])

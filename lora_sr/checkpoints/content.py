@@ -24,6 +24,7 @@ from lora_sr.files import check_regular
 LOG = logging.getLogger('basicsr')
 
 PARAM_KEYS = ('params_ema', 'params')
+INDICES = 'relative_position_index'
 
 
 class Content(dict[str, Any]):
@@ -163,6 +164,11 @@ def load_weights(
     elif not strict:
         for key in [key for key, value in weights.items() if key in own and own[key].shape != value.shape]:
             del weights[key]
+    for name, value in own.items():
+        # Follows from the size of a window. Another may be beyond the table, or another image without a word.
+        if name.endswith(INDICES) and name in weights and weights[name].shape == value.shape:
+            if not torch.equal(weights[name].to(value), value):
+                raise InputError(f'{path} is damaged: {shown(name)} must be that of {type(net).__name__}, got another.')
     try:
         net.load_state_dict(weights, strict=strict)
     except (RuntimeError, KeyError) as error:  # the latter of branches that are to be folded, and are not all there

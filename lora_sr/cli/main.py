@@ -84,9 +84,11 @@ def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False, ar
     """Run something, its imports included, and turn what stops it into a line and an exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # a file may have a name that is no text
+    os.environ.setdefault('OPENCV_LOG_LEVEL', 'SILENT')  # before it is imported: images that it cannot read are named
     with _noted_interrupts() as interrupts, warnings.catch_warnings():
         # Of SwinIR's calls, and of networks whose layers have no channels, which are told where that matters.
         warnings.filterwarnings('ignore', 'torch.meshgrid|Initializing zero-element', UserWarning)
+        warnings.filterwarnings('ignore', module='PIL')  # of images that are read all the same, or named
         try:
             return run() or 0
         except InputError as error:

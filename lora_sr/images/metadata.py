@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
+from lora_sr.errors import printable
 from lora_sr.images.png import MOST_INFLATED, inflate
 from lora_sr.images.tags import BYTE, IPTC, RESOLUTION_UNIT, UNDEFINED, X_RESOLUTION, XMP, Y_RESOLUTION
 
@@ -125,7 +126,7 @@ def split_chunks(chunks: Sequence[tuple[bytes, bytes]]) -> PNGMetadata:
         elif name in (*COLOR_CHUNKS, *HDR_CHUNKS) or (name == b'bKGD' and color_type != 3 and depth >= 8):
             kept.append((name, content))
         else:
-            lost.add(f'PNG {name.decode("latin-1")}')
+            lost.add(f'PNG {printable(name.decode("latin-1"))}')
     if raw_exif and b'eXIf' not in dict(for_decoders):
         for_decoders.insert(1, (b'eXIf', raw_exif))
     return PNGMetadata(replace(metadata, chunks=tuple(kept), lost=frozenset(lost)), icc_profile, for_decoders)

@@ -22,6 +22,7 @@ from lora_sr.adapters import LoRAConfig, add_lora, extract_adapter
 from lora_sr.archs import LKDN, SPAN
 from lora_sr.checkpoints import Checkpoint, NetworkSource, building, load_network
 from lora_sr.checkpoints.bounds import bounded
+from lora_sr.checkpoints.building import build_network
 from lora_sr.checkpoints.content import load_weights, read_checkpoint
 from lora_sr.checkpoints.origin import Origin
 from lora_sr.cli.main import main
@@ -144,6 +145,19 @@ def test_versions_of_modules_may_be_anything(tmp_path, metadata):
     state._metadata = metadata
     torch.save(state, tmp_path / 'odd.pth')
     assert isinstance(load_network(tmp_path / 'odd.pth'), SPAN)
+
+
+@pytest.mark.parametrize('index', [3, 10**14, -1])
+def test_positions_of_a_window_are_those_of_its_size(tmp_path, index):
+    network = build_network({**SWINIR, 'upscale': 2, 'upsampler': 'pixelshuffledirect'})
+    state = network.state_dict()
+    state['layers.0.residual_group.blocks.0.attn.relative_position_index'][0, 0] = index
+    torch.save(
+        {'params': state, 'lora_sr': {'network': {**SWINIR, 'upscale': 2, 'upsampler': 'pixelshuffledirect'}}},
+        tmp_path / 'bad.pth',
+    )
+    with pytest.raises(InputError, match='relative_position_index must be that of SwinIR, got another'):
+        load_network(tmp_path / 'bad.pth')
 
 
 CYCLIC: dict = {'type': 'SPAN'}

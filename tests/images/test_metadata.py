@@ -237,3 +237,9 @@ def test_sizes_without_end_are_refused(tmp_path):
     data = data[:16] + head + struct.pack('>I', zlib.crc32(b'IHDR' + head)) + data[33:]
     with pytest.raises(InputError, match='image has more than 178956970 pixels'):
         read(tmp_path, data)
+
+
+@pytest.mark.parametrize('name', [b'a\x1b[m', b'a\nbc', b'a\xa0\x85b'])
+def test_names_of_chunks_are_printable(tmp_path, name):
+    (lost,) = read(tmp_path, png_with((name, b'content'))).metadata.lost
+    assert lost.startswith('PNG a') and lost.isprintable()

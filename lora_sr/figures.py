@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +24,12 @@ def figure_class() -> type[Figure]:
     except ImportError:
         raise InputError('Figures are drawn by matplotlib, which is not installed: pip install matplotlib.') from None
     return Figure
+
+
+def label(name: str) -> str:
+    """A name as it is: to matplotlib what is between two dollars is a formula, and an underscore in front hides it."""
+    text = printable(name).replace('$', r'\$')
+    return f' {text}' if text.startswith('_') else text
 
 
 def encode_figure(figure: Figure, suffix: str, dpi: int | None = None) -> bytes:

@@ -107,3 +107,13 @@ def test_every_command_is_tried():
     parser = build_parser()
     (commands,) = (action.choices for action in parser._actions if action.dest == 'command')
     assert {line.split()[0] for line in LINES.values()} == set(commands) - {'test'}
+
+
+@pytest.mark.parametrize('line', ['upscale a.png -m b.pth -o c', 'prepare images -o c --scale 2', 'inspect b.pth'])
+def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys, line):
+    (tmp_path / 'gone').mkdir()
+    monkeypatch.chdir(tmp_path / 'gone')
+    (tmp_path / 'gone').rmdir()
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('lora-sr: error: ') and error.count('\n') == 1

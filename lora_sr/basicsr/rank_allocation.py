@@ -128,7 +128,8 @@ def allocate(
     AdaptSR(network['base'], {**network['lora'], 'rank_pattern': pattern})  # e.g. alpha_pattern may not fit any more
     allocation = Allocation(ranks, groups, allowed, used, base)
     with replacing_together(outputs, overwrite) as partials:
-        write_ranks(option_file, pattern, f'lora-sr allocate --budget {budget}: {used:,} parameters', partials[0])
+        with write_errors(outputs[0]):
+            write_ranks(option_file, pattern, f'lora-sr allocate --budget {budget}: {used:,} parameters', partials[0])
         if chart is not None:
             with write_errors(chart):
                 partials[1].write_bytes(encode_figure(plot_ranks(allocation), partials[1].suffix))
@@ -260,8 +261,8 @@ def write_ranks(
         output: The file to write; it is replaced where it exists.
 
     Raises:
-        InputError: ``option_file`` is written in a way that cannot be changed in place, e.g. with anchors, or
-            ``output`` cannot be written.
+        InputError: ``option_file`` is written in a way that cannot be changed in place, e.g. with anchors.
+        OSError: ``output`` cannot be written.
     """
     refusal = InputError(
         f'The ranks cannot be put into the text of {option_file}: write its name and network_g out there, without '
@@ -297,10 +298,7 @@ def write_ranks(
     for start, end, new in sorted([edit, (end_of_name, end_of_name, '_allocated')], reverse=True):
         text = text[:start] + new + text[end:]
 
-    try:
-        Path(output).write_text(text, encoding='utf-8')
-    except OSError as error:
-        raise InputError(f'The output {output} cannot be written: {error.strerror}.') from None
+    Path(output).write_text(text, encoding='utf-8')
     try:
         written = load_options(output)
     except InputError:

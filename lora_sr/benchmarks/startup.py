@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_sr.checkpoints import Checkpoint
 from lora_sr.errors import InputError
 
 REPEATS = 5
@@ -54,6 +55,7 @@ def run(checkpoint: Path | None = None, repeats: int = REPEATS) -> None:
     """
     subjects = list(SUBJECTS)
     if checkpoint is not None:
+        Checkpoint.read(checkpoint)  # what cannot be read is told before others are measured
         inspect = (*COMMAND, 'inspect', str(checkpoint))
         subjects.append(Subject(f'lora-sr inspect {checkpoint.name}', inspect, INSPECT_BUDGET, 'import torch'))
     seconds = measure(subjects, repeats)

@@ -97,9 +97,12 @@ def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False, ar
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
+            if error.errno == errno.ENAMETOOLONG:
+                message, status = f'error: there is no name as long as {shown(str(error.filename))}', 2
+            elif error.errno == errno.ENOENT and error.filename is None:  # of os.getcwd()
+                message, status = 'error: the current folder must exist, got one that has been removed', 2
+            else:
                 raise
-            message, status = f'error: there is no name as long as {shown(str(error.filename))}', 2
         except BaseException as error:
             # NumPy and torch turn Ctrl-C into an ImportError where it meets their first lines.
             if not (isinstance(error, KeyboardInterrupt) or (interrupts and isinstance(error, Exception))):

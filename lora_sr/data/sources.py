@@ -15,13 +15,12 @@ import numpy as np
 
 from lora_sr.errors import InputError, printable
 from lora_sr.images.decoding import decode
-from lora_sr.images.formats import SUFFIXES
+from lora_sr.images.formats import MOST_BYTES, SUFFIXES
 from lora_sr.images.png import PNG_SIGNATURE
 
 IMAGE_SUFFIXES = (*SUFFIXES, '.bmp', '.tga', '.ppm', '.pgm')
 PUBLISHED_HR_FOLDERS = ('DIV2K_train_HR', 'Flickr2K_HR')
 SPLITS = ('train', 'test')
-MOST_BYTES = (1 << 31) - 1  # of a file, as many as OpenCV takes
 
 _JPEG_MARKER = re.compile(rb'\xff+([^\x00\xff\xd0-\xd7])', re.DOTALL)
 

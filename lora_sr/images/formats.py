@@ -40,6 +40,8 @@ from lora_sr.images.tags import (
 # Format -> the suffixes of its files; the first is what a new file gets.
 FORMATS = {'png': ('.png',), 'jpeg': ('.jpg', '.jpeg', '.jpe', '.jfif'), 'webp': ('.webp',), 'tiff': ('.tif', '.tiff')}
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+BEGINNINGS = (PNG_SIGNATURE, b'\xff\xd8', b'RIFF', b'II', b'MM')
+MOST_BYTES = (1 << 31) - 1  # of a file, as many as OpenCV takes
 READABLE = ('PNG', 'JPEG', 'WEBP', 'TIFF')
 # What a TIFF says of a picture, and not of how its pixels are stored: description, make, model, orientation,
 # resolution (X, Y and unit), software, date and time, artist, copyright.
@@ -85,11 +87,20 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
             is; or it has more pixels than Pillow reads, twice ``PIL.Image.MAX_IMAGE_PIXELS``, or compressed texts and a
             profile of more than ``png.MOST_INFLATED`` bytes.
     """
+    data = b''
     try:
         try:
-            data = Path(path).read_bytes()
+            with open(path, 'rb') as file:
+                size, beginning = os.fstat(file.fileno()).st_size, file.read(len(PNG_SIGNATURE))
+                is_image = beginning.startswith(BEGINNINGS)
+                if is_image and size <= MOST_BYTES:  # what is no image may be of any size
+                    data = beginning + file.read()
         except OSError as error:
             raise InputError(f'{path} cannot be read: {error.strerror}.') from None
+        if not is_image:
+            raise UnidentifiedImageError
+        if not data:
+            raise InputError(f'{path} must be an image of less than 2 GiB, got {size / (1 << 30):.1f} GiB.')
         if data.startswith(PNG_SIGNATURE):
             return _decode_png(data, path)
         folded = tiff.fold_gray_alpha(data)
@@ -104,7 +115,7 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # never 0 here: without a limit there is no such error
         raise InputError(f'{path} has more than {most} pixels, the most that are read.') from None
     except UnidentifiedImageError:
-        kind = tiff.describe(data)
+        kind = tiff.describe(data) if data else None
         if kind is not None:
             raise InputError(f'{path} must be gray or RGB of 8 or 16 bits, got {kind}: convert it first.') from None
         raise InputError(f'{path} is not a PNG, JPEG, WebP or TIFF image, or its beginning is damaged.') from None

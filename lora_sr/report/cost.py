@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
 
 Name = TypeVar('Name')
 
@@ -154,7 +154,7 @@ def _cpu_memory(network: nn.Module, height: int, width: int) -> int:
         reason = (process.stderr.decode(errors='replace').strip().splitlines() or ['it was ended'])[-1]
         raise InputError(
             f'The peak memory of {type(network).__name__} cannot be measured with an input of {width}x{height} pixels '
-            f'(status {process.returncode}: {reason}); a smaller input may do.'
+            f'(status {process.returncode}: {shown(reason)}); a smaller input may do.'
         )
     weights = sum(value.numel() * value.element_size() for value in network.state_dict().values())
     return int(process.stdout.split()[-1]) + weights

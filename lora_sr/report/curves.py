@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_sr.errors import InputError
-from lora_sr.figures import SUFFIXES, encode_figure, figure_class
+from lora_sr.figures import SUFFIXES, encode_figure, figure_class, label
 from lora_sr.files import check_output, write_whole
 
 if TYPE_CHECKING:
@@ -111,8 +111,10 @@ def plot_curves(
         for name, sets in curves.items():
             points = sorted(sets.get(dataset, {}).items())
             if points:
-                axes.plot(*zip(*points), label=name, marker='.')
-        axes.set(title=dataset, xlabel='iteration', ylabel=f'{metric.upper()}, dB' if metric == 'psnr' else metric)
+                axes.plot(*zip(*points), label=label(name), marker='.')
+        axes.set(
+            title=label(dataset), xlabel='iteration', ylabel=f'{metric.upper()}, dB' if metric == 'psnr' else metric
+        )
         axes.grid(alpha=0.3)
         axes.legend()
     return figure

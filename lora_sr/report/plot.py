@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lora_sr.figures import encode_figure, figure_class
+from lora_sr.figures import encode_figure, figure_class, label
 from lora_sr.report.tables import Comparison
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
     rows = [(row, row.cost) for row in comparison.rows if row.cost is not None and row.quality]
     most = max(cost.parameters for _, cost in rows)
     colors = [f'C{index % 10}' for index in range(len(rows))]
-    names = [f'{row.name}, {cost.parameters / 1e3:,.0f} K' for row, cost in rows]
+    names = [f'{label(row.name)}, {cost.parameters / 1e3:,.0f} K' for row, cost in rows]
     sets = comparison.sets
     figure = figure_type(figsize=(5 * len(sets), 4), layout='constrained')
     panels = figure.subplots(1, len(sets), squeeze=False)[0]
@@ -44,7 +44,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
             if math.isfinite(row.quality[name].psnr):
                 area = max(SMALLEST, LARGEST * cost.parameters / most)
                 axes.scatter(cost.multi_adds / 1e9, row.quality[name].psnr, s=area, color=color, alpha=0.6)
-        axes.set(title=f'{name}, x{comparison.scale}', xscale='log', ylabel='PSNR (Y), dB')
+        axes.set(title=f'{label(name)}, x{comparison.scale}', xscale='log', ylabel='PSNR (Y), dB')
         axes.set_xlabel('multi-adds for 1280x720, G')
         axes.xaxis.set_major_formatter(LogFormatter())
         axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))

@@ -1,6 +1,7 @@
 """`lora-sr bench startup`: CPU time rather than waiting, budgets from the same run, and what fails is named."""
 
 import pytest
+import torch
 
 from lora_sr.benchmarks import startup
 from lora_sr.benchmarks.startup import Subject, cpu_seconds, measure
@@ -25,6 +26,10 @@ def test_budgets_follow_the_machine_and_what_is_over_is_named(monkeypatch, capsy
     seconds = {'python': 0.02, 'import lora_sr': 0.06, 'lora-sr --help': 0.31, 'import torch': 2.0}
     seconds.update({'import lora_sr.adapters': 2.21, 'lora-sr inspect a.pth': 2.69})
     monkeypatch.setattr(startup, 'cpu_seconds', lambda subject: seconds[subject.name])
+    with pytest.raises(InputError, match='a.pth cannot be read'):  # before anything is measured
+        startup.run(tmp_path / 'a.pth', repeats=1)
+    assert capsys.readouterr().out == ''
+    torch.save({'a': torch.zeros(1)}, tmp_path / 'a.pth')
     startup.run(tmp_path / 'a.pth', repeats=1)
     *rows, last = capsys.readouterr().out.splitlines()
     assert last == 'over budget: lora-sr --help, import lora_sr.adapters'

@@ -388,6 +388,19 @@ def test_damaged_files(tmp_path, name):
     assert 'damaged' in message
 
 
+@pytest.mark.parametrize('beginning', [b'', b'x', b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff', b'II*\0'])
+def test_huge_files_are_not_read(tmp_path, beginning):
+    with open(tmp_path / 'huge.png', 'wb') as file:
+        file.write(beginning)
+        file.truncate(100 << 30)  # takes no place on the disk
+    is_image = len(beginning) > 2
+    words = (
+        'must be an image of less than 2 GiB, got 100.0 GiB' if is_image else 'is not a PNG, JPEG, WebP or TIFF image'
+    )
+    with pytest.raises(InputError, match=words):
+        read_picture(tmp_path / 'huge.png')
+
+
 def test_images_of_other_kinds(tmp_path):
     frames = [Image.fromarray(pixels()[:, :, i]) for i in range(3)]
     frames[0].save(tmp_path / 'animation.webp', save_all=True, append_images=frames[1:], lossless=True)

@@ -11,7 +11,7 @@ from basicsr.metrics import calculate_psnr
 from tiny_run import TINY_OPTIONS, run_python, write_pairs
 
 from lora_sr.cli.main import main
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, printable
 from lora_sr.report.curves import plot_curves, read_curves
 
 
@@ -36,6 +36,18 @@ def psnr_of_checkpoint(root, iteration):
         output = (output.clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()[:, :, ::-1]
         values.append(calculate_psnr(output, cv2.imread(str(root / 'gt' / path.name)), crop_border=2))
     return np.mean(values)
+
+
+@pytest.mark.parametrize('name', ['_run', '$x^2$', 'a$b', '$', '\x1b[31m', r'\$x$'])
+def test_names_stand_in_the_legend_as_they_are(tmp_path, name, recwarn):
+    pytest.importorskip('matplotlib')
+    figure = plot_curves({name: write_log(tmp_path, [(100, '_$A$', '1.0')])})
+    figure.savefig(tmp_path / 'figure.svg', metadata={'Date': None})
+    (axes,) = figure.axes
+    (text,) = axes.get_legend().get_texts()
+    shown = [one._preprocess_math(one.get_text()) for one in (text, axes.title)]
+    assert shown == [(shown[0][0], False), (' _$A$', False)]
+    assert shown[0][0].strip() == printable(name) and not recwarn.list
 
 
 @pytest.mark.slow

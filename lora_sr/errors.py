@@ -8,7 +8,8 @@ import re
 import sys
 from collections.abc import Iterable
 
-LONG_WORD = re.compile(r'\S{257,}')  # longer than the name of any file
+LONGEST_NAME = 256  # of a file
+LONG_WORD = re.compile(rf'\S{{{LONGEST_NAME + 1},}}')
 
 
 class InputError(ValueError):
@@ -38,7 +39,7 @@ def shown(text: str, most: int = 80) -> str:
 
 
 def sentences(message: str, given: Iterable[str]) -> str:
-    """A message of a sentence a line, without what a name would make a line or a color of its own.
+    """A message of a sentence a line, without what a name would make a line or a color of its own, or far too long.
 
     Args:
         message: Its lines are its sentences, but where something that was given has line breaks.
@@ -46,8 +47,8 @@ def sentences(message: str, given: Iterable[str]) -> str:
     """
     for argument in given:
         for name in (argument, argument.partition('=')[2]):
-            if not name.isprintable() and name in message:
-                message = message.replace(name, printable(name))
+            if (not name.isprintable() or len(name) > LONGEST_NAME) and name in message:
+                message = message.replace(name, printable(name) if len(name) <= LONGEST_NAME else shown(name))
     lines = (printable(line) for line in message.split('\n'))
     return '\n'.join(LONG_WORD.sub(lambda word: shown(word[0]), line) for line in lines)
 

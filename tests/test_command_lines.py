@@ -1,5 +1,6 @@
 """Command lines with a wrong value in each place: a sentence for each, and nothing that is not asked for."""
 
+import contextlib
 import os
 import re
 import stat
@@ -117,3 +118,18 @@ def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys, line):
     assert main(line.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith('lora-sr: error: ') and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('line', ['merge {} -o x.pth', 'prepare . -o x --scale {}', '{}', 'merge x --adapter {}=1'])
+def test_long_words_are_cut(tmp_path, monkeypatch, capsys, line):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(SystemExit):
+        assert main([word.format('a b ' * 1500) for word in line.split()]) == 2
+    assert len(capsys.readouterr().err.splitlines()[-1]) < 400
+
+
+def test_what_an_error_of_the_system_names(monkeypatch, capsys):
+    """As where a folder of a run is a link that leads nowhere."""
+    monkeypatch.setattr('lora_sr.report.summary.inspect_file', lambda *_, **__: os.mkdir('/nowhere/below'))
+    assert main(['inspect', 'x']) == 2
+    assert capsys.readouterr().err == 'lora-sr: error: /nowhere/below cannot be used: No such file or directory\n'

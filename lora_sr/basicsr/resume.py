@@ -22,7 +22,7 @@ from lora_sr.archs.registry import find_arch
 from lora_sr.basicsr import provenance
 from lora_sr.basicsr.samples import recorded_of, stream_of
 from lora_sr.checkpoints.origin import KEY, Origin
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
 
 LOG = logging.getLogger('basicsr')
 
@@ -58,6 +58,32 @@ def record(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
             for number, optimizer in enumerate(model.optimizers)
         },
     }
+
+
+def check_state(state: Mapping[str, Any], path: object) -> None:
+    """Check that what a training state counts, and the states in it, are what they are called.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+
+    def check(name: str, value: Any, kind: type, words: str) -> None:
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            raise InputError(f'{path} is damaged: its {name} must be {words}, got {shown(repr(value), 40)}.')
+
+    for key in ('epoch', 'iter'):
+        check(key, state[key], int, 'a whole number')
+    for key in ('optimizers', 'schedulers'):
+        check(key, state[key], list, 'a list')
+        for number, part in enumerate(state[key]):
+            check(f'{key}[{number}]', part, Mapping, 'a section')
+    for number, optimizer in enumerate(state['optimizers']):
+        name = f'optimizers[{number}]'
+        check(f'{name}.state', optimizer.get('state'), Mapping, 'a section')
+        check(f'{name}.param_groups', optimizer.get('param_groups'), list, 'a list')
+        for group in optimizer['param_groups']:
+            check(f'{name}.param_groups', group, Mapping, 'a list of sections')
+            check(f'{name}.param_groups.params', group.get('params'), list, 'a list')
 
 
 def check_options(opt: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -103,11 +129,22 @@ def resume(model: Any, state: Mapping[str, Any], load: Callable[[], None]) -> No
             f'the run cannot be resumed: {type(model).__name__} has {len(optimizers)} optimizers, and its training '
             f'state {len(state["optimizers"])}.'
         )
+    if len(state['schedulers']) != len(schedulers):
+        raise InputError(
+            f'the run cannot be resumed: {type(model).__name__} has {len(schedulers)} schedulers, and its training '
+            f'state {len(state["schedulers"])}.'
+        )
     for number, optimizer in enumerate(optimizers):
         _check_optimizer(model, optimizer, state, number)
     given = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
     begun = [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers]
-    load()
+    try:
+        load()
+    except Exception as error:  # torch's optimizers and schedulers, and others', raise what they like
+        raise InputError(
+            f'the run cannot be resumed: its training state is damaged ({shown(f"{type(error).__name__}: {error}")}).'
+        ) from error
+    _check_loaded(optimizers, schedulers, begun)
     # What else stands in a group may be counted there, as some optimizers do.
     sections = [section for key, section in model.opt['train'].items() if key.startswith('optim_') and section]
     settable = {'initial_lr', *(key for section in sections for key in section)} - {'lr', 'type'}
@@ -133,6 +170,28 @@ def resume(model: Any, state: Mapping[str, Any], load: Callable[[], None]) -> No
     model.resumed_best = _known_best(recorded_of(state, 'best', Mapping))
     if hasattr(model, 'queue_size') and not _take_pool(model, recorded_of(state, 'pool', (Tensor, int))):
         LOG.warning('The pool of training pairs begins empty: the run differs from one that was not interrupted.')
+
+
+def _check_loaded(optimizers: list[Optimizer], schedulers: list[Any], begun: list[dict[str, Any]]) -> None:
+    """Refuse what would fail in the first step: values of other shapes than their weights, words for numbers."""
+    for optimizer in optimizers:
+        for weight, values in optimizer.state.items():
+            for name, value in values.items() if isinstance(values, Mapping) else [('state', None)]:
+                if value is None or (
+                    isinstance(value, Tensor) and value.ndim == weight.ndim != 0 and value.shape != weight.shape
+                ):
+                    raise InputError(
+                        f'the run cannot be resumed: its training state is damaged, as {shown(str(name))} of an '
+                        f'optimizer does not fit a weight of shape {tuple(weight.shape)}.'
+                    )
+    for scheduler, beginning in zip(schedulers, begun):
+        for key, value in beginning.items():
+            loaded = getattr(scheduler, key, value)
+            if isinstance(value, (int, float)) and not isinstance(loaded, (int, float)):
+                raise InputError(
+                    f'the run cannot be resumed: its training state is damaged, as {key} of a scheduler must be a '
+                    f'number, got {shown(repr(loaded), 40)}.'
+                )
 
 
 def _check_optimizer(model: Any, optimizer: Optimizer, state: Mapping[str, Any], number: int) -> None:

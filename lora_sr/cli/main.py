@@ -29,12 +29,15 @@ NEED_BASICSR = ('train', 'test', 'allocate')
 class _Parser(argparse.ArgumentParser):
     """A parser that repeats what is wrong as part of its own line; sub-commands have one of the same class."""
 
+    given: Sequence[str] = ()
+
     def error(self, message: str) -> NoReturn:
-        super().error(sentences(printable(message), ()))
+        super().error(sentences(printable(message), self.given))
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
+        self.given = [repr(word)[1:-1] for word in (sys.argv[1:] if args is None else args)]  # as they are told
         for word in sys.argv[1:] if args is None else args:
             if re.fullmatch('--[^=]+=--', word):  # of which argparse makes an empty list before Python 3.13
                 self.error(f'argument {word[:-3]}: expected one argument')
@@ -101,6 +104,8 @@ def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False, ar
                 message, status = f'error: there is no name as long as {shown(str(error.filename))}', 2
             elif error.errno == errno.ENOENT and error.filename is None:  # of os.getcwd()
                 message, status = 'error: the current folder must exist, got one that has been removed', 2
+            elif error.filename is not None and error.strerror is not None:
+                message, status = f'error: {shown(str(error.filename), 256)} cannot be used: {error.strerror}', 2
             else:
                 raise
         except BaseException as error:

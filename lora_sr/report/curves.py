@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from lora_sr.errors import InputError
 from lora_sr.figures import SUFFIXES, encode_figure, figure_class, label
-from lora_sr.files import check_output, write_whole
+from lora_sr.files import check_output, check_regular, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ITERATION = re.compile(r'\biter:\s*([\d,]+)')
-TOTAL = re.compile(r'\s*total_iter: (\S+)')
+ITERATION = re.compile(r'\biter:\s*([0-9][0-9,]{,19})')
+TOTAL = re.compile(r'\s*total_iter: ([0-9]{1,15}(?:\.[0-9]*)?(?:e\+?[0-9]{1,2})?)\s*$')
 VALIDATION = re.compile(r' INFO: Validation (.+)')
 VALUE = re.compile(r'\s*# (.+?): (-?(?:\d+\.?\d*|inf|nan))')
 
@@ -48,7 +48,7 @@ def read_curves(run: str | os.PathLike, metric: str = 'psnr') -> dict[str, dict[
     for log in logs:
         iteration, total, dataset = 0, None, None
         seen: set[tuple[str, int]] = set()
-        for line in log.read_text(errors='replace').splitlines():
+        for line in _lines(log):
             found = VALUE.match(line)
             if found and dataset is not None:
                 if found[1] == metric:
@@ -81,6 +81,14 @@ def read_curves(run: str | os.PathLike, metric: str = 'psnr') -> dict[str, dict[
         known = f'it has {", ".join(sorted(others))}' if others else 'nothing was validated'
         raise InputError(f'The logs of {run} have no "{metric}": {known}.')
     return curves
+
+
+def _lines(log: Path) -> list[str]:
+    check_regular(log, 'the log')
+    try:
+        return log.read_text(errors='replace').splitlines()
+    except OSError as error:
+        raise InputError(f'The log {log} cannot be read: {error.strerror}.') from None
 
 
 def plot_curves(

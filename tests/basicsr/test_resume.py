@@ -14,6 +14,7 @@ from basicsr.models import build_model
 from tiny_run import TINY_OPTIONS, change, logged, model_options, run_python
 
 from lora_sr.basicsr import resume
+from lora_sr.basicsr.patches.resume import load_resume_state
 from lora_sr.basicsr.samples import SampleStream
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.errors import InputError
@@ -184,6 +185,42 @@ def test_a_pool_of_other_options_is_not_taken(change):
 def test_an_image_of_other_levels_is_kept_as_it_is():
     half = torch.full((1, 3, 1, 1), 0.3)
     assert torch.equal(resume._unpacked(resume._packed(half)), half)
+
+
+SPOILED = {
+    "state['epoch'] = 'x'": 'its epoch must be a whole number',
+    "state['iter'] = -1": 'its iter must be a whole number',
+    "state['iter'] = True": 'its iter must be a whole number',
+    "state['optimizers'] = None": 'its optimizers must be a list',
+    "state['optimizers'] = [{}]": 'its optimizers[0].state must be a section, got None',
+    "state['optimizers'][0]['state'] = []": 'its optimizers[0].state must be a section',
+    "state['optimizers'][0]['param_groups'] = {}": 'its optimizers[0].param_groups must be a list',
+    "state['optimizers'][0]['param_groups'] = [3]": 'its optimizers[0].param_groups must be a list of sections',
+    "state['optimizers'][0]['param_groups'][0]['params'] = 3": 'its optimizers[0].param_groups.params must be a list',
+    "state['optimizers'][0]['state'][0]['exp_avg'] = torch.zeros(1, 1, 1, 1)": 'exp_avg of an optimizer does not fit',
+    "state['optimizers'][0]['state'][0] = 3": 'the run cannot be resumed: its training state is damaged',
+    "state['schedulers'] = []": 'MultiStepLR',
+    "state['schedulers'] = [3]": 'its schedulers[0] must be a section',
+    "state['schedulers'][0]['last_epoch'] = 'a'": "last_epoch of a scheduler must be a number, got 'a'",
+    "state['schedulers'][0]['gamma'] = None": 'gamma of a scheduler must be a number, got None',
+}
+
+
+@pytest.mark.parametrize('change', SPOILED)
+def test_a_spoiled_state_is_told(options, change):
+    model = build_model(copy.deepcopy(options))
+    rates(model, 1, 2)
+    model.save(0, 2)
+    path = f'{options["path"]["training_states"]}/2.state'
+    state = dict(read_checkpoint(path))
+    exec(change, {'state': state, 'torch': torch})
+    torch.save(state, path)
+    message = SPOILED[change].replace('MultiStepLR', 'SRModel has 1 schedulers, and its training state 0')
+    with pytest.raises(InputError) as refused:
+        opt = copy.deepcopy(options)
+        opt.update(auto_resume=False, path={**opt['path'], 'resume_state': path})
+        build_model(copy.deepcopy(options)).resume_training(load_resume_state(opt))
+    assert message in str(refused.value)
 
 
 def test_an_iteration_draws_its_own_numbers(options):

@@ -1,6 +1,7 @@
 """Curves of training runs: against the networks that the runs saved."""
 
 import math
+import os
 
 import cv2
 import numpy as np
@@ -36,6 +37,36 @@ def psnr_of_checkpoint(root, iteration):
         output = (output.clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()[:, :, ::-1]
         values.append(calculate_psnr(output, cv2.imread(str(root / 'gt' / path.name)), crop_border=2))
     return np.mean(values)
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'total_iter: abc',
+        'total_iter: nan',
+        'total_iter: inf',
+        'total_iter: 1e999',
+        'iter: ,',
+        f'iter: {"9" * 5000}',
+        'iter: ²',
+    ],
+)
+def test_a_log_may_say_anything(tmp_path, text):
+    run = write_log(tmp_path, [(100, 'A', '1.0')])
+    (log,) = run.glob('train_*.log')
+    before = read_curves(run)
+    log.write_text(f'{log.read_text()}\n  {text}\n')
+    assert read_curves(run) == before == {'A': {100: 1.0}}
+
+
+@pytest.mark.parametrize('kind', ['folder', 'pipe', 'lost', 'loop'])
+def test_what_is_no_log(tmp_path, kind):
+    log = tmp_path / 'train_x.log'
+    {'folder': log.mkdir, 'pipe': lambda: os.mkfifo(log), 'lost': lambda: log.symlink_to('nowhere')}.get(
+        kind, lambda: log.symlink_to(log.name)
+    )()
+    with pytest.raises(InputError, match='log .*train_x.log cannot be read'):
+        read_curves(tmp_path)
 
 
 @pytest.mark.parametrize('name', ['_run', '$x^2$', 'a$b', '$', '\x1b[31m', r'\$x$'])

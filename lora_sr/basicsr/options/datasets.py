@@ -56,6 +56,10 @@ def _check_dataset(check: Check, where: str, dataset: Any, training: bool) -> No
     if unpaired and not check.facts & {'open', schema.DISTILLATION}:
         check.add(f'{where}: an LRImageDataset has no ground truth; it needs a teacher, model_type: DistillationModel')
         return
+    model = check.opt.get('model_type')
+    if not training and model in f'{schema.VIDEO} {schema.VIDEO_GAN}'.split() and dataset.get('type') in schema.IMAGES:
+        check.add(f'{where}.type has to be a dataset of videos for a {model}, not {dataset["type"]}')
+        return
     misfit = degradations.misfit(check, dataset, training)
     if misfit:
         check.add(f'{where}: {misfit}')

@@ -12,7 +12,7 @@ from basicsr.utils.registry import METRIC_REGISTRY, MODEL_REGISTRY
 
 from lora_sr.basicsr.metrics import is_iqa_metric, lower_is_better, prepare_metric
 from lora_sr.basicsr.options import schema
-from lora_sr.basicsr.options.check import Check
+from lora_sr.basicsr.options.check import OWN_MODULES, Check
 from lora_sr.basicsr.options.degradations import check_degradations
 from lora_sr.errors import InputError
 
@@ -73,6 +73,8 @@ def check_val(check: Check) -> None:
         if metric is not None:
             complete = check.arguments(where, metric, section, ours=('better',), supplied=('img', 'img2'))
             _check_better(check, where, section)
+            if metric.__module__.startswith(OWN_MODULES) and 'crop_border' in section:
+                check.value(f'{where}.crop_border', section['crop_border'], schema.BORDER)
             _check_ground_truth(check, where, section, metric)
             if complete and is_iqa_metric(metric):
                 try:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_sr.adapters.config import ALSO_TRAIN
 
-LONGEST_NAME = 255  # bytes, of one file or folder
+LONGEST_NAME, LONGEST_RUN = 255, 200  # bytes, of one file or folder, and of one that has a run's name
 LARGEST_SEED = 2**32 - 1 - 1024  # numpy's, less one for each process
 MOST_WORKERS = 1024
 
@@ -170,7 +170,7 @@ def _is_path(value: Any) -> bool:
 def _is_below(value: Any) -> bool:
     """Whether a value names something below a folder: nothing that leads out of it, nor the folder itself."""
     parts = value.split(os.sep) if isinstance(value, str) else ['']
-    return _is_path(value) and not {'', '.', '..'} & set(parts)
+    return _is_path(value) and value.isprintable() and not {'', '.', '..'} & set(parts)
 
 
 def _is_roots(value: Any) -> bool:
@@ -187,6 +187,9 @@ TEXT = Kind('a text', lambda value: isinstance(value, str), {'type': 'string'})
 LABEL = Kind(
     'a text or a number', lambda value: isinstance(value, str) or is_number(value), {'type': ['string', 'number']}
 )
+BORDER = replace(
+    whole(0, 1024), holds=lambda value: isinstance(value, int) and whole(0, 1024).holds(value)
+)  # it cuts arrays, which floats do not
 PATH = Kind('a path', lambda value: _is_path(value), {'type': 'string'})
 PROBABILITY = number(0, 1)
 RANGE = pair(0)
@@ -195,8 +198,9 @@ SECTION = Kind('a section', lambda value: True, {'type': 'object'})
 NAMED = Kind('a name', lambda value: True, {'type': 'string'})
 FOLDER = Kind(
     'the name of a folder',
-    lambda value: _is_below(value) and os.sep not in value,
-    {'type': 'string', 'minLength': 1, 'pattern': r'^(?!\.{1,2}$)[^/]+$'},
+    # BasicSR puts a date behind it, for the name of a log.
+    lambda value: _is_below(value) and os.sep not in value and len(os.fsencode(value)) <= LONGEST_RUN,
+    {'type': 'string', 'minLength': 1, 'maxLength': LONGEST_RUN, 'pattern': r'^(?!\.{1,2}$)[^/\x00-\x1f]+$'},
 )
 BELOW = Kind('a name, of a folder as well', lambda value: _is_below(value), {'type': 'string', 'minLength': 1})
 GPUS = replace(
@@ -245,6 +249,7 @@ LISTED = 'RealESRGANPairedDataset'
 REDS, VIMEO = 'REDSDataset REDSRecurrentDataset', 'Vimeo90KDataset Vimeo90KRecurrentDataset'
 VIDEO_TEST = 'VideoTestDataset VideoTestVimeo90KDataset VideoTestDUFDataset VideoRecurrentTestDataset'
 SINGLE, FACES = 'SingleImageDataset', 'FFHQDataset'
+IMAGES = (PAIRED, LR_ONLY, DEGRADED, LISTED, SINGLE, FACES)
 DATASETS = f'{PAIRED} {LR_ONLY} {DEGRADED} {LISTED} {SINGLE} {FACES} {REDS} {VIMEO} {VIDEO_TEST}'
 
 

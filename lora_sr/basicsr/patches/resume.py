@@ -101,6 +101,7 @@ def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     missing = [key for key in ('epoch', 'iter', 'optimizers', 'schedulers') if key not in state]
     if missing:
         raise InputError(f'{path} is not a training state: it has no {", ".join(missing)}.')
+    resume.check_state(state, path)
     from basicsr.utils import misc
 
     resume.check_options(opt, state)

@@ -6,7 +6,6 @@ constructor (networks, losses, optimizers, schedulers, metrics) stands in that c
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from lora_sr.adapters.config import ALSO_TRAIN
 
+LARGEST_NUMBER = 3e38
 LONGEST_NAME, LONGEST_RUN = 255, 200  # bytes, of one file or folder, and of one that has a run's name
 LARGEST_SEED = 2**32 - 1 - 1024  # numpy's, less one for each process
 MOST_WORKERS = 1024
@@ -81,10 +81,8 @@ def _is_met(condition: str, facts: set[str]) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, which True, False, NaN and infinity are not here."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return isinstance(value, int) or math.isfinite(value)
+    """Whether a value is a number that float32 holds. True, False, NaN and infinity are none here."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
 
 def number(least: float | None = 0, most: float | None = None, below: float | None = None) -> Kind:
@@ -562,3 +560,31 @@ SECTIONS = {
     'dist_params': DIST_PARAMS,
     'network_g.lora': LORA,
 }
+
+
+def make_whole(opt: dict) -> None:
+    """Write whole numbers as such, in place, where these are wanted: 1e5 and 4.0 are floats, which index nothing."""
+    for name, entries in SECTIONS.items():
+        for section in _sections(opt, name.split('.') if name else []):
+            for key, value in section.items():
+                entry = entries.get(key)
+                if entry is not None and _is_whole(entry.kind.json):
+                    section[key] = [_whole(one) for one in value] if isinstance(value, list) else _whole(value)
+
+
+def _sections(section: Any, names: list[str]) -> list[dict]:
+    if not isinstance(section, dict):
+        return []
+    if not names:
+        return [section]
+    inner = section.values() if names[0] == '*' else [section.get(names[0])]
+    return [found for one in inner for found in _sections(one, names[1:])]
+
+
+def _is_whole(json: dict) -> bool:
+    branches = [*json.get('anyOf', ()), *([json['items']] if 'items' in json else [])]
+    return json.get('type') == 'integer' or any(map(_is_whole, branches))
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -111,6 +111,9 @@ def patch_parse_options() -> None:
         loader = functools.partial(_PreparedOptions, opt)
         lists = _take_lists_of_roots(opt)
         _complete_paths(opt)
+        from lora_sr.basicsr.options.schema import make_whole
+
+        make_whole(opt)
         with swapped(namespace, ordered_yaml=lambda: (loader, OptionDumper), init_dist=init_dist):
             with swapped(vars(sys), argv=argv):
                 opt, args = original(root_path, is_train)

@@ -13,7 +13,7 @@ from option_check import check, paths_of
 from tiny_gan import tiny_gan_options, write_data
 from tiny_run import TINY_OPTIONS, change
 
-from lora_sr.basicsr.options import check_options
+from lora_sr.basicsr.options import check_options, schema
 from lora_sr.basicsr.options.check import for_screen
 from lora_sr.option_file import OptionLoader, load_options
 
@@ -36,6 +36,7 @@ CHANGES = [
     ('name', 'a/b', "name has to be the name of a folder, not 'a/b'"),
     ('name', '..', "name has to be the name of a folder, not '..'"),
     ('name', 'a\nb', "name has to be the name of a folder, not 'a\\nb'"),
+    ('train.optim_g.lr', 1e300, 'train.optim_g.lr has to be a number, not 1e+300'),
     ('name', 'x' * 201, "name has to be the name of a folder, not 'xxx"),
     ('datasets.val.name', 'a\nb', "datasets.val.name has to be a name, of a folder as well, not 'a\\nb'"),
     (
@@ -468,3 +469,21 @@ def test_adan(options, tmp_path, key, value, sentence):
     problems = check(options, tmp_path)
     assert len(problems) == (sentence is not None), problems
     assert all(re.match(rf'train.optim_g(\.{key})?: .*{re.escape(sentence)}', problem) for problem in problems)
+
+
+def test_whole_numbers_are_made_whole_where_they_count():
+    given = {
+        'scale': 4.0,
+        'num_gpu': 0.0,
+        'train': {'total_iter': 1e5, 'warmup_iter': -1.0, 'optim_g': {'lr': 1.0}, 'ema_decay': 1.0},
+        'datasets': {'train': {'gt_size': 96.0, 'mean': [1.0], 'dataset_enlarge_ratio': 2.5}, 'val': None},
+        'logger': 3,
+        'val': {'val_freq': 5e3, 'metrics': {'psnr': {'crop_border': 4.0}}},
+    }
+    schema.make_whole(given)
+    text = repr(given)
+    assert text == (
+        "{'scale': 4, 'num_gpu': 0, 'train': {'total_iter': 100000, 'warmup_iter': -1, 'optim_g': {'lr': 1.0}, "
+        "'ema_decay': 1.0}, 'datasets': {'train': {'gt_size': 96, 'mean': [1.0], 'dataset_enlarge_ratio': 2.5}, "
+        "'val': None}, 'logger': 3, 'val': {'val_freq': 5000, 'metrics': {'psnr': {'crop_border': 4.0}}}}"
+    )

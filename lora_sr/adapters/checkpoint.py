@@ -101,7 +101,7 @@ def _check_deltas(state: Mapping[str, Tensor]) -> None:
     for key, delta in state.items():
         if not is_delta_key(key):
             continue
-        base = state.get(key_of_base(key))
+        base = None if is_lora_key(key_of_base(key)) else state.get(key_of_base(key))
         if base is None:
             raise InputError(f'{shown(key)} is the delta of {shown(key_of_base(key))}, which is not there')
         if base.shape != delta.shape or not delta.is_floating_point():

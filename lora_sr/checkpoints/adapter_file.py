@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_sr.adapters import Adapter, describe_misfit, parse_adapter
+from lora_sr.adapters.config import LARGEST_ALPHA
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint, is_state_dict
 from lora_sr.checkpoints.content import without_module_prefix
 from lora_sr.checkpoints.origin import SHOWN, Origin, adapter_fingerprint, fingerprint
@@ -83,6 +84,11 @@ class AdapterFile:
         for key, value in self.adapter.tensors.items():
             if not value.isfinite().all():
                 raise InputError(f'The adapter {self.path} has values that are not finite, in {shown(key)}.')
+            if key.endswith('lora_alpha') and not 0 < value.abs().max() <= LARGEST_ALPHA:
+                raise InputError(
+                    f'The adapter {self.path} is damaged: {shown(key)} must be a number of at most {LARGEST_ALPHA:g} '
+                    f'other than 0, got {value.flatten()[0].item():g}.'
+                )
 
     def check_base(
         self,

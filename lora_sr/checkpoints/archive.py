@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import pickletools
 import struct
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 from zipfile import ZIP_STORED, ZipFile
 
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
 
 MAGIC = b'PK\x03\x04'
 END, LOCATOR, END_64 = struct.Struct('<4s12xL2x'), struct.Struct('<4s4xQ4x'), struct.Struct('<48xQ')
 LENGTHS = struct.Struct('<26x2H')  # of the name of a member and of what stands behind it
+PART_BYTES = 1 << 24
 OLD_PICKLES = 5  # of a file from before torch 1.6: two numbers, the machine, the content, the names of its storages
 # A training state holds two or three for each parameter of each of its networks; torch takes some 5,000 a second.
 MOST_VALUES = 60_000
@@ -29,8 +31,8 @@ def check_archive(file: BinaryIO, path: object) -> None:
         path: Its name, for messages.
 
     Raises:
-        InputError: Its members are compressed, larger than the file, or more than :data:`MOST_VALUES`; or it makes
-            values that are not in it.
+        InputError: A checksum is wrong; its members are compressed, larger than the file, or more than
+            :data:`MOST_VALUES`; or it makes values that are not in it.
         Exception: It is damaged, or no file of that format.
     """
     is_archive = file.read(len(MAGIC)) == MAGIC
@@ -55,14 +57,28 @@ def _called_in_archive(file: BinaryIO, path: object) -> Iterator[str]:
         raise InputError(
             f'the checkpoint {path} is damaged: its members must have at most its {size:,} bytes, got {claimed:,}'
         )
+    is_right = {}
     for member in members.infolist():
-        if member.orig_filename.lower().endswith('.pkl'):  # to torch's reader the case is the same
-            # Not by ZipFile, which checks a sum that torch may leave out.
-            file.seek(member.header_offset)
-            file.seek(sum(LENGTHS.unpack(file.read(LENGTHS.size))), os.SEEK_CUR)
-            pickled = file.read(member.file_size)
-            # To parse it would take as long as to load it, and a name stands there in plain letters.
-            yield from (name for name in ALLOCATING if f'\n{name}\n'.encode() in pickled)
+        file.seek(member.header_offset)
+        file.seek(sum(LENGTHS.unpack(file.read(LENGTHS.size))), os.SEEK_CUR)
+        checksum, left, is_pickle = 0, member.file_size, member.orig_filename.lower().endswith('.pkl')
+        while left:
+            part = file.read(left if is_pickle else min(left, PART_BYTES))
+            if not part:
+                raise ValueError('the end is missing')
+            left -= len(part)
+            checksum = zlib.crc32(part, checksum)
+            if is_pickle:  # to torch's reader the case is the same
+                # To parse it would take as long as to load it, and a name stands there in plain letters.
+                yield from (name for name in ALLOCATING if f'\n{name}\n'.encode() in part)
+        if member.CRC:  # torch saves without sums where it is told to
+            is_right[member.filename] = checksum == member.CRC
+    # torch itself reads what does not have its sum.
+    wrong = [name for name, right in is_right.items() if not right]
+    if wrong and any(is_right.values()):
+        raise InputError(
+            f'the checkpoint {path} is damaged: {shown(wrong[0])} must have the checksum that it was saved with'
+        )
 
 
 def _directory(file: BinaryIO) -> int:

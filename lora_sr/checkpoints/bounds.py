@@ -60,6 +60,8 @@ def check_plain(content: object, path: object) -> None:
     values = [content]
     while values:
         value = values.pop()
+        if isinstance(value, Tensor) and any(hasattr(Tensor, name) for name in vars(value)):
+            raise InputError(f'the checkpoint {path} must hold tensors as they are, got one with methods of its own')
         if not isinstance(value, (dict, list, tuple, set)) or id(value) in seen:
             continue
         seen.add(id(value))

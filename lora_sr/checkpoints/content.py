@@ -27,6 +27,10 @@ PARAM_KEYS = ('params_ema', 'params')
 INDICES = 'relative_position_index'
 
 
+class DamagedWeights(InputError):
+    """Weights that fit their network, and that it cannot run with."""
+
+
 class Content(dict[str, Any]):
     """What a file holds: of a ``.pth`` file whatever was saved, of a safetensors file its tensors by name.
 
@@ -168,7 +172,9 @@ def load_weights(
         # Follows from the size of a window. Another may be beyond the table, or another image without a word.
         if name.endswith(INDICES) and name in weights and weights[name].shape == value.shape:
             if not torch.equal(weights[name].to(value), value):
-                raise InputError(f'{path} is damaged: {shown(name)} must be that of {type(net).__name__}, got another.')
+                raise DamagedWeights(
+                    f'{path} is damaged: {shown(name)} must be that of {type(net).__name__}, got another.'
+                )
     try:
         net.load_state_dict(weights, strict=strict)
     except (RuntimeError, KeyError) as error:  # the latter of branches that are to be folded, and are not all there
@@ -179,7 +185,7 @@ def load_weights(
         # A mask, which is no parameter, may be infinite.
         is_bad = not torch.isfinite(value).all() if name in parameters else torch.isnan(value).any()
         if name in weights and is_bad:
-            raise InputError(f'{path} holds values that are not finite: {name}.')
+            raise DamagedWeights(f'{path} holds values that are not finite: {name}.')
 
 
 def _check_types(net: nn.Module, weights: Mapping[str, Tensor], path: object) -> None:
@@ -196,7 +202,10 @@ def without_module_prefix(weights: Mapping[str, Tensor]) -> OrderedDict[str, Ten
     for key, value in weights.items():
         # Next to nothing is defined for float8.
         value = value.float() if value.element_size() == 1 and value.is_floating_point() else value
-        renamed[key[len('module.') :] if key.startswith('module.') else key] = value.detach().cpu()
+        name = key[len('module.') :] if key.startswith('module.') else key
+        if name in renamed:
+            raise InputError(f'{shown(name)} must be given once, got it also as module.{shown(name)}')
+        renamed[name] = value.detach().cpu()
     versions = getattr(weights, '_metadata', None)  # of the modules, which some of them look at when they load
     if isinstance(versions, Mapping):
         renamed._metadata = {  # type: ignore[attr-defined]

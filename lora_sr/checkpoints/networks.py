@@ -25,7 +25,7 @@ from lora_sr.checkpoints.adapter_file import AdapterFile, check_once
 from lora_sr.checkpoints.bounds import bounded
 from lora_sr.checkpoints.building import base_section, build_network
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
-from lora_sr.checkpoints.content import load_weights, read_checkpoint
+from lora_sr.checkpoints.content import DamagedWeights, load_weights, read_checkpoint
 from lora_sr.checkpoints.families import FAMILIES, OURS
 from lora_sr.checkpoints.imports import import_modules
 from lora_sr.checkpoints.origin import Origin, fingerprint
@@ -226,6 +226,10 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
         except InputError as error:
             if checkpoint.family is None:
                 raise UnknownNetwork(f'{path} names the network of its run, but {error}', checkpoint) from None
+            LOG.warning(
+                f'{path} names the network of its run, but {error}. It is taken for the {checkpoint.family} of its '
+                'shapes, which tell no residual scale and the like.'
+            )
     if checkpoint.family is None:
         raise UnknownNetwork(
             f'{path} belongs to no network known here: its first keys are '
@@ -238,6 +242,8 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
         if checkpoint.form == ADAPTED and not any(True for _ in adapted_modules(network)):
             attach_updates(network, infer_lora_config(state))
         return _loaded(network, checkpoint, None)
+    except DamagedWeights:
+        raise
     except MissingBasicSR as error:
         raise MissingBasicSR(f'{path} cannot be used: {error}') from None
     except KeyError as error:

@@ -67,7 +67,8 @@ def _check_values(section: Mapping[str, Any], where: str) -> None:
             total += abs(value) if abs(value) <= LARGEST_SUM else LARGEST_SUM + 1  # NaN is as large
             if total > LARGEST_SUM:
                 raise InputError(
-                    f'the numbers of {where} must add up to at most {LARGEST_SUM:,}, got more at {key}; {REMEDY}'
+                    f'the numbers of {where} must add up to at most {LARGEST_SUM:,}, got more at '
+                    f'{shown(str(key), 40)}; {REMEDY}'
                 )
         elif value is not None:
             raise InputError(f'{name} must be a plain value, got a {type(value).__name__}')

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source
+from lora_sr.errors import printable
 
 EPILOG = """\
 examples:
@@ -83,9 +84,9 @@ def run(args: argparse.Namespace) -> None:
         print('interrupted; what was written is whole', file=sys.stderr)
         sys.exit(130)
     for note in report.notes:
-        print(f'lora-sr: note: {note}', file=sys.stderr)
+        print(f'lora-sr: note: {printable(note)}', file=sys.stderr)
     print(report)
     for failure in report.failures.values():
-        print(f'lora-sr: error: {failure}', file=sys.stderr)
+        print(f'lora-sr: error: {printable(failure)}', file=sys.stderr)
     if report.failures:
         sys.exit(1)

@@ -205,7 +205,13 @@ def _mix(
     is_merged = finish is merge_adapter  # else the file carries them beside its base
     merged = [file.fingerprint for file, weight in zip(files, weights) if weight and is_merged]
     origin = (checkpoint.origin or Origin()).with_adapters(state, merged)
-    write_state(finish(checkpoint.state, mixed), Path(output), origin)  # it is exact: there is nothing to prove
+    written = finish(checkpoint.state, mixed)  # which is exact
+    for key, value in written.items():
+        if value is not checkpoint.state.get(key) and not value.isfinite().all():
+            raise InputError(
+                f'The adapters give values that are not finite, or too large for {value.dtype}: {shown(key)}.'
+            )
+    write_state(written, Path(output), origin)
     return MixReport([os.fspath(path) for path, _ in adapters], weights, len(mixed.layers), fitted)
 
 

@@ -21,7 +21,7 @@ from lora_sr.checkpoints.families import OURS
 from lora_sr.checkpoints.networks import UnknownNetwork, input_files, reopen
 from lora_sr.checkpoints.origin import adapter_fingerprint, fingerprint
 from lora_sr.checkpoints.writing import SUFFIXES, write_state, writing
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
 from lora_sr.files import check_not_input, check_output
 
 
@@ -148,8 +148,11 @@ def _merge_unknown(checkpoint: Checkpoint, output: Path) -> MergeReport:
     except InputError as error:
         raise InputError(f'{checkpoint.path} cannot be used: {error}') from None
     for key, value in merged.items():
-        if value is not state[key] and not value.isfinite().all():
-            raise InputError(f'{checkpoint.path} has weights too large for float32, or NaN: {key}.')
+        is_weight = value is not state[key] or key.endswith(('weight', 'bias'))
+        if value.is_complex() or (is_weight and not value.is_floating_point()):
+            raise InputError(f'{checkpoint.path} is damaged: {shown(key)} must be floating-point, got {value.dtype}.')
+        if not value.isfinite().all() if is_weight else value.isnan().any():  # a mask may be infinite
+            raise InputError(f'{checkpoint.path} has weights too large for float32, or NaN: {shown(key)}.')
     write_state(merged, output, _with_own_adapter(checkpoint.origin or Origin(), state))
     updates = [key for key in state if is_lora_key(key) and not key.endswith('lora_alpha')]
     return MergeReport(
@@ -168,4 +171,10 @@ def _difference(trained: nn.Module, written: nn.Module, dtype: torch.dtype) -> f
     info = network_info(trained) or NetworkInfo(3, 3, 1)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, info.in_channels, *info.size(32, 40), generator=generator).to(dtype) * info.value_range
-    return relative_difference(*(network.to(dtype)(images) for network in (trained, written)))
+    try:
+        return relative_difference(*(network.to(dtype)(images) for network in (trained, written)))
+    except (TypeError, IndexError) as error:  # of a constructor's values, which a file may state
+        reason = shown(' '.join(str(error).split()))
+        raise InputError(
+            f'{type(trained).__name__} does not run with the values that it was built with: {reason}.'
+        ) from error

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import os
 import re
+import struct
 import tempfile
 import time
 import warnings
@@ -446,3 +447,5 @@ def _write(
             raise _Failed(f'{job.source} was not written: {error}') from None
         except MemoryError:
             raise _Failed(f'{job.source} was not written: it needs more memory than there is.') from None
+        except (ValueError, TypeError, ArithmeticError, struct.error) as error:  # of what a file says of itself
+            raise _Failed(f'{job.source} was not written: {type(error).__name__}, {error}.') from error

@@ -153,7 +153,7 @@ def _decode_png(data: bytes, path: str | os.PathLike[str]) -> Picture:
         lost=metadata.lost | lost,
     )
     pixels, metadata = _turn(pixels, orientation), extras.upright(metadata, orientation)
-    return Picture(np.ascontiguousarray(pixels), icc_profile, _turn_exif(exif, orientation), metadata)
+    return Picture(pixels.copy(), icc_profile, _turn_exif(exif, orientation), metadata)
 
 
 def _with_alpha(pixels: np.ndarray, transparent: bytes, depth: int) -> np.ndarray:
@@ -177,8 +177,13 @@ def _with_alpha(pixels: np.ndarray, transparent: bytes, depth: int) -> np.ndarra
 def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folded: tiff.GrayAlpha | None) -> Picture:
     """A JPEG, WebP or TIFF."""
     _refuse_several(image, path)
+    # A block of 64 pixels takes a bit at least; what is missing libjpeg makes up.
+    if image.format == 'JPEG' and len(data) * 8 * 64 < image.width * image.height:
+        raise InputError(f'{path} is damaged: it is far too short for {image.width} x {image.height} pixels.')
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     icc_profile = image.info.get('icc_profile')
+    if not isinstance(icc_profile, bytes):  # a tag of a TIFF may be of any type
+        icc_profile = None
     orientation, exif, lost = _read_exif(image)
     metadata = extras.read_metadata(image, exif)
     extra_samples = tags.get(EXTRA_SAMPLES, ()) if folded is None else folded.extra_samples
@@ -213,7 +218,7 @@ def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folde
         lost |= {'channels that are not alpha'}
     metadata = extras.upright(replace(metadata, lost=metadata.lost | lost), orientation)
     has_alpha = extra_samples[:1] != (UNSPECIFIED,)
-    return Picture(np.ascontiguousarray(pixels), icc_profile, _turn_exif(exif, orientation), metadata, has_alpha)
+    return Picture(pixels.copy(), icc_profile, _turn_exif(exif, orientation), metadata, has_alpha)
 
 
 def _refuse_several(image: Image.Image, path: str | os.PathLike[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import struct
 import zlib
@@ -37,6 +36,7 @@ XMP_KEYWORD, EXIF_KEYWORDS = b'XML:com.adobe.xmp', (b'Raw profile type exif', b'
 
 XMP_HEADER, LONG_XMP_HEADER = b'http://ns.adobe.com/xap/1.0/\0', b'http://ns.adobe.com/xmp/extension/\0'
 IPTC_RESOURCE = 0x0404  # of Photoshop's
+LARGEST_RESOLUTION = 1e9  # beyond all that can be meant
 LARGEST_SEGMENT = 65533  # bytes, of JPEG
 
 
@@ -159,7 +159,7 @@ def resolution_of(x: Any, y: Any, unit: str | None) -> Resolution | None:
         x, y = float(x), float(y)
     except (TypeError, ValueError, ZeroDivisionError):
         return None
-    if unit is None or not (0 < x < math.inf and 0 < y < math.inf) or (not unit and x == y):
+    if unit is None or not (0 < x < LARGEST_RESOLUTION and 0 < y < LARGEST_RESOLUTION) or (not unit and x == y):
         return None
     return Resolution(x, y, unit)
 
@@ -205,7 +205,7 @@ def _bytes_of(image: TiffImageFile, tag: int) -> bytes | None:
             return struct.pack(f'{order}{len(numbers)}L', *numbers)
         except struct.error:
             return None
-    return value or None
+    return value if isinstance(value, bytes) and value else None  # of a tag that may be of any type
 
 
 def upright(metadata: Metadata, orientation: int) -> Metadata:

@@ -201,6 +201,45 @@ def test_values_are_in_the_file(tmp_path, capsys):
     )
 
 
+def test_a_flipped_bit_is_noticed(tmp_path, capsys):
+    """torch reads it: the sum that it saved with each value is that of zip, as `unzip -t` checks it."""
+    torch.save(span().state_dict(), tmp_path / 'bad.pth')
+    data = bytearray((tmp_path / 'bad.pth').read_bytes())
+    value = span().state_dict()[KEY].numpy().tobytes()
+    data[data.index(value) + 5] ^= 1
+    (tmp_path / 'bad.pth').write_bytes(data)
+    torch.load(tmp_path / 'bad.pth', weights_only=True)
+    assert 'must have the checksum that it was saved with' in assert_refused(capsys, 'inspect', tmp_path / 'bad.pth')
+
+
+@pytest.mark.parametrize('name', ['numel', 'detach', 'untyped_storage'])
+def test_a_tensor_has_no_methods_of_its_own(tmp_path, capsys, name):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    weight.no_weight_decay = True
+    torch.save({'a': weight}, tmp_path / 'good.pth')
+    read_checkpoint(tmp_path / 'good.pth')
+    stateful = b'ctorch._utils\n_rebuild_parameter_with_state\n'
+    with zipfile.ZipFile(tmp_path / 'good.pth') as file:
+        pickled = file.read('good/data.pkl')
+        others = {entry.partition('/')[2]: file.read(entry) for entry in file.namelist()}
+    assert stateful in pickled and b'no_weight_decay' in pickled
+    others['data.pkl'] = pickled.replace(
+        b'X' + struct.pack('<I', 15) + b'no_weight_decay', b'X' + struct.pack('<I', len(name)) + name.encode()
+    )
+    with zipfile.ZipFile(tmp_path / 'bad.pth', 'w') as file:
+        for entry, content in others.items():
+            file.writestr(f'bad/{entry}', content)
+    assert 'must hold tensors as they are' in assert_refused(capsys, 'inspect', tmp_path / 'bad.pth')
+
+
+def test_a_name_is_there_once(tmp_path, capsys):
+    state = span().state_dict()
+    state[f'module.{KEY}'] = torch.zeros_like(state[KEY])
+    torch.save(state, tmp_path / 'bad.pth')
+    error = assert_refused(capsys, 'merge', tmp_path / 'bad.pth', '-o', tmp_path / 'out.pth')
+    assert f'{KEY} must be given once, got it also as module.{KEY}' in error
+
+
 @pytest.mark.parametrize('is_new', [True, False])
 def test_tensors_are_counted_before_they_are_read(tmp_path, monkeypatch, is_new):
     path = tmp_path / 'many.pth'
@@ -351,6 +390,13 @@ def test_the_configuration_of_an_adapter_may_be_anything(adapter, tmp_path, caps
         ({'a.lora_A': torch.ones(1, 2, dtype=torch.int32)}, 'must be of floating-point numbers'),
         ({'b.lora_shift_bias': torch.zeros(2)}, 'b.lora_shift_bias is the delta of b.bias, which is not there'),
         ({'a.lora_shift_bias': torch.zeros(2)}, 'must be floating-point numbers of shape (3,)'),
+        ({'a.lora_shift_lora_shift_bias': torch.zeros(3), 'a.lora_shift_bias': torch.zeros(3)}, 'which is not there'),
+        ({'b.weight': torch.zeros(2, dtype=torch.int32)}, 'b.weight must be floating-point, got torch.int32'),
+        ({'b.weight': torch.full((2,), torch.nan)}, 'has weights too large for float32, or NaN: b.weight'),
+        (
+            {'a.lora_alpha': torch.ones((), dtype=torch.complex64)},
+            'a.weight must be floating-point, got torch.complex64',
+        ),
     ],
 )
 def test_updates_that_make_no_sense_are_not_added(refuse, changes, message):

@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
-from PIL import ExifTags, Image, ImageCms, ImageOps
+import torch
+from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin
 
 from lora_sr.errors import InputError
 from lora_sr.images.encoding import encode_picture
@@ -504,3 +505,52 @@ def test_other_threads_run_while_it_encodes(file_format):
     finally:
         sys.setswitchinterval(interval)
     assert min(shares) < 0.4
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('size', [(48, 1), (1, 48), (1, 1), (2, 3)])
+def test_thin_images_are_turned(tmp_path, size, orientation):
+    """To numpy an axis of one is contiguous in any direction; not so to torch."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    image = Image.fromarray(np.arange(3 * size[0] * size[1], dtype=np.uint8).reshape(size[1], size[0], 3))
+    image.save(tmp_path / 'thin.png', exif=exif)
+    read = read_picture(tmp_path / 'thin.png').pixels
+    assert np.array_equal(read, ImageOps.exif_transpose(Image.open(tmp_path / 'thin.png')))
+    torch.from_numpy(read)
+
+
+@pytest.mark.parametrize('tag', [700, 33723, 34675, 282, 283])
+@pytest.mark.parametrize(
+    'value',
+    [(3, (9,)), (3, (9, 8)), (11, (1.5,)), (12, (1e308,)), (12, (float('nan'),)), (5, (3, 0)), (2, 'text'), (9, (-1,))],
+)
+@pytest.mark.parametrize('file_format', ['png', 'tiff', 'jpeg', 'webp'])
+def test_tags_of_any_type(tmp_path, tag, value, file_format):
+    """What describes an image may be anything: the image is read, and written in every format."""
+    kind, content = value
+    if tag in (282, 283) and kind in (3, 9):
+        pytest.skip('Pillow writes no such tag')
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    directory.tagtype[tag] = kind
+    directory[tag] = TiffImagePlugin.IFDRational(*content) if kind == 5 else content if kind == 2 else tuple(content)
+    directory[282 if tag != 282 else 283] = 72.0
+    Image.fromarray(pixels()).save(tmp_path / 'image.tif', tiffinfo=directory)
+    picture = read_picture(tmp_path / 'image.tif')
+    assert np.array_equal(picture.pixels, pixels())
+    encode_picture(picture, file_format, 95)
+
+
+def test_a_jpeg_of_far_too_few_bytes(tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file, 'jpeg')
+    data = bytearray(file.getvalue())
+    frame = data.index(b'\xff\xc0')
+    data[frame + 5 : frame + 9] = struct.pack('>HH', 13000, 13000)
+    (tmp_path / 'bomb.jpg').write_bytes(data)
+    with pytest.raises(InputError, match='is damaged: it is far too short for 13000 x 13000 pixels'):
+        read_picture(tmp_path / 'bomb.jpg')
+    Image.fromarray(np.zeros((4000, 4000), np.uint8)).save(
+        tmp_path / 'flat.jpg', quality=1, optimize=True, progressive=True
+    )
+    assert read_picture(tmp_path / 'flat.jpg').pixels.shape == (4000, 4000, 1)

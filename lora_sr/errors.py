@@ -46,7 +46,7 @@ def sentences(message: str, given: Iterable[str]) -> str:
         given: The arguments of the command line.
     """
     for argument in given:
-        for name in (argument, argument.partition('=')[2]):
+        for name in (argument, argument.partition('=')[2], *re.split('[=,:/]', argument)):
             if (not name.isprintable() or len(name) > LONGEST_NAME) and name in message:
                 message = message.replace(name, printable(name) if len(name) <= LONGEST_NAME else shown(name))
     lines = (printable(line) for line in message.split('\n'))

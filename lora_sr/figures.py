@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from lora_sr.errors import InputError, printable
+from lora_sr.errors import InputError, printable, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +23,8 @@ def figure_class() -> type[Figure]:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError('Figures are drawn by matplotlib, which is not installed: pip install matplotlib.') from None
+    except ValueError as error:  # MPLBACKEND names one that there is not
+        raise InputError(f'matplotlib cannot be imported: {shown(str(error), 200)}') from None
     return Figure
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import functools
+import hashlib
 import logging
 import os
 import re
@@ -32,6 +33,7 @@ LOG = logging.getLogger('basicsr')
 SAVE_ATTEMPTS = 3
 SAVE_PAUSE = 1.0  # seconds between attempts: a network drive may need a moment
 TOKEN_BYTES = 8
+LONGEST_HIDDEN = 180  # bytes of a name, beside which there are a suffix and 26 more
 PARTIAL = re.compile(rf'\.(.*)\.[0-9a-f]{{{2 * TOKEN_BYTES}}}\.partial(\..*|)', re.DOTALL)
 
 
@@ -57,7 +59,7 @@ def check_output(path: str | os.PathLike[str], suffixes: tuple[str, ...], overwr
         InputError: It cannot be written.
     """
     path = Path(path)
-    _check_replaceable(path)
+    check_replaceable(path)
     if path.suffix not in suffixes:
         raise InputError(f'The output {path} must end in {" or ".join(suffixes)}.')
     if os.path.lexists(path) and not overwrite:
@@ -101,7 +103,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             told by :func:`write_errors`.
     """
     path = Path(path)
-    _check_replaceable(path)
+    check_replaceable(path)
     with contextlib.ExitStack() as stack:
         with write_errors(path):
             partial = stack.enter_context(_partial_file(path.parent, path.stem, path.suffix))
@@ -128,7 +130,7 @@ def replacing_together(paths: Sequence[str | os.PathLike[str]], overwrite: bool)
     with contextlib.ExitStack() as stack:
         partials = []
         for target in targets:
-            _check_replaceable(target)
+            check_replaceable(target)
             with write_errors(target):
                 partials.append(stack.enter_context(_partial_file(target.parent, target.stem, target.suffix)))
         yield partials
@@ -140,8 +142,12 @@ def replacing_together(paths: Sequence[str | os.PathLike[str]], overwrite: bool)
                 os.replace(partial, target)
 
 
-def _check_replaceable(path: Path) -> None:
-    """Refuse to put a file in the place of a device, such as /dev/null, of a pipe, or of a folder."""
+def check_replaceable(path: Path) -> None:
+    """Refuse to put a file in the place of a device, such as /dev/null, of a pipe, or of a folder.
+
+    Raises:
+        InputError: There is one.
+    """
     if path.exists() and not path.is_file():
         kind = 'a folder' if path.is_dir() else 'a pipe or a device'
         raise InputError(f'The output {path} must be a file, got {kind}.')
@@ -247,6 +253,7 @@ def _make_file(path: Path) -> None:
 @contextlib.contextmanager
 def _partial(folder: Path, name: str, suffix: str, make: Callable[[Path], None]) -> Iterator[Path]:
     """Make something under a hidden name, and hold the lock on it."""
+    name = _shortened(name)
     while True:
         partial = folder / f'.{name}.{secrets.token_hex(TOKEN_BYTES)}.partial{suffix}'
         make(partial)
@@ -264,6 +271,13 @@ def _partial(folder: Path, name: str, suffix: str, make: Callable[[Path], None])
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _shortened(name: str) -> str:
+    """A name that leaves room for what makes it hidden, where a file may have 255 bytes."""
+    if len(os.fsencode(name)) <= LONGEST_HIDDEN:
+        return name
+    return hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
 def _lock(path: Path) -> int | None:
@@ -329,7 +343,7 @@ def _abandoned(folder: Path, entry: str, name: str, suffix: str) -> Iterator[Pat
     """Lock what a killed process of this user left unfinished under that name; ``None`` for all else."""
     match = PARTIAL.fullmatch(entry)
     lock = None
-    if match is not None and match.groups() == (name, suffix):
+    if match is not None and match.groups() == (_shortened(name), suffix):
         with contextlib.suppress(OSError):  # BlockingIOError among them: its process is at work
             lock = _lock(folder / entry)
     try:

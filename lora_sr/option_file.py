@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import re
@@ -135,12 +136,12 @@ def apply_overrides(options: dict, entries: Iterable[str] | None) -> None:
         InputError: an entry without `=`, a path that is not in the options (the keys that exist there are listed),
             or a value that is not valid YAML. Nothing is changed then.
     """
-    changes = []
+    changed = copy.deepcopy(options)
     for entry in entries or ():
         path, equals, text = entry.partition('=')
         if not equals:
             raise InputError(f"--force_yml {shown(entry)}: there is no '='; write it as train:total_iter=1000")
-        place, keys = options, [key.strip() for key in path.split(':')]
+        place, keys = changed, [key.strip() for key in path.split(':')]
         for depth, key in enumerate(keys):
             if not isinstance(place, dict) or key not in place:
                 raise InputError(f'--force_yml {shown(entry)}: {_what_exists(place, keys[:depth], key)}')
@@ -148,12 +149,13 @@ def apply_overrides(options: dict, entries: Iterable[str] | None) -> None:
                 place = place[key]
         text = text.strip()
         value = None if text.lower() == 'none' else _parse(text, f'--force_yml {shown(entry)}')
-        changes.append((place, keys[-1], value))
-    for place, key, value in changes:
-        if value is None and place is options.get('datasets'):
-            del place[key]  # `datasets:val_2=~` leaves a dataset out
+        # At once, for the next one may be of a section that this one gives.
+        if value is None and place is changed.get('datasets'):
+            del place[keys[-1]]  # `datasets:val_2=~` leaves a dataset out
         else:
-            place[key] = value
+            place[keys[-1]] = value
+    options.clear()
+    options.update(changed)
 
 
 def _what_exists(place: Any, parents: list[str], key: str) -> str:

@@ -1,9 +1,11 @@
 """Command lines with a wrong value in each place: a sentence for each, and nothing that is not asked for."""
 
 import contextlib
+import errno
 import os
 import re
 import stat
+import sys
 import time
 
 import pytest
@@ -133,3 +135,44 @@ def test_what_an_error_of_the_system_names(monkeypatch, capsys):
     monkeypatch.setattr('lora_sr.report.summary.inspect_file', lambda *_, **__: os.mkdir('/nowhere/below'))
     assert main(['inspect', 'x']) == 2
     assert capsys.readouterr().err == 'lora-sr: error: /nowhere/below cannot be used: No such file or directory\n'
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        ['compare', 'a=b.pth', '--set', 's=x\ny,lq'], ['compare', 'a=b.pth', '--set', 's=images,x\ny'],
+        ['adapter', 'merge', 'b.pth', 'a\nb=1', '-o', 'x.pth'],
+        ['inspect', 'b.pth', '--adapter', 'a\nb.safetensors=0.5'],
+        ['compare', 'a\nb=b.pth', 'a\nb=c.pth'], ['curves', 'a=run', '-o', '../x\ny/x.png'],
+        ['merge', 'x\n/y', '-o', 'z.pth'],
+    ],
+)  # fmt: skip
+def test_names_make_no_lines(tmp_path, monkeypatch, capsys, line):
+    monkeypatch.chdir(tmp_path)
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('lora-sr: error: ') and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('closed', ['stdout', 'stderr'])
+def test_closed_streams(inputs, tmp_path, monkeypatch, closed):
+    """As Python finds them after `>&-`."""
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr(sys, closed, None)
+    assert main(['upscale', 'images', '-m', 'base.pth', '-o', str(tmp_path / 'out')]) == 0
+    assert any((tmp_path / 'out').iterdir())
+
+
+def test_a_full_disk_behind_the_output(inputs, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr('builtins.print', fail)
+    with contextlib.suppress(OSError):  # the sentence is printed as well
+        main(['inspect', 'base.pth'])
+    monkeypatch.undo()
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr(sys.stdout, 'write', fail)
+    assert main(['inspect', 'base.pth']) == 2
+    assert capsys.readouterr().err == 'lora-sr: error: the output cannot be written: No space left on device\n'

@@ -185,3 +185,14 @@ def test_a_killed_run_is_known_by_what_it_left(tmp_path, killed):
         assert not was_interrupted(paths)  # it is at work
     killed(replacing(paths[1]))
     assert was_interrupted(paths) and not was_interrupted(paths[:1])
+
+
+@needs_locks
+@pytest.mark.parametrize('length', [180, 240, 251])
+def test_names_of_any_length(tmp_path, killed, length):
+    """What is hidden has a longer name than what it becomes, which may have 255 bytes."""
+    path = tmp_path / f'{"ä" * (length // 2)}.png'
+    killed(replacing(path))
+    assert len(list(tmp_path.iterdir())) == 1
+    write_whole(path, b'data')
+    assert path.read_bytes() == b'data' and list(tmp_path.iterdir()) == [path]

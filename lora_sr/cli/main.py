@@ -80,11 +80,14 @@ def run_pipeline(is_train: bool) -> int:
         return pipelines.main(is_train)
 
     # Of several processes on a machine, the first tells what is wrong.
-    return _tell(run, '', is_quiet=int(os.environ.get('LOCAL_RANK', 0)) > 0)
+    return _tell(run, '', is_quiet=os.environ.get('LOCAL_RANK', '0') not in ('', '0'))
 
 
 def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False, argv: Sequence[str] | None = None) -> int:
     """Run something, its imports included, and turn what stops it into a line and an exit status."""
+    for name in ('stdout', 'stderr'):  # None where they were closed before Python began
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, 'w'))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # a file may have a name that is no text
     os.environ.setdefault('OPENCV_LOG_LEVEL', 'SILENT')  # before it is imported: images that it cannot read are named
@@ -92,7 +95,9 @@ def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False, ar
         # Of SwinIR's calls, and of networks whose layers have no channels, which are told where that matters.
         warnings.filterwarnings('ignore', 'torch.meshgrid|Initializing zero-element', UserWarning)
         warnings.filterwarnings('ignore', module='PIL')  # of images that are read all the same, or named
+        warnings.filterwarnings('ignore', 'Glyph .* missing', UserWarning)  # of names in figures
         try:
+            os.getcwd()  # before torch is imported, which ends the process where there is none
             return run() or 0
         except InputError as error:
             message, status = f'error: {sentences(str(error), sys.argv[1:] if argv is None else argv)}', 2
@@ -106,6 +111,8 @@ def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False, ar
                 message, status = 'error: the current folder must exist, got one that has been removed', 2
             elif error.filename is not None and error.strerror is not None:
                 message, status = f'error: {shown(str(error.filename), 256)} cannot be used: {error.strerror}', 2
+            elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # of the standard output
+                message, status = f'error: the output cannot be written: {error.strerror}', 2
             else:
                 raise
         except BaseException as error:

@@ -26,10 +26,18 @@ from lora_sr.archs.complexity import CHALLENGE_SIDE, count_activations, count_co
 from lora_sr.archs.info import refusal
 from lora_sr.archs.reparam import deploy_form, relative_difference
 from lora_sr.checkpoints import NetworkLike, OpenedNetwork, open_network
+from lora_sr.checkpoints.networks import input_files
 from lora_sr.deploy.own_source import write_own_source
 from lora_sr.deploy.submitted_networks import class_name_for, describe, submitted_state, write_source
 from lora_sr.errors import InputError
-from lora_sr.files import is_same_file, partial_folder, remove_abandoned, was_interrupted
+from lora_sr.files import (
+    check_not_input,
+    check_replaceable,
+    is_same_file,
+    partial_folder,
+    remove_abandoned,
+    was_interrupted,
+)
 
 CHALLENGE_SCALE = 4
 TOLERANCE = 1e-6  # of the largest output, where outputs are not equal to the bit
@@ -201,6 +209,8 @@ def write_submission(
     # Beside an output that was new, and within one that was there.
     interrupted = was_interrupted([output.parent / STAGING, output / STAGING])
     _check_folder(output, files, overwrite or interrupted)
+    for file in files:
+        check_not_input(output / file, input_files(source, opened.checkpoint))
     branch = _branch(team, name, stem, class_name, float(info.value_range))
     with _staging(output) as staging:
         for folder in ('models', 'model_zoo'):
@@ -293,6 +303,7 @@ def _check_folder(output: Path, files: tuple[str, ...], overwrite: bool) -> None
     if not output.exists() and not output.parent.is_dir():
         raise InputError(f'The folder {output.parent} of the output does not exist.')
     for file in files:
+        check_replaceable(output / file)
         if os.path.lexists(output / file) and not overwrite:
             raise InputError(
                 f'The output {output / file} exists: choose another folder, name or team, or allow it with --overwrite.'

@@ -161,8 +161,12 @@ def compare(
     rows += [Row(name, costs[name], quality[name]) for name in networks]
     note = name_images(left_out, total, 'left out') if left_out else None
     comparison = Comparison(rows, scale, baseline, conditions, note)
+    left = None
     if on_table is not None:
-        on_table(comparison)
+        try:
+            on_table(comparison)
+        except BrokenPipeError as error:  # whoever read the table has seen enough; the files are another matter
+            left = error
     contents = {Path(path): encode_table(comparison, Path(path).suffix) for path in outputs or ()}
     if plot is not None:
         contents[Path(plot)] = encode_plot(comparison, Path(plot).suffix)
@@ -172,6 +176,8 @@ def compare(
         for (path, content), partial in zip(contents.items(), partials):
             with write_errors(path):
                 partial.write_bytes(content)
+    if left is not None:
+        raise left
     return comparison
 
 

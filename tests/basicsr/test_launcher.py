@@ -45,6 +45,21 @@ def test_right_starts(monkeypatch, environment, name, count):
             'pytorch',
             '.*which sets LOCAL_RANK, MASTER_ADDR, MASTER_PORT; leave it out',
         ),
+        (
+            {**TORCHRUN, 'WORLD_SIZE': 'x'},
+            'pytorch',
+            'WORLD_SIZE must be a whole number from 1 to 1000000 for --launcher',
+        ),
+        ({**TORCHRUN, 'WORLD_SIZE': '0'}, 'pytorch', "WORLD_SIZE must be .*, got '0'"),
+        (
+            {**TORCHRUN, 'RANK': '4'},
+            'pytorch',
+            "RANK must be a whole number from 0 to 3 for --launcher pytorch, got '4'",
+        ),
+        ({**TORCHRUN, 'LOCAL_RANK': ''}, 'pytorch', "LOCAL_RANK must be .*, got ''"),
+        ({**TORCHRUN, 'MASTER_PORT': 'x'}, 'pytorch', "MASTER_PORT must be a whole number from 1 to 65535 .*, got 'x'"),
+        ({**TORCHRUN, 'MASTER_ADDR': ''}, 'pytorch', 'MASTER_ADDR must be a name for --launcher pytorch, got nothing'),
+        ({**SRUN, 'SLURM_PROCID': '²'}, 'slurm', "SLURM_PROCID must be a whole number from 0 to 3 .*, got '²'"),
         ({}, 'slurm', '--launcher slurm needs a start by srun, which sets SLURM_NTASKS, SLURM_PROCID, SLURM_NODELIST'),
     ],
 )

@@ -159,6 +159,8 @@ def test_overrides():
     opt = {'train': {'lr': 1, 'betas': [1], 'x': 0}, 'name': 'n'}
     apply_overrides(opt, ['train:lr=1e-4', 'train:betas=[0.9, 0.99]', 'train:x=none', 'name=a=b'])
     assert opt == {'train': {'lr': 1e-4, 'betas': [0.9, 0.99], 'x': None}, 'name': 'a=b'}
+    apply_overrides(opt, ['train={lr: 2, x: 1}', 'train:x=3'])  # the second is of the first's section
+    assert opt == {'train': {'lr': 2, 'x': 3}, 'name': 'a=b'}
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,17 @@ def test_wrong_arguments(checkpoint, tmp_path, capsys, team, name, output, sente
     assert everything(tmp_path) == {'span.pth'}
 
 
+@pytest.mark.parametrize('link', [os.symlink, os.link])
+def test_the_checkpoint_is_not_replaced(checkpoint, tmp_path, capsys, link):
+    (tmp_path / 'out' / 'model_zoo').mkdir(parents=True)
+    link(checkpoint, tmp_path / 'out/model_zoo/team07_Mine.pth')
+    before = checkpoint.read_bytes()
+    arguments = ['-m', str(checkpoint), '--team', '7', '--name', 'Mine', '-o', str(tmp_path / 'out'), '--overwrite']
+    assert main(['submission', *arguments]) == 2
+    assert 'which would be lost: choose another output' in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ('name', 'class_name'),
     [

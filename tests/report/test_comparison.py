@@ -404,6 +404,18 @@ def test_values_that_are_not_finite_are_not_rated(tmp_path, span, capsys):
     assert not found.out
 
 
+def test_who_has_seen_enough_gets_the_files(tmp_path, span, monkeypatch):
+    """As in `lora-sr compare … -o table.md | head -1`."""
+
+    def leave(*_, **__):
+        raise BrokenPipeError
+
+    gt, output = write_images(tmp_path / 'gt', [(40, 48)]), tmp_path / 'table.md'
+    with pytest.raises(BrokenPipeError):
+        compare({'a': span}, {'A': (gt, None)}, outputs=[output], on_table=leave)
+    assert '| a ' in output.read_text()
+
+
 def test_a_file_that_cannot_be_written_loses_nothing(tmp_path, span, monkeypatch, capsys):
     def fail(*arguments, **keywords):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

@@ -16,7 +16,7 @@ from basicsr.utils.registry import MODEL_REGISTRY, Registry
 
 from lora_sr.basicsr.options import schema
 from lora_sr.basicsr.options.schema import Kind
-from lora_sr.errors import did_you_mean
+from lora_sr.errors import did_you_mean, printable
 
 OWN_MODULES = ('basicsr.', 'lora_sr.')
 MOST_PROBLEMS, LONGEST_PROBLEM = 20, 300  # lines, letters of each
@@ -60,7 +60,7 @@ def _nearest(key: str, known: list[str], needed: list[str], cutoff: float) -> st
 
 def for_screen(problems: list[str]) -> list[str]:
     """Sentences for a screen: the first line of each, of bounded length, and not too many of them."""
-    short = [_shortened((problem.splitlines() or [''])[0]) for problem in problems]
+    short = [_shortened(printable(problem)) for problem in problems]
     if len(short) <= MOST_PROBLEMS:
         return short
     return [*short[: MOST_PROBLEMS - 1], f'… and {len(short) - MOST_PROBLEMS + 1} more problems']

@@ -32,6 +32,7 @@ def check_fit(check: Check) -> None:
     for key, dataset in check.subsection('datasets').items():
         if isinstance(dataset, dict) and (check.is_train or key != 'train'):
             _check_channels(check, f'datasets.{key}', dataset, name, info)
+    _check_borders(check, info.scale)
     if not check.problems and info.fixed_size is None and not is_padded(network):
         _check_sizes(check, name, info)
 
@@ -41,6 +42,20 @@ def _check_channels(check: Check, where: str, dataset: dict, name: str, info: Ne
     if info.in_channels != channels:
         what = 'color: y' if channels == 1 else 'no color: y'
         check.add(f'{where} must give images of {info.in_channels} channels to {name}, got {channels} ({what})')
+
+
+def _check_borders(check: Check, scale: int) -> None:
+    """Check that metrics leave something of each image."""
+    for metric, section in (check.subsection('val').get('metrics') or {}).items():
+        border = section.get('crop_border', 0)
+        for where, sizes in check.lr_sizes.items():
+            smallest = min(sizes, key=min)
+            if isinstance(border, int) and scale * min(smallest) <= 2 * border:
+                check.add(
+                    f'val.metrics.{metric}.crop_border must leave something of each image, got {border} for '
+                    f"'{sizes[smallest]}' of {where}, whose result has {scale * smallest[1]}x{scale * smallest[0]}"
+                )
+                break
 
 
 def _check_sizes(check: Check, name: str, info: NetworkInfo) -> None:

@@ -178,7 +178,7 @@ def check_output(check: Check) -> None:
     """Check that the folder can be written that will hold what the run makes."""
     folder = check.output_folder()
     there = folder
-    while not there.exists() and there != there.parent:
+    while not os.path.lexists(there) and there != there.parent:
         there = there.parent
     try:
         if not there.is_dir():

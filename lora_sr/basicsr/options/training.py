@@ -233,6 +233,9 @@ def _check_scheduler(check: Check, section: Any, total: Any) -> None:
         if not isinstance(value, (list, tuple)) or not all(map(schema.is_number, value)):
             check.add(f'train.scheduler.{key} has to be a list of numbers, not {value!r}')
             return
+    for key in ('eta_min', 'gamma'):
+        if key in section and not (schema.is_number(section[key]) and section[key] >= 0):
+            check.add(f'train.scheduler.{key} has to be a number of at least 0, not {section[key]!r}')
     pair = 'restarts' if scheduler is MultiStepRestartLR else 'periods'
     count, weights = len(section.get(pair, [0])), len(section.get('restart_weights', [1]))
     if count != weights:

@@ -46,7 +46,7 @@ def mistakes(mode: str) -> Iterator[None]:
 
 def tell(error: Exception) -> None:
     """Print a mistake, an ``error: …`` for each of its lines, in the first process of each machine."""
-    if int(os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', 0))) == 0:
+    if os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', '')) in ('', '0'):
         for line in sentences(str(error), sys.argv[1:]).split('\n'):
             print(f'error: {line}', file=sys.stderr, flush=True)
 

@@ -36,6 +36,8 @@ CHANGES = [
     ('name', 'a/b', "name has to be the name of a folder, not 'a/b'"),
     ('name', '..', "name has to be the name of a folder, not '..'"),
     ('name', 'a\nb', "name has to be the name of a folder, not 'a\\nb'"),
+    ('train.scheduler.gamma', -0.5, 'train.scheduler.gamma has to be a number of at least 0, not -0.5'),
+    ('network_d', {'type': 'UNetDiscriminatorSN', 'num_in_ch': 3, 'a\nb': 1}, 'network_d.a\\nb is not a known key'),
     ('train.optim_g.lr', 1e300, 'train.optim_g.lr has to be a number, not 1e+300'),
     ('name', 'x' * 201, "name has to be the name of a folder, not 'xxx"),
     ('datasets.val.name', 'a\nb', "datasets.val.name has to be a name, of a folder as well, not 'a\\nb'"),
@@ -409,7 +411,7 @@ def test_loggers_that_are_not_installed(options, tmp_path, monkeypatch):
 def test_problems_for_a_screen():
     (long,) = for_screen(['a' * 200 + 'END' * 60])
     assert len(long) == 300 and long.startswith('a' * 190) and long.endswith('END') and ' … ' in long
-    assert for_screen(['one\ntwo', '']) == ['one', '']
+    assert for_screen(['one\ntwo', '']) == ['one\\ntwo', '']
     many = for_screen(list(map(str, range(30))))
     assert len(many) == 20 and many[18:] == ['18', '… and 11 more problems']
 

@@ -35,6 +35,10 @@ def options(tiny_options):
         ({'network_g': RRDB, 'datasets.train.gt_size': 18}, 'gt_size must be a multiple of 4, since network_g (R'),
         ({'network_g': ONE_CHANNEL}, 'datasets.train must give images of 1 channels to network_g (MSRResNet), got 3'),
         ({'network_g': ONE_CHANNEL, 'datasets.train.color': 'y', 'datasets.val.color': 'y'}, None),
+        ({'val.metrics.psnr.crop_border': 15}, None),
+        ({'val.metrics.psnr.crop_border': 16},
+         "val.metrics.psnr.crop_border must leave something of each image, got 16 for '000.png' of datasets.val, whose "
+         'result has 32x32'),
         ({'datasets.train.color': 'y'}, 'datasets.train must give images of 3 channels to network_g (MSRResNet), got'),
     ],
 )  # fmt: skip

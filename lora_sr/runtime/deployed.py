@@ -83,8 +83,8 @@ class DeployedNetwork(nn.Module):
     """What :func:`optimize` makes.
 
     Args:
-        network: In deploy form, see :func:`lora_sr.deploy.merge.deploy_form`. It is what the state dict has; other
-            weights are loaded by ``load_state_dict`` of this module.
+        network: In deploy form, see :func:`lora_sr.deploy.merge.deploy_form`. It is what the state dict has. Weights
+            may be loaded and changed, but not by way of ``.data``, which torch does not count.
         dtype: What is computed in.
     """
 
@@ -94,10 +94,10 @@ class DeployedNetwork(nn.Module):
         self.network = network
         self._prepare()
         self.eval()
-        self.register_load_state_dict_post_hook(_prepare_again)
 
     def _prepare(self) -> None:
         self._program = self._graphs = None
+        self.network.float()  # whatever somebody has made of it: kernels take bfloat16 for weights of their own form
         device = _device(self.network)
         if device.type == 'cpu':
             self._program = compile_network(self.network, self.dtype)
@@ -109,6 +109,20 @@ class DeployedNetwork(nn.Module):
             self.network.to(self.dtype).to(memory_format=torch.channels_last)
         if device.type == 'cuda':
             self._graphs = _GraphPerSize(self.network, self.dtype)
+        self._places = [
+            (tensors, name)
+            for module in self.network.modules()
+            for tensors in (module._parameters, module._buffers)
+            for name, value in tensors.items()
+            if value is not None and not value.is_inference()  # which nothing changes
+        ]
+        self._stamp = self._weights()
+
+    def _weights(self) -> list[tuple[int, int]]:
+        """Where the weights are, and, where kernels have copies, how often torch has changed them."""
+        is_copied = self._program is not None
+        values = (tensors[name] for tensors, name in self._places)
+        return [(value.data_ptr(), value._version if is_copied else 0) for value in values if value is not None]
 
     def _apply(self, *args: Any, **kwargs: Any) -> DeployedNetwork:
         super()._apply(*args, **kwargs)
@@ -139,6 +153,8 @@ class DeployedNetwork(nn.Module):
             # Kernels and recorded graphs are no operations of torch: what they give would be taken for a constant.
             # Beside kernels of bfloat16 the network is in float32.
             return self.network(image.to(torch.float32 if self._program is not None else self.dtype)).float()
+        if self._stamp != self._weights():
+            self._prepare()
         with torch.inference_mode():
             if self._program is not None:
                 return self._program(image)
@@ -198,12 +214,6 @@ def _round_kernels(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.copy_(round_keeping_sums(module.weight.flatten(2)).view_as(module.weight))
-
-
-def _prepare_again(module: DeployedNetwork, keys: Any) -> None:
-    """The kernels have copies of the weights; a GPU reads those that were loaded."""
-    if module._program is not None:
-        module._prepare()
 
 
 def _device(network: nn.Module) -> torch.device:

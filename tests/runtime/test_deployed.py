@@ -270,6 +270,67 @@ def test_other_weights_can_be_loaded():
     assert torch.equal(optimized(image), other(image))
 
 
+def to_zero(fast):
+    for value in fast.parameters():
+        value.zero_()
+
+
+def by_vector(fast):
+    torch.nn.utils.vector_to_parameters(
+        torch.zeros(sum(value.numel() for value in fast.parameters())), fast.parameters()
+    )
+
+
+def load_inner(fast):
+    fast.network.load_state_dict({name: value * 0 for name, value in fast.network.state_dict().items()})
+
+
+def replace_all(fast):
+    for module in fast.modules():
+        for name, value in list(module._parameters.items()):
+            if value is not None:
+                setattr(module, name, torch.nn.Parameter(torch.zeros_like(value), requires_grad=False))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'network', [SPAN(feature_channels=8, upscale=2), EDSR(3, 3, num_feat=8, num_block=2, upscale=2)]
+)
+@pytest.mark.parametrize('change', [to_zero, by_vector, load_inner, replace_all])
+def test_changed_weights_count(network, change):
+    """In whatever way: an average that is swapped in, say."""
+    network, image = randomized(copy.deepcopy(network)), torch.rand(1, 3, 16, 20)
+    fast = lora_sr.optimize(network)
+    before = fast(image)
+    change(fast)
+    assert torch.allclose(fast(image), fast.network(image), atol=1e-5) and not torch.allclose(
+        fast(image), before, atol=1e-2
+    )
+
+
+@torch.no_grad()
+def test_weights_of_one_call():
+    network, image = randomized(SPAN(feature_channels=8, upscale=2)), torch.rand(1, 3, 16, 20)
+    fast = lora_sr.optimize(network)
+    before = fast(image)
+    zeros = {name: torch.zeros_like(value) for name, value in fast.named_parameters()}
+    assert torch.equal(torch.func.functional_call(fast, zeros, image), torch.zeros(1, 3, 32, 40))
+    assert torch.equal(fast(image), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    'cast', [lambda fast: fast.bfloat16(), lambda fast: fast.to(torch.bfloat16), lambda fast: fast.half()]
+)
+def test_weights_of_another_type(dtype, cast):
+    """They are rounded to it; what computes stays as it was made."""
+    network, image = randomized(SPAN(feature_channels=8, upscale=2)), torch.rand(1, 3, 16, 20)
+    expected = network(image)
+    found = cast(lora_sr.optimize(network, dtype))(image)
+    assert found.dtype == torch.float32 and (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def test_refuses_what_is_no_network():
     with pytest.raises(InputError, match="not 'DSCF.pth'"):
         lora_sr.optimize('DSCF.pth')

@@ -258,7 +258,7 @@ def _partial(folder: Path, name: str, suffix: str, make: Callable[[Path], None])
         partial = folder / f'.{name}.{secrets.token_hex(TOKEN_BYTES)}.partial{suffix}'
         make(partial)
         with contextlib.suppress(BlockingIOError):
-            lock = _lock(partial)
+            lock = lock_path(partial)
             if os.path.lexists(partial):
                 break
             if lock is not None:
@@ -280,7 +280,7 @@ def _shortened(name: str) -> str:
     return hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
-def _lock(path: Path) -> int | None:
+def lock_path(path: Path) -> int | None:
     """Lock a file or folder until the descriptor is closed, at the latest by the end of the process.
 
     Returns:
@@ -345,7 +345,7 @@ def _abandoned(folder: Path, entry: str, name: str, suffix: str) -> Iterator[Pat
     lock = None
     if match is not None and match.groups() == (_shortened(name), suffix):
         with contextlib.suppress(OSError):  # BlockingIOError among them: its process is at work
-            lock = _lock(folder / entry)
+            lock = lock_path(folder / entry)
     try:
         yield folder / entry if lock is not None and os.fstat(lock).st_uid == os.geteuid() else None
     finally:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from basicsr.test import test_pipeline
 from basicsr.train import train_pipeline
 
-from lora_sr.basicsr import provenance, signals
+from lora_sr.basicsr import provenance, run_folder, signals
 from lora_sr.basicsr.patches.options import mistakes, tell
 from lora_sr.basicsr.resume import last_saved
 from lora_sr.checkpoints.content import forget
@@ -62,5 +62,6 @@ def run_pipeline(is_train: bool, argv: list[str]) -> None:
     finally:
         sys.argv = before
         forget()
+        run_folder.release()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import json
 import logging
 import os
 import re
@@ -51,6 +52,7 @@ def record(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
     return {
         **({} if stream is None else {'samples': stream.record(epoch, iteration)}),
         'best': _best(model),
+        'best_of': {dataset: meanings(model.opt, dataset) for dataset in _best(model)},
         **({'pool': _pool(model)} if hasattr(model, 'queue_lr') and not model.opt['dist'] else {}),
         'optimizer_types': _optimizer_types(provenance.given('train')),
         'trained': {
@@ -80,6 +82,8 @@ def check_state(state: Mapping[str, Any], path: object) -> None:
     for number, optimizer in enumerate(state['optimizers']):
         name = f'optimizers[{number}]'
         check(f'{name}.state', optimizer.get('state'), Mapping, 'a section')
+        for weight, values in optimizer['state'].items():
+            check(f'{name}.state[{weight}]', values, Mapping, 'a section')
         check(f'{name}.param_groups', optimizer.get('param_groups'), list, 'a list')
         for group in optimizer['param_groups']:
             check(f'{name}.param_groups', group, Mapping, 'a list of sections')
@@ -167,7 +171,16 @@ def resume(model: Any, state: Mapping[str, Any], load: Callable[[], None]) -> No
             continue
         key = 'lr' if key == 'initial_lr' else key
         LOG.warning(f'{key} of the option file was {_text(before)} and is {_text(now)} now: applied to the whole run.')
-    model.resumed_best = _known_best(recorded_of(state, 'best', Mapping))
+    of = recorded_of(state, 'best_of', Mapping)
+    model.resumed_best = {
+        dataset: {
+            name: best
+            for name, best in metrics.items()
+            if of.get(dataset, {}).get(name, now.get(name)) == now.get(name)
+        }
+        for dataset, metrics in _known_best(recorded_of(state, 'best', Mapping)).items()
+        for now in [meanings(model.opt, dataset)]
+    }
     if hasattr(model, 'queue_size') and not _take_pool(model, recorded_of(state, 'pool', (Tensor, int))):
         LOG.warning('The pool of training pairs begins empty: the run differs from one that was not interrupted.')
 
@@ -176,13 +189,12 @@ def _check_loaded(optimizers: list[Optimizer], schedulers: list[Any], begun: lis
     """Refuse what would fail in the first step: values of other shapes than their weights, words for numbers."""
     for optimizer in optimizers:
         for weight, values in optimizer.state.items():
-            for name, value in values.items() if isinstance(values, Mapping) else [('state', None)]:
-                if value is None or (
-                    isinstance(value, Tensor) and value.ndim == weight.ndim != 0 and value.shape != weight.shape
-                ):
+            tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+            for name, value in tensors.items():
+                if value.ndim == weight.ndim != 0 and value.shape != weight.shape or not torch.isfinite(value).all():
                     raise InputError(
                         f'the run cannot be resumed: its training state is damaged, as {shown(str(name))} of an '
-                        f'optimizer does not fit a weight of shape {tuple(weight.shape)}.'
+                        f'optimizer does not fit a weight of shape {tuple(weight.shape)}, or is not finite.'
                     )
     for scheduler, beginning in zip(schedulers, begun):
         for key, value in beginning.items():
@@ -264,6 +276,18 @@ def _best(model: Any) -> dict[str, Any]:
         dataset: {name: {**best, 'val': float(best['val'])} for name, best in metrics.items()}
         for dataset, metrics in known.items()
     }
+
+
+def meanings(opt: Mapping[str, Any], dataset: str) -> dict[str, str]:
+    """What the values of each metric on a data set are of: another metric under its name is another matter."""
+    sections = (section for section in opt.get('datasets', {}).values() if isinstance(section, Mapping))
+    images = [
+        {key: str(value) for key, value in section.items() if key.startswith(('dataroot', 'meta_info'))}
+        for section in sections
+        if section.get('name') == dataset
+    ]
+    metrics = (opt.get('val') or {}).get('metrics') or {}
+    return {name: json.dumps([section, images], sort_keys=True, default=str) for name, section in metrics.items()}
 
 
 def _known_best(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -167,24 +167,21 @@ class SampleError(InputError):
         super().__init__(message.strip().rpartition(f'{type(self).__name__}: ')[2])
 
 
-class SeededDataset(Dataset):
-    """A data set that reads each :class:`Sample` with random numbers of its own, in whatever process, after any other.
-
-    BasicSR seeds the workers, so that a sample depends on how many there are and on what each has read before; and it
-    seeds them alike in each epoch.
-    """
+class NamedDataset(Dataset):
+    """A data set that names the sample that it cannot read; in all else the data set that it is given."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
-    def __getitem__(self, sample: Any) -> Any:
-        if not isinstance(sample, Sample):
-            return self.dataset[sample]
+    def __getitem__(self, index: Any) -> Any:
         try:
-            with _seeded(sample.seed):
-                return self.dataset[sample.index]
-        except (InputError, OSError) as error:
-            raise SampleError(f'{self._name(sample.index)} cannot be read: {error}') from error
+            return self.dataset[index]
+        except (InputError, OSError, ValueError) as error:
+            is_own = type(self.dataset).__module__.startswith(('basicsr.', 'lora_sr.'))
+            if not is_own and not isinstance(error, (InputError, OSError)):  # of somebody else's code
+                raise
+            reason = error if isinstance(error, OSError) else ' '.join(map(str, error.args))
+            raise SampleError(f'{self._name(index)} cannot be read: {reason}') from error
 
     def _name(self, index: Any) -> str:
         """What a sample is called in the data set, as far as it says."""
@@ -199,6 +196,20 @@ class SeededDataset(Dataset):
         if name == 'dataset' or name.startswith('__'):  # while it is unpickled there is none yet
             raise AttributeError(name)
         return getattr(self.dataset, name)
+
+
+class SeededDataset(NamedDataset):
+    """A data set that reads each :class:`Sample` with random numbers of its own, in whatever process, after any other.
+
+    BasicSR seeds the workers, so that a sample depends on how many there are and on what each has read before; and it
+    seeds them alike in each epoch.
+    """
+
+    def __getitem__(self, sample: Any) -> Any:
+        if not isinstance(sample, Sample):
+            return super().__getitem__(sample)
+        with _seeded(sample.seed):
+            return super().__getitem__(sample.index)
 
 
 def seed_process(*numbers: int) -> None:

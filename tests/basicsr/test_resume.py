@@ -4,6 +4,7 @@ import copy
 import random
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from basicsr.data.data_sampler import EnlargedSampler
 from basicsr.models import build_model
 from tiny_run import TINY_OPTIONS, change, logged, model_options, run_python
 
-from lora_sr.basicsr import resume
+from lora_sr.basicsr import provenance, resume
 from lora_sr.basicsr.patches.resume import load_resume_state
 from lora_sr.basicsr.samples import SampleStream
 from lora_sr.checkpoints.content import read_checkpoint
-from lora_sr.errors import InputError
+from lora_sr.errors import DivergenceError, InputError
 
 STEPS = {'type': 'MultiStepLR', 'milestones': [4, 8], 'gamma': 0.5}
 COSINE = {'type': 'CosineAnnealingRestartLR', 'periods': [10], 'restart_weights': [1], 'eta_min': 1e-7}
@@ -198,7 +199,8 @@ SPOILED = {
     "state['optimizers'][0]['param_groups'] = [3]": 'its optimizers[0].param_groups must be a list of sections',
     "state['optimizers'][0]['param_groups'][0]['params'] = 3": 'its optimizers[0].param_groups.params must be a list',
     "state['optimizers'][0]['state'][0]['exp_avg'] = torch.zeros(1, 1, 1, 1)": 'exp_avg of an optimizer does not fit',
-    "state['optimizers'][0]['state'][0] = 3": 'the run cannot be resumed: its training state is damaged',
+    "state['optimizers'][0]['state'][0]['exp_avg'][0] = torch.inf": 'exp_avg of an optimizer does not fit',
+    "state['optimizers'][0]['state'][0] = 3": 'its optimizers[0].state[0] must be a section',
     "state['schedulers'] = []": 'MultiStepLR',
     "state['schedulers'] = [3]": 'its schedulers[0] must be a section',
     "state['schedulers'][0]['last_epoch'] = 'a'": "last_epoch of a scheduler must be a number, got 'a'",
@@ -207,7 +209,8 @@ SPOILED = {
 
 
 @pytest.mark.parametrize('change', SPOILED)
-def test_a_spoiled_state_is_told(options, change):
+def test_a_spoiled_state_is_told(options, monkeypatch, change):
+    monkeypatch.setattr(provenance, '_effective', {})  # of a run before, in this process
     model = build_model(copy.deepcopy(options))
     rates(model, 1, 2)
     model.save(0, 2)
@@ -237,6 +240,57 @@ def test_an_iteration_draws_its_own_numbers(options):
     first = draw(1)
     others = [draw(2), draw(1, rank=1)]
     assert draw(1) == first and len({*others, first}) == 3
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'is_known'),
+    [
+        ('val.metrics.psnr.crop_border', 2, True),  # as it was
+        ('train.optim_g.lr', 1e-5, True),
+        ('val.metrics.psnr.crop_border', 4, False),
+        ('val.metrics.psnr', {'type': 'calculate_ssim', 'crop_border': 2}, False),
+        ('datasets.val.dataroot_gt', 'other', False),
+    ],
+)
+def test_the_best_is_of_the_same_metric_on_the_same_images(options, path, value, is_known):
+    options['datasets'] = {'val': {'name': 'val', 'dataroot_gt': 'gt'}}
+    model = build_model(copy.deepcopy(options))
+    model._initialize_best_metric_results('val')
+    model._update_best_metric_result('val', 'psnr', 30.0, 2)
+    model.save(0, 4)
+    change(options, path, value)
+    other = build_model(copy.deepcopy(options))
+    other.resume_training(dict(read_checkpoint(f'{options["path"]["training_states"]}/4.state')))
+    other._initialize_best_metric_results('val')
+    assert (other.best_metric_results['val']['psnr']['iter'] == 2) == is_known
+
+
+def test_a_state_of_another_run_is_refused(options, tmp_path):
+    model = build_model(copy.deepcopy(options))
+    model.save(0, 4)
+    path = f'{options["path"]["training_states"]}/4.state'
+    other = {
+        **options,
+        'auto_resume': False,
+        'path': {'training_states': str(tmp_path / 'other'), 'resume_state': path},
+    }
+    with pytest.raises(
+        InputError, match='path.resume_state must be a state of this run, in .*/other, got .*4.state: go'
+    ):
+        load_resume_state(other)
+
+
+def test_optimizers_that_are_not_finite_are_not_saved(options):
+    """Of a loss of 1e25 the second moments are infinite, and nothing moves any more."""
+    model = build_model(copy.deepcopy(options))
+    rates(model, 1, 2)
+    model.save(0, 2)
+    next(iter(model.optimizers[0].state.values()))['exp_avg_sq'].fill_(torch.inf)
+    with pytest.raises(
+        DivergenceError, match='exp_avg_sq of Adam is no longer finite. The last checkpoint is of iteration 2'
+    ):
+        model.save(0, 4)
+    assert sorted(path.name for path in Path(options['path']['training_states']).iterdir()) == ['2.state']
 
 
 def test_the_best_metric_is_remembered(options):

@@ -206,4 +206,24 @@ def test_a_file_that_is_gone(workers):
 
 def test_validation_is_left_alone():
     section = {'phase': 'val', 'batch_size_per_gpu': 1}
-    assert not isinstance(build_dataloader(Draws(), section, seed=1).dataset, SeededDataset)
+    loader = build_dataloader(Gone(), section, seed=1)
+    assert not isinstance(loader.dataset, SeededDataset) and loader.dataset.paths is Gone.paths
+    with pytest.raises(InputError, match="^gt/4.png cannot be read: .*'gt/4.png'$"):
+        list(loader)
+
+
+@pytest.mark.parametrize('module', ['basicsr.data.x', 'mine'])
+def test_values_that_do_not_fit(module):
+    """Of BasicSR, as where an image has another size since the run began, a sentence; of others whatever they raise."""
+
+    class Misfit(Draws):
+        def __getitem__(self, index):
+            raise ValueError('Scale mismatches.', 'LQ (2, 2).')
+
+    Misfit.__module__ = module
+    loader = build_dataloader(Misfit(), {'phase': 'val', 'batch_size_per_gpu': 1}, seed=1)
+    with pytest.raises(ValueError) as told:
+        list(loader)
+    is_own = module.startswith('basicsr')
+    assert isinstance(told.value, InputError) == is_own
+    assert not is_own or str(told.value) == 'sample 0 cannot be read: Scale mismatches. LQ (2, 2).'

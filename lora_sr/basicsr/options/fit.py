@@ -13,6 +13,8 @@ from lora_sr.archs.padding import is_padded
 from lora_sr.basicsr.options.check import Check, find
 from lora_sr.basicsr.options.degradations import DATASET as DEGRADED
 
+LEAST_SIDES = {'calculate_ssim': 11, 'calculate_niqe': 96}  # a window of SSIM, a block of NIQE
+
 
 def check_fit(check: Check) -> None:
     """Check that `network_g` takes the channels and sizes of the images, and gives them `scale` times as large.
@@ -45,15 +47,16 @@ def _check_channels(check: Check, where: str, dataset: dict, name: str, info: Ne
 
 
 def _check_borders(check: Check, scale: int) -> None:
-    """Check that metrics leave something of each image."""
+    """Check that metrics have enough of each image."""
     for metric, section in (check.subsection('val').get('metrics') or {}).items():
-        border = section.get('crop_border', 0)
+        border, least = section.get('crop_border', 0), LEAST_SIDES.get(section.get('type'), 1)
         for where, sizes in check.lr_sizes.items():
             smallest = min(sizes, key=min)
-            if isinstance(border, int) and scale * min(smallest) <= 2 * border:
+            if isinstance(border, int) and scale * min(smallest) - 2 * border < least:
                 check.add(
-                    f'val.metrics.{metric}.crop_border must leave something of each image, got {border} for '
-                    f"'{sizes[smallest]}' of {where}, whose result has {scale * smallest[1]}x{scale * smallest[0]}"
+                    f'val.metrics.{metric}.crop_border must leave {section.get("type")} at least {least} pixels each '
+                    f"way, got {border} for '{sizes[smallest]}' of {where}, whose result has "
+                    f'{scale * smallest[1]}x{scale * smallest[0]}'
                 )
                 break
 

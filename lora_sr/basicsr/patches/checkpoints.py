@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_sr.adapters import is_lora_key
 from lora_sr.basicsr import provenance, resume
-from lora_sr.basicsr.patches.divergence import check_weights
+from lora_sr.basicsr.patches.divergence import check_optimizers, check_weights
 from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch, replace_everywhere, swapped
 from lora_sr.checkpoints.content import forget, load_weights, read_checkpoint, without_module_prefix
 from lora_sr.checkpoints.origin import KEY, fingerprint
@@ -117,6 +117,7 @@ def patch_saving() -> None:
     def save_training_state(self: Any, epoch: int, current_iter: int) -> None:
         if current_iter == -1:
             return
+        check_optimizers(self)
         state = {
             'epoch': epoch,
             'iter': current_iter,

@@ -50,6 +50,19 @@ def check_weights(model: Any, label: str, networks: Iterable[nn.Module]) -> None
                 raise DivergenceError(_sentence(model, f'{name} of {label} is no longer finite'))
 
 
+def check_optimizers(model: Any) -> None:
+    """Refuse to save the states of optimizers that are not finite: what they train stands still, or will break.
+
+    Raises:
+        DivergenceError: Of the first such state.
+    """
+    for optimizer in model.optimizers:
+        for values in optimizer.state.values():
+            for name, value in values.items() if isinstance(values, dict) else ():
+                if isinstance(value, Tensor) and not torch.isfinite(value).all():
+                    raise DivergenceError(_sentence(model, f'{name} of {type(optimizer).__name__} is no longer finite'))
+
+
 def _sentence(model: Any, reason: str) -> str:
     iteration = getattr(model, 'current_iter', None)
     where = '' if iteration is None else f' at iteration {iteration:,}'

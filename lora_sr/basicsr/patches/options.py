@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from lora_sr.basicsr import launcher, provenance
+from lora_sr.basicsr import launcher, provenance, run_folder
 from lora_sr.basicsr.log import start_log
 from lora_sr.basicsr.patches.distributed import start_distributed
 from lora_sr.basicsr.patches.resume import patch_load_resume_state
@@ -120,6 +120,15 @@ def patch_parse_options() -> None:
         for name, roots in lists.items():
             opt['datasets'][name]['dataroot_lq'] = [os.path.expanduser(root) for root in roots]
         args.force_yml = entries
+        if is_train and opt['rank'] == 0:
+            try:
+                run_folder.claim(opt['path']['experiments_root'])
+            except InputError as error:
+                forget()
+                if _mode != 'exit':
+                    raise
+                tell(error)
+                sys.exit(2)
         return opt, args
 
     replace_everywhere(original, parse_options)
@@ -144,6 +153,7 @@ def patch_copy_opt_file() -> None:
     @functools.wraps(original)
     def copy_opt_file(opt_file: str, experiments_root: str) -> None:
         if get_dist_info()[0] == 0:  # the process that has made the folder
+            run_folder.hold(experiments_root)
             provenance.write_options(opt_file, experiments_root)
 
     replace_everywhere(original, copy_opt_file)

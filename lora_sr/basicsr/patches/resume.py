@@ -102,6 +102,12 @@ def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     if missing:
         raise InputError(f'{path} is not a training state: it has no {", ".join(missing)}.')
     resume.check_state(state, path)
+    folder = opt['path']['training_states']
+    if os.path.realpath(os.path.dirname(path)) != os.path.realpath(folder):
+        raise InputError(
+            f'path.resume_state must be a state of this run, in {folder}, got {path}: go on under the name of that '
+            'run, or begin from its weights by path.pretrain_network_g.'
+        )
     from basicsr.utils import misc
 
     resume.check_options(opt, state)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lora_sr.basicsr import provenance, signals
 from lora_sr.basicsr.patches.tools import is_patch, patch, replace_everywhere
 from lora_sr.basicsr.patches.validation import validate_again
-from lora_sr.basicsr.samples import SampleStream, SeededDataset, seed_process, stream_of
+from lora_sr.basicsr.samples import NamedDataset, SampleStream, SeededDataset, seed_process, stream_of
 from lora_sr.checkpoints.content import read_checkpoint
 
 
@@ -40,6 +40,8 @@ def patch_build_dataloader() -> None:
         is_map = not isinstance(dataset, IterableDataset)
         if dataset_opt['phase'] == 'train' and sampler is not None and seed is not None and is_map:
             dataset, sampler = SeededDataset(dataset), SampleStream(sampler, seed)
+        elif dataset_opt['phase'] != 'train' and is_map:
+            dataset = NamedDataset(dataset)
         return original(dataset, dataset_opt, num_gpu, dist, sampler, seed)
 
     replace_everywhere(original, build_dataloader)

@@ -1,0 +1,64 @@
+"""The folder of a run, which no other run may write into or move away while this one is at work.
+
+BasicSR moves a folder of the same name aside, also that of a run that is not over: both then save into one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from lora_sr.errors import InputError
+from lora_sr.files import lock_path
+
+WAIT = 30.0  # seconds for another run that is just about to make its folder
+_held: dict[str, int] = {}  # descriptors of locks, by what they are of
+
+
+def claim(folder: str | os.PathLike[str]) -> None:
+    """Begin a run in a folder, which need not be there yet; :func:`hold` it once it is.
+
+    Until then no other run begins beside it.
+
+    Raises:
+        InputError: A run is at work there.
+    """
+    release()
+    folder = Path(folder)
+    above = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    start = time.monotonic()
+    while not _take('above', above) and time.monotonic() - start < WAIT:
+        time.sleep(0.05)
+    if folder.is_dir() and not _take('folder', folder):
+        release()
+        raise InputError(f'{folder} must be of no run at work, got one that is: give this one another name.')
+
+
+def hold(folder: str | os.PathLike[str]) -> None:
+    """Keep a folder that has been claimed, until :func:`release` or the end of the process."""
+    release()
+    if os.path.isdir(folder):
+        _take('folder', Path(folder))
+
+
+def release() -> None:
+    """Give back what this process holds."""
+    while _held:
+        os.close(_held.popitem()[1])
+
+
+if hasattr(os, 'register_at_fork'):
+    # A worker that outlives a killed run must not keep its folder; closing a copy gives nothing back.
+    os.register_at_fork(after_in_child=release)
+
+
+def _take(name: str, folder: Path) -> bool:
+    """Lock a folder, if nobody has and if that is possible here. Returns whether nobody had."""
+    try:
+        descriptor = lock_path(folder)
+    except BlockingIOError:
+        return False
+    if descriptor is not None:
+        _held[name] = descriptor
+    return True

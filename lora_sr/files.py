@@ -177,8 +177,11 @@ def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
-        reason = getattr(error, 'strerror', None) or 'the disk may be full'
-        raise InputError(f'The output {path} cannot be written: {reason}.') from error
+        raise InputError(f'The output {path} cannot be written: {_reason(error)}.') from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, 'strerror', None) or 'the disk may be full'
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
@@ -208,14 +211,9 @@ def save_atomically(content: object, path: str | os.PathLike[str]) -> None:
             return
         except (OSError, RuntimeError) as error:
             if attempt == SAVE_ATTEMPTS:
-                raise InputError(f'{path} cannot be written: {_first_sentence(error)}') from error
+                raise InputError(f'{path} cannot be written: {_reason(error)}.') from error
             LOG.warning(f'{path} cannot be written ({error}), remaining attempts: {SAVE_ATTEMPTS - attempt}')
             time.sleep(SAVE_PAUSE)
-
-
-def _first_sentence(error: Exception) -> str:
-    text = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-    return re.split(r'[.\n]\s', text.strip() + '\n', maxsplit=1)[0].strip()[:200]
 
 
 @contextlib.contextmanager

@@ -30,6 +30,12 @@ def import_modules(names: Sequence[str], beside: str | os.PathLike[str] | None =
     if isinstance(names, str) or not all(isinstance(name, (str, os.PathLike)) for name in names):
         raise InputError(f'imports must be a list of modules and .py files, got {names!r}.')
     for name in names:
+        text = os.fspath(name)
+        if not text.endswith('.py') and not all(text.split('.')):
+            raise InputError(
+                'What is imported must be a .py file or a module, by its name in an import statement, got '
+                f'"{shown(text)}".'
+            )
         try:
             if Path(name).exists() and Path(name).suffix != '.py' and Path(name).suffix:
                 raise InputError(f'{name} must be a module or a .py file to be imported.')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lora_sr.data.camera import camera_degradation, camera_seed
+from lora_sr.data.outputs import check_output_folder
 from lora_sr.data.sources import Source, check_left_out, find_sources, memory_errors, read_image
 from lora_sr.errors import InputError
 from lora_sr.files import partial_folder
@@ -66,8 +68,9 @@ def degrade_folder(
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise InputError(f'--workers must be a whole number of at least 1, got {workers}.')
-    sources = find_sources([folder], scales=())
     output = Path(output)
+    check_output_folder(output)
+    sources = find_sources([folder], scales=())
     if any(os.path.realpath(source.hr.parent) == os.path.realpath(output) for source in sources):
         raise InputError(f'The output must be another folder than that of the HR images, got {output}.')
     pairs = [(source, output / f'{source.hr.stem}.png') for source in sources]
@@ -117,7 +120,7 @@ def degrade_folder(
         with partial_folder(output, 'degrade') as partial, ThreadPoolExecutor(workers) as pool:
             jobs = [pool.submit(write, source, target, partial / target.name) for source, target in pairs]
             try:
-                for job in tqdm(jobs, unit='image', disable=None if progress else True):
+                for job in tqdm(jobs, unit='image', disable=None if progress and sys.stderr else True):
                     job.result()
             finally:
                 pool.shutdown(cancel_futures=True)

@@ -6,12 +6,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 import cv2
 import lmdb
 import numpy as np
 
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
+from lora_sr.files import check_regular
 from lora_sr.images.png import PNG_END, PNG_SIGNATURE
 
 Shape = tuple[int, int, int]  # height, width, channels
@@ -19,9 +21,10 @@ Shape = tuple[int, int, int]  # height, width, channels
 BATCH_BYTES = 1 << 25  # what waits for one transaction; bounds the memory of a writer
 FIRST_MAP_BYTES = 1 << 28  # doubled whenever the database outgrows it
 CHECKED_AT_ONCE = 500
+MOST_BYTES_OF_LIST = 1 << 30  # some ten million names, each with its size
 DATA_FILE = 'data.mdb'  # in the folder of a database
 
-_META_LINE = re.compile(r'([^.]+)\.png \((\d+),(\d+),(\d+)\) \d+')
+_META_LINE = re.compile(r'([^.]+)\.png \((\d{1,9}),(\d{1,9}),(\d{1,9})\) \d+')
 
 
 def bytes_of_pages(environment: lmdb.Environment) -> int:
@@ -46,6 +49,20 @@ def check_whole(path: str, needed: int) -> None:
         raise InputError(f'the database {path} cannot be read: {error.strerror}') from None
     if size < needed:
         raise InputError(f'the database {path} is damaged: {DATA_FILE} has {size} bytes of {needed}')
+
+
+def open_list(path: str | os.PathLike[str], encoding: str) -> TextIO:
+    """Open a text file that names an image in each line.
+
+    Raises:
+        InputError: It is no file, or too large to be a list.
+        OSError: It cannot be opened. What is no text raises UnicodeDecodeError when it is read.
+    """
+    check_regular(path, 'the list')
+    size = os.stat(path).st_size
+    if size > MOST_BYTES_OF_LIST:
+        raise InputError(f'{path} must be a list of images of at most 1 GiB, got {size / (1 << 30):.1f} GiB')
+    return open(path, encoding=encoding)
 
 
 class LmdbWriter:
@@ -112,25 +129,26 @@ def read_meta_info(path: str | os.PathLike[str]) -> dict[str, Shape]:
         {key: (height, width, channels)}, in the file's order.
 
     Raises:
-        InputError: if the file is missing, a line is not of the form ``KEY.png (h,w,c) 1``, or a key comes twice.
+        InputError: if the file is missing or larger than a list, a line is not of the form ``KEY.png (h,w,c) 1``, or a
+            key comes twice.
     """
     meta_path = Path(path) / 'meta_info.txt'
+    shapes: dict[str, Shape] = {}
     try:
-        lines = meta_path.read_text(encoding='ascii').splitlines()
+        with open_list(meta_path, 'ascii') as lines:
+            for number, line in enumerate(lines, 1):
+                match = _META_LINE.fullmatch(line.rstrip('\n'))
+                if not match or match[1] in shapes:
+                    raise InputError(
+                        f'{meta_path}, line {number}: "{shown(line.rstrip())}" is not a new key in the form '
+                        '`KEY.png (height,width,channels) compression`.'
+                    )
+                shapes[match[1]] = int(match[2]), int(match[3]), int(match[4])
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f'{meta_path} cannot be read ({error}): a database made by `lora-sr prepare` has this '
             'file, with a line for each key.'
         ) from error
-    shapes: dict[str, Shape] = {}
-    for number, line in enumerate(lines, 1):
-        match = _META_LINE.fullmatch(line)
-        if not match or match[1] in shapes:
-            raise InputError(
-                f'{meta_path}, line {number}: "{line}" is not a new key in the form '
-                '`KEY.png (height,width,channels) compression`.'
-            )
-        shapes[match[1]] = int(match[2]), int(match[3]), int(match[4])
     return shapes
 
 

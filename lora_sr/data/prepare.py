@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import threading
 from collections import deque
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lora_sr.data.lmdb_store import LmdbWriter, check_databases, read_meta_info
+from lora_sr.data.outputs import check_output_folder
 from lora_sr.data.sources import Source, check_left_out, find_sources, memory_errors, read_image
 from lora_sr.errors import InputError
 from lora_sr.images.bicubic import BORDERS, MAX_SCALE, bicubic_downscale
@@ -46,7 +48,10 @@ except ImportError:  # Windows: two runs at once into one folder go unnoticed th
 PARTIAL_FOLDER = '.prepare.partial'
 COMPLETE_FILE = 'complete.json'
 REPLACED_FOLDER = 'replaced'
+COMPLETE_TYPES = {'databases': list, 'job': str, 'images': int, 'left_out': dict}
 MOST_TRIMMED = 2  # LR pixels a side, with --crop
+
+_DATABASE_NAME = re.compile(r'(HR|LR(_bicubic)?_X\d+)(_sub)?\.lmdb')  # see Cut.database_names
 
 Entry = tuple[str, np.ndarray, int, int]  # key, PNG bytes, height, width
 Item = TypeVar('Item')
@@ -188,12 +193,13 @@ def prepare_databases(
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise InputError(f'--workers must be a whole number of at least 1, got {workers}.')
+    output = Path(output)
+    check_output_folder(output)
     left_out: dict[str, str] = {}
     sources = find_sources(folders, cut.scales, lr_folders, split, left_out)
     total = len(sources) + len(left_out)
     if border is not None and all(scale in source.lr for source in sources for scale in cut.scales):
         raise InputError(f'--border must be left out where no LR image is made by bicubic, got {border}.')
-    output = Path(output)
     names = cut.database_names(
         [scale for scale in cut.scales if all(_is_bicubic(source.lr.get(scale)) for source in sources)]
     )
@@ -214,7 +220,7 @@ def prepare_databases(
                 images = total - len(left_out)
                 done = {'databases': list(names.values()), 'job': job, 'images': images, 'left_out': left_out}
                 _mark_complete(folder, done)
-                _move_into_place(folder, output)
+                _move_into_place(folder, output, names.values())
     except (OSError, lmdb.Error) as error:
         raise InputError(f'{output}: the databases cannot be written there ({error}).') from error
     shapes = read_meta_info(databases[1]).values()
@@ -351,7 +357,7 @@ def _build(
             contextlib.closing(_map_in_order(partial(_entries, cut=cut, check_only=check_only), sources, workers))
         )
         for source, (error, entries) in tqdm(
-            zip(sources, results), total=len(sources), unit='image', disable=None if progress else True
+            zip(sources, results), total=len(sources), unit='image', disable=None if progress and sys.stderr else True
         ):
             if error:
                 left_out[str(source.hr)] = str(error)
@@ -433,9 +439,20 @@ def _mark_complete(folder: Path, done: Mapping[str, Any]) -> None:
     os.replace(written, folder / COMPLETE_FILE)
 
 
-def _move_into_place(folder: Path, output: Path) -> None:
+def _read_complete(folder: Path) -> dict[str, Any] | None:
+    """What ``_mark_complete`` has written in ``folder``; None where it has not, whatever else there is."""
+    file = folder / COMPLETE_FILE
+    try:
+        done = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(done, dict) or {key: type(value) for key, value in done.items()} != COMPLETE_TYPES:
+        return None
+    return done if all(isinstance(name, str) and _DATABASE_NAME.fullmatch(name) for name in done['databases']) else None
+
+
+def _move_into_place(folder: Path, output: Path, names: Iterable[str]) -> None:
     """Move complete databases from ``folder`` to ``output``. Stopped anywhere, it can be called again."""
-    names = json.loads((folder / COMPLETE_FILE).read_text(encoding='utf-8'))['databases']
     replaced = folder / REPLACED_FOLDER
     replaced.mkdir(exist_ok=True)
     waiting = [name for name in names if (folder / Path(name).stem).exists()]
@@ -455,11 +472,18 @@ def _finish_interrupted(folder: Path, output: Path) -> dict[str, Any] | None:
     Returns:
         What that run has done, see ``_mark_complete``, if its databases were complete and are now in place; else None,
         and ``folder`` is empty.
+
+    Raises:
+        InputError: There are databases that it was about to replace, and nothing says whether it has.
     """
-    done = None
-    if (folder / COMPLETE_FILE).exists():
-        done = json.loads((folder / COMPLETE_FILE).read_text(encoding='utf-8'))
-        _move_into_place(folder, output)
+    done = _read_complete(folder)
+    if done is not None:
+        _move_into_place(folder, output, done['databases'])
+    elif (folder / REPLACED_FOLDER).is_dir() and any((folder / REPLACED_FOLDER).iterdir()):
+        raise InputError(
+            f'{folder / REPLACED_FOLDER} has databases that a run was about to replace, and {COMPLETE_FILE} beside it '
+            f'is damaged: move them where they belong, and remove {folder}.'
+        )
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return done

@@ -108,7 +108,11 @@ def find_sources(
             found = _plain_sources(folder, scales, lr_folder, lonely)
         for source in found:
             if source.key in sources:
-                paths = printable(f'{sources[source.key].hr} and {source.hr}')
+                other = sources[source.key].hr
+                if source.hr.name == other.name and os.path.samefile(source.hr.parent, other.parent):
+                    paths = printable(f'{other.parent} and {source.hr.parent}')
+                    raise InputError(f'Each folder of HR images must be given once, got {paths}, which are the same.')
+                paths = printable(f'{other} and {source.hr}')
                 raise InputError(
                     f'{paths} would have the same key, "{source.key}", in the database: rename one of them.'
                 )
@@ -213,6 +217,11 @@ def _plain_sources(
                 _given_lr_folder(lr_folder, scale, len(scales)) if lr_folder else _published_lr_folder(hr_folder, scale)
             )
             if lr_of_hr_folder:
+                if os.path.samefile(hr_folder, lr_of_hr_folder):
+                    raise InputError(
+                        'The LR images must be in another folder than the HR images, got '
+                        f'{hr_folder} and {lr_of_hr_folder}, which are the same.'
+                    )
                 lr_of_scale[scale] = _pair(hr_folder, lr_of_hr_folder, scale, misfits)
         for path in _images(hr_folder):
             if str(path) not in misfits:
@@ -333,13 +342,18 @@ def _pair(hr_folder: Path, lr_folder: Path, scale: int, misfits: dict[str, str])
     Where both are in one folder, ``NAME_HR`` are the HR files.
     """
     hr_paths, lr_paths = _images(hr_folder), _images(lr_folder)
-    if hr_folder == lr_folder:
+    if os.path.samefile(hr_folder, lr_folder):
         hr_paths = [path for path in hr_paths if path.stem.endswith('_HR')]
         lr_paths = [path for path in lr_paths if not path.stem.endswith('_HR')]
     lr_of_stem = {path.stem: path for path in lr_paths}
     unused = set(lr_of_stem)
     pairs = {}
+    first_of_stem: dict[str, Path] = {}
     for path in hr_paths:
+        first = first_of_stem.setdefault(path.stem, path)
+        if first != path:
+            misfits[str(path)] = f'{path} must have a name of its own, got that of {first.name}: rename or remove one.'
+            continue
         for stem in _lr_stems(path.stem, scale):
             if stem in unused:
                 unused.remove(stem)

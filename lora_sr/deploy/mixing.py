@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_sr.adapters import Adapter, merge_adapter, mix_adapters
+from lora_sr.archs import network_info
 from lora_sr.data.sources import Source, find_sources, read_image
 from lora_sr.errors import InputError
 from lora_sr.images.luma import psnr
@@ -64,6 +65,9 @@ def fit_mix(
     """
     if scale < 1:
         raise InputError(f'The scale is {scale}: it has to be a whole number of at least 1.')
+    info = network_info(network)
+    if info is not None and info.scale != scale:
+        raise InputError(f'The scale must be {info.scale}, that of the network, got {scale}.')
     sources = find_sources([gt_folder], [scale], [lr_folder])
     base = {key: value.clone() for key, value in network.state_dict().items()}
     search = _Search(network.eval(), base, adapters, sources, scale)
@@ -136,6 +140,17 @@ class _Search:
     def _pair(self, source: Source) -> tuple[np.ndarray, Tensor]:
         """The original, uint8 of shape (H, W, 3), BGR, cropped to a multiple of the scale; and its LR (1, 3, h, w)."""
         original, small = read_image(source.hr), read_image(source.lr[self.scale])
+        there, wanted = small.shape[:2], tuple(length // self.scale for length in original.shape[:2])
+        if there != wanted:
+            raise InputError(
+                f'{source.lr[self.scale]} must have {_size(wanted)} pixels (width x height), since {source.hr} has '
+                f'{_size(original.shape)} and the scale is {self.scale}, got {_size(there)}.'
+            )
+        if min(there) <= 2:
+            raise InputError(
+                f'{source.lr[self.scale]} must have more than 2 pixels each way, for the border is left out, got '
+                f'{_size(there)}.'
+            )
         height, width = (length - length % self.scale for length in original.shape[:2])
         lr = image_to_tensor(small)
         return np.ascontiguousarray(original[:height, :width]), lr
@@ -144,7 +159,12 @@ class _Search:
         output = self.network(lr)
         if tuple(output.shape[2:]) != original.shape[:2]:
             raise InputError(
-                f'The network makes {output.shape[3]}x{output.shape[2]} pixels of {source.lr[self.scale].name}, where '
-                f'{source.hr.name} has {original.shape[1]}x{original.shape[0]}: its scale is not {self.scale}.'
+                f'The network must have the scale {self.scale}, got one that makes {_size(output.shape[2:])} pixels of '
+                f'{source.lr[self.scale]}, which has {_size(lr.shape[2:])}.'
             )
         return output
+
+
+def _size(shape: Sequence[int]) -> str:
+    """Height and width as width x height."""
+    return f'{shape[1]} x {shape[0]}'

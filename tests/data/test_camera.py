@@ -209,8 +209,11 @@ def test_command_with_wrong_input(tmp_path, make_images, capsys):
     )
     cv2.imwrite(str(hr / '0002.png'), photo(48, 48))
     (tmp_path / 'file').write_text('mine')
-    assert 'file: the images cannot be written there' in refused(hr, '-o', tmp_path / 'file', '--scale', 4)
-    assert (tmp_path / 'file').read_text() == 'mine'
+    (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
+    for name, kind in (('file', 'a file'), ('link', 'a link that leads nowhere')):
+        sentence = f'The output {tmp_path / name} must be a folder, got {kind}.'
+        assert sentence in refused(hr, '-o', tmp_path / name, '--scale', 4, '--overwrite')
+    assert (tmp_path / 'file').read_text() == 'mine' and not (tmp_path / 'nowhere').exists()
     assert degrade(hr, '-o', made, '--scale', 4, '--overwrite') == 0
     after = contents(made)
     assert set(after) == set(before)

@@ -1,6 +1,7 @@
 """Wrong input to `lora-sr prepare`: one sentence each, and nothing is written."""
 
 import os
+import shutil
 
 import cv2
 import lmdb
@@ -81,14 +82,24 @@ def test_wrong_folders(tmp_path, make_images, refused):
     more = make_images(tmp_path / 'more', [(48, 48)], suffix='.jpg')
     message = refused(photos, more)
     assert f'{photos}/0001.png and {more}/0001.jpg would have the same key, "0001"' in message
+    (tmp_path / 'link').symlink_to(photos)
+    for again in (photos, tmp_path / 'link'):
+        sentence = f'Each folder of HR images must be given once, got {photos} and {again}, which are the same.'
+        assert refused(photos, again) == sentence
 
 
 def test_wrong_output(tmp_path, make_images, refused):
     photos = make_images(tmp_path / 'photos', [(48, 48)])
     (tmp_path / 'file').write_text('mine')
-    for output in (tmp_path / 'file', tmp_path / 'file' / 'out'):
-        assert f'{output}: the databases cannot be written there' in refused(photos, output=output)
-    assert (tmp_path / 'file').read_text() == 'mine'
+    (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
+    for output, kind in (
+        (tmp_path / 'file', 'a file'),
+        (tmp_path / 'file' / 'out', f'a file at {tmp_path}/file'),
+        (tmp_path / 'link', 'a link that leads nowhere'),
+    ):
+        message = refused(photos, '--overwrite', output=output)
+        assert message == f'The output {output} must be a folder, got {kind}.'
+    assert (tmp_path / 'file').read_text() == 'mine' and not (tmp_path / 'nowhere').exists()
 
 
 def test_lr_that_does_not_pair(tmp_path, make_images, refused):
@@ -110,6 +121,16 @@ def test_lr_that_does_not_pair(tmp_path, make_images, refused):
         f'0002.png must have 12 x 12 pixels (width x height), the size of {hr}/0002.png by 4, got 12 x 15.' in message
     )
     assert 'X2 is not a folder' in refused(hr, '--lr', large)
+    (tmp_path / 'link').symlink_to(hr)
+    for same in (hr, tmp_path / 'link'):
+        sentence = f'another folder than the HR images, got {hr} and {same}, which are the same.'
+        assert refused(hr, *options, same) == f'The LR images must be in {sentence}'
+    shutil.copy(one / '0001.png', one / '0002.png')
+    shutil.copy(hr / '0001.png', hr / '0001.tga')
+    assert refused(hr, *options, one) == (
+        '1 of 3 images cannot be used, which --skip-broken leaves out: '
+        f'{hr}/0001.tga must have a name of its own, got that of 0001.png: rename or remove one.'
+    )
 
 
 def test_bad_images_are_all_named(tmp_path, make_images, refused):

@@ -12,6 +12,7 @@ import pytest
 
 import lora_sr.data.prepare as prepare_module
 from lora_sr.data import bicubic_downscale, prepare_databases, read_meta_info
+from lora_sr.data.degrade import degrade_folder
 from lora_sr.data.lmdb_store import LmdbWriter, check_databases
 from lora_sr.data.prepare import subimage_starts
 from lora_sr.errors import InputError
@@ -494,6 +495,47 @@ def test_a_link_in_what_was_left_over_is_not_followed(tmp_path, make_images):
     (partial / 'complete.partial').symlink_to(precious / 'file')
     prepare_databases([folder], tmp_path / 'out', [2], **SMALL)
     assert (precious / 'file').read_text() == 'mine' and not partial.exists()
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '',
+        'hello',
+        '[]',
+        '[' * 100000,
+        '{"databases": 3}',
+        '{"databases": ["../mine.lmdb"], "job": "", "images": 1, "left_out": {}}',
+    ],
+)
+def test_what_was_left_over_is_removed_where_it_does_not_say_that_it_is_complete(tmp_path, make_images, text):
+    folder = make_images(tmp_path / 'photos', [(60, 60)])
+    partial = tmp_path / 'out' / prepare_module.PARTIAL_FOLDER
+    (partial / 'mine').mkdir(parents=True)
+    (partial / prepare_module.COMPLETE_FILE).write_text(text)
+    prepare_databases([folder], tmp_path / 'out', [2], **SMALL)
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['HR_sub.lmdb', 'LR_bicubic_X2_sub.lmdb']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['out', 'photos']
+
+
+def test_databases_that_were_to_be_replaced_are_not_lost(tmp_path, make_images):
+    folder = make_images(tmp_path / 'photos', [(60, 60)])
+    partial = tmp_path / 'out' / prepare_module.PARTIAL_FOLDER
+    old = partial / prepare_module.REPLACED_FOLDER / 'HR_sub.lmdb'
+    old.mkdir(parents=True)
+    (partial / prepare_module.COMPLETE_FILE).write_text('')  # of a power cut
+    with pytest.raises(
+        InputError, match='has databases that a run was about to replace, and complete.json beside it is'
+    ):
+        prepare_databases([folder], tmp_path / 'out', [2], **SMALL)
+    assert old.is_dir()
+
+
+def test_no_bar_where_there_is_no_stderr(tmp_path, make_images, monkeypatch):
+    folder = make_images(tmp_path / 'photos', [(60, 60)])
+    monkeypatch.setattr(sys, 'stderr', None)
+    assert prepare_databases([folder], tmp_path / 'out', [2]).images == 1
+    assert degrade_folder(folder, tmp_path / 'lr', 2).images == 1
 
 
 def test_a_finished_database_is_replaced_only_when_asked(tmp_path, make_images):

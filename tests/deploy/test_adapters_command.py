@@ -1,6 +1,7 @@
 """`lora-sr adapter`: from an adapted checkpoint to a file and back, mixes, fitted mixes, and every mistake."""
 
 import re
+import shutil
 
 import cv2
 import numpy as np
@@ -45,6 +46,9 @@ class OfOnesOwn(nn.Module):
         for mlp in self.mlps:
             features = features + mlp(F.gelu(features).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return F.pixel_shuffle(self.last(features) * 0.3, 2) + F.interpolate(x, scale_factor=2)
+
+
+GT_AS_LR = r'gt/0.png must have 14 x 12 pixels \(.*\), since lr/0.png has 28 x 24 and the scale is 2, got 56 x 48'
 
 
 def adapt(base, config, seed):
@@ -361,7 +365,25 @@ def test_base_in_training_form_is_sent_to_merge(tmp_path, capsys):
         ('info absent.pth', 'absent.pth cannot be read'),
         ('merge base.pth a.safetensors -o m.pth --fit --lr lr', '--gt and --scale is not given'),
         ('merge base.pth a.safetensors -o m.pth --scale 2', '--scale is for --fit'),
-        ('merge base.pth a.safetensors -o m.pth --fit --gt lr --lr gt --scale 2', 'its scale is not 2|give an option'),
+        ('merge base.pth a.safetensors -o m.pth --fit --gt lr --lr gt --scale 2 -opt o.yml', GT_AS_LR),
+        (
+            'merge base.pth a.safetensors -o m.pth --fit --gt gt --lr lr --scale 4 -opt o.yml',
+            'be 2, that of the .* got 4',
+        ),
+        (
+            'merge base.pth a.safetensors -o m.pth --fit --gt lr --lr lr --scale 2 -opt o.yml',
+            'got lr and lr, which are the',
+        ),
+        (
+            'merge base.pth a.safetensors -o m.pth --fit --gt twins --lr lr --scale 2 -opt o.yml',
+            'got that of 0.bmp: ren',
+        ),
+        (
+            'merge base.pth a.safetensors -o m.pth --fit --gt border --lr half --scale 2 -opt o.yml',
+            'half/0.png must have more than 2 pixels each way, .* got 2 x 2',
+        ),
+        ('merge base.pth a.safetensors -o m.pth --import .', r'must be a .py file or a module, .* got "\."\.'),
+        ('merge base.pth a.safetensors -o m.pth --import os.', r'must be a .py file or a module, .* got "os\."\.'),
         ('merge base.pth a.safetensors -o m.pth --fit --gt lr --lr lr --scale 0 -opt o.yml', 'The scale is 0'),
         ('merge base.pth a.safetensors -o m.pth --fit --gt gt --lr none --scale 2 -opt o.yml', 'none.* not a folder'),
         ('merge base.pth a.safetensors -o m.pth --fit --gt gt --lr lr --scale 2 -opt no.yml', 'no.yml cannot be read'),
@@ -381,6 +403,11 @@ def test_mistakes_are_one_sentence_and_leave_no_file(files, capsys, monkeypatch,
     folder, base = files
     monkeypatch.chdir(folder)
     write_pairs(folder, base, 1)
+    for name, length in (('border', 4), ('half', 2)):
+        (folder / name).mkdir()
+        cv2.imwrite(f'{name}/0.png', np.zeros((length, length, 3), np.uint8))
+    shutil.copytree('gt', 'twins')
+    shutil.copy('gt/0.png', 'twins/0.bmp')
     option_file(folder, base)
     (folder / 'options.yml').rename('o.yml')
     for name, text in (

@@ -12,14 +12,15 @@ import lmdb
 from PIL import Image
 
 from lora_sr.basicsr.datasets import lr_roots
-from lora_sr.data.lmdb_store import PNG_END, PNG_SIGNATURE, bytes_of_pages, check_whole, read_meta_info
-from lora_sr.errors import InputError
+from lora_sr.data.lmdb_store import PNG_END, PNG_SIGNATURE, bytes_of_pages, check_whole, open_list, read_meta_info
+from lora_sr.errors import InputError, shown
 
 # Reading a header costs little, reading all of a file a lot more: larger datasets are sampled evenly.
 MAX_HEADERS = 20000
 MAX_WHOLE_FILES = 400
 # Benchmark images are often larger than scale x LR by what a crop to a multiple of 12 would take away.
 VALIDATION_SLACK = 12
+LONGEST_PATH = 4096
 ORIENTATION = 0x0112  # of EXIF
 
 
@@ -141,11 +142,21 @@ def _check_list_of_database(where: str, dataset: dict, names: list[str]) -> None
 
 
 def _listed(where: str, file: str) -> list[str]:
+    names = []
     try:
-        with open(os.path.expanduser(file), encoding='utf-8') as lines:
-            return [line.strip().split(' ')[0] for line in lines]
+        with open_list(os.path.expanduser(file), 'utf-8') as lines:
+            for number, line in enumerate(lines, 1):
+                name = line.strip().split(' ')[0]
+                if not 0 < len(name) <= LONGEST_PATH:
+                    raise InputError(f'{file} must name an image in each line, got "{shown(name)}" in line {number}')
+                names.append(name)
+    except InputError as error:
+        raise InputError(f'{where}.meta_info_file: {error}') from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f'{where}.meta_info_file: {file} cannot be read: {error}') from error
+    if not names:
+        raise InputError(f'{where}.meta_info_file: {file} must name an image in each line, got an empty file')
+    return names
 
 
 def _check_database(path: Path, shapes: dict) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from lora_sr.basicsr.options import schema
 from lora_sr.basicsr.options.check import Check
 from lora_sr.basicsr.options.dataset_content import MAX_WHOLE_FILES, check_lr_images
+from lora_sr.data.lmdb_store import open_list
 from lora_sr.errors import InputError
 
 MODELS = schema.DEGRADING.split()
@@ -106,8 +107,10 @@ def _check_images(where: str, dataset: dict) -> tuple[list[str], int | None]:
 def _listed_names(where: str, dataset: dict) -> list:
     file = os.path.expanduser(str(dataset['meta_info']))
     try:
-        with open(file, encoding='utf-8') as lines:
+        with open_list(file, 'utf-8') as lines:
             names = [line.strip().split(' ')[0] for line in lines]
+    except InputError as error:
+        raise InputError(f'{where}.meta_info: {error}') from error
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, 'strerror', None) or 'it is not a text file'
         raise InputError(f'{where}.meta_info: {file} cannot be read: {reason}') from error

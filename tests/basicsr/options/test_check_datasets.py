@@ -1,5 +1,6 @@
 """The check of data sets: folders, databases, and images without ground truth."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 from tiny_run import change, write_pairs
 
 from lora_sr.basicsr.options.dataset_content import _read_header
+
+NEEDS_PIPES = pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no pipes with names')
 
 
 def write_image(path: Path, height: int, width: int):
@@ -69,6 +72,19 @@ def no_meta(root):
     (root / 'gt.lmdb/meta_info.txt').unlink()
 
 
+def huge_meta(root):
+    os.truncate(root / 'gt.lmdb/meta_info.txt', 6 << 30)  # takes no place on the disk
+
+
+def pipe_as_meta(root):
+    no_meta(root)
+    os.mkfifo(root / 'gt.lmdb/meta_info.txt')
+
+
+def sizes_beyond_numbers(root):
+    (root / 'gt.lmdb/meta_info.txt').write_text(f'000.png ({"9" * 5000},32,3) 1\n')
+
+
 def no_database(root):
     (root / 'gt.lmdb/data.mdb').unlink()
 
@@ -109,6 +125,16 @@ def other_keys(root):
     ('damage', 'sentence'),
     [
         (no_meta, 'datasets.train.dataroot_gt: ROOT/gt.lmdb/meta_info.txt cannot be read'),
+        (
+            huge_meta,
+            'datasets.train.dataroot_gt: ROOT/gt.lmdb/meta_info.txt must be a list of images of at most 1 GiB, got 6.0',
+        ),
+        pytest.param(
+            pipe_as_meta,
+            'datasets.train.dataroot_gt: the list ROOT/gt.lmdb/meta_info.txt cannot be read: it must be a file, got a',
+            marks=NEEDS_PIPES,
+        ),
+        (sizes_beyond_numbers, 'datasets.train.dataroot_gt: ROOT/gt.lmdb/meta_info.txt, line 1: "000.png (999'),
         (no_database, 'datasets.train.dataroot_gt: the database ROOT/gt.lmdb has no data.mdb'),
         (no_format, 'datasets.train.dataroot_gt: the database ROOT/gt.lmdb is damaged: '),
         (short_file, 'datasets.train.dataroot_gt: the database ROOT/gt.lmdb is damaged: data.mdb has '),
@@ -216,6 +242,33 @@ def test_list_beside_a_database(data, tmp_path):
         assert [problem.split(';')[0] for problem in check(opt, tmp_path)] == faults * [
             'datasets.train.meta_info_file names 3 images, but BasicSR reads all 8 of a database'
         ]
+
+
+@pytest.mark.parametrize('suffix', ['', '.lmdb'])
+@pytest.mark.parametrize(
+    ('make', 'sentence'),
+    [
+        pytest.param(
+            lambda file: os.mkfifo(file),
+            'the list FILE cannot be read: it must be a file, got a pipe',
+            marks=NEEDS_PIPES,
+        ),
+        (
+            lambda file: (file.touch(), os.truncate(file, 6 << 30)),
+            'FILE must be a list of images of at most 1 GiB, got',
+        ),
+        (Path.touch, 'FILE must name an image in each line, got an empty file'),
+        (lambda file: file.write_text('000.png\n\n'), 'FILE must name an image in each line, got "" in line 2'),
+        (lambda file: file.write_text('x' * 9000), f'FILE must name an image in each line, got "{"x" * 60}…'),
+    ],
+)
+def test_lists_that_are_none(data, tmp_path, make, sentence, suffix):
+    _, options = data
+    opt, file = options(suffix), tmp_path / 'list.txt'
+    make(file)
+    change(opt, 'datasets.train.meta_info_file', str(file))
+    (problem,) = check(opt, tmp_path)
+    assert problem.startswith(f'datasets.train.meta_info_file: {sentence.replace("FILE", str(file))}')
 
 
 def test_workers_that_persist(options, tmp_path):

@@ -34,10 +34,16 @@ COUNTED = ('last_epoch', 'verbose')
 DERIVED = ('base_lrs', 'cumulative_period')
 
 
-def last_saved(training_states: str | os.PathLike[str]) -> int | None:
-    """The iteration from which ``--auto_resume`` goes on; ``None`` where nothing is saved in that folder."""
+def last_saved(training_states: str | os.PathLike[str], before: str | None = None) -> int | None:
+    """The iteration from which ``--auto_resume`` goes on; ``None`` where nothing is saved in that folder.
+
+    Args:
+        training_states: The folder.
+        before: An iteration, as the name of its state has it: only earlier ones count.
+    """
     names = (file.stem for file in Path(training_states).glob('*.state'))
-    return max((int(name) for name in names if re.fullmatch('[0-9]+', name)), default=None)
+    iterations = (int(name) for name in names if re.fullmatch('[0-9]+', name))
+    return max((one for one in iterations if before is None or one < int(before)), default=None)
 
 
 def record(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
@@ -171,16 +177,7 @@ def resume(model: Any, state: Mapping[str, Any], load: Callable[[], None]) -> No
             continue
         key = 'lr' if key == 'initial_lr' else key
         LOG.warning(f'{key} of the option file was {_text(before)} and is {_text(now)} now: applied to the whole run.')
-    of = recorded_of(state, 'best_of', Mapping)
-    model.resumed_best = {
-        dataset: {
-            name: best
-            for name, best in metrics.items()
-            if of.get(dataset, {}).get(name, now.get(name)) == now.get(name)
-        }
-        for dataset, metrics in _known_best(recorded_of(state, 'best', Mapping)).items()
-        for now in [meanings(model.opt, dataset)]
-    }
+    model.resumed_best = _best_of_the_same(model.opt, state)
     if hasattr(model, 'queue_size') and not _take_pool(model, recorded_of(state, 'pool', (Tensor, int))):
         LOG.warning('The pool of training pairs begins empty: the run differs from one that was not interrupted.')
 
@@ -276,6 +273,18 @@ def _best(model: Any) -> dict[str, Any]:
         dataset: {name: {**best, 'val': float(best['val'])} for name, best in metrics.items()}
         for dataset, metrics in known.items()
     }
+
+
+def _best_of_the_same(opt: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The best values of a training state, without those of what has another meaning now, which are named."""
+    of, kept = recorded_of(state, 'best_of', Mapping), {}
+    for dataset, metrics in _known_best(recorded_of(state, 'best', Mapping)).items():
+        now = meanings(opt, dataset)
+        before = {**now, **of.get(dataset, {})}  # of earlier versions nothing is known
+        kept[dataset] = {name: best for name, best in metrics.items() if before.get(name) == now.get(name)}
+        for name in metrics.keys() - kept[dataset].keys():
+            LOG.warning(f'The best {name} on {dataset} begins anew: the metric or the images were others.')
+    return kept
 
 
 def meanings(opt: Mapping[str, Any], dataset: str) -> dict[str, str]:

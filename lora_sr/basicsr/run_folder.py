@@ -32,7 +32,7 @@ def claim(folder: str | os.PathLike[str]) -> None:
         time.sleep(0.05)
     if folder.is_dir() and not _take('folder', folder):
         release()
-        raise InputError(f'{folder} must be of no run at work, got one that is: give this one another name.')
+        raise InputError(f'A run is at work in {folder}: stop it, wait for it, or give this one another name.')
 
 
 def hold(folder: str | os.PathLike[str]) -> None:

@@ -84,7 +84,7 @@ class AdapterFile:
         for key, value in self.adapter.tensors.items():
             if not value.isfinite().all():
                 raise InputError(f'The adapter {self.path} has values that are not finite, in {shown(key)}.')
-            if key.endswith('lora_alpha') and not 0 < value.abs().max() <= LARGEST_ALPHA:
+            if key.endswith('lora_alpha') and not 0 < value.float().abs().max() <= LARGEST_ALPHA:
                 raise InputError(
                     f'The adapter {self.path} is damaged: {shown(key)} must be a number of at most {LARGEST_ALPHA:g} '
                     f'other than 0, got {value.flatten()[0].item():g}.'

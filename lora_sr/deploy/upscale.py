@@ -189,7 +189,10 @@ def plan(
         target = output if is_file else output / name
         other = jobs.setdefault(target, Job(source, target)).source
         if os.path.realpath(other) != os.path.realpath(source):
-            raise InputError(f'{other} and {source} would have the same output, {target}: give them apart.')
+            raise InputError(
+                f'{other} and {source} would have the same output, {target}: rename one, or upscale them into two '
+                'folders.'
+            )
     _check_targets(list(jobs.values()), may_exist)
     return list(jobs.values()), failures
 

@@ -40,7 +40,8 @@ def read_curves(run: str | os.PathLike, metric: str = 'psnr') -> dict[str, dict[
     """
     if not Path(run).is_dir():
         raise InputError(f'The folder {run} does not exist.')
-    logs = sorted(Path(run).glob('train_*.log'))
+    # BasicSR puts the time behind the name of the run, which a copied run has changed.
+    logs = sorted(Path(run).glob('train_*.log'), key=lambda log: (log.stem[-len('20260101_000000') :], log.stem))
     if not logs:
         raise InputError(f'{run} has no training log: it should be a folder of experiments/, with a train_*.log in it.')
     curves: dict[str, dict[int, float]] = {}

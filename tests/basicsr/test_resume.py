@@ -265,6 +265,26 @@ def test_the_best_is_of_the_same_metric_on_the_same_images(options, path, value,
     assert (other.best_metric_results['val']['psnr']['iter'] == 2) == is_known
 
 
+def test_a_damaged_state_is_told_with_the_one_before(options):
+    model = build_model(copy.deepcopy(options))
+    for iteration in (2, 4, 10):
+        model.save(0, iteration)
+    folder = Path(options['path']['training_states'])
+    opt = {**options, 'auto_resume': True}
+    (folder / '10.state').write_bytes(b'')
+    with pytest.raises(InputError, match=r'is damaged, .* Without .*/10.state the run goes on from iteration 4\.$'):
+        load_resume_state(copy.deepcopy(opt))
+    (folder / '10.state').unlink()
+    (Path(options['path']['models']) / 'net_g_4.pth').unlink()
+    with pytest.raises(
+        InputError, match=r'net_g_4.pth is missing\. Without .*/4.state the run goes on from iteration 2\.$'
+    ):
+        load_resume_state(copy.deepcopy(opt))
+    (folder / '2.state').unlink()
+    with pytest.raises(InputError, match=r'net_g_4.pth is missing\.$'):
+        load_resume_state(copy.deepcopy(opt))
+
+
 def test_a_state_of_another_run_is_refused(options, tmp_path):
     model = build_model(copy.deepcopy(options))
     model.save(0, 4)

@@ -49,7 +49,9 @@ def released():
 
 def test_a_run_at_work_keeps_its_folder(tmp_path, other):
     folder = tmp_path / 'experiments/run'
-    with pytest.raises(InputError, match='experiments/run must be of no run at work, got one that is: give this one'):
+    with pytest.raises(
+        InputError, match='A run is at work in .*experiments/run: stop it, wait for it, or give this one'
+    ):
         run_folder.claim(folder)
     run_folder.claim(folder.with_name('another'))
     other.kill()
@@ -80,6 +82,6 @@ def test_nobody_begins_between_the_two(tmp_path, monkeypatch):
 def test_a_second_run_of_that_name(tiny_options, tmp_path, other, arguments):
     command = ['-m', 'lora_sr.train', '-opt', 'tiny.yml', *arguments, '--force_yml', 'name=run']
     done = run_python(*command, cwd=tmp_path, status=2)
-    assert 'experiments/run must be of no run at work' in done.stderr and done.stderr.count('error: ') == 1
+    assert 'A run is at work in ' in done.stderr and done.stderr.count('error: ') == 1
     assert [path.name for path in (tmp_path / 'experiments').iterdir()] == ['run']
     assert list((tmp_path / 'experiments/run').iterdir()) == []

@@ -119,6 +119,15 @@ def test_what_a_resumption_left_behind_does_not_count(tmp_path):
     assert read_curves(run) == {'A': {1000: 1.0, 2500: 2.5}}
 
 
+def test_logs_are_in_the_order_of_their_times(tmp_path):
+    """Not of their names, which a run that was copied under another has changed."""
+    for name, day, value in (('z', '20260101', '1.0'), ('a', '20260102', '2.0')):
+        other = write_log(tmp_path / name, [(100, 'A', value)])
+        (log,) = other.glob('train_*.log')
+        log.rename(tmp_path / f'train_{name}_{day}_000000.log')
+    assert read_curves(tmp_path) == {'A': {100: 2.0}}
+
+
 def test_the_last_validation_is_of_the_last_iteration(tmp_path):
     run = write_log(tmp_path / 'run', [(1000, 'A', '1.0')])
     (log,) = run.glob('train_*.log')

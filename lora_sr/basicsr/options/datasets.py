@@ -34,6 +34,11 @@ def check_datasets(check: Check) -> None:
             check.add(f'datasets.{name}: a dataset is named {allowed}')
         elif check.is_train or phase != 'train':
             _check_dataset(check, f'datasets.{name}', dataset, phase == 'train')
+        elif isinstance(dataset, dict) and dataset.get('type') == 'LRImageDataset':
+            check.add(
+                f'datasets.{name} must be left out of a test, for an LRImageDataset has no ground truth to measure '
+                f'with: --force_yml datasets:{name}=~'
+            )
     _check_names(check, datasets)
 
 

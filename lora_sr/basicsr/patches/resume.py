@@ -97,6 +97,17 @@ def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
             opt['path']['resume_state'] = path
     if not path:
         return None
+    try:
+        return _read_state(opt, path)
+    except InputError as error:
+        older = (
+            resume.last_saved(opt['path']['training_states'], before=Path(path).stem) if opt['auto_resume'] else None
+        )
+        hint = '' if older is None else f' Without {path} the run goes on from iteration {older:,}.'
+        raise InputError(f'{str(error).rstrip(".")}.{hint}' if hint else str(error)) from error
+
+
+def _read_state(opt: dict[str, Any], path: str) -> dict[str, Any]:
     state = read_checkpoint(path)
     missing = [key for key in ('epoch', 'iter', 'optimizers', 'schedulers') if key not in state]
     if missing:

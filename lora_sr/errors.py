@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -51,6 +52,11 @@ def sentences(message: str, given: Iterable[str]) -> str:
                 message = message.replace(name, printable(name) if len(name) <= LONGEST_NAME else shown(name))
     lines = (printable(line) for line in message.split('\n'))
     return '\n'.join(LONG_WORD.sub(lambda word: shown(word[0]), line) for line in lines)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of a run on its machine, which tells what is wrong."""
+    return os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', '')) in ('', '0')
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -181,7 +181,9 @@ def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, 'strerror', None) or 'the disk may be full'
+    text = str(error).partition('\n')[0].rstrip('.')
+    is_of_writing = re.search('PytorchStreamWriter|inline_container|unexpected pos|iostream', text) or not text
+    return getattr(error, 'strerror', None) or ('the disk may be full' if is_of_writing else text[:200])
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:

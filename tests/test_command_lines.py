@@ -130,11 +130,15 @@ def test_long_words_are_cut(tmp_path, monkeypatch, capsys, line):
     assert len(capsys.readouterr().err.splitlines()[-1]) < 400
 
 
-def test_what_an_error_of_the_system_names(monkeypatch, capsys):
-    """As where a folder of a run is a link that leads nowhere."""
-    monkeypatch.setattr('lora_sr.report.summary.inspect_file', lambda *_, **__: os.mkdir('/nowhere/below'))
-    assert main(['inspect', 'x']) == 2
-    assert capsys.readouterr().err == 'lora-sr: error: /nowhere/below cannot be used: No such file or directory\n'
+def test_what_an_error_of_the_system_names(tmp_path, monkeypatch, capsys):
+    """A path that was given is the user's; any other a fault of ours, which its traceback tells."""
+    monkeypatch.setattr('lora_sr.report.summary.inspect_file', lambda *_, **__: os.mkdir(tmp_path / 'x/below/it'))
+    assert main(['inspect', str(tmp_path / 'x')]) == 2
+    assert (
+        capsys.readouterr().err == f'lora-sr: error: {tmp_path}/x/below/it cannot be used: No such file or directory\n'
+    )
+    with pytest.raises(FileNotFoundError):
+        main(['inspect', 'y'])
 
 
 @pytest.mark.parametrize(

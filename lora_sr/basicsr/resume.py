@@ -29,6 +29,11 @@ LOG = logging.getLogger('basicsr')
 
 # What of a network can only be what it was: the tensors of its LoRA, and the alphas that are saved with them.
 LORA_KEYS = ('type', 'lora', 'rank', 'alpha', 'rank_pattern', 'alpha_pattern')
+# What optimizers of torch and Adan keep of each weight, in its shape.
+MOMENTS = (
+    *('exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'exp_avg_diff', 'exp_inf', 'momentum_buffer'),
+    *('square_avg', 'grad_avg', 'acc_delta', 'sum'),
+)
 # Of a scheduler: what it counts beside what begins with an underscore, and what follows from other options.
 COUNTED = ('last_epoch', 'verbose')
 DERIVED = ('base_lrs', 'cumulative_period')
@@ -88,8 +93,6 @@ def check_state(state: Mapping[str, Any], path: object) -> None:
     for number, optimizer in enumerate(state['optimizers']):
         name = f'optimizers[{number}]'
         check(f'{name}.state', optimizer.get('state'), Mapping, 'a section')
-        for weight, values in optimizer['state'].items():
-            check(f'{name}.state[{weight}]', values, Mapping, 'a section')
         check(f'{name}.param_groups', optimizer.get('param_groups'), list, 'a list')
         for group in optimizer['param_groups']:
             check(f'{name}.param_groups', group, Mapping, 'a list of sections')
@@ -150,7 +153,11 @@ def resume(model: Any, state: Mapping[str, Any], load: Callable[[], None]) -> No
     begun = [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers]
     try:
         load()
+    except MemoryError:
+        raise
     except Exception as error:  # torch's optimizers and schedulers, and others', raise what they like
+        if isinstance(error, RuntimeError) and 'CUDA' in str(error):  # of a GPU without memory, say
+            raise
         raise InputError(
             f'the run cannot be resumed: its training state is damaged ({shown(f"{type(error).__name__}: {error}")}).'
         ) from error
@@ -182,17 +189,23 @@ def resume(model: Any, state: Mapping[str, Any], load: Callable[[], None]) -> No
         LOG.warning('The pool of training pairs begins empty: the run differs from one that was not interrupted.')
 
 
+def moments_of(optimizer: Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
+    """The weights of an optimizer, each with the averages of its gradients, by name. What else is kept, who knows."""
+    for weight, values in optimizer.state.items():
+        for name in MOMENTS if isinstance(weight, Tensor) and isinstance(values, Mapping) else ():
+            if isinstance(values.get(name), Tensor):
+                yield weight, name, values[name]
+
+
 def _check_loaded(optimizers: list[Optimizer], schedulers: list[Any], begun: list[dict[str, Any]]) -> None:
     """Refuse what would fail in the first step: values of other shapes than their weights, words for numbers."""
     for optimizer in optimizers:
-        for weight, values in optimizer.state.items():
-            tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-            for name, value in tensors.items():
-                if value.ndim == weight.ndim != 0 and value.shape != weight.shape or not torch.isfinite(value).all():
-                    raise InputError(
-                        f'the run cannot be resumed: its training state is damaged, as {shown(str(name))} of an '
-                        f'optimizer does not fit a weight of shape {tuple(weight.shape)}, or is not finite.'
-                    )
+        for weight, name, value in moments_of(optimizer):
+            if value.shape != weight.shape or not torch.isfinite(value).all():
+                raise InputError(
+                    f'the run cannot be resumed: its training state is damaged, as {name} of an optimizer does not fit '
+                    f'a weight of shape {tuple(weight.shape)}, or is not finite.'
+                )
     for scheduler, beginning in zip(schedulers, begun):
         for key, value in beginning.items():
             loaded = getattr(scheduler, key, value)
@@ -282,7 +295,7 @@ def _best_of_the_same(opt: Mapping[str, Any], state: Mapping[str, Any]) -> dict[
         now = meanings(opt, dataset)
         before = {**now, **of.get(dataset, {})}  # of earlier versions nothing is known
         kept[dataset] = {name: best for name, best in metrics.items() if before.get(name) == now.get(name)}
-        for name in metrics.keys() - kept[dataset].keys():
+        for name in (metrics.keys() & now.keys()) - kept[dataset].keys():
             LOG.warning(f'The best {name} on {dataset} begins anew: the metric or the images were others.')
     return kept
 
@@ -291,12 +304,17 @@ def meanings(opt: Mapping[str, Any], dataset: str) -> dict[str, str]:
     """What the values of each metric on a data set are of: another metric under its name is another matter."""
     sections = (section for section in opt.get('datasets', {}).values() if isinstance(section, Mapping))
     images = [
-        {key: str(value) for key, value in section.items() if key.startswith(('dataroot', 'meta_info'))}
+        {key: _basenames(value) for key, value in section.items() if key.startswith(('dataroot', 'meta_info'))}
         for section in sections
         if section.get('name') == dataset
     ]
     metrics = (opt.get('val') or {}).get('metrics') or {}
     return {name: json.dumps([section, images], sort_keys=True, default=str) for name, section in metrics.items()}
+
+
+def _basenames(value: Any) -> list[str]:
+    """The last names of a path, or of a list of them: data may move to another disk."""
+    return [os.path.basename(str(path).rstrip('/')) for path in (value if isinstance(value, list) else [value])]
 
 
 def _known_best(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -25,8 +25,8 @@ def claim(folder: str | os.PathLike[str]) -> None:
         InputError: A run is at work there.
     """
     release()
-    folder = Path(folder)
-    above = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    folder = Path(os.path.realpath(folder))
+    above = next(parent for parent in folder.parents if parent.is_dir())
     start = time.monotonic()
     while not _take('above', above) and time.monotonic() - start < WAIT:
         time.sleep(0.05)
@@ -37,9 +37,15 @@ def claim(folder: str | os.PathLike[str]) -> None:
 
 def hold(folder: str | os.PathLike[str]) -> None:
     """Keep a folder that has been claimed, until :func:`release` or the end of the process."""
-    release()
-    if os.path.isdir(folder):
-        _take('folder', Path(folder))
+    before = dict(_held)
+    _held.clear()
+    claimed = before.get('folder')
+    if claimed is not None and os.path.exists(folder) and os.path.samestat(os.fstat(claimed), os.stat(folder)):
+        _held['folder'] = before.pop('folder')  # of a run that goes on; of a new one BasicSR has moved it away
+    elif os.path.isdir(folder):
+        _take('folder', Path(os.path.realpath(folder)))
+    for descriptor in before.values():  # last, so that nobody comes in between
+        os.close(descriptor)
 
 
 def release() -> None:

@@ -61,7 +61,7 @@ class Checkpoint:
         state = content if param_key is None else content[param_key]
         if not is_state_dict(state):
             raise InputError(f'{path} holds no state dict, i.e. no mapping of names to tensors{_nested(content)}.')
-        return cls(Path(path), content, param_key, without_module_prefix(state))
+        return cls(Path(path), content, param_key, without_module_prefix(state, path))
 
     @property
     def form(self) -> str:

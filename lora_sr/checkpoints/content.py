@@ -157,7 +157,7 @@ def load_weights(
             else ''
         )
         raise InputError(f'{path} holds no weights {"at its top" if param_key is None else f"under {param_key}"}{hint}')
-    weights = without_module_prefix(content)
+    weights = without_module_prefix(content, path)
     _check_types(net, weights, path)
     own = net.state_dict()
     if not strict and not any(key in own and own[key].shape == value.shape for key, value in weights.items()):
@@ -196,7 +196,7 @@ def _check_types(net: nn.Module, weights: Mapping[str, Tensor], path: object) ->
             raise InputError(f'{path} does not fit {type(net).__name__}: {name} must be {value.dtype}, got {dtype}.')
 
 
-def without_module_prefix(weights: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+def without_module_prefix(weights: Mapping[str, Tensor], path: object = 'a state dict') -> OrderedDict[str, Tensor]:
     """Weights on the CPU, without the ``module.`` that DataParallel puts before their names."""
     renamed: OrderedDict[str, Tensor] = OrderedDict()
     for key, value in weights.items():
@@ -204,7 +204,7 @@ def without_module_prefix(weights: Mapping[str, Tensor]) -> OrderedDict[str, Ten
         value = value.float() if value.element_size() == 1 and value.is_floating_point() else value
         name = key[len('module.') :] if key.startswith('module.') else key
         if name in renamed:
-            raise InputError(f'{shown(name)} must be given once, got it also as module.{shown(name)}')
+            raise InputError(f'{path} must have each name once, got {shown(name)} and module.{shown(name)}.')
         renamed[name] = value.detach().cpu()
     versions = getattr(weights, '_metadata', None)  # of the modules, which some of them look at when they load
     if isinstance(versions, Mapping):

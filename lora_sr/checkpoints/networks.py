@@ -223,12 +223,14 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
             check_stated(origin.network, 'network_g')
             with bounded(state, SECTION_FACTOR):
                 return _open_by_section(checkpoint, origin.network, 'network_g')
+        except DamagedWeights:
+            raise
         except InputError as error:
             if checkpoint.family is None:
                 raise UnknownNetwork(f'{path} names the network of its run, but {error}', checkpoint) from None
             LOG.warning(
-                f'{path} names the network of its run, but {error}. It is taken for the {checkpoint.family} of its '
-                'shapes, which tell no residual scale and the like.'
+                f'{path} names the network of its run, but {str(error).rstrip(".")}. It is taken for the '
+                f'{checkpoint.family} of its shapes, which tell no residual scale and the like.'
             )
     if checkpoint.family is None:
         raise UnknownNetwork(

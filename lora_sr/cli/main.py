@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Callable, NoReturn
 
-from lora_sr.errors import InputError, import_basicsr, printable, sentences, shown
+from lora_sr.errors import InputError, import_basicsr, is_first_process, printable, sentences, shown
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -80,7 +80,7 @@ def run_pipeline(is_train: bool) -> int:
         return pipelines.main(is_train)
 
     # Of several processes on a machine, the first tells what is wrong.
-    return _tell(run, '', is_quiet=os.environ.get('LOCAL_RANK', '0') not in ('', '0'))
+    return _tell(run, '', is_quiet=not is_first_process())
 
 
 def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False, argv: Sequence[str] | None = None) -> int:
@@ -97,7 +97,7 @@ def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False, ar
         warnings.filterwarnings('ignore', module='PIL')  # of images that are read all the same, or named
         warnings.filterwarnings('ignore', 'Glyph .* missing', UserWarning)  # of names in figures
         try:
-            os.getcwd()  # before torch is imported, which ends the process where there is none
+            _check_current_folder()  # before torch is imported, which ends the process where there is none
             return run() or 0
         except InputError as error:
             message, status = f'error: {sentences(str(error), sys.argv[1:] if argv is None else argv)}', 2
@@ -107,9 +107,7 @@ def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False, ar
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 message, status = f'error: there is no name as long as {shown(str(error.filename))}', 2
-            elif error.errno == errno.ENOENT and error.filename is None:  # of os.getcwd()
-                message, status = 'error: the current folder must exist, got one that has been removed', 2
-            elif error.filename is not None and error.strerror is not None:
+            elif error.strerror is not None and _was_given(error.filename, sys.argv[1:] if argv is None else argv):
                 message, status = f'error: {shown(str(error.filename), 256)} cannot be used: {error.strerror}', 2
             elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # of the standard output
                 message, status = f'error: the output cannot be written: {error.strerror}', 2
@@ -123,6 +121,21 @@ def _tell(run: Callable[[], int | None], prefix: str, is_quiet: bool = False, ar
     if not is_quiet:
         print(f'{prefix}{message}', file=sys.stderr, flush=True)
     return status
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise InputError('the current folder must exist, got one that has been removed') from None
+
+
+def _was_given(path: object, given: Sequence[str]) -> bool:
+    """Whether a path was an argument of the command line, or is below one: any other is no matter of the user's."""
+    if not isinstance(path, str):
+        return False
+    roots = [os.path.abspath(word) for argument in given for word in (argument, argument.partition('=')[2]) if word]
+    return any(os.path.abspath(path) == root or os.path.abspath(path).startswith(f'{root}{os.sep}') for root in roots)
 
 
 @contextlib.contextmanager

@@ -148,7 +148,7 @@ def _merge_unknown(checkpoint: Checkpoint, output: Path) -> MergeReport:
     except InputError as error:
         raise InputError(f'{checkpoint.path} cannot be used: {error}') from None
     for key, value in merged.items():
-        is_weight = value is not state[key] or key.endswith(('weight', 'bias'))
+        is_weight = value is not state[key] or key.endswith('.weight')
         if value.is_complex() or (is_weight and not value.is_floating_point()):
             raise InputError(f'{checkpoint.path} is damaged: {shown(key)} must be floating-point, got {value.dtype}.')
         if not value.isfinite().all() if is_weight else value.isnan().any():  # a mask may be infinite

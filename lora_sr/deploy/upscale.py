@@ -351,6 +351,15 @@ def _failures_of(job: Job) -> Iterator[None]:
         raise _Failed(f'{job.source} cannot be upscaled: {first_line}.{hint}') from error
 
 
+def _noted(bands: Iterable[np.ndarray], errors: list[BaseException]) -> Iterator[np.ndarray]:
+    """Bands, and a note of the error that making one of them has raised."""
+    try:
+        yield from bands
+    except Exception as error:
+        errors.append(error)
+        raise
+
+
 def _with_failures(job: Job, bands: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     with _failures_of(job):
         yield from bands
@@ -444,11 +453,14 @@ def _write(
     except OSError as error:
         raise InputError(f'The output folder {job.target.parent} cannot be made: {error.strerror}.') from None
     with replacing(job.target) as partial, write_errors(job.target), partial.open('wb') as file:
+        of_network: list[BaseException] = []
         try:
-            write_picture(file, picture, bands, size, job.file_format, quality, run)
+            write_picture(file, picture, _noted(bands, of_network), size, job.file_format, quality, run)
         except InputError as error:
             raise _Failed(f'{job.source} was not written: {error}') from None
         except MemoryError:
             raise _Failed(f'{job.source} was not written: it needs more memory than there is.') from None
         except (ValueError, TypeError, ArithmeticError, struct.error) as error:  # of what a file says of itself
+            if error in of_network:
+                raise
             raise _Failed(f'{job.source} was not written: {type(error).__name__}, {error}.') from error

@@ -143,7 +143,7 @@ def test_the_least_is_the_best(pyiqa, validation):
 
 @pytest.fixture
 def options(tiny_options, monkeypatch):
-    monkeypatch.setattr('lora_sr.basicsr.options.fit.LEAST_SIDES', {})  # of NIQE, which these images are too small for
+    monkeypatch.setattr('lora_sr.basicsr.options.fit.NEEDED', {})  # of NIQE, which these images are too small for
     opt = load_options(tiny_options)
     opt['val']['metrics']['lpips'] = {'type': 'calculate_lpips', 'crop_border': 2, 'better': 'lower'}
     opt['val']['metrics']['niqe'] = {'type': 'calculate_niqe', 'crop_border': 2, 'better': 'lower'}

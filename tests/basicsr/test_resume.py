@@ -200,7 +200,6 @@ SPOILED = {
     "state['optimizers'][0]['param_groups'][0]['params'] = 3": 'its optimizers[0].param_groups.params must be a list',
     "state['optimizers'][0]['state'][0]['exp_avg'] = torch.zeros(1, 1, 1, 1)": 'exp_avg of an optimizer does not fit',
     "state['optimizers'][0]['state'][0]['exp_avg'][0] = torch.inf": 'exp_avg of an optimizer does not fit',
-    "state['optimizers'][0]['state'][0] = 3": 'its optimizers[0].state[0] must be a section',
     "state['schedulers'] = []": 'MultiStepLR',
     "state['schedulers'] = [3]": 'its schedulers[0] must be a section',
     "state['schedulers'][0]['last_epoch'] = 'a'": "last_epoch of a scheduler must be a number, got 'a'",
@@ -249,6 +248,7 @@ def test_an_iteration_draws_its_own_numbers(options):
         ('train.optim_g.lr', 1e-5, True),
         ('val.metrics.psnr.crop_border', 4, False),
         ('val.metrics.psnr', {'type': 'calculate_ssim', 'crop_border': 2}, False),
+        ('datasets.val.dataroot_gt', '/another/disk/gt/', True),
         ('datasets.val.dataroot_gt', 'other', False),
     ],
 )
@@ -265,7 +265,8 @@ def test_the_best_is_of_the_same_metric_on_the_same_images(options, path, value,
     assert (other.best_metric_results['val']['psnr']['iter'] == 2) == is_known
 
 
-def test_a_damaged_state_is_told_with_the_one_before(options):
+def test_a_damaged_state_is_told_with_the_one_before(options, monkeypatch):
+    monkeypatch.setattr(provenance, '_effective', {'train': options['train']})
     model = build_model(copy.deepcopy(options))
     for iteration in (2, 4, 10):
         model.save(0, iteration)
@@ -275,6 +276,9 @@ def test_a_damaged_state_is_told_with_the_one_before(options):
     with pytest.raises(InputError, match=r'is damaged, .* Without .*/10.state the run goes on from iteration 4\.$'):
         load_resume_state(copy.deepcopy(opt))
     (folder / '10.state').unlink()
+    with pytest.raises(InputError) as told:  # the one before is of the same options
+        load_resume_state({**copy.deepcopy(opt), 'train': {'optim_g': {'type': 'NAdam'}}})
+    assert 'must be Adam to resume' in str(told.value) and 'Without' not in str(told.value)
     (Path(options['path']['models']) / 'net_g_4.pth').unlink()
     with pytest.raises(
         InputError, match=r'net_g_4.pth is missing\. Without .*/4.state the run goes on from iteration 2\.$'
@@ -465,3 +469,17 @@ def test_refused_and_finished_runs(tiny_options, tmp_path):
     )
     assert logged(more) == {7: 2.5e-6, 8: 2.5e-6, 9: 2.5e-6}
     assert re.search(r'\[eta: 0:00:00, ', more.stderr) and 'eta: -1 day' not in more.stderr
+
+
+def test_the_state_of_any_optimizer_is_taken(options):
+    """Adafactor's averages are of rows and columns; others keep what is of no weight."""
+    if not hasattr(torch.optim, 'Adafactor'):
+        pytest.skip('this torch has none')
+    options['train']['optim_g'] = {'type': 'Adafactor', 'lr': 1e-3}
+    other, _ = go_on(options, {})
+    states = other.optimizers[0].state
+    assert any(
+        value.shape != weight.shape for weight, values in states.items() for value in values.values() if value.ndim > 1
+    )
+    states['step'] = 3
+    assert len(list(resume.moments_of(other.optimizers[0]))) >= 0

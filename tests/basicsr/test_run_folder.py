@@ -59,6 +59,21 @@ def test_a_run_at_work_keeps_its_folder(tmp_path, other):
     run_folder.claim(folder)  # though its worker lives
 
 
+@pytest.mark.parametrize('is_moved', [True, False])
+def test_the_folder_is_held_to_the_end(tmp_path, is_moved):
+    """Also that of a run that goes on, which was there before."""
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    run_folder.claim(folder)
+    if is_moved:
+        folder.rename(tmp_path / 'archived')
+        folder.mkdir()
+    run_folder.hold(folder)
+    assert not run_folder._take('another', folder) and run_folder._take('above', tmp_path)
+    run_folder.release()
+    assert run_folder._take('another', folder)
+
+
 def test_a_run_that_is_over_does_not(tmp_path):
     folder = tmp_path / 'experiments/run'
     for _ in range(2):

@@ -237,7 +237,7 @@ def test_a_name_is_there_once(tmp_path, capsys):
     state[f'module.{KEY}'] = torch.zeros_like(state[KEY])
     torch.save(state, tmp_path / 'bad.pth')
     error = assert_refused(capsys, 'merge', tmp_path / 'bad.pth', '-o', tmp_path / 'out.pth')
-    assert f'{KEY} must be given once, got it also as module.{KEY}' in error
+    assert f'bad.pth must have each name once, got {KEY} and module.{KEY}.' in error
 
 
 @pytest.mark.parametrize('is_new', [True, False])

@@ -295,7 +295,11 @@ def test_a_file_that_gives_other_images_is_not_kept(adapted, tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     'error, reason',
-    [(OSError(28, 'No space left on device'), 'No space left on device'), (RuntimeError('x'), 'the disk may be full')],
+    [
+        (OSError(28, 'No space left on device'), 'No space left on device'),
+        (RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 64'), 'the disk may be full'),
+        (RuntimeError('CUDA error: out of memory\nmore'), 'CUDA error: out of memory'),
+    ],
 )
 def test_a_failure_to_write_is_one_sentence(adapted, tmp_path, monkeypatch, capsys, error, reason):
     def fail(state, path, origin):

@@ -59,7 +59,7 @@ def _nearest(key: str, known: list[str], needed: list[str], cutoff: float) -> st
 
 
 def for_screen(problems: list[str]) -> list[str]:
-    """Sentences for a screen: the first line of each, of bounded length, and not too many of them."""
+    """Sentences for a screen: a line each, of bounded length, and not too many of them."""
     short = [_shortened(printable(problem)) for problem in problems]
     if len(short) <= MOST_PROBLEMS:
         return short

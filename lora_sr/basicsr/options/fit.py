@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from basicsr.models.sr_model import SRModel
@@ -13,7 +14,11 @@ from lora_sr.archs.padding import is_padded
 from lora_sr.basicsr.options.check import Check, find
 from lora_sr.basicsr.options.degradations import DATASET as DEGRADED
 
-LEAST_SIDES = {'calculate_ssim': 11, 'calculate_niqe': 96}  # a window of SSIM, a block of NIQE
+# What BasicSR's metrics need of an image: a window of SSIM; NIQE's statistics are over blocks.
+NEEDED: dict[str, tuple[str, Callable[[int, int], bool]]] = {
+    'calculate_ssim': ('11 pixels each way', lambda height, width: min(height, width) >= 11),
+    'calculate_niqe': ('two blocks of 96x96 pixels', lambda height, width: (height // 96) * (width // 96) >= 2),
+}
 
 
 def check_fit(check: Check) -> None:
@@ -49,16 +54,17 @@ def _check_channels(check: Check, where: str, dataset: dict, name: str, info: Ne
 def _check_borders(check: Check, scale: int) -> None:
     """Check that metrics have enough of each image."""
     for metric, section in (check.subsection('val').get('metrics') or {}).items():
-        border, least = section.get('crop_border', 0), LEAST_SIDES.get(section.get('type'), 1)
+        border, kind = section.get('crop_border', 0), section.get('type')
+        words, is_enough = NEEDED.get(kind, ('a pixel', lambda height, width: min(height, width) > 0))
         for where, sizes in check.lr_sizes.items():
-            smallest = min(sizes, key=min)
-            if isinstance(border, int) and scale * min(smallest) - 2 * border < least:
-                check.add(
-                    f'val.metrics.{metric}.crop_border must leave {section.get("type")} at least {least} pixels each '
-                    f"way, got {border} for '{sizes[smallest]}' of {where}, whose result has "
-                    f'{scale * smallest[1]}x{scale * smallest[0]}'
-                )
-                break
+            for (height, width), image in sizes.items() if isinstance(border, int) else ():
+                height, width = scale * height, scale * width
+                if not is_enough(height - 2 * border, width - 2 * border):
+                    check.add(
+                        f"val.metrics.{metric}.crop_border must leave {kind} {words}, got {border} for '{image}' of "
+                        f'{where}, whose result has {width}x{height}'
+                    )
+                    break
 
 
 def _check_sizes(check: Check, name: str, info: NetworkInfo) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_sr.basicsr.patches.tools import is_defective, patch
-from lora_sr.basicsr.resume import last_saved
+from lora_sr.basicsr.resume import last_saved, moments_of
 from lora_sr.errors import DivergenceError
 
 
@@ -57,10 +57,9 @@ def check_optimizers(model: Any) -> None:
         DivergenceError: Of the first such state.
     """
     for optimizer in model.optimizers:
-        for values in optimizer.state.values():
-            for name, value in values.items() if isinstance(values, dict) else ():
-                if isinstance(value, Tensor) and not torch.isfinite(value).all():
-                    raise DivergenceError(_sentence(model, f'{name} of {type(optimizer).__name__} is no longer finite'))
+        for _, name, value in moments_of(optimizer):
+            if not torch.isfinite(value).all():
+                raise DivergenceError(_sentence(model, f'{name} of {type(optimizer).__name__} is no longer finite'))
 
 
 def _sentence(model: Any, reason: str) -> str:

@@ -21,7 +21,7 @@ from lora_sr.basicsr.patches.samples import patch_create_train_val_dataloader
 from lora_sr.basicsr.patches.tools import is_defective, patch, replace_everywhere, swapped
 from lora_sr.checkpoints.content import forget, remember
 from lora_sr.checkpoints.imports import import_modules
-from lora_sr.errors import InputError, sentences
+from lora_sr.errors import InputError, is_first_process, sentences
 from lora_sr.option_file import OptionDumper, OptionLoader, apply_overrides, load_options
 
 CHECK_VARIABLE = 'LORA_SR_CHECK'  # 0 in the environment switches the check off
@@ -46,7 +46,7 @@ def mistakes(mode: str) -> Iterator[None]:
 
 def tell(error: Exception) -> None:
     """Print a mistake, an ``error: …`` for each of its lines, in the first process of each machine."""
-    if os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', '')) in ('', '0'):
+    if is_first_process():
         for line in sentences(str(error), sys.argv[1:]).split('\n'):
             print(f'error: {line}', file=sys.stderr, flush=True)
 
@@ -94,6 +94,9 @@ def patch_parse_options() -> None:
             provenance.begin(path, opt, entries)
             start_log()
             import_modules(_modules_to_import(opt), path)
+            from lora_sr.basicsr.options.schema import make_whole
+
+            make_whole(opt)
             remember()  # until the networks have been set up
             if _mode != 'skip' and os.environ.get(CHECK_VARIABLE) != '0':
                 _check(opt, is_train, root_path, rest)
@@ -111,16 +114,13 @@ def patch_parse_options() -> None:
         loader = functools.partial(_PreparedOptions, opt)
         lists = _take_lists_of_roots(opt)
         _complete_paths(opt)
-        from lora_sr.basicsr.options.schema import make_whole
-
-        make_whole(opt)
         with swapped(namespace, ordered_yaml=lambda: (loader, OptionDumper), init_dist=init_dist):
             with swapped(vars(sys), argv=argv):
                 opt, args = original(root_path, is_train)
         for name, roots in lists.items():
             opt['datasets'][name]['dataroot_lq'] = [os.path.expanduser(root) for root in roots]
         args.force_yml = entries
-        if is_train and opt['rank'] == 0:
+        if is_train and opt['rank'] == 0 and _mode != 'skip':  # which only looks at the options
             try:
                 run_folder.claim(opt['path']['experiments_root'])
             except InputError as error:

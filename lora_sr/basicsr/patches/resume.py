@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import io
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,33 +99,40 @@ def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
             opt['path']['resume_state'] = path
     if not path:
         return None
-    try:
-        return _read_state(opt, path)
-    except InputError as error:
-        older = (
-            resume.last_saved(opt['path']['training_states'], before=Path(path).stem) if opt['auto_resume'] else None
-        )
-        hint = '' if older is None else f' Without {path} the run goes on from iteration {older:,}.'
-        raise InputError(f'{str(error).rstrip(".")}.{hint}' if hint else str(error)) from error
+    from basicsr.utils import misc
 
-
-def _read_state(opt: dict[str, Any], path: str) -> dict[str, Any]:
-    state = read_checkpoint(path)
-    missing = [key for key in ('epoch', 'iter', 'optimizers', 'schedulers') if key not in state]
-    if missing:
-        raise InputError(f'{path} is not a training state: it has no {", ".join(missing)}.')
-    resume.check_state(state, path)
+    with _with_the_one_before(opt, path):
+        state = read_checkpoint(path)
+        missing = [key for key in ('epoch', 'iter', 'optimizers', 'schedulers') if key not in state]
+        if missing:
+            raise InputError(f'{path} is not a training state: it has no {", ".join(missing)}.')
+        resume.check_state(state, path)
     folder = opt['path']['training_states']
     if os.path.realpath(os.path.dirname(path)) != os.path.realpath(folder):
         raise InputError(
             f'path.resume_state must be a state of this run, in {folder}, got {path}: go on under the name of that '
             'run, or begin from its weights by path.pretrain_network_g.'
         )
-    from basicsr.utils import misc
-
     resume.check_options(opt, state)
-    misc.check_resume(opt, state['iter'])
+    with _with_the_one_before(opt, path):
+        misc.check_resume(opt, state['iter'])
     return state
+
+
+@contextlib.contextmanager
+def _with_the_one_before(opt: dict[str, Any], path: str) -> Iterator[None]:
+    """Say of a state that cannot be used from which one the run goes on without it."""
+    try:
+        yield
+    except InputError as error:
+        older = (
+            resume.last_saved(opt['path']['training_states'], before=Path(path).stem) if opt['auto_resume'] else None
+        )
+        if older is None:
+            raise
+        raise InputError(
+            f'{str(error).rstrip(".")}. Without {path} the run goes on from iteration {older:,}.'
+        ) from error
 
 
 def patch_resume_training() -> None:

@@ -37,13 +37,13 @@ def options(tiny_options):
         ({'network_g': ONE_CHANNEL, 'datasets.train.color': 'y', 'datasets.val.color': 'y'}, None),
         ({'val.metrics.psnr.crop_border': 15}, None),
         ({'val.metrics.psnr.crop_border': 16},
-         'val.metrics.psnr.crop_border must leave calculate_psnr at least 1 pixels each way, got 16 for '
+         'val.metrics.psnr.crop_border must leave calculate_psnr a pixel, got 16 for '
          "'000.png' of datasets.val, whose result has 32x32"),
         ({'val.metrics.psnr': {'type': 'calculate_ssim', 'crop_border': 10}}, None),
         ({'val.metrics.psnr': {'type': 'calculate_ssim', 'crop_border': 11}},
-         'val.metrics.psnr.crop_border must leave calculate_ssim at least 11 pixels each way, got 11'),
+         'val.metrics.psnr.crop_border must leave calculate_ssim 11 pixels each way, got 11'),
         ({'val.metrics.psnr': {'type': 'calculate_niqe', 'crop_border': 0}},
-         'val.metrics.psnr.crop_border must leave calculate_niqe at least 96 pixels each way, got 0'),
+         'val.metrics.psnr.crop_border must leave calculate_niqe two blocks of 96x96 pixels, got 0'),
         ({'datasets.train.color': 'y'}, 'datasets.train must give images of 3 channels to network_g (MSRResNet), got'),
     ],
 )  # fmt: skip

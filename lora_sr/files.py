@@ -73,6 +73,23 @@ def check_output(path: str | os.PathLike[str], suffixes: tuple[str, ...], overwr
         raise InputError(f'The output {path} cannot be written: {error.strerror}.') from None
 
 
+def check_output_folder(output: Path) -> None:
+    """Check that the output is a folder, or that nothing is in the way of one.
+
+    Raises:
+        InputError: There is a file, a pipe, a device or a link that leads nowhere, at its place or above it.
+    """
+    for path in (output, *output.parents):
+        if os.path.isdir(path):
+            return
+        if os.path.lexists(path):
+            kind = 'a file' if os.path.isfile(path) else 'a pipe or a device'
+            if not os.path.exists(path):
+                kind = 'a link that leads nowhere'
+            place = '' if path == output else f' at {path}'
+            raise InputError(f'The output {output} must be a folder, got {kind}{place}.')
+
+
 def identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     """What tells a file from others, under all its names; ``None`` where there is none."""
     try:

@@ -190,7 +190,10 @@ def resume(model: Any, state: Mapping[str, Any], load: Callable[[], None]) -> No
 
 
 def moments_of(optimizer: Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
-    """The weights of an optimizer, each with the averages of its gradients, by name. What else is kept, who knows."""
+    """The weights of an optimizer, each with the name and the tensor of an average of its gradients, of its own shape.
+
+    Other optimizers keep other things, such as averages of rows, of which nothing is known here.
+    """
     for weight, values in optimizer.state.items():
         for name in MOMENTS if isinstance(weight, Tensor) and isinstance(values, Mapping) else ():
             if isinstance(values.get(name), Tensor):

@@ -168,7 +168,12 @@ class SampleError(InputError):
 
 
 class NamedDataset(Dataset):
-    """A data set that names the sample that it cannot read; in all else the data set that it is given."""
+    """A data set that names the sample that it cannot read; in all else the data set that it is given.
+
+    Raises:
+        SampleError: Instead of what a data set of BasicSR or of this package raises for files and their sizes, and of
+            InputError and OSError of any other.
+    """
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset

@@ -13,10 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lora_sr.data.camera import camera_degradation, camera_seed
-from lora_sr.data.outputs import check_output_folder
 from lora_sr.data.sources import Source, check_left_out, find_sources, memory_errors, read_image
 from lora_sr.errors import InputError
-from lora_sr.files import partial_folder
+from lora_sr.files import check_output_folder, partial_folder
 from lora_sr.images.bicubic import MAX_SCALE
 from lora_sr.images.png import encode_png
 

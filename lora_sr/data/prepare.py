@@ -34,9 +34,9 @@ import numpy as np
 from tqdm import tqdm
 
 from lora_sr.data.lmdb_store import LmdbWriter, check_databases, read_meta_info
-from lora_sr.data.outputs import check_output_folder
 from lora_sr.data.sources import Source, check_left_out, find_sources, memory_errors, read_image
 from lora_sr.errors import InputError
+from lora_sr.files import check_output_folder
 from lora_sr.images.bicubic import BORDERS, MAX_SCALE, bicubic_downscale
 from lora_sr.images.png import encode_png
 

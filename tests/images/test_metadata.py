@@ -9,7 +9,8 @@ import zlib
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image, ImageCms, IptcImagePlugin, PngImagePlugin
+from pictures import pixels
+from PIL import Image, ImageCms, IptcImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from lora_sr.errors import InputError
 from lora_sr.images.encoding import encode_picture, kinds_left_out
@@ -243,3 +244,24 @@ def test_sizes_without_end_are_refused(tmp_path):
 def test_names_of_chunks_are_printable(tmp_path, name):
     (lost,) = read(tmp_path, png_with((name, b'content'))).metadata.lost
     assert lost.startswith('PNG a') and lost.isprintable()
+
+
+@pytest.mark.parametrize('tag', [700, 33723, 34675, 282, 283])
+@pytest.mark.parametrize(
+    'value',
+    [(3, (9,)), (3, (9, 8)), (11, (1.5,)), (12, (1e308,)), (12, (float('nan'),)), (5, (3, 0)), (2, 'text'), (9, (-1,))],
+)
+@pytest.mark.parametrize('file_format', ['png', 'tiff', 'jpeg', 'webp'])
+def test_tags_of_any_type(tmp_path, tag, value, file_format):
+    """What describes an image may be anything: the image is read, and written in every format."""
+    kind, content = value
+    if tag in (282, 283) and kind in (3, 9):
+        pytest.skip('Pillow writes no such tag')
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    directory.tagtype[tag] = kind
+    directory[tag] = TiffImagePlugin.IFDRational(*content) if kind == 5 else content if kind == 2 else tuple(content)
+    directory[282 if tag != 282 else 283] = 72.0
+    Image.fromarray(pixels()).save(tmp_path / 'image.tif', tiffinfo=directory)
+    picture = read_picture(tmp_path / 'image.tif')
+    assert np.array_equal(picture.pixels, pixels())
+    encode_picture(picture, file_format, 95)

@@ -51,6 +51,19 @@ def tell(error: Exception) -> None:
             print(f'error: {line}', file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """End the process with a mistake that has been told, or hand it on, as :func:`mistakes` says."""
+    try:
+        yield
+    except InputError as error:
+        forget()
+        if _mode != 'exit':
+            raise
+        tell(error)
+        sys.exit(2)
+
+
 def patch_ordered_yaml() -> None:
     """`ordered_yaml` gives a loader that runs code (`!!python/object/apply:…`) and reads `1e-4` as a string."""
     from basicsr.utils import options
@@ -87,25 +100,19 @@ def patch_parse_options() -> None:
         path, entries, rest = _split_command_line(sys.argv[1:])
         if path is None:
             return original(root_path, is_train)  # argparse tells what is missing, or prints the help
-        try:
+        with _told():
             launcher.check(_launcher_of(rest))
             opt = load_options(path)
             apply_overrides(opt, entries)
             provenance.begin(path, opt, entries)
             start_log()
             import_modules(_modules_to_import(opt), path)
-            from lora_sr.basicsr.options.schema import make_whole
+            from lora_sr.basicsr.options.whole_numbers import make_whole
 
             make_whole(opt)
             remember()  # until the networks have been set up
             if _mode != 'skip' and os.environ.get(CHECK_VARIABLE) != '0':
                 _check(opt, is_train, root_path, rest)
-        except InputError as error:
-            forget()
-            if _mode != 'exit':
-                raise
-            tell(error)
-            sys.exit(2)
 
         def init_dist(launcher: str, **_: Any) -> None:
             start_distributed(launcher, opt)
@@ -121,14 +128,8 @@ def patch_parse_options() -> None:
             opt['datasets'][name]['dataroot_lq'] = [os.path.expanduser(root) for root in roots]
         args.force_yml = entries
         if is_train and opt['rank'] == 0 and _mode != 'skip':  # which only looks at the options
-            try:
+            with _told():
                 run_folder.claim(opt['path']['experiments_root'])
-            except InputError as error:
-                forget()
-                if _mode != 'exit':
-                    raise
-                tell(error)
-                sys.exit(2)
         return opt, args
 
     replace_everywhere(original, parse_options)

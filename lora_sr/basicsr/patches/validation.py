@@ -60,6 +60,10 @@ def validate_again(model: Any, stream: SampleStream) -> None:
     """Validate a run that goes on where it was saved, if that is where it validates: this comes after saving.
 
     Whether it did so before it ended nobody knows; its training state knows no best value of it.
+
+    Args:
+        model: The model of the run, before its first iteration.
+        stream: The samples of the run, which know where it goes on and on what it validates.
     """
     options, iteration = model.opt.get('val'), stream.start.iteration
     if options is not None and iteration % options['val_freq'] == 0:

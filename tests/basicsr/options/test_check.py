@@ -13,8 +13,9 @@ from option_check import check, paths_of
 from tiny_gan import tiny_gan_options, write_data
 from tiny_run import TINY_OPTIONS, change
 
-from lora_sr.basicsr.options import check_options, schema
+from lora_sr.basicsr.options import check_options
 from lora_sr.basicsr.options.check import for_screen
+from lora_sr.basicsr.options.whole_numbers import make_whole
 from lora_sr.option_file import OptionLoader, load_options
 
 
@@ -482,7 +483,7 @@ def test_whole_numbers_are_made_whole_where_they_count():
         'logger': 3,
         'val': {'val_freq': 5e3, 'metrics': {'psnr': {'crop_border': 4.0}}},
     }
-    schema.make_whole(given)
+    make_whole(given)
     text = repr(given)
     assert text == (
         "{'scale': 4, 'num_gpu': 0, 'train': {'total_iter': 100000, 'warmup_iter': -1, 'optim_g': {'lr': 1.0}, "

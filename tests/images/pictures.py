@@ -1,0 +1,8 @@
+"""Pixels for the tests of image files."""
+
+import numpy as np
+
+
+def pixels(dtype=np.uint8, channels=3, height=13, width=17):
+    values = np.random.default_rng(channels).integers(0, np.iinfo(dtype).max, (height, width, channels), endpoint=True)
+    return values.astype(dtype)

@@ -153,7 +153,7 @@ def _decode_png(data: bytes, path: str | os.PathLike[str]) -> Picture:
         lost=metadata.lost | lost,
     )
     pixels, metadata = _turn(pixels, orientation), extras.upright(metadata, orientation)
-    return Picture(pixels.copy(), icc_profile, _turn_exif(exif, orientation), metadata)
+    return Picture(np.ascontiguousarray(pixels), icc_profile, _turn_exif(exif, orientation), metadata)
 
 
 def _with_alpha(pixels: np.ndarray, transparent: bytes, depth: int) -> np.ndarray:
@@ -218,7 +218,7 @@ def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folde
         lost |= {'channels that are not alpha'}
     metadata = extras.upright(replace(metadata, lost=metadata.lost | lost), orientation)
     has_alpha = extra_samples[:1] != (UNSPECIFIED,)
-    return Picture(pixels.copy(), icc_profile, _turn_exif(exif, orientation), metadata, has_alpha)
+    return Picture(np.ascontiguousarray(pixels), icc_profile, _turn_exif(exif, orientation), metadata, has_alpha)
 
 
 def _refuse_several(image: Image.Image, path: str | os.PathLike[str]) -> None:
@@ -263,7 +263,8 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
-    return pixels
+    # A copy, since numpy calls an axis of one pixel contiguous in any direction, which torch does not.
+    return pixels if orientation == 1 else pixels.copy()
 
 
 def _read_exif(image: Image.Image) -> tuple[int, dict[int, Any], frozenset[str]]:

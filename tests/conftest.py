@@ -57,6 +57,15 @@ def pairs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def basicsr_log(caplog, monkeypatch) -> pytest.LogCaptureFixture:
+    """`caplog` of BasicSR's logger, which hands nothing on from its first use, whichever test that is in."""
+    from basicsr.utils import get_root_logger
+
+    monkeypatch.setattr(get_root_logger(), 'propagate', True)
+    return caplog
+
+
+@pytest.fixture
 def tiny_options(pairs, tmp_path) -> Path:
     """An option file for six iterations of a tiny network on the CPU; with it goes the folder to run in, its parent."""
     file = tmp_path / 'tiny.yml'

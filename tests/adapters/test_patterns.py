@@ -6,7 +6,7 @@ import re
 import pytest
 
 from lora_sr.adapters import LoRAConfig
-from lora_sr.adapters.patterns import MOST_STEPS, Patterns, check_simple, matches_any
+from lora_sr.adapters.patterns import Patterns, check_simple, matches_any
 from lora_sr.errors import InputError
 
 NAMES = [
@@ -79,4 +79,4 @@ def test_patterns_of_files_have_few_steps(pattern):
     with pytest.raises(InputError, match='must be simpler: with so many names, and as long ones, it takes too long'):
         for index in range(100_000):
             given.rank_of('a' * 480 + str(index))
-    assert own == given and 1e8 < MOST_STEPS < 1e10
+    assert own == given

@@ -252,6 +252,14 @@ def test_damaged_database(tmp_path, monkeypatch, capfd):
     assert listing(tmp_path) == before
 
 
+def test_an_output_folder_that_is_a_link_to_nowhere(tiny_options, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'experiments').symlink_to('nowhere')
+    assert main(True, ['-opt', str(tiny_options)]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith('error: the output folder ') and error.endswith('experiments: it is not a folder\n')
+
+
 def test_output_folder_that_cannot_be_written(tiny_options, tmp_path, capfd, monkeypatch):
     read_only = Path('/proc')
     if not read_only.is_dir():

@@ -120,12 +120,11 @@ def test_seed_of_a_run_that_goes_on(given, expected):
     assert begin(state=state, seed=given, drawn=31)[0].seed == expected
 
 
-def test_nothing_left_to_train(caplog, monkeypatch):
-    monkeypatch.setattr('lora_sr.basicsr.samples.LOG.propagate', True)
+def test_nothing_left_to_train(basicsr_log):
     state = {'epoch': 4, 'iter': 40, 'lora_sr': {'samples': {'seed': 5, 'seen': 0}}}
     stream, last_epoch, _ = begin(state=state, total=30)
     assert train(stream, last_epoch, 2, (4, 40)) == {}
-    assert 'Nothing is left to train: the run is at iteration 40, and train.total_iter is 30.' in caplog.text
+    assert 'Nothing is left to train: the run is at iteration 40, and train.total_iter is 30.' in basicsr_log.text
 
 
 def test_an_epoch_of_less_than_a_batch():

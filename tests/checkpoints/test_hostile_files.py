@@ -234,6 +234,53 @@ def test_updates_that_make_no_sense_are_not_added(refuse, changes, message):
     assert message in refuse(state)
 
 
+@pytest.mark.parametrize('verb', ['merge', 'apply'])
+@pytest.mark.parametrize(
+    ('lora_B', 'alpha', 'message'),
+    [
+        (
+            1e38,
+            1.0,
+            'The adapters give values that are not finite, or too large for torch.float32: block_1.c1_r.eval_conv',
+        ),
+        (1.0, 0.0, 'lora_alpha must be a number of at most 1e+30 other than 0, got 0.'),
+        (1.0, 1e31, 'lora_alpha must be a number of at most 1e+30 other than 0, got 1e+31.'),
+        (1.0, True, None),
+    ],
+)
+def test_updates_beyond_all_numbers_are_not_written(adapter, tmp_path, capsys, verb, lora_B, alpha, message):
+    tensors = dict(adapter.tensors)
+    for key, value in tensors.items():
+        if key.endswith('lora_alpha'):
+            tensors[key] = torch.tensor(alpha)
+        else:
+            tensors[key] = torch.full_like(value, lora_B if key.endswith('lora_B') else min(lora_B, 1e38))
+    save_file(tensors, tmp_path / 'bad.safetensors', metadata={'lora_config': adapter.config.to_json()})
+    line = [
+        'adapter',
+        verb,
+        str(tmp_path / 'base.pth'),
+        str(tmp_path / 'bad.safetensors'),
+        '-o',
+        str(tmp_path / 'out.pth'),
+    ]
+    if message is None or (verb == 'apply' and lora_B > 1):  # which carries two factors, each of them finite
+        assert main(line) == 0
+    else:
+        assert message in assert_refused(capsys, *line) and not (tmp_path / 'out.pth').exists()
+
+
+@pytest.mark.parametrize(('section', 'told'), [({}, False), ({'unknown': 1}, True), ({'unit': '/etc'}, True)])
+def test_a_section_that_cannot_be_used_is_told(tmp_path, caplog, section, told):
+    """The shapes tell the network, but no scale of its residuals."""
+    network = basicsr_edsr.EDSR(3, 3, num_feat=4, num_block=1, res_scale=0.1)
+    stated = {**EDSR, 'res_scale': 0.1, **section}
+    torch.save({'params': network.state_dict(), 'lora_sr': {'network': stated}}, tmp_path / 'edsr.pth')
+    opened = load_network(tmp_path / 'edsr.pth')
+    assert opened.body[0].res_scale == (1 if told else 0.1)
+    assert ('names the network of its run, but' in caplog.text) == told
+
+
 EDSR = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 4, 'num_block': 1}
 TOO_LARGE = 'the numbers of network_g must add up to at most 65,536, got more at '
 NO_IMAGE = 'network_g.type must be a network that takes an image and gives an image, got '

@@ -323,6 +323,19 @@ def test_a_disk_that_becomes_read_only_is_one_sentence(adapted, tmp_path, monkey
     assert 'm.pth cannot be written: Read-only file system.' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('scale', ['x', [1, 2]])
+def test_a_stated_value_that_does_not_run_is_one_sentence(tmp_path, capsys, scale):
+    """A constructor may keep anything; the forward pass finds out."""
+    network = add_lora(EDSR(3, 3, num_feat=4, num_block=1), LoRAConfig(['body.*'], rank=1))
+    section = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 4, 'num_block': 1, 'res_scale': scale}
+    torch.save({'params': network.state_dict(), 'lora_sr': {'network': section}}, tmp_path / 'edsr.pth')
+    files = set(tmp_path.iterdir())
+    assert main(['merge', str(tmp_path / 'edsr.pth'), '-o', str(tmp_path / 'm.pth')]) == 2
+    error = capsys.readouterr().err
+    assert 'EDSR does not run with the values that it was built with: ' in error and error.count('\n') == 1
+    assert set(tmp_path.iterdir()) == files
+
+
 def test_another_failure_is_not_taken_for_one_to_write(adapted, tmp_path, monkeypatch):
     def fail(network, images):
         raise RuntimeError('of the forward pass')

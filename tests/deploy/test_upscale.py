@@ -319,6 +319,48 @@ def test_a_large_result_that_fails_leaves_nothing(enlarging, tmp_path, monkeypat
     assert reason.endswith('a.png cannot be upscaled: DefaultCPUAllocator: not enough memory. A smaller --tile helps.')
 
 
+@pytest.mark.parametrize('error', [TypeError, ValueError])
+def test_a_fault_of_the_network_is_no_fault_of_the_image(enlarging, tmp_path, monkeypatch, error):
+    """Also where its result is written while it is made."""
+
+    def fail(*_):
+        raise error('of the network')
+
+    Image.fromarray(pixels(20, 20, 3)).save(tmp_path / 'a.png')
+    monkeypatch.setattr(upscaler_module, '_rounded', fail)
+    for most in (module.WHOLE_BYTES, 0):
+        monkeypatch.setattr(module, 'WHOLE_BYTES', most)
+        with pytest.raises(error, match='^of the network$'):
+            upscale([tmp_path / 'a.png'], 'any.pth', tmp_path / 'out')
+        assert not (tmp_path / 'out').exists()
+
+
+def test_what_describes_an_image_does_not_stop_the_rest(enlarging, tmp_path, monkeypatch):
+    """Whatever a library makes of it."""
+    for name in ('a.png', 'b.png'):
+        Image.fromarray(pixels(20, 20, 3)).save(tmp_path / name)
+    original = module.write_picture
+
+    def fail_once(file, *arguments):
+        if '.a.' in file.name:
+            raise OverflowError('cannot convert float infinity to integer')
+        original(file, *arguments)
+
+    monkeypatch.setattr(module, 'write_picture', fail_once)
+    report = upscale([tmp_path / 'a.png', tmp_path / 'b.png'], 'any.pth', tmp_path / 'out')
+    assert files_in(tmp_path / 'out') == ['b.png']
+    (reason,) = report.failures.values()
+    assert reason.endswith('a.png was not written: OverflowError, cannot convert float infinity to integer.')
+
+
+def test_names_in_a_folder_make_no_lines(enlarging, tmp_path, capsys):
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in' / 'a\x1b[31m\nlora-sr: error: forged.png').write_bytes(b'x')
+    assert run(tmp_path / 'in', '-m', 'any.pth', '-o', tmp_path / 'out') == 1
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and err[:-1].isprintable() and 'a\\x1b[31m\\nlora-sr: error: forged.png' in err
+
+
 def test_a_full_disk_stops_large_results_too(enlarging, tmp_path, monkeypatch):
     Image.fromarray(pixels(20, 20, 3)).save(tmp_path / 'a.png')
     monkeypatch.setattr(module, 'WHOLE_BYTES', 0)

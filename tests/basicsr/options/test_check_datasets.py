@@ -12,6 +12,7 @@ from option_check import check
 from PIL import Image
 from tiny_run import change, write_pairs
 
+from lora_sr.basicsr.options import check_options
 from lora_sr.basicsr.options.dataset_content import _read_header
 
 NEEDS_PIPES = pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no pipes with names')
@@ -393,3 +394,12 @@ def test_lr_images_need_a_teacher(without_gt, tmp_path):
     without_gt['train'] = {**without_gt['train'], 'pixel_opt': {'type': 'L1Loss'}}
     sentence = 'datasets.train: an LRImageDataset has no ground truth; it needs a teacher, model_type: '
     assert f'{sentence}DistillationModel' in check(without_gt, tmp_path)
+
+
+def test_a_training_file_is_no_test(without_gt, tmp_path):
+    """BasicSR measures on all of its data sets, also on those that have nothing to measure with."""
+    problems = check_options(without_gt, False, tmp_path)
+    sentence = 'datasets.train must be left out of a test, for an LRImageDataset has no ground truth to measure with: '
+    assert f'{sentence}--force_yml datasets:train=~' in problems
+    del without_gt['datasets']['train']
+    assert not any(problem.startswith('datasets.train') for problem in check_options(without_gt, False, tmp_path))

@@ -1,5 +1,6 @@
 """The check of option files for GAN models, degrading on the fly and perceptual loss: one sentence for each mistake."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -275,6 +276,12 @@ def test_damaged_images(options, data, tmp_path, backend):
     names.write_text('')
     (problem,) = check_options(opt, True, tmp_path)
     assert problem.startswith(f'datasets.train.meta_info: {names} is empty')
+    names.unlink()
+    os.mkfifo(names)  # which would be waited for
+    (problem,) = check_options(opt, True, tmp_path)
+    assert problem.startswith(
+        f'datasets.train.meta_info: the list {names} cannot be read: it must be a file, got a pipe'
+    )
 
 
 # --- perceptual loss ---

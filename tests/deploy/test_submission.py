@@ -117,10 +117,11 @@ def test_the_official_entry_of_the_challenge(shared, tmp_path, capsys):
     'make',
     [
         lambda: with_lora(SPAN(feature_channels=8, upscale=2)),
+        lambda: SPAN(feature_channels=8, upscale=2, norm=False),
         lambda: with_lora(LKDN(**LKDN_SIZES, num_in=1, upscale=3, conv='BSConvU_rep', upsampler='pixelshuffle_rep')),
         lambda: LKDN(**LKDN_SIZES, num_in=2, upscale=4, conv='BSConvU_idt'),
     ],
-    ids=['span_lora_on_branches', 'lkdn_lora_beside_branches', 'lkdn_identity'],
+    ids=['span_lora_on_branches', 'span_without_normalization', 'lkdn_lora_beside_branches', 'lkdn_identity'],
 )
 def test_trained_forms_are_merged_and_folded(tmp_path, make):
     torch.manual_seed(1)

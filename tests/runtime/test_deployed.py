@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_sr
 from lora_sr.adapters import LoRAConfig, add_lora
+from lora_sr.archs import network_info
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.span import SPAN
@@ -61,6 +62,8 @@ def small_networks():
     return {
         'SPAN in training form': span,
         'DSCLoRA': lora,
+        'SPAN of gray': randomized(SPAN(1, 1, feature_channels=9, upscale=2)),
+        'SPAN without normalization': randomized(SPAN(3, 1, feature_channels=8, upscale=2, norm=False)),
         'LKDN': randomized(LKDN(num_feat=10, num_atten=6, num_block=2, upscale=2)),
         'LKDN, odd halves, branches': randomized(
             LKDN(num_feat=14, num_atten=7, num_block=3, upscale=3, conv='BSConvU_rep', upsampler='pixelshuffle_rep')
@@ -76,7 +79,8 @@ def test_images_of_the_network(name):
     network = small_networks()[name]
     before = copy.deepcopy(network.state_dict())
     optimized = lora_sr.optimize(network)
-    for size in ((1, 3, 17, 30), (2, 3, 40, 23)):
+    channels = network_info(network).in_channels
+    for size in ((1, channels, 17, 30), (2, channels, 40, 23)):
         image = synthetic_image(*size)
         with torch.no_grad():
             expected = copy.deepcopy(network).double()(image.double())
@@ -87,7 +91,11 @@ def test_images_of_the_network(name):
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize('name', ['SPAN in training form', 'DSCLoRA', 'LKDN', 'LKDN, odd halves, branches'])
+@pytest.mark.parametrize(
+    'name',
+    ['SPAN in training form', 'DSCLoRA', 'SPAN of gray', 'SPAN without normalization']
+    + ['LKDN', 'LKDN, odd halves, branches'],
+)
 def test_ours_run_on_the_kernels(needs_kernels, name):
     assert lora_sr.optimize(small_networks()[name]).engine == 'kernels'
 

@@ -23,7 +23,7 @@ class PNGError(ValueError):
 
 
 def encode_png(image: np.ndarray) -> np.ndarray:
-    """A uint8 image of shape (height, width, 3), BGR, as PNG bytes at compression level 1.
+    """A uint8 or uint16 image of shape (height, width, 3), BGR, as PNG bytes at compression level 1.
 
     OpenCV's own setting is that level with the "sub" filter and run lengths. Asked for the level by name, as in
     BasicSR's scripts, it tries every filter on every row: twice the time, for files a tenth smaller.

@@ -8,6 +8,7 @@ from tiny_run import change
 
 from lora_sr.archs.adaptsr import AdaptSR
 from lora_sr.archs.lkdn import LKDN
+from lora_sr.archs.span import SPAN
 
 
 def test_names_with_the_suffix_of_basicsr_are_known(options, tmp_path):
@@ -160,3 +161,26 @@ def test_checkpoint_of_another_scale_that_differs_elsewhere_too(options, tmp_pat
     change(options, 'path.pretrain_network_g', str(tmp_path / 'x4.pth'))
     (problem,) = check(options, tmp_path)
     assert 'does not fit LKDN' in problem and 'scale' not in problem
+
+
+@pytest.mark.parametrize('norm', [True, False])
+@pytest.mark.parametrize('kind', ['SPAN', 'DSCLoRA'])
+def test_checkpoint_of_a_span_with_another_normalization(options, tmp_path, kind, norm):
+    torch.save({'params': SPAN(feature_channels=6, upscale=2, norm=not norm).state_dict()}, tmp_path / 'base.pth')
+    change(options, 'network_g', {'type': kind, 'feature_channels': 6, 'upscale': 2, 'norm': norm})
+    change(options, 'path.pretrain_network_g', str(tmp_path / 'base.pth'))
+    wanted, given = ('without', 'false, got true') if norm else ('with', 'true, got false')
+    sentence = f'{tmp_path}/base.pth is of a SPAN {wanted} normalization: norm of network_g must be {given}'
+    for strict in (True, False):  # it would load
+        change(options, 'path.strict_load_g', strict)
+        assert check(options, tmp_path) == [f'path.pretrain_network_g: {sentence}']
+    change(options, 'network_g.norm', not norm)
+    assert check(options, tmp_path) == []
+
+
+def test_checkpoint_of_a_span_of_another_width_is_no_other_network(options, tmp_path):
+    torch.save({'params': SPAN(feature_channels=8, upscale=2).state_dict()}, tmp_path / 'base.pth')
+    change(options, 'network_g', {'type': 'DSCLoRA', 'feature_channels': 6, 'upscale': 2})
+    change(options, 'path.pretrain_network_g', str(tmp_path / 'base.pth'))
+    (problem,) = check(options, tmp_path)
+    assert 'conv_cat.weight has shape (8, 32, 1, 1) instead of (6, 24, 1, 1)' in problem

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_sr.adapters import is_lora_key
+from lora_sr.adapters.foreign_files import is_foreign
 from lora_sr.checkpoints.content import PARAM_KEYS, Content, read_checkpoint, without_module_prefix
 from lora_sr.checkpoints.families import family_of
 from lora_sr.checkpoints.origin import Origin, fingerprint
@@ -65,7 +66,12 @@ class Checkpoint:
 
     @property
     def form(self) -> str:
-        """``base``; ``adapted``, i.e. a base with LoRA beside; or ``adapter``, LoRA alone. The keys tell."""
+        """``base``; ``adapted``, i.e. a base with LoRA beside; or ``adapter``, LoRA alone. The keys tell.
+
+        What PEFT, kohya's scripts and LyCORIS write is an ``adapter``.
+        """
+        if is_foreign(self.state):
+            return ADAPTER
         is_lora = [is_lora_key(key) for key in self.state]
         return ADAPTER if all(is_lora) else ADAPTED if any(is_lora) else BASE
 

@@ -19,6 +19,7 @@ from lora_sr.adapters import (
     mix_adapters,
     remove_lora,
 )
+from lora_sr.adapters.foreign_files import weights_file
 from lora_sr.adapters.verbs import attach_updates
 from lora_sr.archs import deploy_form, fold, is_training_form, network_info, take_any_size
 from lora_sr.checkpoints.adapter_file import AdapterFile, check_once
@@ -176,7 +177,9 @@ def open_network(source: NetworkLike, param_key: str | None = None, needs_weight
 
 def input_files(source: NetworkLike, checkpoint: Checkpoint | None) -> list[PathLike]:
     """The files that a network was made of: its checkpoint, if there is one, and its adapters."""
-    adapters = [path for path, _ in source.adapters] if isinstance(source, NetworkSource) else []
+    adapters: list[PathLike] = (
+        [weights_file(path) for path, _ in source.adapters] if isinstance(source, NetworkSource) else []
+    )
     return adapters if checkpoint is None else [checkpoint.path, *adapters]
 
 
@@ -379,9 +382,10 @@ def _with_adapters(opened: OpenedNetwork, source: NetworkSource) -> OpenedNetwor
     files = [(AdapterFile.read(path), weight) for path, weight in source.adapters]
     check_once([file for file, _ in files], source.force)
     state = network.state_dict()
-    for file, _ in files:
-        file.check_fit(state, opened.name, is_training_form(network))
+    adapters = []
+    for file, weight in files:
+        adapters.append((file.adapter_for(state, opened.name, is_training_form(network)), weight))
         content = None if opened.checkpoint is None else opened.checkpoint.content
         file.check_base(state, opened.origin, opened.name, source.force, content)
-    load_adapter(network, mix_adapters([(file.adapter, weight) for file, weight in files]))
+    load_adapter(network, mix_adapters(adapters))
     return replace(opened, network=network, origin=replace(opened.origin, base=fingerprint(state)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -13,7 +14,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_sr.adapters import Adapter, adapted_modules, count_parameters, extract_adapter, is_lora_key
+from lora_sr.adapters import (
+    Adapter,
+    ForeignAdapter,
+    adapted_modules,
+    count_parameters,
+    extract_adapter,
+    is_lora_key,
+)
+from lora_sr.adapters.foreign_files import weights_file
 from lora_sr.archs import DSCLoRA, NetworkInfo, is_training_form, network_info
 from lora_sr.archs.reparam import Foldable
 from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkLike, NetworkSource, OpenedNetwork, open_network
@@ -104,7 +113,7 @@ def summarize_checkpoint(source: str | os.PathLike[str] | Checkpoint | NetworkSo
     named = source.checkpoint
     if named is None or isinstance(named, nn.Module):
         raise InputError('No file is named: give a checkpoint, or an option file.')
-    path = named.path if isinstance(named, Checkpoint) else Path(named)
+    path = named.path if isinstance(named, Checkpoint) else weights_file(named)
     content = named.content if isinstance(named, Checkpoint) else read_checkpoint(path)
     rows = {'file': f'{printable(str(path))}, {path.stat().st_size:,} bytes'}
     if isinstance(content.get('optimizers'), list) or {'state', 'param_groups'} <= content.keys():
@@ -239,14 +248,14 @@ def _summarize_unknown(checkpoint: Checkpoint, rows: dict[str, str], obstacle: s
 
 def _summarize_adapter(checkpoint: Checkpoint, rows: dict[str, str]) -> CheckpointSummary:
     path = checkpoint.path
-    values = sum(value.numel() for key, value in checkpoint.state.items() if not key.endswith('lora_alpha'))
+    values = sum(value.numel() for key, value in checkpoint.state.items() if not key.endswith(('lora_alpha', '.alpha')))
     try:
         adapter = AdapterFile.of(checkpoint).adapter
     except InputError as error:
         form = f'LoRA without a network, and no adapter file: {error}'
         return CheckpointSummary({**rows, 'form': form, 'parameters': f'{values:,}'}, [])
     described = {
-        'form': 'adapter only: it goes onto its base',
+        'form': 'adapter only: it goes onto its base' if isinstance(adapter, Adapter) else _foreign_form(adapter),
         'LoRA': _lora(adapter),
         'layers': ', '.join([*map(shown, adapter.layers[:3]), *(['…'] if len(adapter.layers) > 3 else [])]),
         'parameters': f'{values:,}',
@@ -256,6 +265,12 @@ def _summarize_adapter(checkpoint: Checkpoint, rows: dict[str, str]) -> Checkpoi
         _command('lora-sr adapter info', path),
     ]
     return CheckpointSummary({**rows, **described}, commands)
+
+
+def _foreign_form(adapter: ForeignAdapter) -> str:
+    return f'adapter in the layout of {adapter.kind}: ' + (
+        f'it goes onto no base, since {adapter.obstacle}' if adapter.obstacle else 'it goes onto its base'
+    )
 
 
 def _summarize_training_state(path: Path, content: dict, rows: dict[str, str]) -> CheckpointSummary:
@@ -343,13 +358,15 @@ def _blocks(network: nn.Module) -> str:
     return ''
 
 
-def _lora(adapter: Adapter) -> str:
+def _lora(adapter: Adapter | ForeignAdapter) -> str:
     """Layers, ranks, alphas and deltas in words."""
     layers = adapter.layers
     ranks = _spread('rank', (adapter.rank_of(layer) for layer in layers))
-    alphas = _spread('alpha', (adapter.alpha_of(layer) for layer in layers))
-    deltas = f'; deltas of {len(adapter.deltas)} parameters' if adapter.deltas else ''
-    return f'{len(layers)} layers' + (f', {ranks}, {alphas}' if layers else '') + deltas
+    alphas = [adapter.alpha_of(layer) for layer in layers]
+    alpha = 'alpha unknown' if any(map(math.isnan, alphas)) else _spread('alpha', alphas)
+    what = 'deltas of' if isinstance(adapter, Adapter) else 'whole values of'
+    deltas = f'; {what} {len(adapter.deltas)} parameters' if adapter.deltas else ''
+    return f'{len(layers)} layers' + (f', {ranks}, {alpha}' if layers else '') + deltas
 
 
 def _spread(what: str, values: Iterable[float]) -> str:

@@ -154,9 +154,9 @@ class ForeignAdapter:
         return tensors, layers
 
     def _check_values(self) -> None:
-        parts = ((f'{name}.{part}', value) for name, one in self.updates.items() for part, value in one.parts.items())
-        for name, value in (*parts, *self.values.items()):
-            if not value.isfinite().all():
+        for name in (*self.updates, *self.values):
+            values = self.updates[name].parts.values() if name in self.updates else [self.values[name]]
+            if not all(value.isfinite().all() for value in values):
                 raise InputError(f'it has values that are not finite, in {shown(name)}')
 
 

@@ -111,6 +111,8 @@ def _parse_peft(tensors: Mapping[str, Tensor], config: dict[str, Any] | None) ->
         if match is not None:
             if match['name']:
                 adapters[match['name'][1:]] = None
+                if len(adapters) > 1:
+                    raise InputError(f'it must hold one adapter, got {" and ".join(map(shown, adapters))}')
             part = match['part'] + (match['what'] if match['what'] == '.bias' else '')
             held = parts.setdefault(match['layer'], {})
         elif alpha is not None and alpha['part'] == 'alpha':
@@ -124,8 +126,6 @@ def _parse_peft(tensors: Mapping[str, Tensor], config: dict[str, Any] | None) ->
         if part in held:
             raise InputError(f'it must have each name once, got two of {shown(key)}')
         held[part] = value
-    if len(adapters) > 1:
-        raise InputError(f'it must hold one adapter, got {" and ".join(map(shown, list(adapters)[:2]))}')
     values.update(  # of a network whose parameter is called alpha
         (join(layer, 'alpha'), held.pop('alpha')) for layer, held in parts.items() if held.keys() == {'alpha'}
     )
@@ -193,7 +193,8 @@ class _PeftScales:
     def _patterns(self, key: str, count: int) -> tuple[Patterns, list[Any]]:
         values = self.options[key]
         if not isinstance(values, dict) or len(values) * count > MOST_MATCHES:
-            raise InputError(f'"{key}" of {PEFT_CONFIG} must be a mapping of layers, got {shown(repr(values))}')
+            most = MOST_MATCHES // max(1, count)
+            raise InputError(f'"{key}" of {PEFT_CONFIG} must map at most {most:,} patterns, got {shown(repr(values))}')
         patterns = []
         for pattern in values:
             check_simple(pattern)
@@ -203,7 +204,7 @@ class _PeftScales:
                 raise InputError(f'the pattern {shown(repr(pattern))} is not a regular expression') from None
             # PEFT looks for it at the end of a name, behind a dot, unless it says where the name begins.
             is_whole = pattern.startswith('^') and '|' not in pattern
-            patterns.append(pattern[1:] if is_whole else f'(?:.*\\.|)(?:{pattern})')
+            patterns.append(pattern[1:] if is_whole else f'(.*\\.|)({pattern})')
         return Patterns(patterns, MOST_STEPS), list(values.values())
 
     def of(self, layer: str) -> tuple[Any, float | None]:
@@ -259,7 +260,8 @@ def _parse_kohya(tensors: Mapping[str, Tensor]) -> ForeignAdapter:
 
 def _check_kohya(layer: str, held: Mapping[str, Tensor]) -> None:
     """Check that a layer has the parts of one kind of update, and all of them."""
-    kinds = {part.partition('_')[0] for part in held if part not in MAGNITUDES}
+    of_lora = {'down': 'lora', 'up': 'lora', 'mid': 'lora'}
+    kinds = {of_lora.get(part, part.partition('_')[0]) for part in held if part not in MAGNITUDES}
     if kinds == {'hada'}:
         wanted = {f'hada_w{number}_{end}' for number in '12' for end in 'ab'}
         wanted |= {'hada_t1', 'hada_t2'} if {'hada_t1', 'hada_t2'} & held.keys() else set()
@@ -267,10 +269,10 @@ def _check_kohya(layer: str, held: Mapping[str, Tensor]) -> None:
         wanted = set()
         for matrix in ('lokr_w1', 'lokr_w2'):
             wanted |= {matrix} if matrix in held else {f'{matrix}_a', f'{matrix}_b'}
-    elif kinds <= {'down', 'up', 'mid'}:
+    elif kinds <= {'lora'}:
         wanted = {'down', 'up'}
     else:
-        raise InputError(f'it has updates of several kinds for the layer {shown(layer)}: {", ".join(sorted(kinds))}')
+        raise InputError(f'it has updates of several kinds for the layer {shown(layer)}, {" and ".join(sorted(kinds))}')
     missing = [{'down': 'lora_down', 'up': 'lora_up'}.get(part, part) for part in sorted(wanted - held.keys())]
     if missing:
         raise InputError(f'it lacks {" and ".join(missing)} of the layer {shown(layer)}')

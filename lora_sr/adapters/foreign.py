@@ -180,7 +180,7 @@ class _Names:
     def __init__(self, names: Iterable[str], base: Mapping[str, Tensor]):
         self.base = base
         self.layers = {
-            key[: -len(end)]
+            key[: -len(end)]: None  # in their order, for messages
             for key in base
             for end in ('.weight', f'.{LoRAMultiheadAttention.weight_name}')
             if key.endswith(end)
@@ -204,7 +204,7 @@ class _Names:
         """The key that the base has for a parameter."""
         return self._find(name, self.base)
 
-    def _find(self, name: str, known: Any) -> str:
+    def _find(self, name: str, known: Mapping[str, Any]) -> str:
         bare = name[len(self.prefix) :] if _flat(name).startswith(self.prefix) else name
         if bare in known:
             return bare

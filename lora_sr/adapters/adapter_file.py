@@ -29,6 +29,7 @@ from lora_sr.adapters.foreign import ForeignAdapter, Misfit, describe_differing,
 from lora_sr.adapters.foreign_files import is_foreign, read_foreign, weights_file
 from lora_sr.adapters.layers import (
     DELTA_PREFIX,
+    DTYPES,
     LORA_TENSORS,
     LoRAMultiheadAttention,
     join,
@@ -42,7 +43,6 @@ from lora_sr.files import check_output, write_whole
 
 CONFIG_KEY = 'lora_config'
 SUFFIX = '.safetensors'
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)

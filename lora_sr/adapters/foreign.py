@@ -11,7 +11,15 @@ from typing import Any, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lora_sr.adapters.layers import DELTA_PREFIX, LORA_TENSORS, LoRAMultiheadAttention, join, matrix_shape, weight_key
+from lora_sr.adapters.layers import (
+    DELTA_PREFIX,
+    DTYPES,
+    LORA_TENSORS,
+    LoRAMultiheadAttention,
+    join,
+    matrix_shape,
+    weight_key,
+)
 from lora_sr.errors import InputError, shown
 
 SHOWN_MISFITS = 3  # of the layers that do not fit
@@ -145,6 +153,8 @@ class ForeignAdapter:
                 if base[key].shape != value.shape:
                     raise _Differs(f'{shown(key)} is {text_of(base[key].shape)} here, got {text_of(value.shape)}')
                 if base[key].is_floating_point():
+                    if value.dtype not in DTYPES:
+                        raise _Differs(f'{shown(key)} is of {base[key].dtype} here, got {value.dtype}')
                     _add_delta(tensors, key, value.double() - base[key].double(), base[key])
             except _Differs as error:
                 differing.setdefault(own_name.rpartition('.')[0], str(error))
@@ -156,7 +166,7 @@ class ForeignAdapter:
     def _check_values(self) -> None:
         for name in (*self.updates, *self.values):
             values = self.updates[name].parts.values() if name in self.updates else [self.values[name]]
-            if not all(value.isfinite().all() for value in values):
+            if not all(value.isfinite().all() for value in values if value.dtype in DTYPES):
                 raise InputError(f'it has values that are not finite, in {shown(name)}')
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_sr.adapters.config import LARGEST_ALPHA
 from lora_sr.adapters.foreign import MAGNITUDES, ForeignAdapter, Update, text_of
-from lora_sr.adapters.layers import join
+from lora_sr.adapters.layers import DTYPES, join
 from lora_sr.adapters.patterns import MOST_STEPS, Patterns, check_simple
 from lora_sr.errors import InputError, shown
 from lora_sr.files import check_regular
@@ -170,7 +170,7 @@ def _peft_update(layer: str, held: Mapping[str, Tensor], fan_in_fan_out: bool) -
         parts['lora_magnitude_vector'] = held['lora_magnitude_vector']
     if 'lora_B.bias' in held:
         parts['bias'] = held['lora_B.bias']
-    _check_factors(layer, parts)
+    _check_factors(layer, parts, may_have_groups=True)
     return Update(parts, is_embedding or fan_in_fan_out)
 
 
@@ -277,14 +277,14 @@ def _check_kohya(layer: str, held: Mapping[str, Tensor]) -> None:
     if missing:
         raise InputError(f'it lacks {" and ".join(missing)} of the layer {shown(layer)}')
     if 'down' in held:
-        _check_factors(layer, held)
+        _check_factors(layer, held, may_have_groups=False)
     for part, value in held.items():
         is_matrix = value.ndim > 1 or part in MAGNITUDES
-        if not value.is_floating_point() or not value.numel() or not is_matrix:
+        if value.dtype not in DTYPES or not value.numel() or not is_matrix:
             raise InputError(f'{part} of {shown(layer)} must be a matrix of floating-point numbers, got {_kind(value)}')
 
 
-def _check_factors(layer: str, parts: Mapping[str, Tensor]) -> None:
+def _check_factors(layer: str, parts: Mapping[str, Tensor], may_have_groups: bool) -> None:
     """Check that those of LoRA go with each other, whatever they are for."""
     up, down, mid = parts['up'], parts['down'], parts.get('mid')
     goes = up.ndim > 1 < down.ndim and min(*up.shape, *down.shape) > 0 and up.numel() == up.shape[0] * up.shape[1]
@@ -292,7 +292,7 @@ def _check_factors(layer: str, parts: Mapping[str, Tensor]) -> None:
         goes = mid.ndim > 2 and tuple(mid.shape[:2]) == (up.shape[1], down.shape[0])
         goes = goes and down.numel() == down.shape[0] * down.shape[1]
     elif goes:
-        goes = down.shape[0] % up.shape[1] == 0
+        goes = down.shape[0] == up.shape[1] or (may_have_groups and down.shape[0] % up.shape[1] == 0)
     if not goes:
         between = '' if mid is None else f', {text_of(mid.shape)}'
         raise InputError(
@@ -300,7 +300,7 @@ def _check_factors(layer: str, parts: Mapping[str, Tensor]) -> None:
             'go with each other'
         )
     for value in parts.values():
-        if not value.is_floating_point():
+        if value.dtype not in DTYPES:
             raise InputError(f'the update of {shown(layer)} must be of floating-point numbers, got {_kind(value)}')
 
 

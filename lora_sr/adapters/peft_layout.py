@@ -10,7 +10,7 @@ from typing import Any, Iterable
 import torch
 from torch import Tensor, nn
 
-from lora_sr.adapters.adapter_file import Adapter
+from lora_sr.adapters.adapter_file import Adapter, describe_misfit
 from lora_sr.adapters.foreign_files import PEFT_PREFIX
 from lora_sr.adapters.layers import join, low_rank_update
 from lora_sr.errors import InputError, shown
@@ -37,8 +37,12 @@ def peft_layout(adapter: Adapter, network: nn.Module) -> tuple[dict[str, Tensor]
         The tensors of ``adapter_model.safetensors`` and the content of ``adapter_config.json``.
 
     Raises:
-        InputError: The adapter changes something for which PEFT has no LoRA, which is named, or changes nothing.
+        InputError: The adapter does not fit, changes something for which PEFT has no LoRA, which is named, changes
+            nothing, or its values are not finite.
     """
+    misfit = describe_misfit(adapter, network.state_dict())
+    if misfit:
+        raise InputError(f'The adapter does not fit {type(network).__name__}: {misfit}.')
     every_name = dict(network.named_modules(remove_duplicate=False))
     modules = dict(network.named_modules())  # PEFT knows a module that stands twice by its first name
     updates: dict[str, Tensor | None] = dict.fromkeys(adapter.layers)
@@ -63,9 +67,12 @@ def peft_layout(adapter: Adapter, network: nn.Module) -> tuple[dict[str, Tensor]
             lora_A, lora_B, alpha = adapter.update_of(name)
             down, up, ranks[name], alphas[name] = lora_A, lora_B, adapter.rank_of(name), alpha.item()
         else:
-            down, up = _factored(_weight_update(adapter, name, layer) if update is None else update, layer)
+            update = _weight_update(adapter, name, layer) if update is None else update
+            _check_finite(name, update)
+            down, up = _factored(update, layer)
             ranks[name] = down.shape[0]
             alphas[name] = float(ranks[name])
+        _check_finite(name, down, up, torch.tensor(alphas[name]))
         tensors.update(_named(name, layer, down, up))
     if obstacles:
         more = f' and {len(obstacles) - SHOWN} more' if len(obstacles) > SHOWN else ''
@@ -73,6 +80,11 @@ def peft_layout(adapter: Adapter, network: nn.Module) -> tuple[dict[str, Tensor]
     if not tensors:
         raise InputError('There is nothing to write: the adapter changes nothing.')
     return tensors, _config(ranks, alphas)
+
+
+def _check_finite(name: str, *values: Tensor) -> None:
+    if not all(value.isfinite().all() for value in values):
+        raise InputError(f'The update of {shown(name)} must be of finite numbers, got others.')
 
 
 def _obstacle(layer: nn.Module) -> str | None:

@@ -455,6 +455,14 @@ DAMAGED = {
     'a number': (changed(lora_A=torch.tensor(1.0)), 'a number and 26x4x1x1 do not go'),
     'nothing': (changed(lora_A=torch.zeros(0, 26, 3, 3), lora_B=torch.zeros(26, 0, 1, 1)), '26x0x1x1 do not go'),
     'integers': (changed(lora_A=torch.ones(4, 26, 3, 3, dtype=torch.int64)), 'floating-point numbers, got torch.int64'),
+    'whole integers': (
+        {**changed(), 'base_model.model.conv_2.eval_conv.bias': torch.ones(26, dtype=torch.int32)},
+        'conv_2.eval_conv.bias is of torch.float32 here, got torch.int32',
+    ),
+    'groups of kohya': (
+        {'tail.lora_down.weight': random(4, 8), 'tail.lora_up.weight': random(5, 2)},
+        '4x8 and 5x2 do not go with each other',
+    ),
     'not finite': (changed(lora_B=NAN), 'has values that are not finite, in conv_2.eval_conv'),
     'two adapters': (
         {key.replace('.weight', f'.{name}.weight'): value + 1 for key, value in SPAN_FACTORS.items() for name in 'ab'},
@@ -491,6 +499,14 @@ def test_damaged_files_are_one_sentence(tmp_path, case):
     with pytest.raises(InputError, match=re.escape(message)) as raised:
         AdapterFile.read(write(tmp_path, tensors, CONFIG)).adapter_for(SPAN_STATE, 'base.pth')
     assert str(raised.value).endswith('.') and '\n' not in str(raised.value) and len(str(raised.value)) < 600
+
+
+@pytest.mark.skipif(not hasattr(torch, 'float8_e4m3fn'), reason='torch has no numbers of 8 bits')
+def test_numbers_of_8_bits_are_told_where_the_reader_does_not_widen_them(tmp_path):
+    path = write(tmp_path, changed(lora_A=random(4, 26, 3, 3).to(torch.float8_e4m3fn)), CONFIG)
+    with pytest.raises(InputError, match='must be of floating-point numbers, got torch.float8_e4m3fn of 4x26x3x3'):
+        read_adapter(path, SPAN_STATE)
+    assert AdapterFile.read(path).adapter_for(SPAN_STATE, 'base').layers == ['conv_2.eval_conv']
 
 
 def test_large_ranks_take_no_more_memory_than_the_weight(tmp_path):

@@ -129,6 +129,17 @@ def test_a_delta_of_a_weight_is_written_as_lora(networks, tmp_path):
     assert (read - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
+def test_what_is_no_adapter_of_the_network_or_not_finite_is_told(networks):
+    base, network = networks
+    with pytest.raises(InputError, match='The adapter does not fit Sequential: 8 of its 8 layers differ'):
+        peft_layout(extract_adapter(network), nn.Sequential(nn.Linear(3, 3)))
+    for name in ('tail', 'body.0'):
+        damaged = copy.deepcopy(network)
+        nn.init.constant_(damaged.get_submodule(name).lora_B, float('inf'))
+        with pytest.raises(InputError, match=f'The update of {name} must be of finite numbers'):
+            peft_layout(extract_adapter(damaged), base)
+
+
 class Unusual(nn.Module):
     def __init__(self):
         super().__init__()

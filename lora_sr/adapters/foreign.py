@@ -68,13 +68,13 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class ForeignAdapter:
-    """An adapter of another program: :meth:`onto` gives what it is for a base.
+    """An adapter of another program, which :func:`lora_sr.adapters.adapter_for` makes ours for a base.
 
     Args:
         kind: ``PEFT`` or ``kohya``, whose layout is also that of LyCORIS.
         updates: What each layer gets, by the name that the file has for it.
         values: Parameters that the file has as a whole (biases, ``modules_to_save``), by their names.
-        obstacle: Why it cannot be put onto any base, as a sentence; ``None`` where nothing is in the way.
+        obstacle: Why it cannot be put onto any base, as part of a sentence; ``None`` where nothing is in the way.
     """
 
     kind: str
@@ -130,32 +130,23 @@ class ForeignAdapter:
         tensors: dict[str, Tensor] = {}
         layers: dict[str, tuple[int, float]] = {}
         differing: dict[str, str] = {}
-        taken: dict[str, str] = {}
+        owners: dict[str, str] = {}  # of the weights, by the names that the file has for them
         for own_name, update in self.updates.items():
             try:
                 name = names.layer(own_name)
-                key = weight_key(name, base)
-                if key in taken:
-                    raise _Differs(f'{shown(own_name)} and {shown(taken[key])} are both for {shown(name)}')
-                taken[key] = own_name
+                owner = owners.setdefault(weight_key(name, base), own_name)
+                if owner != own_name:
+                    raise _Differs(f'{shown(owner)} and {shown(own_name)} are both for {shown(name)}')
                 if self.kind == 'PEFT' and _is_out_projection(name, base) and update.parts['up'].any():
                     # https://github.com/huggingface/peft/pull/3774
                     raise _Differs(f'{shown(name)} counts once or twice in PEFT, depending on its version')
-                found = _converted(name, update, key, base)
-                tensors.update(found)
-                if join(name, LORA_TENSORS[0]) in found:
+                if _convert(name, update, base, tensors):
                     layers[name] = update.rank, update.our_alpha
             except _Differs as error:
                 differing[own_name] = str(error)
         for own_name, value in self.values.items():
             try:
-                key = names.parameter(own_name)
-                if base[key].shape != value.shape:
-                    raise _Differs(f'{shown(key)} is {text_of(base[key].shape)} here, got {text_of(value.shape)}')
-                if base[key].is_floating_point():
-                    if value.dtype not in DTYPES:
-                        raise _Differs(f'{shown(key)} is of {base[key].dtype} here, got {value.dtype}')
-                    _add_delta(tensors, key, value.double() - base[key].double(), base[key])
+                _convert_value(names.parameter(own_name), value, base, tensors)
             except _Differs as error:
                 differing.setdefault(own_name.rpartition('.')[0], str(error))
         if differing:
@@ -230,40 +221,57 @@ def _flat(name: str) -> str:
     return name.replace('.', '_')
 
 
-def _converted(name: str, update: Update, key: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of our adapter for one layer: LoRA, or a delta of its weight; and a delta of its bias."""
-    weight, parts = base[key], update.parts
+def _convert(name: str, update: Update, base: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> bool:
+    """Add the tensors of our adapter for one layer: LoRA or a delta of its weight, and a delta of its bias.
+
+    Returns:
+        Whether it is LoRA.
+    """
+    key, parts = weight_key(name, base), update.parts
+    weight = base[key]
     if weight.ndim < 2 or not weight.is_floating_point():
         raise _Differs(f'{shown(name)} is {text_of(weight.shape)} of {weight.dtype} here, which carries no LoRA')
     scale = update.our_alpha / update.rank
-    tensors: dict[str, Tensor] = {}
     factors = _our_factors(name, update, weight) if parts.keys() <= {'down', 'up', 'bias'} else None
     if factors is None:
         delta = _product(name, update, weight) * scale
-        delta = _with_magnitude(name, update, weight, delta) if MAGNITUDES & parts.keys() else delta
-        _add_delta(tensors, key, delta, weight)
+        _add_delta(tensors, key, _with_magnitude(name, update, weight, delta), weight)
     else:
-        update_of_layer = (*factors, torch.tensor(update.our_alpha, dtype=torch.float32))
-        tensors.update((join(name, tensor), value) for tensor, value in zip(LORA_TENSORS, update_of_layer))
+        values = (*factors, torch.tensor(update.our_alpha, dtype=torch.float32))
+        tensors.update((join(name, tensor), value) for tensor, value in zip(LORA_TENSORS, values))
     if 'bias' in parts:
         bias = base.get(join(name, 'bias'))
         if bias is None or bias.shape != parts['bias'].shape:
             raise _Differs(f'{shown(name)} has {"no" if bias is None else "another"} bias here')
         _add_delta(tensors, join(name, 'bias'), parts['bias'].double() * scale, bias)
-    return tensors
+    return factors is not None
+
+
+def _convert_value(key: str, value: Tensor, base: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Add the delta that brings a parameter to its value; counters of batches stay as they are."""
+    if base[key].shape != value.shape:
+        raise _Differs(f'{shown(key)} is {text_of(base[key].shape)} here, got {text_of(value.shape)}')
+    if not base[key].is_floating_point():
+        return
+    if value.dtype not in DTYPES:
+        raise _Differs(f'{shown(key)} is of {base[key].dtype} here, got {value.dtype}')
+    _add_delta(tensors, key, value.double() - base[key].double(), base[key])
+
+
+def _add_delta(tensors: dict[str, Tensor], key: str, delta: Tensor, parameter: Tensor) -> None:
+    """Add to the delta of a parameter, unless it changes nothing."""
+    if not delta.any():
+        return
+    name, _, last = key.rpartition('.')
+    delta_key = join(name, DELTA_PREFIX + last)
+    delta = delta.to(torch.promote_types(parameter.dtype, torch.float32))
+    tensors[delta_key] = tensors[delta_key] + delta if delta_key in tensors else delta
 
 
 def _is_out_projection(name: str, base: Mapping[str, Tensor]) -> bool:
     """Whether a layer is that behind ``nn.MultiheadAttention``."""
     attention, _, last = name.rpartition('.')
     return last == 'out_proj' and join(attention, LoRAMultiheadAttention.weight_name) in base
-
-
-def _add_delta(tensors: dict[str, Tensor], key: str, delta: Tensor, parameter: Tensor) -> None:
-    """Add the delta of a parameter, unless it changes nothing."""
-    name, _, last = key.rpartition('.')
-    if delta.any():
-        tensors[join(name, DELTA_PREFIX + last)] = delta.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _our_factors(name: str, update: Update, weight: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -414,7 +422,12 @@ def _matrix_of(name: str, parts: Mapping[str, Tensor], number: str) -> Tensor:
 
 
 def _with_magnitude(name: str, update: Update, weight: Tensor, delta: Tensor) -> Tensor:
-    """DoRA: the delta of a weight whose updated rows are brought to given norms, m * (W + dW) / ||W + dW|| - W."""
+    """DoRA: the delta of a weight whose updated rows have given norms m, m * (W + dW) / ||W + dW|| - W.
+
+    Without magnitudes it is the delta itself.
+    """
+    if not MAGNITUDES & update.parts.keys():
+        return delta
     base = weight.double()
     if 'dora_scale' in update.parts:  # of LyCORIS, whose earlier versions normalized columns
         magnitude = update.parts['dora_scale'].double()

@@ -65,6 +65,10 @@ PEFT_OPTIONS = {
     'all biases': {'r': 2, 'bias': 'all'},
     'whole modules': {'r': 2, 'modules_to_save': ['body.3']},
     'LoRA with biases': {'r': 2, 'lora_alpha': 5, 'lora_bias': True, 'target_modules': [*LAYERS[:-2], 'tail']},
+    'biases both ways': {
+        **{'r': 2, 'lora_alpha': 5, 'lora_bias': True, 'bias': 'lora_only'},
+        'target_modules': [*LAYERS[:-2], 'tail'],
+    },
     'beyond the full rank': {'r': 40, 'lora_alpha': 3},
 }
 

@@ -445,6 +445,13 @@ def test_a_configuration_that_is_no_file_is_not_waited_for(tmp_path):
         read_adapter(path, SPAN_STATE)
 
 
+def test_a_long_configuration_is_not_read_to_its_end(tmp_path):
+    path = write(tmp_path, SPAN_FACTORS, '{}')
+    os.truncate(tmp_path / 'adapter_config.json', 2**38)  # on the disk it has some bytes, in memory it would have all
+    with pytest.raises(InputError, match='must be a JSON object of at most 1,048,576 bytes'):
+        read_adapter(path, SPAN_STATE)
+
+
 def changed(**changes):
     parts = {f'{SPAN_LAYER}{name}.weight': value for name, value in changes.items()}
     return {key: value for key, value in {**SPAN_FACTORS, **parts}.items() if value is not None}
@@ -475,6 +482,10 @@ DAMAGED = {
     'twice': (
         {**SPAN_FACTORS, **{key[len('base_model.model.') :]: value.clone() for key, value in SPAN_FACTORS.items()}},
         'it must have each name once, got two of conv_2.eval_conv.lora_A.weight',
+    ),
+    'one layer by two names': (
+        {**pair('conv_2.eval_conv'), **pair('conv_2_eval_conv')},
+        'conv_2.eval_conv and conv_2_eval_conv are both for conv_2.eval_conv',
     ),
     'OFT': ({'tail.oft_blocks': random(2, 2)}, 'must hold LoRA, LoHa or LoKr alone, got tail.oft_blocks, i.e. OFT'),
     'a weight besides': ({**pair('tail'), 'head.weight': random(3)}, 'LoRA, LoHa or LoKr alone, got head.weight'),

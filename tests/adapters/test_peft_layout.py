@@ -33,15 +33,15 @@ class Tiny(nn.Module):
             nn.Conv2d(8, 8, (1, 3)),
             nn.Conv2d(8, 8, (3, 1)),
         )
-        self.inner = nn.ModuleDict({'head': nn.Conv2d(8, 6, 3)})
-        self.table, self.tail = nn.Embedding(7, 5), nn.Linear(6, 5)
+        self.inner, self.outer = (nn.ModuleDict({'head': nn.Conv2d(8, 8, 3, padding=1)}) for _ in range(2))
+        self.table, self.tail = nn.Embedding(7, 5), nn.Linear(8, 5)
 
     def forward(self, x):
-        x = self.inner['head'](self.body(self.head(x))).permute(0, 2, 3, 1)
+        x = self.outer['head'](self.inner['head'](self.body(self.head(x)))).permute(0, 2, 3, 1)
         return self.tail(x) + self.table(torch.arange(7)).sum(0)
 
 
-RANKS = {r'body\.[01]': 1, 'tail': 3}
+RANKS = {'outer.*': 0, r'body\.[01]': 1, 'tail': 3}
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def networks():
     """A network, and itself with LoRA on all but one layer."""
     torch.manual_seed(0)
     base = Tiny().eval()
-    config = LoRAConfig(['.*'], rank=2, alpha=3, rank_pattern={'head': 0, **RANKS}, alpha_pattern={'table': -0.5})
+    config = LoRAConfig(['.*'], rank=2, alpha=3, rank_pattern=RANKS, alpha_pattern={'table': -0.5})
     network = add_lora(copy.deepcopy(base), config)
     with torch.no_grad():
         for name, value in network.named_parameters():
@@ -76,7 +76,7 @@ def test_peft_computes_the_same(networks, tmp_path):
     assert (loaded(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (base(x) - expected).abs().max() > 0.1 * expected.abs().max()
     adapted = {name for name, module in loaded.base_model.model.named_modules() if hasattr(module, 'lora_A')}
-    assert adapted == set(extract_adapter(network).layers)  # head is not, whose name is the end of that of inner.head
+    assert adapted == set(extract_adapter(network).layers)  # outer.head is not, whose name ends in head
 
 
 def test_what_is_written_is_read_again(networks, tmp_path):
@@ -115,6 +115,17 @@ def test_ranks_stay_or_are_the_least_that_do(networks):
             assert (product - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
+def test_a_wide_kernel_gets_the_square_of_its_height_times_the_rank():
+    """B A is one of r * 3 rows for each of the 3 rows of a kernel, so the update has 3 times as many."""
+    base = nn.Sequential(nn.Conv2d(32, 32, 3))
+    network = add_lora(copy.deepcopy(base), LoRAConfig(['0'], rank=2, alpha=2))
+    nn.init.normal_(network[0].lora_B)
+    tensors, config = peft_layout(extract_adapter(network), base)
+    assert config['r'] == 2 * 3 * 3 and [tuple(value.shape) for value in tensors.values()] == [
+        *((18, 32, 3, 3), (32, 18, 1, 1))
+    ]
+
+
 def test_a_delta_of_a_weight_is_written_as_lora(networks, tmp_path):
     base, _ = networks
     network = add_lora(
@@ -131,7 +142,7 @@ def test_a_delta_of_a_weight_is_written_as_lora(networks, tmp_path):
 
 def test_what_is_no_adapter_of_the_network_or_not_finite_is_told(networks):
     base, network = networks
-    with pytest.raises(InputError, match='The adapter does not fit Sequential: 8 of its 8 layers differ'):
+    with pytest.raises(InputError, match='The adapter does not fit Sequential: 9 of its 9 layers differ'):
         peft_layout(extract_adapter(network), nn.Sequential(nn.Linear(3, 3)))
     for name in ('tail', 'body.0'):
         damaged = copy.deepcopy(network)

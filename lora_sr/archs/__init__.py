@@ -4,18 +4,13 @@ from lora_sr.archs.adaptsr import AdaptSR
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.info import NetworkInfo, network_info, take_any_size
 from lora_sr.archs.lkdn import LKDN, LKDN_S
-from lora_sr.archs.registry import OWN
 from lora_sr.archs.reparam import deploy_form, fold, is_training_form
 from lora_sr.archs.span import SPAN
-
-# What option files name by ``type``; the plug registers them in BasicSR.
-NETWORKS = {**OWN, AdaptSR.__name__: AdaptSR}
 
 __all__ = [
     'DSCLoRA',
     'LKDN',
     'LKDN_S',
-    'NETWORKS',
     'SPAN',
     'AdaptSR',
     'NetworkInfo',

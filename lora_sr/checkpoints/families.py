@@ -12,6 +12,7 @@ from lora_sr.archs.dsclora import build_dsclora, is_dsclora
 from lora_sr.archs.info import is_a
 from lora_sr.archs.lkdn import LKDN, LKDN_S, build_lkdn, is_lkdn
 from lora_sr.archs.span import SPAN, build_span, is_span
+from lora_sr.checkpoints.community import architecture_name
 from lora_sr.checkpoints.stock import STOCK_NETWORKS
 
 Recognizer = Callable[[Mapping[str, Tensor]], bool]
@@ -42,7 +43,7 @@ def family_name(network: nn.Module) -> str:
         small = inspect.signature(LKDN_S).parameters
         is_small = all(small[key].default == value for key, value in network.sizes.items())
         return 'LKDN-S' if is_small else 'LKDN'
-    return type(network).__name__
+    return architecture_name(network) or type(network).__name__
 
 
 def is_for_chainner(network: Any) -> bool:
@@ -51,4 +52,5 @@ def is_for_chainner(network: Any) -> bool:
         return bool(network.body[0].rdb1.conv1.out_channels == GROWTH)
     if is_a(network, 'basicsr.archs.srvgg_arch.SRVGGNetCompact'):
         return bool(network.act_type == 'prelu')
-    return isinstance(network, SPAN) or is_a(network, 'basicsr.archs.swinir_arch.SwinIR')
+    is_known = isinstance(network, SPAN) or is_a(network, 'basicsr.archs.swinir_arch.SwinIR')
+    return is_known or architecture_name(network) is not None

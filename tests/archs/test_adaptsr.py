@@ -33,7 +33,7 @@ SMALL = {
 # What takes or gives anything but one image, or is no restoration network.
 OTHERS = {'BasicVSR', 'BasicVSRPlusPlus', 'DFDNet', 'DUF', 'EDVR', 'IconVSR', 'TOFlow', 'SpyNet', 'StyleGAN2Generator',
           'StyleGAN2Discriminator', 'HiFaceGANDiscriminator', 'UNetDiscriminatorSN', 'VGGFeatureExtractor',
-          'VGGStyleDiscriminator', 'AdaptSR', 'DSCLoRA'}  # fmt: skip
+          'VGGStyleDiscriminator', 'AdaptSR', 'DSCLoRA', 'spandrel'}  # fmt: skip
 
 
 def adapt(base: dict, **lora) -> nn.Module:

@@ -254,15 +254,17 @@ def weights_for(net: nn.Module, content: Mapping[str, Any], path: object, param_
         InputError: There are none.
     """
     own = net.state_dict()
-    if param_key in PARAM_KEYS and not isinstance(content.get(param_key), Mapping):
+    if param_key in PARAM_KEYS and not (isinstance(content.get(param_key), Mapping) and content[param_key]):
         param_key = None
     found = find_weights(content, path, param_key, lambda state: any(name in own for name in state))
     by_name = {old: new for new, old in layout_of(net).items()}
     if by_name.keys() & found.state.keys():
         return Weights(in_layout(found.state, by_name), layout_of(net), found.param_key)
     modern = as_rrdbnet(found.state) if is_a(net, 'basicsr.archs.rrdbnet_arch.RRDBNet') else None
-    state, layout = modern or (found.state, {})
-    return Weights(state, layout, found.param_key)
+    if modern is not None:
+        return Weights(*modern, found.param_key)
+    origin = content.origin if isinstance(content, Content) else None  # a run's file has the names of the network
+    return Weights(found.state, (origin and origin.layout) or {}, found.param_key)
 
 
 def _misfit(net: nn.Module, weights: Mapping[str, Tensor]) -> str:

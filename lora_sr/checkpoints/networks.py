@@ -378,6 +378,7 @@ def _loaded(
         else:
             _load_some(network, checkpoint)
     origin = checkpoint.origin or Origin()
+    set_layout(network, origin.layout or checkpoint.layout)
     if section is not None and origin.network is None:
         origin = replace(origin, network=dict(section))
     info = network_info(network.eval())

@@ -24,14 +24,15 @@ WRAPPERS = (
     *('params', 'state_dict', 'model_state_dict', 'net_g', 'generator', 'netG', 'g', 'G'),
     *('model', 'module', 'net', 'network', 'weights', 'shadow'),
 )
-# What compilers and parallel wrappers put before names, and trainers before those of the generator.
-ADDED = re.compile(r'(?:^module\.)|(?:(?:^|(?<=\.))_orig_mod\.)')
-GENERATORS = ('net_g.', 'generator.', 'netG.')
-# Beside a generator in the state dict of a whole trainer: networks that judge, that teach, and averages.
+# What compilers and parallel wrappers put into names, wherever they wrapped a module, and before all of them.
+ADDED = re.compile(r'^module\.|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.')
+GENERATORS = ('net_g_ema.', 'generator_ema.', 'ema_model.', 'net_g.', 'generator.', 'netG.')
+# Beside the generator in the state dict of a whole trainer: networks that judge or teach, averages, and counters.
 COMPANION = re.compile(
-    r'(net_?d|netD|discriminator|d|vgg|perceptual|lpips|teacher|net_t|criterion|cri|losse?s?|metrics?|psnr|ssim|'
-    r'ema|ema_model|model_ema|net_g_ema|generator_ema|g_ema)(_\w+)?'
+    r'd|step|initted|(net_?[dD]|discriminator|vgg|perceptual|lpips|dists|teacher|net_t|criterion|cri|loss(es)?|'
+    r'metrics?|psnr|ssim|net_?[gG]|generator|ema|model_ema|ema_model|online_model|g_ema|step)(_\w+)?'
 )
+COUNTER = 'n_averaged'  # of torch's AveragedModel
 DEEPEST = 4  # sections within sections
 SHOWN = 4
 
@@ -62,9 +63,9 @@ def find_weights(
     - Of the sections of a file the one of the generator counts: its moving average, if there is one and it is not
       empty, else ``params``, ``state_dict`` and the like (:data:`WRAPPERS`), else the only one with weights. Sections
       may stand within sections.
-    - From before the names goes what ``torch.compile``, ``DataParallel`` and trainers put there: ``_orig_mod.``,
-      ``module.``, and ``net_g.``, ``generator.`` or ``netG.``. Where a whole trainer was saved, what stands beside its
-      generator is left out.
+    - From the names goes what ``torch.compile``, ``DataParallel`` and trainers put there: ``_orig_mod.``, ``module.``,
+      and ``net_g.``, ``generator.`` and the like (:data:`GENERATORS`). Where a whole trainer was saved, what stands
+      beside its generator is left out.
     - Anything else before all names goes if the network is known without it, and not with it.
 
     Args:
@@ -179,11 +180,12 @@ def _without_prefix(
     weights: Mapping[str, Tensor], is_known: Callable[[Mapping[str, Tensor]], bool], path: object
 ) -> tuple[OrderedDict[str, Tensor], str]:
     taken: list[str] = []
-    names = {name: name for name in weights}  # now -> in the file
+    names = {name: name for name in weights if name != COUNTER}  # now -> in the file
     while True:
         renamed = _renamed(names, lambda name: ADDED.sub('', name), path)
         if renamed.keys() != names.keys():
-            taken += [part for part in ('module.', '_orig_mod.') if any(part in name for name in names)]
+            parts = (match for name in names for match in ADDED.findall(name))
+            taken += list(dict.fromkeys(parts))
             names = renamed
         generator = next((prefix for prefix in GENERATORS if _is_generator(prefix, names)), None)
         if generator is None:

@@ -19,7 +19,7 @@ from lora_sr.archs.reparam import Foldable
 from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkLike, NetworkSource, OpenedNetwork, open_network
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
 from lora_sr.checkpoints.community import architecture_name
-from lora_sr.checkpoints.content import Content, read_checkpoint
+from lora_sr.checkpoints.content import PARAM_KEYS, Content, read_checkpoint
 from lora_sr.checkpoints.families import FAMILIES, OURS, family_name, is_for_chainner
 from lora_sr.checkpoints.nearest import nearest_family
 from lora_sr.checkpoints.networks import OPTION_SUFFIXES, UnknownNetwork, network_of_options
@@ -147,8 +147,9 @@ def _holding(checkpoint: Checkpoint) -> dict[str, str]:
     content, param_key = checkpoint.content, checkpoint.param_key
     there = state_dicts(content)
     tops = {name.partition('.')[0] for name in there}
-    optimizers = [key for key in content if 'optim' in key.lower() and content[key]]
-    others = _some([shown(key) for key in content if key not in (*tops, *optimizers, KEY)])
+    optimizers = [key for key in content if 'optim' in key.lower() and isinstance(content[key], (Mapping, list, tuple))]
+    empty = [key for key in (*AVERAGES, *PARAM_KEYS) if key in content and content[key] in (None, {})]
+    others = _some([shown(key) for key in content if key not in (*tops, *optimizers, *empty, KEY)])
     if param_key is None:
         rows = {'state dicts': f'the file itself ({len(checkpoint.state)} tensors)'}
     else:
@@ -157,6 +158,8 @@ def _holding(checkpoint: Checkpoint) -> dict[str, str]:
             for name, count in there.items()
         ]
         rows = {'state dicts': _some(found) + (f'; beside {others}' if others else '')}
+        if empty:
+            rows['state dicts'] += f'; {" and ".join(empty)} {"is" if len(empty) == 1 else "are"} empty'
     if checkpoint.prefix:
         rows['names'] = f'with {shown(checkpoint.prefix)}, which is left out'
     if checkpoint.layout:

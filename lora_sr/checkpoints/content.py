@@ -20,6 +20,7 @@ from lora_sr.adapters import is_lora_key
 from lora_sr.archs.info import is_a
 from lora_sr.checkpoints.archive import check_archive
 from lora_sr.checkpoints.bounds import check_content, check_plain
+from lora_sr.checkpoints.ignoring import Ignored, load_values
 from lora_sr.checkpoints.layouts import as_rrdbnet, in_layout, layout_of, set_layout
 from lora_sr.checkpoints.origin import KEY, Origin
 from lora_sr.checkpoints.unwrapping import find_weights
@@ -119,7 +120,7 @@ def _read(path: str | os.PathLike[str]) -> Content:
                     check_archive(file, path)
                     file.seek(0)
                     warnings.simplefilter('ignore', UserWarning)  # of formats, which are read or refused in a sentence
-                    content = torch.load(file, map_location='cpu', weights_only=True)
+                    content = load_values(file)
     except InputError:
         raise
     except OSError as error:
@@ -129,6 +130,11 @@ def _read(path: str | os.PathLike[str]) -> Content:
             raise InputError(f'{path} is an option file, where a checkpoint is right') from error
         raise InputError(f'the checkpoint {path} is damaged, or holds more than tensors and plain values') from error
     check_plain(content, path)
+    if isinstance(content, Ignored):
+        raise InputError(
+            f'the checkpoint {path} holds a pickled {shown(content.name)}, which is not run: its state dict has to be '
+            'saved instead'
+        )
     if not isinstance(content, dict):
         raise InputError(f'the checkpoint {path} holds a {type(content).__name__}, not a dictionary of tensors')
     check_content(content, path, size)

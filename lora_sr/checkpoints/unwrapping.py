@@ -26,10 +26,13 @@ WRAPPERS = (
 )
 # What compilers and parallel wrappers put into names, wherever they wrapped a module, and before all of them.
 ADDED = re.compile(r'^module\.|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.')
-GENERATORS = ('net_g_ema.', 'generator_ema.', 'ema_model.', 'net_g.', 'generator.', 'netG.')
+GENERATORS = (
+    *('params_ema.', 'net_g_ema.', 'generator_ema.', 'ema_model.'),
+    *('params.', 'net_g.', 'generator.', 'netG.'),
+)
 # Beside the generator in the state dict of a whole trainer: networks that judge or teach, averages, and counters.
 COMPANION = re.compile(
-    r'd|step|initted|(net_?[dD]|discriminator|vgg|perceptual|lpips|dists|teacher|net_t|criterion|cri|loss(es)?|'
+    r'd|params|initted|(net_?[dD]|discriminator|vgg|perceptual|lpips|dists|teacher|net_t|criterion|cri|loss(es)?|'
     r'metrics?|psnr|ssim|net_?[gG]|generator|ema|model_ema|ema_model|online_model|g_ema|step)(_\w+)?'
 )
 COUNTER = 'n_averaged'  # of torch's AveragedModel

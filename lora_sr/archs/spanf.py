@@ -89,7 +89,7 @@ class SPANF(nn.Module):
         check_arguments('SPANF', num_in_ch, num_out_ch, **sizes)
         if feature_channels == num_in_ch:
             raise InputError(f'"feature_channels" of SPANF must be other than {num_in_ch}, got {feature_channels}.')
-        if layout not in LAYOUTS:
+        if layout not in list(LAYOUTS):  # also where it cannot be a key
             raise InputError(f'"layout" of SPANF must be one of {", ".join(LAYOUTS)}, got {shown(repr(layout))}.')
         self.upscale, self.layout = upscale, layout
         self.block_1 = WideningSPAB(num_in_ch, feature_channels, deploy)

@@ -92,9 +92,9 @@ class SPANF(nn.Module):
         if layout not in list(LAYOUTS):  # also where it cannot be a key
             raise InputError(f'"layout" of SPANF must be one of {", ".join(LAYOUTS)}, got {shown(repr(layout))}.')
         self.upscale, self.layout = upscale, layout
-        self.block_1 = WideningSPAB(num_in_ch, feature_channels, deploy)
+        self.block_1 = WideningSPAB(num_in_ch, feature_channels, deploy=deploy)
         for i in range(2, self.num_blocks + 1):
-            setattr(self, f'block_{i}', SPAB(feature_channels, deploy))
+            setattr(self, f'block_{i}', SPAB(feature_channels, deploy=deploy))
         self.conv_near = make_conv_near(num_in_ch, upscale)
         near_channels = self.conv_near.out_channels
         fuse, last = LAYOUTS[layout]

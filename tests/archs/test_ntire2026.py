@@ -13,7 +13,15 @@ from torch import nn
 
 import lora_sr
 from lora_sr import load_network
-from lora_sr.adapters import LoRAConfig, add_lora, count_parameters, lora_layers, mark_trainable, merge_lora
+from lora_sr.adapters import (
+    LoRAConfig,
+    add_lora,
+    count_parameters,
+    layer_groups,
+    lora_layers,
+    mark_trainable,
+    merge_lora,
+)
 from lora_sr.archs import DISP, SPANF, SPANV2, DSCFFused, is_training_form, network_info
 from lora_sr.archs.complexity import count_activations, count_convolutions, count_flops
 from lora_sr.checkpoints import Checkpoint
@@ -158,6 +166,18 @@ def test_exports_give_the_images_of_the_network(weights, tmp_path, name):
             pytest.importorskip('onnxruntime')
         report = export(weights(name), tmp_path / f'net.{suffix}')
         assert (tmp_path / f'net.{suffix}').is_file() and report.difference.largest <= 1e-5
+
+
+def test_groups_are_what_the_report_calls_the_layers():
+    groups = layer_groups(small('SPANV2'))
+    gates = [f'block_{i}.guidance_map_conv' for i in range(2, 6)]  # the learned attention
+    assert [name for name, group in groups.items() if group == 'attention'] == gates
+    last = {'SPANF': 'conv_2', 'PDS': 'conv_2_1', 'SPANV2': 'pointwise_conv'}
+    last.update(DISP='upsampler', DSCFFused='upsampler')
+    for name, part in last.items():
+        groups = layer_groups(small(name))
+        found = {layer.partition('.')[0] for layer, group in groups.items() if group == 'upsampler'}
+        assert found == {part} and set(groups.values()) <= {'conv', 'attention', 'upsampler'}
 
 
 @torch.no_grad()

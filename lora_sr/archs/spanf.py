@@ -120,7 +120,9 @@ class SPANF(nn.Module):
 def is_spanf(state: Mapping[str, Tensor]) -> bool:
     """Whether ``state`` is a state dict of SPANF, of any layout, in either form, with or without LoRA."""
     has_first = 'block_1.c1_r.eval_conv.weight' in state or 'block_1.c1_r.sk.weight' in state
-    return has_first and _layout_of(state) is not None
+    body = {'conv_near', *(f'block_{i + 1}' for i in range(SPANF.num_blocks))}
+    parts = {key.partition('.')[0] for key in state}
+    return has_first and any(parts == body | set(tail) for tail in LAYOUTS.values())
 
 
 def build_spanf(state: Mapping[str, Tensor]) -> SPANF:
@@ -129,8 +131,7 @@ def build_spanf(state: Mapping[str, Tensor]) -> SPANF:
     Raises:
         InputError: The network makes other images than RGB, or its sizes are those of no SPANF.
     """
-    layout = _layout_of(state)
-    assert layout is not None  # or it were not recognized
+    layout = 'PDS' if any(key.startswith('conv_cat_1.') for key in state) else 'SPANF'
     deploy = 'block_1.c1_r.sk.weight' not in state
     return SPANF(
         feature_channels=state[f'block_1.c1_r.{"eval_conv" if deploy else "sk"}.weight'].shape[0],
@@ -139,10 +140,3 @@ def build_spanf(state: Mapping[str, Tensor]) -> SPANF:
         layout=layout,
         deploy=deploy,
     )
-
-
-def _layout_of(state: Mapping[str, Tensor]) -> str | None:
-    """The layout whose parts ``state`` has, all of them and no others."""
-    parts = {key.partition('.')[0] for key in state}
-    body = {'conv_near', *(f'block_{i + 1}' for i in range(SPANF.num_blocks))}
-    return next((layout for layout, tail in LAYOUTS.items() if parts == body | set(tail)), None)

@@ -14,13 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_sr.adapters import Adapter, adapted_modules, count_parameters, extract_adapter, is_lora_key
-from lora_sr.archs import DSCLoRA, NetworkInfo, is_training_form, network_info
+from lora_sr.archs import LKDN, SPAN, DSCLoRA, NetworkInfo, is_training_form, network_info
+from lora_sr.archs.registry import is_ours
 from lora_sr.archs.reparam import Foldable
 from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkLike, NetworkSource, OpenedNetwork, open_network
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
 from lora_sr.checkpoints.community import architecture_name
 from lora_sr.checkpoints.content import PARAM_KEYS, Content, read_checkpoint
-from lora_sr.checkpoints.families import FAMILIES, OURS, family_name, is_for_chainner
+from lora_sr.checkpoints.families import FAMILIES, family_name, is_for_chainner
 from lora_sr.checkpoints.nearest import nearest_family
 from lora_sr.checkpoints.networks import OPTION_SUFFIXES, UnknownNetwork, network_of_options
 from lora_sr.checkpoints.origin import KEY
@@ -216,8 +217,9 @@ def _summarize_network(
             commands.append(_command('lora-sr upscale', 'INPUT', '-m', path, '-o', 'OUTPUT', *more))
         if channels == (3, 3) and info is not None and info.value_range == 1:
             commands.append(_command('lora-sr compare', f'{path.stem.replace("=", "_")}={path}', *more))
-    is_own = opened.section is not None and takes_any_size and channels == (3, 3)
-    if type(network).__name__ in OURS or is_own:
+    is_written_out = isinstance(network, (SPAN, LKDN))
+    is_own = not is_ours(network) and opened.section is not None and takes_any_size and channels == (3, 3)
+    if is_written_out or is_own:
         target = ('--team', 'N', '--name', 'NAME', '-o', 'FOLDER')
         commands.append(_command('lora-sr submission', '-m', path, *more, *target, param_key=param_key))
     exports = {'onnx': f'{path.stem}.onnx'} if takes_any_size else {}

@@ -14,9 +14,9 @@ from lora_sr.adapters import Adapter, ForeignAdapter, adapter_for, describe_misf
 from lora_sr.adapters.config import LARGEST_ALPHA
 from lora_sr.adapters.foreign import Misfit
 from lora_sr.adapters.foreign_files import PEFT_WEIGHTS, weights_file
-from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint, is_state_dict
-from lora_sr.checkpoints.content import without_module_prefix
+from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
 from lora_sr.checkpoints.origin import SHOWN, Origin, adapter_fingerprint, fingerprint
+from lora_sr.checkpoints.unwrapping import bare_weights, is_state_dict
 from lora_sr.errors import InputError, shown
 
 SHOWN_MISFIT = 180  # letters of why an adapter does not fit
@@ -130,7 +130,7 @@ class AdapterFile:
         found = fingerprint(base)
         if found != trained_on:
             for key, value in (content or {}).items():
-                if is_state_dict(value) and fingerprint(without_module_prefix(value)) == trained_on:
+                if is_state_dict(value) and fingerprint(bare_weights(value)) == trained_on:
                     raise InputError(
                         f'The adapter {self.path} was trained on the state dict {key} of {name}, which is not the one '
                         f'that is read: name it with --param-key {key}.'

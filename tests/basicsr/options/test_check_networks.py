@@ -120,6 +120,7 @@ LKDN_OF_4 = {'type': 'LKDN', 'num_feat': 4, 'num_atten': 4, 'num_block': 1}
 
 
 SPAN_OF_4 = {'type': 'SPAN', 'feature_channels': 4}
+DISP_OF_4 = {'type': 'DISP', 'feature_channels': 4}
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,7 @@ SPAN_OF_4 = {'type': 'SPAN', 'feature_channels': 4}
         (SPAN_OF_4, {}, 'upsampler.0'),
         (SPAN_OF_4, {'deploy': True}, 'upsampler.0'),  # folded on the way
         (SPAN_OF_4, {'type': 'DSCLoRA'}, 'upsampler.0'),
+        (DISP_OF_4, {}, 'upsampler.0'),
     ],
 )
 def test_checkpoint_of_another_scale(options, tmp_path, network, deploy, layers):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_sr.adapters.config import LARGEST_ALPHA
 from lora_sr.adapters.foreign import MAGNITUDES, ForeignAdapter, Update, text_of
-from lora_sr.adapters.layers import DTYPES, join
+from lora_sr.adapters.layers import DTYPES
 from lora_sr.adapters.patterns import MOST_STEPS, Patterns, check_simple
 from lora_sr.errors import InputError, shown
 from lora_sr.files import check_regular
@@ -102,54 +102,9 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
 
 
 def _parse_peft(tensors: Mapping[str, Tensor], config: dict[str, Any] | None) -> ForeignAdapter:
-    parts: dict[str, dict[str, Tensor]] = {}
-    values: dict[str, Tensor] = {}
-    adapters: dict[str, None] = {}
-    for key, value in tensors.items():
-        key = key[len(PEFT_PREFIX) :] if key.startswith(PEFT_PREFIX) else key
-        match, alpha = _PEFT_KEY.fullmatch(key), _KOHYA_KEY.fullmatch(key)
-        if match is not None:
-            if match['name']:
-                adapters[match['name'][1:]] = None
-                if len(adapters) > 1:
-                    raise InputError(f'it must hold one adapter, got {" and ".join(map(shown, adapters))}')
-            part = match['part'] + (match['what'] if match['what'] == '.bias' else '')
-            held = parts.setdefault(match['layer'], {})
-        elif alpha is not None and alpha['part'] == 'alpha':
-            held, part = parts.setdefault(alpha['layer'], {}), 'alpha'
-        elif alpha is not None and alpha['part'].startswith(_EVIDENCE):
-            raise InputError(f'it must hold LoRA to be an adapter of PEFT, got {shown(key)}')
-        elif '.original_module.' in key:
-            continue
-        else:
-            held, part = values, re.sub(r'\.modules_to_save\.[^.]+', '', key.replace('.base_layer.', '.'))
-        if part in held:
-            raise InputError(f'it must have each name once, got two of {shown(key)}')
-        held[part] = value
-    values.update(  # of a network whose parameter is called alpha
-        (join(layer, 'alpha'), held.pop('alpha')) for layer, held in parts.items() if held.keys() == {'alpha'}
-    )
+    parts, values = _parts_of_peft(tensors)
     scales = _PeftScales(config, len(parts))
-    updates = {}
-    for layer, held in parts.items():
-        if not held:
-            continue
-        update = _peft_update(layer, held, bool(scales.options.get('fan_in_fan_out')))
-        rank, alpha_of_config = scales.of(layer.partition('.base_layer')[0])
-        if rank is not None and rank != update.rank:
-            raise InputError(
-                f'{PEFT_CONFIG} beside it must have the rank {update.rank} for {shown(layer)}, as its tensors have, '
-                f'got {shown(repr(rank))}'
-            )
-        is_stabilized = bool(scales.options.get('use_rslora'))
-        alpha_of_file = _alpha(held['alpha'], layer) if 'alpha' in held else None
-        name = layer.replace('.base_layer.', '.')
-        updates[name] = Update(
-            update.parts,
-            update.is_transposed,
-            alpha_of_config if alpha_of_file is None else alpha_of_file,
-            is_stabilized and alpha_of_file is None,
-        )
+    updates = {layer.replace('.base_layer.', '.'): _peft_update(layer, held, scales) for layer, held in parts.items()}
     obstacle = scales.obstacle
     if obstacle is None and any(update.alpha is None for update in updates.values()):
         obstacle = (
@@ -159,19 +114,53 @@ def _parse_peft(tensors: Mapping[str, Tensor], config: dict[str, Any] | None) ->
     return ForeignAdapter('PEFT', updates, values, obstacle)
 
 
-def _peft_update(layer: str, held: Mapping[str, Tensor], fan_in_fan_out: bool) -> Update:
+def _parts_of_peft(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Name of a layer -> its parts, and whole values by name; of a file, or of the state dict of PEFT's network."""
+    start = len(PEFT_PREFIX)
+    named = [(key[start:] if key.startswith(PEFT_PREFIX) else key, value) for key, value in tensors.items()]
+    matches = {key: match for key, match in ((key, _PEFT_KEY.fullmatch(key)) for key, _ in named) if match}
+    adapters = list(dict.fromkeys(shown(match['name'][1:]) for match in matches.values() if match['name']))
+    if len(adapters) > 1:
+        raise InputError(f'it must hold one adapter, got {" and ".join(adapters[:2])}')
+    parts: dict[str, dict[str, Tensor]] = {match['layer']: {} for match in matches.values()}
+    values: dict[str, Tensor] = {}
+    for key, value in named:
+        match, other = matches.get(key), _KOHYA_KEY.fullmatch(key)
+        if match is not None:
+            held, part = parts[match['layer']], match['part'] + ('.bias' if match['what'] == '.bias' else '')
+        elif other is not None and other['part'] == 'alpha' and other['layer'] in parts:
+            held, part = parts[other['layer']], 'alpha'
+        elif other is not None and other['part'].startswith(_EVIDENCE):
+            raise InputError(f'it must hold LoRA to be an adapter of PEFT, got {shown(key)}')
+        elif '.original_module.' in key:  # in the place of which one of modules_to_save stands
+            continue
+        else:
+            held, part = values, re.sub(r'\.modules_to_save\.[^.]+', '', key.replace('.base_layer.', '.'))
+        if part in held:
+            raise InputError(f'it must have each name once, got two of {shown(key)}')
+        held[part] = value
+    return parts, values
+
+
+def _peft_update(layer: str, held: Mapping[str, Tensor], scales: _PeftScales) -> Update:
     is_embedding = any(part.startswith('lora_embedding') for part in held)
     ends = ('lora_embedding_A', 'lora_embedding_B') if is_embedding else ('lora_A', 'lora_B')
     missing = [part for part in ends if part not in held]
     if missing:
         raise InputError(f'it lacks {" and ".join(missing)} of the layer {shown(layer)}')
-    parts = {'down': held[ends[0]], 'up': held[ends[1]]}
-    if 'lora_magnitude_vector' in held:
-        parts['lora_magnitude_vector'] = held['lora_magnitude_vector']
-    if 'lora_B.bias' in held:
-        parts['bias'] = held['lora_B.bias']
+    names = {ends[0]: 'down', ends[1]: 'up', 'lora_B.bias': 'bias', 'lora_magnitude_vector': 'lora_magnitude_vector'}
+    parts = {names[part]: value for part, value in held.items() if part in names}
     _check_factors(layer, parts, may_have_groups=True)
-    return Update(parts, is_embedding or fan_in_fan_out)
+    is_transposed = is_embedding or bool(scales.options.get('fan_in_fan_out'))
+    rank, alpha = scales.of(layer.partition('.base_layer')[0])
+    if rank is not None and rank != parts['down'].shape[0]:
+        raise InputError(
+            f'{PEFT_CONFIG} beside it must have the rank {parts["down"].shape[0]} for {shown(layer)}, as its tensors '
+            f'have, got {shown(repr(rank))}'
+        )
+    if 'alpha' in held:
+        return Update(parts, is_transposed, _alpha(held['alpha'], layer))
+    return Update(parts, is_transposed, alpha, bool(scales.options.get('use_rslora')))
 
 
 class _PeftScales:

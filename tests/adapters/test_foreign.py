@@ -172,6 +172,23 @@ def test_attention_of_peft_is_refused(tmp_path):
     assert difference(merge_adapter(state, read_adapter(tmp_path, state)), merged) <= 1e-6 < difference(state, merged)
 
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('use_dora', [False, True])
+def test_matrices_that_are_stored_the_other_way_round(tmp_path, use_dora):
+    """As those of GPT-2, whose layer is the one for which PEFT has `fan_in_fan_out`."""
+    pytest.importorskip('peft')
+    from transformers.pytorch_utils import Conv1D  # which comes with peft
+
+    torch.manual_seed(0)
+    base = nn.Sequential(Conv1D(5, 8), Conv1D(5, 5)).eval()
+    options = {'r': 2, 'lora_alpha': 3, 'use_dora': use_dora, 'fan_in_fan_out': True, 'target_modules': ['0', '1']}
+    network = with_peft(base, **options)
+    network.save_pretrained(tmp_path)
+    state = base.state_dict()
+    merged = network.merge_and_unload().state_dict()
+    assert difference(merge_adapter(state, read_adapter(tmp_path, state)), merged) <= 1e-6 < difference(state, merged)
+
+
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 

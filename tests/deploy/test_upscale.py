@@ -264,11 +264,11 @@ def test_sides_that_a_format_cannot_hold_are_told_before_the_network_runs(enlarg
     assert 'wide.png was not upscaled: WebP cannot hold 16384 x 2 pixels' in reason and '--format png' in reason
 
 
-@pytest.mark.parametrize('step', ['read_picture', '_rounded', 'write_picture'])
+@pytest.mark.parametrize('step', ['read_picture', '_stored', 'write_picture'])
 def test_short_memory_does_not_stop_the_rest(enlarging, tmp_path, monkeypatch, step):
     for name in ('a.png', 'b.png'):
         Image.fromarray(pixels(4, 4, 3)).save(tmp_path / name)
-    where = upscaler_module if step == '_rounded' else module
+    where = upscaler_module if step == '_stored' else module
     original, calls = getattr(where, step), []
 
     def fail_once(*args):
@@ -303,7 +303,7 @@ def test_a_large_result_that_fails_leaves_nothing(enlarging, tmp_path, monkeypat
     monkeypatch.setattr(module, 'WHOLE_BYTES', 0)
     for name in ('a.png', 'b.png', 'c.png'):
         Image.fromarray(pixels(20, 20, 3)).save(tmp_path / name)
-    original, calls = upscaler_module._rounded, []
+    original, calls = upscaler_module._stored, []
 
     def fail_once(*args):
         calls.append(1)
@@ -311,7 +311,7 @@ def test_a_large_result_that_fails_leaves_nothing(enlarging, tmp_path, monkeypat
             raise RuntimeError('DefaultCPUAllocator: not enough memory')
         return original(*args)
 
-    monkeypatch.setattr(upscaler_module, '_rounded', fail_once)
+    monkeypatch.setattr(upscaler_module, '_stored', fail_once)
     out = tmp_path / 'out'
     report = upscale([tmp_path / name for name in ('a.png', 'b.png', 'c.png')], 'any.pth', out, tile=11)
     assert files_in(out) == ['b.png', 'c.png'] and report.images == 2
@@ -327,7 +327,7 @@ def test_a_fault_of_the_network_is_no_fault_of_the_image(enlarging, tmp_path, mo
         raise error('of the network')
 
     Image.fromarray(pixels(20, 20, 3)).save(tmp_path / 'a.png')
-    monkeypatch.setattr(upscaler_module, '_rounded', fail)
+    monkeypatch.setattr(upscaler_module, '_stored', fail)
     for most in (module.WHOLE_BYTES, 0):
         monkeypatch.setattr(module, 'WHOLE_BYTES', most)
         with pytest.raises(error, match='^of the network$'):
@@ -448,7 +448,7 @@ def images(tmp_path, monkeypatch):
         (['in/a.png'], 'in/sub', {}, 'The output in/sub/a.png exists'),
         ([''], 'out', {}, 'An input is empty'),
         (['in/a.png'], '', {}, 'The output is empty'),
-        (['in/a.png'], 'out.bmp', {}, 'The output out.bmp ends in .bmp, where .png, .jpg, .* are right for a file'),
+        (['in/a.png'], 'out.gif', {}, 'The output out.gif ends in .gif, where .png, .jpg, .* are right for a file'),
         (['pipe.png'], 'out', {}, 'pipe.png is neither a file nor a folder'),
         (['in/a.png'], 'out', {'quality': 0}, 'The quality is 0'),
         (['in/a.png'], 'out', {'tile': 3}, 'A tile of 3 is too small for SPAN'),

@@ -19,7 +19,6 @@ BITFIELDS = 3  # a compression: pixels as the masks say
 SRGB, EMBEDDED = b'BGRs', b'DEBM'  # color spaces, as they stand in a file: 'sRGB' and 'MBED' with the last letter first
 FOR_PICTURES = 4  # an intent: perceptual
 MASKS = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)  # of B, G, R and alpha in this order
-MOST_BYTES = (1 << 32) - 1
 
 
 def read_bmp(data: bytes) -> tuple[bytes | None, Metadata]:
@@ -71,7 +70,7 @@ def bmp_header(
         1,
         8 * channels,
         BITFIELDS if channels == 4 else 0,
-        length & MOST_BYTES,
+        length,
         min(x, (1 << 31) - 1),
         min(y, (1 << 31) - 1),
         len(palette) // 4,
@@ -81,5 +80,5 @@ def bmp_header(
         (color_space,) = struct.unpack('<L', EMBEDDED if icc_profile else SRGB)
         masks = MASKS if channels == 4 else (0, 0, 0, 0)
         offset = size + len(palette) + length if icc_profile else 0
-        header += V5_REST.pack(*masks, color_space, FOR_PICTURES, offset & MOST_BYTES, len(icc_profile or b''), 0)
-    return FILE_HEADER.pack(BMP_SIGNATURE, total & MOST_BYTES, 0, 0, start) + header + palette, row_bytes
+        header += V5_REST.pack(*masks, color_space, FOR_PICTURES, offset, len(icc_profile or b''), 0)
+    return FILE_HEADER.pack(BMP_SIGNATURE, total, 0, 0, start) + header + palette, row_bytes

@@ -20,13 +20,14 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from lora_sr.errors import InputError
 from lora_sr.images import jpeg2000, tags
 from lora_sr.images import metadata as extras
-from lora_sr.images.bmp import MOST_BYTES, bmp_header
+from lora_sr.images.bmp import bmp_header
 from lora_sr.images.formats import NAMES, Picture, exif_block, has_avif
 from lora_sr.images.png import PNG_SIGNATURE, write_chunk
 from lora_sr.images.tga import tga_footer, tga_header
 
 # Pixels: of libjpeg, of WebP's 14 bits, of TGA's 16 bits, and of what AVIF is read by.
 LARGEST_SIDE = {'jpeg': 65500, 'webp': 16383, 'tga': 65535, 'avif': 32768}
+MOST_BMP_BYTES = (1 << 32) - (1 << 24)  # of pixels: the rest is left to the header and a profile
 DEEP_FORMATS = ('png', 'tiff', 'jp2', 'j2k')  # that hold 16 bits
 LOSSLESS = 100  # the quality at which WebP and JPEG 2000 are lossless
 # PSNR of JPEG 2000 in dB at quality 0, and by how much it grows with each step: near that of JPEG.
@@ -94,7 +95,7 @@ def check_format(file_format: str, dtype: np.dtype, height: int, width: int, cha
             f'JPEG 2000 of 16 bits with colors or alpha must have {SMALLEST_OF_OPENCV} pixels or more a side, got '
             f'{width} x {height}: PNG and TIFF hold it.'
         )
-    if file_format == 'bmp' and height * (width + 3) * max(channels, 3) > MOST_BYTES - (1 << 24):
+    if file_format == 'bmp' and height * (width * (4 if channels == 2 else channels) + 3) > MOST_BMP_BYTES:
         raise InputError(f'BMP cannot hold {width} x {height} pixels, as it ends at 4 GiB: PNG can (--format png).')
     longest = LARGEST_SIDE.get(file_format)
     if longest is not None and max(height, width) > longest:
@@ -131,9 +132,9 @@ def write_picture(
         bands: The pixels from top to bottom, each (rows, width, channels) of any number of rows.
         size: Height and width of them all.
         file_format: A key of ``FORMATS``. WebP knows no gray, and gets three equal channels; so does gray with alpha in
-            BMP and AVIF, and of 16 bits in JPEG 2000 and TIFF, as few programs read gray there. A gray ICC profile is
-            left out of these. Floating point stays so in TIFF; elsewhere it is clipped to [0, 1] and rounded, to 16
-            bits in PNG and JPEG 2000, and to 8 bits in the others.
+            BMP, TGA and AVIF, and beyond 8 bits in JPEG 2000 and TIFF, as few programs read gray there. A gray ICC
+            profile is left out of these. Floating point stays so in TIFF; elsewhere it is clipped to [0, 1] and
+            rounded, to 16 bits in PNG and JPEG 2000, and to 8 bits in the others.
         quality: 1 to 100, of JPEG and AVIF, whose colors have full resolution (4:4:4), of WebP and JPEG 2000, which are
             lossless at 100. 16 bits of JPEG 2000 are lossless in any case.
         run: Does what `map` does, e.g. in threads, with the blocks of a band.
@@ -202,8 +203,8 @@ def _makes_colors(pixels: np.ndarray, file_format: str) -> bool:
     channels = pixels.shape[2]
     if file_format == 'webp':
         return channels < 3
-    is_deep = pixels.dtype != np.uint8
-    return channels == 2 and (file_format in ('bmp', 'avif') or (file_format in ('tiff', 'jp2', 'j2k') and is_deep))
+    without_gray_alpha = ('bmp', 'tga', 'avif') if pixels.dtype == np.uint8 else NAMES.keys() - {'png'}
+    return channels == 2 and file_format in without_gray_alpha
 
 
 def _loses_profile(picture: Picture, file_format: str) -> bool:

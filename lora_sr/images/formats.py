@@ -70,6 +70,7 @@ BEGINNINGS = (
 BEGINNING_BYTES = 32  # that tell the format
 NO_IMAGE = 'is not a PNG, JPEG, WebP, TIFF, BMP, TGA, JPEG 2000 or AVIF image, or its beginning is damaged'
 MOST_BYTES = (1 << 31) - 1  # of a file, as many as OpenCV takes
+MOST_AVIF_PIXELS = 1 << 27  # which take 2 GB while they are decoded
 READABLE = ('PNG', 'JPEG', 'WEBP', 'TIFF', 'BMP', 'AVIF')
 # What a TIFF says of a picture, and not of how its pixels are stored: description, make, model, orientation,
 # resolution (X, Y and unit), software, date and time, artist, copyright.
@@ -160,7 +161,7 @@ def _read(data: bytes, path: str | os.PathLike[str]) -> Picture:
     if data.startswith((JP2_SIGNATURE, CODESTREAM_SIGNATURE)):
         return _decode_jpeg2000(data, path)
     if tga.is_tga(data):
-        return _decode_tga(data, path)
+        return _decode_tga(data)
     if is_box_file(data) and not has_avif():
         raise UnreadableImage(f'must be read by Pillow 11.3 or later, with AVIF, got {pillow_version}')
     folded = tiff.fold(data)
@@ -222,6 +223,8 @@ def _with_alpha(pixels: np.ndarray, transparent: bytes, depth: int) -> np.ndarra
 def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folded: tiff.Folded | None) -> Picture:
     """A JPEG, WebP, TIFF, BMP or AVIF."""
     _refuse_several(image, path)
+    if image.format == 'AVIF' and image.width * image.height > MOST_AVIF_PIXELS:
+        raise InputError(f'{path} must have {MOST_AVIF_PIXELS} pixels or fewer, as AVIF.')
     # A block of 64 pixels takes a bit at least; what is missing libjpeg makes up.
     if image.format == 'JPEG' and len(data) * 8 * 64 < image.width * image.height:
         raise InputError(f'{path} is damaged: it is far too short for {image.width} x {image.height} pixels.')
@@ -297,11 +300,12 @@ def _over_whole_range(values: np.ndarray, depth: int, dtype: type[np.unsignedint
     return values if most == peak else ((values.astype(np.uint32) * peak + most // 2) // most).astype(dtype)
 
 
-def _decode_tga(data: bytes, path: str | os.PathLike[str]) -> Picture:
+def _decode_tga(data: bytes) -> Picture:
     described = tga.read_tga(data)
-    with Image.open(io.BytesIO(described.data), formats=('TGA',)) as image:
-        pixels = _decode_8_bits(image)
-        has_palette = image.mode == 'P'
+    try:
+        pixels, has_palette = _decode_tga_pixels(described.data)
+    except OSError:
+        pixels, has_palette = _decode_tga_pixels(tga.without_run_lengths(described.data))
     lost = described.lost
     if pixels.shape[2] in (2, 4):
         is_flat = (pixels[:, :, -1] == pixels[0, 0, -1]).all()
@@ -312,6 +316,13 @@ def _decode_tga(data: bytes, path: str | os.PathLike[str]) -> Picture:
             pixels = _divided_by_alpha(pixels)
     metadata = Metadata(lost=lost)
     return Picture(np.ascontiguousarray(pixels), metadata=metadata, has_alpha=described.alpha_kind != tga.KEPT)
+
+
+def _decode_tga_pixels(data: bytes) -> tuple[np.ndarray, bool]:
+    """uint8 (H, W, C), and whether they had a palette."""
+    # Pillow looks for a footer at the end, and fails where there are fewer bytes than one has.
+    with Image.open(io.BytesIO(data + bytes(tga.FOOTER.size)), formats=('TGA',)) as image:
+        return _decode_8_bits(image), image.mode == 'P'
 
 
 def _refuse_several(image: Image.Image, path: str | os.PathLike[str]) -> None:
@@ -325,8 +336,10 @@ def _decode_8_bits(image: Image.Image, is_turned: bool = False) -> np.ndarray:
     image.load()
     is_gray = image.mode in GRAY_MODES
     has_alpha = image.mode in ALPHA_MODES or 'transparency' in image.info or _palette_has_alpha(image)
-    image = ImageOps.exif_transpose(image) if is_turned else image  # Pillow turns a TIFF as it loads it
-    pixels = np.asarray(image.convert(('L' if is_gray else 'RGB') + ('A' if has_alpha else '')))
+    mode = ('L' if is_gray else 'RGB') + ('A' if has_alpha else '')
+    if is_turned:
+        ImageOps.exif_transpose(image, in_place=True)  # Pillow turns a TIFF as it loads it
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels.reshape(*pixels.shape[:2], -1)
 
 

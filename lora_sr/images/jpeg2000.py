@@ -6,6 +6,7 @@ import math
 import struct
 from dataclasses import dataclass
 
+from lora_sr.errors import shown
 from lora_sr.images.boxes import boxes_in, make_box
 from lora_sr.images.metadata import Metadata, Resolution, resolution_of
 from lora_sr.images.unreadable import UnreadableImage
@@ -16,6 +17,7 @@ MOST_SAMPLES = 3 << 26
 COLOR_SPACES = {16: 'sRGB', 17: 'gray', 18: 'sYCC'}
 ENUMERATED, PROFILES = 1, (2, 3)  # methods of a color specification
 ALPHA_TYPES = OPACITY, PREMULTIPLIED_OPACITY = (1, 2)  # of a channel
+START_OF_TILE_PART = 0xFF90
 EXIF_UUID = b'JpgTiffExif->JP2'
 XMP_UUID = bytes.fromhex('be7acfcb97a942e89c71999491e3afac')
 IPTC_UUID = bytes.fromhex('33c7a4d2b81d4723a0baf1a3e097ad38')
@@ -53,14 +55,18 @@ def read_jpeg2000(data: bytes) -> JPEG2000:
         UnreadableImage: It has pixels of a kind that is not read, several pictures, or is damaged.
     """
     if data.startswith(CODESTREAM_SIGNATURE):
-        return JPEG2000(*_sizes(data, 0))
+        described = JPEG2000(*_sizes(data, 0))
+        _check_tiles(data, 0, len(data))
+        return described
     boxes = list(boxes_in(data))
     codestreams = [box for box in boxes if box.kind == b'jp2c']
     if not codestreams:
         raise UnreadableImage('is damaged: it has no pixels, or its boxes do not fit')
     if len(codestreams) > 1:
         raise UnreadableImage(f'must hold one picture, got {len(codestreams)}: take them apart first')
-    channels, depth = _sizes(data, codestreams[0].start)
+    _, start, stop = codestreams[0]
+    channels, depth = _sizes(data, start)
+    _check_tiles(data, start, stop)
     icc_profile, exif, lost = None, b'', set()
     resolutions: dict[bytes, Resolution | None] = {}
     xmp = iptc = alpha_type = color_space = None
@@ -90,7 +96,7 @@ def read_jpeg2000(data: bytes) -> JPEG2000:
             iptc = content[16:]
         elif box.kind in (b'uuid', b'xml '):
             lost.add(f'JPEG 2000 {box.kind.decode().strip()}')
-    profile_space = icc_profile and icc_profile[16:20].decode('latin-1').strip()
+    profile_space = icc_profile and shown(icc_profile[16:20].decode('latin-1').strip())
     if color_space not in (None, *COLOR_SPACES) or profile_space not in (None, '', 'RGB', 'GRAY'):
         kind = profile_space or f'the color space {color_space}'
         raise UnreadableImage(f'must be {", ".join(COLOR_SPACES.values())}, or have a profile of RGB, got {kind}')
@@ -128,6 +134,34 @@ def _sizes(data: bytes, start: int) -> tuple[int, int]:
     if len(depths) > 1 or max(depths) > 15:  # of one less than its bits; the highest bit says that there is a sign
         raise UnreadableImage('must have channels of equally many bits, 16 at most, and without a sign')
     return channels, max(depths) + 1
+
+
+def _check_tiles(data: bytes, start: int, stop: int) -> None:
+    """See that each tile of a codestream has a part, as its size tells where the next part begins (A.4.2).
+
+    OpenJPEG leaves those that are missing black.
+
+    Raises:
+        UnreadableImage: One has none.
+    """
+    x, y, _, _, width, height, left, top = struct.unpack_from('>8I', data, start + 8)
+    tiles = -(-(x - left) // width) * -(-(y - top) // height) if width and height else 0
+    found, place = set(), start + 2
+    try:
+        while place < stop:
+            marker, length = struct.unpack_from('>2H', data, place)
+            if marker == START_OF_TILE_PART:
+                number, size = struct.unpack_from('>HI', data, place + 4)
+                found.add(number)
+                place += size or stop  # the last one may reach to the end
+            elif found:  # the end of the codestream
+                break
+            else:
+                place += 2 + length
+    except struct.error:
+        pass
+    if len(found) < tiles or not tiles:
+        raise UnreadableImage(f'is damaged: it has {len(found)} of {tiles} tiles')
 
 
 def _alpha_type(content: bytes) -> int:

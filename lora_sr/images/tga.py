@@ -5,13 +5,15 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+from lora_sr.images.unreadable import UnreadableImage
+
 # Length of the text after it, kind of palette, type, the palette's first entry, entries and bits, X and Y of the
 # origin, width, height, bits of a pixel, and a descriptor.
 HEADER = struct.Struct('<BBBHHBHHHHBB')
 FOOTER = struct.Struct('<LL18s')  # where the extension and the developer's area begin, and a signature
 FOOTER_SIGNATURE = b'TRUEVISION-XFILE.\0'
 PALETTE, COLORS, GRAY, RUN_LENGTHS = 1, 2, 3, 8  # types; the last is added to one of the others
-DEPTHS = {PALETTE: (8,), COLORS: (16, 24, 32), GRAY: (8, 16)}  # type -> bits of a pixel
+DEPTHS = {PALETTE: (8,), COLORS: (16, 24, 32), GRAY: (1, 8, 16)}  # type -> bits of a pixel
 PALETTE_DEPTHS = (16, 24, 32)
 ALPHA_BITS, RESERVED_BITS = 0x0F, 0xC0  # of the descriptor
 # In the extension area: texts (author, comments, date, job), gamma, and which kind of alpha there is.
@@ -69,8 +71,30 @@ def read_tga(data: bytes) -> TGA:
         data = data[: -FOOTER.size]
     if texts.strip(b'\0 '):
         lost.add('TGA texts')
-    # Pillow looks for a footer at the end, and fails where there are fewer bytes than one has.
-    return TGA(data + bytes(FOOTER.size), alpha_kind, frozenset(lost))
+    return TGA(data, alpha_kind, frozenset(lost))
+
+
+def without_run_lengths(data: bytes) -> bytes:
+    """The file as one that is not compressed; version 1 let runs go on in the next row, where Pillow ends them.
+
+    Raises:
+        UnreadableImage: It is cut short, as one may be that is not compressed.
+    """
+    fields = list(HEADER.unpack_from(data))
+    text_length, _, kind, _, entries, palette_bits, _, _, width, height, bits, _ = fields
+    if not kind & RUN_LENGTHS:
+        raise UnreadableImage('is damaged: it is cut short')
+    size, place = bits // 8, HEADER.size + text_length + entries * (palette_bits // 8)
+    fields[2] = kind & ~RUN_LENGTHS
+    unpacked, wanted = bytearray(HEADER.pack(*fields) + data[HEADER.size : place]), place + width * height * size
+    while len(unpacked) < wanted:
+        if place >= len(data):
+            raise UnreadableImage('is damaged: it is cut short')
+        length, is_run = (data[place] & 0x7F) + 1, data[place] & 0x80
+        stored = size if is_run else length * size
+        unpacked += data[place + 1 : place + 1 + stored] * (length if is_run else 1)
+        place += 1 + stored
+    return bytes(unpacked[:wanted])
 
 
 def tga_header(height: int, width: int, channels: int) -> bytes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -43,13 +43,14 @@ from lora_sr.images.unreadable import UnreadableImage
 
 TIFF_SIGNATURES = (b'II*\0', b'MM\0*')
 BIG_SIGNATURES = (b'II+\0', b'MM\0+')
-# What sees bytes and no pixels: none, LZW, Deflate, PackBits, Deflate, LZMA, Zstandard.
-BYTEWISE = (1, 5, 8, 32773, 32946, 34925, 50000)
+# Compressions that see bytes and no pixels: besides these LZW, PackBits, LZMA and Zstandard.
+NONE, DEFLATES = 1, (8, 32946)
+BYTEWISE = (NONE, 5, *DEFLATES, 32773, 34925, 50000)
+WITHOUT_PREDICTOR = (NONE, 32773)  # whatever the tag says, to libtiff
 SAMPLE_FORMATS = {1: 'whole numbers', 2: 'whole numbers with signs', 3: 'floating point'}
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # of PHOTOMETRIC
 SEPARATE = 2  # of PLANAR_CONFIGURATION
 ROWS_AT_ONCE = 64  # whose samples are made of bytes
-PIECE_BYTES = 1 << 26  # of strips or tiles that are decompressed at once; of one there may be more
 MOST_SAMPLE_BYTES = 1 << 30  # of all values: RGB of 16 bits has as many at the most pixels that Pillow reads
 LARGEST_TILE = 1 << 14  # pixels a side, beyond the image itself
 TIFF_START = 8  # bytes of the header
@@ -173,13 +174,10 @@ class Folded:
         layout = self.layout
         for plane in range(min(layout.planes, channels)):
             channel = slice(plane, plane + 1) if layout.planes > 1 else slice(None)
-            for start, image in layout.pieces(self.source, plane, height):
-                for row in range(0, image.height, ROWS_AT_ONCE):
-                    # Of the whole image Pillow would make several copies.
-                    content = np.asarray(image.crop((0, row, image.width, min(row + ROWS_AT_ONCE, image.height))))
-                    with np.errstate(over='ignore', invalid='ignore'):  # beyond float32: infinite, which is told
-                        rows = slice(start + row, start + row + len(content))
-                        pixels[rows, :, channel] = layout.samples(content, self.dtype)[:, :width, :channels]
+            for start, blocks in layout.blocks(self.source, plane, height):
+                with np.errstate(over='ignore', invalid='ignore'):  # beyond float32: infinite, which is told
+                    samples = layout.samples(blocks, self.dtype)[:, :width, :channels]
+                    pixels[start : start + len(samples), :, channel] = samples
         if is_real:
             bad = next((row for row in range(height) if not np.isfinite(pixels[row]).all()), None)
             if bad is not None:
@@ -219,52 +217,41 @@ class _Layout:
     lengths: tuple[int, ...]
     is_tiled: bool
 
-    def pieces(self, data: bytes, plane: int, height: int) -> Iterator[tuple[int, Image.Image]]:
-        """A plane from top to bottom, some rows at a time: the first row, and the bytes of the samples as gray."""
-        down = len(self.offsets) // (self.planes * self.across)
-        row_bytes = self.across * self.columns * self.pixel_bytes
-        at_once = max(1, PIECE_BYTES // (self.rows * row_bytes))
-        for first in range(0, down, at_once):
-            count = min(at_once, down - first)
-            numbers = range((plane * down + first) * self.across, (plane * down + first + count) * self.across)
-            parts = [data[self.offsets[number] :][: self.lengths[number]] for number in numbers]
-            rows = min(height - first * self.rows, count * self.rows)
-            with TiffImageFile(io.BytesIO(self._gray(parts, rows))) as image:
-                image.load()
-                yield first * self.rows, image
+    def blocks(self, data: bytes, plane: int, height: int) -> Iterator[tuple[int, np.ndarray]]:
+        """A plane from top to bottom, some rows at a time: the first row, and bytes (rows, pieces across, bytes)."""
+        for row in range(0, height, self.rows):
+            first = (plane * -(-height // self.rows) + row // self.rows) * self.across
+            numbers = range(first, first + self.across)
+            parts = (data[self.offsets[number] :][: self.lengths[number]] for number in numbers)
+            rows = min(self.rows, height - row)
+            for chunks in zip(*(self._decompressed(part, rows) for part in parts)):
+                yield row, np.stack(chunks, 1)
+                row += len(chunks[0])
 
-    def _gray(self, parts: list[bytes], height: int) -> bytes:
-        """A TIFF of gray of 8 bits of such pieces."""
-        width = self.across * self.columns * self.pixel_bytes
-        starts = [TIFF_START, *(TIFF_START + end for end in accumulate(map(len, parts)))]
-        fields = {
-            IMAGE_WIDTH: [width],
-            IMAGE_LENGTH: [height],
-            BITS_PER_SAMPLE: [8],
-            COMPRESSION: [self.compression],
-            PHOTOMETRIC: [BLACK_IS_ZERO],
-            SAMPLES_PER_PIXEL: [1],
-        }
-        if self.is_tiled:
-            fields.update({TILE_WIDTH: [self.columns * self.pixel_bytes], TILE_LENGTH: [self.rows]})
-            fields.update({TILE_OFFSETS: starts[:-1], TILE_BYTE_COUNTS: [*map(len, parts)]})
-        else:
-            fields.update({STRIP_OFFSETS: starts[:-1], ROWS_PER_STRIP: [self.rows]})
-            fields[STRIP_BYTE_COUNTS] = [*map(len, parts)]
-        values, entries = b'', b''
-        place = starts[-1] + 2 + 12 * len(fields) + 4
-        for tag, numbers in sorted(fields.items()):
-            content = struct.pack(f'<{len(numbers)}I', *numbers)
-            if len(numbers) > 1:
-                values, content = values + content, struct.pack('<I', place + len(values))
-            entries += struct.pack('<HHI', tag, LONG, len(numbers)) + content
-        directory = struct.pack('<H', len(fields)) + entries + bytes(4) + values
-        return struct.pack('<2sHI', b'II', 42, starts[-1]) + b''.join(parts) + directory
+    def _decompressed(self, part: bytes, height: int) -> Iterator[np.ndarray]:
+        """The upper rows of a piece as bytes (rows, bytes), some at a time: whole ones may be large."""
+        width = self.columns * self.pixel_bytes
+        inflater, image = zlib.decompressobj(), None
+        if self.compression not in (NONE, *DEFLATES):
+            image = _decompress(part, self.compression, height, width)
+        for row in range(0, height, ROWS_AT_ONCE):
+            rows = min(ROWS_AT_ONCE, height - row)
+            if image is not None:
+                yield np.asarray(image.crop((0, row, width, row + rows)))
+                continue
+            if self.compression == NONE:
+                content = part[row * width : (row + rows) * width]
+            else:
+                content = inflater.decompress(part if row == 0 else inflater.unconsumed_tail, rows * width)
+            if len(content) < rows * width:
+                raise UnreadableImage('is damaged: it is cut short')
+            yield np.frombuffer(content, np.uint8).reshape(rows, width)
+        if self.compression in DEFLATES:  # where nothing but the checksum is left, it is read
+            inflater.decompress(inflater.unconsumed_tail, 1)
 
-    def samples(self, content: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Bytes (rows, ...) of pieces side by side -> samples (rows, columns, channels)."""
+    def samples(self, blocks: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Bytes (rows, pieces across, bytes) -> samples (rows, columns, channels)."""
         size = dtype.itemsize
-        blocks = content.reshape(len(content), self.across, -1)
         if self.predictor == FLOATING_POINT_DIFFERENCES:
             # Of each row first the highest bytes of all samples, as differences, then the next ones.
             differences = blocks.reshape(*blocks.shape[:2], -1, self.channels)
@@ -277,7 +264,32 @@ class _Layout:
             samples = np.add.accumulate(differences, 2, whole).view(dtype.newbyteorder('='))
         else:
             samples = np.ascontiguousarray(blocks).view(dtype)
-        return samples.reshape(len(content), -1, self.channels)
+        return samples.reshape(len(blocks), -1, self.channels)
+
+
+def _decompress(part: bytes, compression: int, height: int, width: int) -> Image.Image:
+    """Bytes as the gray of an image, by way of libtiff."""
+    fields = {
+        IMAGE_WIDTH: width,
+        IMAGE_LENGTH: height,
+        BITS_PER_SAMPLE: 8,
+        COMPRESSION: compression,
+        PHOTOMETRIC: BLACK_IS_ZERO,
+        STRIP_OFFSETS: TIFF_START,
+        SAMPLES_PER_PIXEL: 1,
+        ROWS_PER_STRIP: height,
+        STRIP_BYTE_COUNTS: len(part),
+    }
+    directory = struct.pack('<H', len(fields))
+    directory += b''.join(struct.pack('<HHII', tag, LONG, 1, value) for tag, value in fields.items()) + bytes(4)
+    file = struct.pack('<2sHI', b'II', 42, TIFF_START + len(part)) + part + directory
+    with TiffImageFile(io.BytesIO(file)) as image:
+        try:
+            image.load()
+        except Image.DecompressionBombError:
+            size = height * width >> 20
+            raise UnreadableImage(f'must be stored in smaller strips or tiles, got some of {size} MiB') from None
+        return image.copy()
 
 
 def fold(data: bytes) -> Folded | None:
@@ -287,6 +299,8 @@ def fold(data: bytes) -> Folded | None:
         UnreadableImage: Its pixels are of a kind that is not read, too many, or not all there.
         Image.DecompressionBombError: It has more pixels than Pillow reads.
     """
+    if data.startswith(BIG_SIGNATURES[1]):  # which Pillow takes for damaged
+        raise UnreadableImage('must be a TIFF or a BigTIFF of little-endian numbers, got a BigTIFF of big-endian ones')
     directory = _read_directory(data)
     if directory is None:
         return None
@@ -320,7 +334,8 @@ def _fold(data: bytes, directory: _Directory) -> Folded | None:
         if kind is None:
             raise UnreadableImage('is damaged: its directory makes no sense')
         raise UnreadableImage(f'must be gray or RGB of 8 or 16 bits or floating point, got {kind}: convert it first')
-    compression, predictor = value(COMPRESSION, 1), value(PREDICTOR, 1)
+    compression = value(COMPRESSION, NONE)
+    predictor = 1 if compression in WITHOUT_PREDICTOR else value(PREDICTOR, 1)
     if compression not in BYTEWISE or not 1 <= predictor <= (3 if is_real else 2):
         raise UnreadableImage(
             'must be compressed by LZW, Deflate, PackBits, LZMA, Zstandard or not at all, got compression '

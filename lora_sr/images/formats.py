@@ -71,7 +71,7 @@ BEGINNING_BYTES = 32  # that tell the format
 NO_IMAGE = 'is not a PNG, JPEG, WebP, TIFF, BMP, TGA, JPEG 2000 or AVIF image, or its beginning is damaged'
 MOST_BYTES = (1 << 31) - 1  # of a file, as many as OpenCV takes
 MOST_AVIF_PIXELS = 1 << 27  # which take 2 GB while they are decoded
-READABLE = ('PNG', 'JPEG', 'WEBP', 'TIFF', 'BMP', 'AVIF')
+READABLE = ('JPEG', 'WEBP', 'TIFF', 'BMP')
 # What a TIFF says of a picture, and not of how its pixels are stored: description, make, model, orientation,
 # resolution (X, Y and unit), software, date and time, artist, copyright.
 DESCRIPTIVE_TAGS = (270, 271, 272, ORIENTATION, 282, 283, 296, 305, 306, 315, 33432, EXIF_IFD, GPS_IFD)
@@ -162,10 +162,12 @@ def _read(data: bytes, path: str | os.PathLike[str]) -> Picture:
         return _decode_jpeg2000(data, path)
     if tga.is_tga(data):
         return _decode_tga(data)
-    if is_box_file(data) and not has_avif():
+    is_avif = is_box_file(data)
+    if is_avif and not has_avif():
         raise UnreadableImage(f'must be read by Pillow 11.3 or later, with AVIF, got {pillow_version}')
     folded = tiff.fold(data)
-    with Image.open(io.BytesIO(data if folded is None else folded.data), formats=READABLE) as image:
+    formats = ('AVIF',) if is_avif else READABLE  # which an earlier Pillow does not know by name
+    with Image.open(io.BytesIO(data if folded is None else folded.data), formats=formats) as image:
         return _decode(image, data, path, folded)
 
 
@@ -287,9 +289,10 @@ def _decode_jpeg2000(data: bytes, path: str | os.PathLike[str]) -> Picture:
 
 
 def _decode_deep_jpeg2000(data: bytes, path: str | os.PathLike[str], described: JPEG2000) -> np.ndarray:
-    """uint16 (H, W, C); Pillow has 8 bits for each of several channels, and OpenCV knows no gray with alpha."""
-    if described.channels == 2 or described.has_palette:
-        kind = 'a palette' if described.has_palette else 'gray and alpha'
+    """uint16 (H, W, C); Pillow has 8 bits for each of several channels, and OpenCV reads sYCC as other colors."""
+    kinds = {'a palette': described.has_palette, 'sYCC': described.is_ycc, 'gray and alpha': described.channels == 2}
+    kind = next((kind for kind, is_there in kinds.items() if is_there), None)
+    if kind is not None:
         raise InputError(f'{path} must be gray or RGB of more than 8 bits, as JPEG 2000, got {kind}: convert it first.')
     return _over_whole_range(_decode_16_bits(data, path), described.depth, np.uint16)
 

@@ -14,7 +14,8 @@ from lora_sr.images.unreadable import UnreadableImage
 JP2_SIGNATURE, CODESTREAM_SIGNATURE = b'\0\0\0\x0cjP  \r\n\x87\n', b'\xff\x4f\xff\x51'
 # Of int32 each while they are decoded: three or four times as much as in other formats.
 MOST_SAMPLES = 3 << 26
-COLOR_SPACES = {16: 'sRGB', 17: 'gray', 18: 'sYCC'}
+SYCC = 18
+COLOR_SPACES = {16: 'sRGB', 17: 'gray', SYCC: 'sYCC'}
 ENUMERATED, PROFILES = 1, (2, 3)  # methods of a color specification
 ALPHA_TYPES = OPACITY, PREMULTIPLIED_OPACITY = (1, 2)  # of a channel
 START_OF_TILE_PART = 0xFF90
@@ -31,6 +32,7 @@ class JPEG2000:
         channels: 1 to 4.
         depth: Bits of each channel, 1 to 16.
         has_palette: Whether the channel has indices of colors.
+        is_ycc: Whether the channels are luma and chroma.
         has_alpha: Whether a second or fourth channel is alpha; where nothing tells, it is taken for it.
         is_premultiplied: Whether the colors are multiplied by alpha.
         icc_profile: The color profile.
@@ -41,6 +43,7 @@ class JPEG2000:
     channels: int
     depth: int
     has_palette: bool = False
+    is_ycc: bool = False
     has_alpha: bool = True
     is_premultiplied: bool = False
     icc_profile: bytes | None = None
@@ -105,6 +108,7 @@ def read_jpeg2000(data: bytes) -> JPEG2000:
         channels,
         depth,
         has_palette,
+        color_space == SYCC,
         alpha_type in (None, *ALPHA_TYPES),
         alpha_type == PREMULTIPLIED_OPACITY,
         icc_profile,

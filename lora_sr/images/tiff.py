@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,8 @@ WITHOUT_PREDICTOR = (NONE, 32773)  # whatever the tag says, to libtiff
 SAMPLE_FORMATS = {1: 'whole numbers', 2: 'whole numbers with signs', 3: 'floating point'}
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # of PHOTOMETRIC
 SEPARATE = 2  # of PLANAR_CONFIGURATION
+INPUT_BYTES = 1 << 20  # that are inflated at once
+MOST_PIECES = 1 << 15  # strips or tiles, each of which takes libtiff half a millisecond
 ROWS_AT_ONCE = 64  # whose samples are made of bytes
 MOST_SAMPLE_BYTES = 1 << 30  # of all values: RGB of 16 bits has as many at the most pixels that Pillow reads
 LARGEST_TILE = 1 << 14  # pixels a side, beyond the image itself
@@ -222,7 +225,7 @@ class _Layout:
         for row in range(0, height, self.rows):
             first = (plane * -(-height // self.rows) + row // self.rows) * self.across
             numbers = range(first, first + self.across)
-            parts = (data[self.offsets[number] :][: self.lengths[number]] for number in numbers)
+            parts = (data[self.offsets[number] : self.offsets[number] + self.lengths[number]] for number in numbers)
             rows = min(self.rows, height - row)
             for chunks in zip(*(self._decompressed(part, rows) for part in parts)):
                 yield row, np.stack(chunks, 1)
@@ -231,23 +234,21 @@ class _Layout:
     def _decompressed(self, part: bytes, height: int) -> Iterator[np.ndarray]:
         """The upper rows of a piece as bytes (rows, bytes), some at a time: whole ones may be large."""
         width = self.columns * self.pixel_bytes
-        inflater, image = zlib.decompressobj(), None
-        if self.compression not in (NONE, *DEFLATES):
-            image = _decompress(part, self.compression, height, width)
-        for row in range(0, height, ROWS_AT_ONCE):
-            rows = min(ROWS_AT_ONCE, height - row)
-            if image is not None:
-                yield np.asarray(image.crop((0, row, width, row + rows)))
-                continue
-            if self.compression == NONE:
-                content = part[row * width : (row + rows) * width]
-            else:
-                content = inflater.decompress(part if row == 0 else inflater.unconsumed_tail, rows * width)
+        chunks = [min(ROWS_AT_ONCE, height - row) for row in range(0, height, ROWS_AT_ONCE)]
+        if self.compression in DEFLATES:
+            contents = _inflated(part, [rows * width for rows in chunks])
+        elif self.compression == NONE:
+            step = ROWS_AT_ONCE * width
+            contents = (part[start : start + step] for start in range(0, height * width, step))
+        else:
+            image = _by_libtiff(part, self.compression, height, width)
+            for start, rows in zip(count(0, ROWS_AT_ONCE), chunks):
+                yield np.asarray(image.crop((0, start, width, start + rows)))
+            return
+        for rows, content in zip(chunks, contents):
             if len(content) < rows * width:
                 raise UnreadableImage('is damaged: it is cut short')
-            yield np.frombuffer(content, np.uint8).reshape(rows, width)
-        if self.compression in DEFLATES:  # where nothing but the checksum is left, it is read
-            inflater.decompress(inflater.unconsumed_tail, 1)
+            yield np.frombuffer(content, np.uint8, rows * width).reshape(rows, width)
 
     def samples(self, blocks: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """Bytes (rows, pieces across, bytes) -> samples (rows, columns, channels)."""
@@ -267,7 +268,22 @@ class _Layout:
         return samples.reshape(len(blocks), -1, self.channels)
 
 
-def _decompress(part: bytes, compression: int, height: int, width: int) -> Image.Image:
+def _inflated(part: bytes, sizes: list[int]) -> Iterator[bytes]:
+    """What was deflated, in parts of such sizes; fewer bytes where there are no more."""
+    inflater, place, left = zlib.decompressobj(), 0, b''
+    for number, size in enumerate(sizes):
+        content = bytearray()
+        while len(content) < size and (left or place < len(part)) and not inflater.eof:
+            if not left:
+                left, place = part[place : place + INPUT_BYTES], place + INPUT_BYTES
+            content += inflater.decompress(left, size - len(content))
+            left = inflater.unconsumed_tail
+        if number == len(sizes) - 1:  # where nothing but the checksum is left, it is read
+            inflater.decompress(left + part[place : place + INPUT_BYTES], 1)
+        yield bytes(content)
+
+
+def _by_libtiff(part: bytes, compression: int, height: int, width: int) -> Image.Image:
     """Bytes as the gray of an image, by way of libtiff."""
     fields = {
         IMAGE_WIDTH: width,
@@ -283,13 +299,13 @@ def _decompress(part: bytes, compression: int, height: int, width: int) -> Image
     directory = struct.pack('<H', len(fields))
     directory += b''.join(struct.pack('<HHII', tag, LONG, 1, value) for tag, value in fields.items()) + bytes(4)
     file = struct.pack('<2sHI', b'II', 42, TIFF_START + len(part)) + part + directory
-    with TiffImageFile(io.BytesIO(file)) as image:
-        try:
-            image.load()
-        except Image.DecompressionBombError:
-            size = height * width >> 20
-            raise UnreadableImage(f'must be stored in smaller strips or tiles, got some of {size} MiB') from None
-        return image.copy()
+    image = TiffImageFile(io.BytesIO(file))
+    try:
+        image.load()
+    except Image.DecompressionBombError:
+        size = height * width >> 20
+        raise UnreadableImage(f'must be stored in smaller strips or tiles, got some of {size} MiB') from None
+    return image
 
 
 def fold(data: bytes) -> Folded | None:
@@ -359,6 +375,8 @@ def _fold(data: bytes, directory: _Directory) -> Folded | None:
     across, down = -(-width // columns), -(-height // rows)
     if len(offsets) != across * down * planes or len(lengths) != len(offsets):
         raise UnreadableImage('is damaged: it does not say where all of its pixels are')
+    if len(offsets) > MOST_PIECES:
+        raise UnreadableImage(f'must be stored in {MOST_PIECES} strips or tiles or fewer, got {len(offsets)}')
     if any(offset + length > len(data) for offset, length in zip(offsets, lengths)):
         raise UnreadableImage('is damaged: it is cut short')
     pixel_bytes = stored // planes * dtype.itemsize
@@ -402,8 +420,9 @@ def describe(data: bytes) -> str | None:
         bits = directory[BITS_PER_SAMPLE]
         samples = directory.get(SAMPLES_PER_PIXEL, 1)
         sample_format = directory.get(SAMPLE_FORMAT, (1,))[0]
+        numbers = f'{samples:d} channel{"s" if samples > 1 else ""} of {max(bits):d} bits'
     except Exception:  # Pillow raises what it likes for damaged directories
         return None
     kind = SAMPLE_FORMATS.get(sample_format, 'of a special format')
     apart = ', each apart' if directory.get(PLANAR_CONFIGURATION) == SEPARATE else ''
-    return f'{samples} channel{"s" if samples > 1 else ""} of {max(bits)} bits, {kind}{apart}'
+    return f'{numbers}, {kind}{apart}'

@@ -152,6 +152,16 @@ def test_what_the_fourth_channel_is(read, kind, has_alpha):
     assert np.abs(picture.pixels[..., :3] - colors).max() < 0.501
 
 
+def with_color_space(number):
+    return lambda kind, content: [(kind, content[:3] + struct.pack('>I', number) if kind == b'colr' else content)]
+
+
+def test_luma_and_chroma(read):
+    image = Image.fromarray(pixels(), 'YCbCr')
+    picture = read(with_header(by_pillow(pixels()), with_color_space(18)))
+    assert np.array_equal(picture.pixels, image.convert('RGB'))
+
+
 def test_metadata_goes_and_comes(read):
     picture = Picture(
         pixels(), ICC, {271: 'Camera', 34665: {40962: 5}}, Metadata(Resolution(11811, 5906, 'm'), b'<x/>', b'IPTC')
@@ -197,18 +207,14 @@ def test_what_is_refused(read):
     def patched(place, content):
         return plain[: start + place] + content + plain[start + place + len(content) :]
 
-    def color_space(number):
-        return with_header(
-            plain,
-            lambda kind, content: (
-                [(kind, content[:3] + struct.pack('>I', number))] if kind == b'colr' else [(kind, content)]
-            ),
-        )
-
     deep = cv2.imencode('.jp2', pixels(np.uint16, **LARGE))[1].tobytes()
+    deep_palette = with_header(deep, lambda kind, content: [(b'pclr' if kind == b'colr' else kind, content)])
     for data, words in (
-        (color_space(12), 'must be sRGB, gray, sYCC, or have a profile of RGB, got the color space 12'),
-        (color_space(14), 'got the color space 14'),
+        (
+            with_header(plain, with_color_space(12)),
+            'must be sRGB, gray, sYCC, or have a profile of RGB, got the color space 12',
+        ),
+        (with_header(plain, with_color_space(14)), 'got the color space 14'),
         (
             encode_picture(Picture(pixels(), bytes(16) + b'CMYK' + bytes(108)), 'jp2', 100),
             'or have a profile of RGB, got CMYK',
@@ -223,10 +229,8 @@ def test_what_is_refused(read):
         (patched(24, struct.pack('>2I', 0, 0)), 'is damaged: it has 1 of 0 tiles'),
         (plain + make_box(b'jp2c', plain[start:]), 'must hold one picture, got 2'),
         (plain[: start - 8], 'is damaged: it has no pixels'),
-        (
-            with_header(deep, lambda kind, content: [(b'pclr', b'') if kind == b'colr' else (kind, content)]),
-            'got a palette',
-        ),
+        (with_header(deep, with_color_space(18)), 'of more than 8 bits, as JPEG 2000, got sYCC'),
+        (deep_palette, 'of more than 8 bits, as JPEG 2000, got a palette'),
     ):
         with pytest.raises(InputError, match=words) as caught:
             read(data)

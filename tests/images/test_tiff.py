@@ -305,8 +305,25 @@ def test_strips_larger_than_pillow_reads(tmp_path, monkeypatch):
         read_picture(tmp_path / 'image')
 
 
+def test_more_strips_than_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiff, 'MOST_PIECES', 5)
+    write(tmp_path / 'image', values(np.float32, 3), rowsperstrip=4)
+    with pytest.raises(InputError, match='image must be stored in 5 strips or tiles or fewer, got 6'):
+        read_picture(tmp_path / 'image')
+
+
+@pytest.mark.parametrize('compression', [1, 8])
+def test_strips_with_more_rows_than_there_are(tmp_path, compression):
+    image = values(np.float32, 3)
+    content = image.tobytes() + bytes(999)
+    content = content if compression == 1 else zlib.compress(content)
+    (tmp_path / 'image').write_bytes(entries_of(image, content, _259=compression))
+    assert np.array_equal(read_picture(tmp_path / 'image').pixels, image)
+
+
 def test_rows_at_once_do_not_show(tmp_path, monkeypatch):
     monkeypatch.setattr(tiff, 'ROWS_AT_ONCE', 5)
+    monkeypatch.setattr(tiff, 'INPUT_BYTES', 100)
     for layout in LAYOUTS.values():
         image = values(np.float32, 3)
         write(tmp_path / 'image', image, **layout)

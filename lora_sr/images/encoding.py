@@ -195,7 +195,9 @@ def _stored_type(dtype: np.dtype, file_format: str) -> np.dtype:
 
 def _rounded(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Floating point as whole numbers over the whole range of a type."""
-    return (pixels.clip(0, 1) * np.float32(np.iinfo(dtype).max)).round().astype(dtype)
+    values = pixels.clip(0, 1)  # in place from here on: a band may be large
+    values *= np.iinfo(dtype).max
+    return values.round(out=values).astype(dtype)
 
 
 def _makes_colors(pixels: np.ndarray, file_format: str) -> bool:

@@ -28,6 +28,7 @@ from lora_sr.images.tga import tga_footer, tga_header
 # Pixels: of libjpeg, of WebP's 14 bits, of TGA's 16 bits, and of what AVIF is read by.
 LARGEST_SIDE = {'jpeg': 65500, 'webp': 16383, 'tga': 65535, 'avif': 32768}
 MOST_BMP_BYTES = (1 << 32) - (1 << 24)  # of pixels: the rest is left to the header and a profile
+PILLOW_NAMES = {'jp2': 'jpeg2000'}  # where they are others than ours
 DEEP_FORMATS = ('png', 'tiff', 'jp2', 'j2k')  # that hold 16 bits
 LOSSLESS = 100  # the quality at which WebP and JPEG 2000 are lossless
 # PSNR of JPEG 2000 in dB at quality 0, and by how much it grows with each step: near that of JPEG.
@@ -510,19 +511,30 @@ def _write_jpeg2000(
     """A JP2 file, or of it the pixels alone. Pillow writes no colors of 16 bits, and OpenCV no gray with alpha."""
     pixels = np.concatenate(list(bands))
     if pixels.dtype == np.uint16 and pixels.shape[2] > 1:
-        encoded = cv2.imencode('.jp2', pixels[:, :, [2, 1, 0, 3][: pixels.shape[2]]], OPENCV_LOSSLESS)[1].tobytes()
+        encoded = _encode_by_opencv(pixels[:, :, [2, 1, 0, 3][: pixels.shape[2]]])
     else:
         options: dict[str, Any] = {}
         if quality != LOSSLESS and pixels.dtype == np.uint8:
             psnr = PSNR_AT_ZERO + PSNR_PER_STEP * quality
             options = {'irreversible': True, 'quality_mode': 'dB', 'quality_layers': [psnr]}
         options['mct'] = int(pixels.shape[2] == 3)
-        encoded = _encode_by_pillow(pixels, 'jpeg2000', options)
+        encoded = _encode_by_pillow(pixels, 'jp2', options)
     if file_format == 'j2k':
         file.write(jpeg2000.codestream_of(encoded))
         return
     exif = exif_block(picture.exif)[len(b'Exif\0\0') :] if picture.exif else b''
     file.write(jpeg2000.with_boxes(encoded, picture.icc_profile, exif, picture.metadata))
+
+
+def _encode_by_opencv(pixels: np.ndarray) -> bytes:
+    """A lossless JP2 file."""
+    try:
+        written, encoded = cv2.imencode('.jp2', pixels, OPENCV_LOSSLESS)
+    except cv2.error:  # it was built without JPEG 2000, or lacks memory
+        written = False
+    if not written:
+        raise InputError('JPEG 2000 cannot hold it: OpenCV does not encode it.')
+    return encoded.tobytes()
 
 
 def _described(picture: Picture) -> dict[str, Any]:
@@ -536,13 +548,12 @@ def _described(picture: Picture) -> dict[str, Any]:
 
 
 def _encode_by_pillow(pixels: np.ndarray, file_format: str, options: Mapping[str, Any]) -> bytes:
+    name = PILLOW_NAMES.get(file_format, file_format)
     with _file_in_memory() as file:
         try:
-            Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, file_format, **options)
+            Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, name, **options)
         except (OSError, ValueError) as error:
-            raise InputError(
-                f'{NAMES.get(file_format, "JPEG 2000")} cannot hold it: {str(error).rstrip(".")}.'
-            ) from None
+            raise InputError(f'{NAMES[file_format]} cannot hold it: {str(error).rstrip(".")}.') from None
         file.seek(0)
         return file.read()
 

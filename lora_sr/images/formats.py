@@ -59,7 +59,7 @@ NAMES = {
     'bmp': 'BMP',
     'tga': 'TGA',
     'jp2': 'JPEG 2000',
-    'j2k': 'a JPEG 2000 codestream',
+    'j2k': 'JPEG 2000',
     'avif': 'AVIF',
 }
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)

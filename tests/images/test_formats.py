@@ -409,6 +409,16 @@ def test_what_a_format_cannot_hold(image, file_format, words):
         encode_picture(Picture(image), file_format, 95)
 
 
+@pytest.mark.parametrize('size', [(1, 1), (1, 3), (5, 1), (2, 2)])
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('file_format', FORMATS)
+def test_tiny_images(tmp_path, file_format, channels, size):
+    image = np.full((*size, channels), 200, np.uint8)
+    (tmp_path / 'image').write_bytes(encode_picture(Picture(image), file_format, 100))
+    read = read_picture(tmp_path / 'image').pixels
+    assert read.shape[:2] == size and np.abs(read.astype(int) - 200).max() <= 3
+
+
 @pytest.mark.parametrize('file_format, side', [('jpeg', 65500), ('webp', 16383), ('tga', 65535), ('avif', 32768)])
 def test_the_longest_side_that_a_format_holds(file_format, side):
     data = encode_picture(Picture(np.zeros((1, side, 3), np.uint8)), file_format, 95)

@@ -200,6 +200,18 @@ def test_boxes_that_are_not_kept_are_told(read):
     assert kinds_left_out(read(data), 'jp2') == ['JPEG 2000 uuid', 'JPEG 2000 xml']
 
 
+@pytest.mark.parametrize('outcome', [False, cv2.error('no codec')])
+def test_an_opencv_that_does_not_encode_it(monkeypatch, outcome):
+    def imencode(*_):
+        if outcome is False:
+            return False, ()
+        raise outcome
+
+    monkeypatch.setattr(cv2, 'imencode', imencode)
+    with pytest.raises(InputError, match='JPEG 2000 cannot hold it: OpenCV does not encode it'):
+        encode_picture(Picture(pixels(np.uint16, **LARGE)), 'jp2', 95)
+
+
 def test_what_is_refused(read):
     plain = by_pillow(pixels())
     start = plain.index(b'\xff\x4f\xff\x51')

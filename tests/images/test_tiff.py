@@ -283,10 +283,13 @@ def test_directories_that_make_no_sense(tmp_path, changed, words):
     assert str(caught.value).startswith(str(tmp_path / 'image')) and '\n' not in str(caught.value)
 
 
-def test_a_flipped_bit_in_what_is_deflated(tmp_path):
+@pytest.mark.parametrize('left', [0, 4])
+def test_a_flipped_bit_in_what_is_deflated(tmp_path, monkeypatch, left):
+    """Also where nothing but the checksum is left to read."""
     image = values(np.float32, 3)
     content = bytearray(zlib.compress(image.tobytes(), 0))  # stored: nothing but the checksum tells
     content[len(content) // 2] ^= 1
+    monkeypatch.setattr(tiff, 'INPUT_BYTES', len(content) - left)
     (tmp_path / 'image').write_bytes(entries_of(image, bytes(content), _259=8))
     with pytest.raises(InputError, match='is damaged: .*incorrect data check'):
         read_picture(tmp_path / 'image')

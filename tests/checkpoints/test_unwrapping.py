@@ -21,6 +21,7 @@ from spandrel import MAIN_REGISTRY, ModelLoader
 from tiny_run import TINY_OPTIONS, run_python, write_pairs
 from torch import nn
 
+from lora_sr.adapters import LoRAConfig, add_lora, save_adapter
 from lora_sr.archs import SPAN
 from lora_sr.checkpoints import Checkpoint, load_network
 from lora_sr.checkpoints.content import load_weights, read_checkpoint
@@ -409,3 +410,27 @@ def test_a_pickled_network_is_told(tmp_path):
     torch.save(SPAN(feature_channels=4, deploy=True), tmp_path / 'net.pth')
     with pytest.raises(InputError, match=r'a pickled lora_sr\.archs\.span\.SPAN, which is not run: its state dict has'):
         load_network(tmp_path / 'net.pth')
+
+
+def test_adapters_go_onto_an_older_layout_and_it_comes_back(tmp_path):
+    """`adapter merge`, and `adapter apply` followed by `merge`, give one file, with the names of the base."""
+    torch.manual_seed(0)
+    network = RRDBNet(3, 3, scale=4, num_feat=8, num_block=1, num_grow_ch=32)
+    file = {name.replace('.sub.2.', '.sub.1.'): value for name, value in old_layout(network.state_dict()).items()}
+    torch.save({'state_dict': file}, tmp_path / 'old.pth')
+    add_lora(network, LoRAConfig(['conv_first', r'body\.0\.rdb1\.conv1'], rank=2))
+    for name, value in network.named_parameters():
+        if name.endswith('lora_B'):
+            nn.init.normal_(value)
+    save_adapter(network, tmp_path / 'a.safetensors')
+    old, adapter, applied, merged = (tmp_path / name for name in ('old.pth', 'a.safetensors', 'b.pth', 'c.pth'))
+    assert main(['adapter', 'merge', str(old), str(adapter), '-o', str(merged)]) == 0
+    assert main(['adapter', 'apply', str(old), str(adapter), '-o', str(applied)]) == 0
+    assert main(['merge', str(applied), '-o', str(tmp_path / 'd.pth')]) == 0
+    results = [torch.load(tmp_path / name)['params'] for name in ('c.pth', 'd.pth')]
+    assert results[0].keys() == results[1].keys() == file.keys()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in file)
+    image = torch.rand(1, 3, 12, 16)
+    by_spandrel = ModelLoader(device='cpu').load_from_file(merged)
+    with torch.no_grad():
+        assert (by_spandrel(image) - network(image).clamp(0, 1)).abs().max() < 1e-5

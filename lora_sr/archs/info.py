@@ -33,6 +33,8 @@ class NetworkInfo:
         value_range: Values of the images range from 0 to this: 1, or 255 for a few old networks.
         fixed_size: Height and width of the input, where the network takes one size alone, as with an absolute position
             embedding.
+        smallest: Height and width of the input must be at least this, but for what :func:`take_any_size` does.
+        is_square: Likewise, they must be equal.
     """
 
     in_channels: int
@@ -41,13 +43,17 @@ class NetworkInfo:
     size_multiple: int = 1
     value_range: int = 1
     fixed_size: tuple[int, int] | None = None
+    smallest: int = 1
+    is_square: bool = False
 
     def side(self, at_least: int) -> int:
         """The smallest side of an image that the network takes, in pixels, of at least so many."""
-        return -(-at_least // self.size_multiple) * self.size_multiple
+        return -(-max(at_least, self.smallest) // self.size_multiple) * self.size_multiple
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """The size of an image to try the network with: ``height`` and ``width`` rounded up, or the fixed size."""
+        if self.is_square:
+            height = width = max(height, width)
         return self.fixed_size or (self.side(height), self.side(width))
 
 
@@ -75,6 +81,11 @@ def network_info(network: nn.Module) -> NetworkInfo | None:
     return found
 
 
+def set_info(network: nn.Module, info: NetworkInfo) -> None:
+    """Note on a network what :func:`network_info` is to say of it."""
+    setattr(network, ATTRIBUTE, info)
+
+
 def refusal(network: nn.Module) -> str:
     """Why :func:`network_info` found nothing, as the end of a sentence: what the network says of an RGB image."""
     try:
@@ -88,8 +99,8 @@ def refusal(network: nn.Module) -> str:
 def take_any_size(network: Network, multiple: int | None = None) -> Network:
     """Let a network take images of any size, in place: what does not fit is padded before it and cropped behind it.
 
-    Padding is at the bottom and on the right, by reflection, or by repeating the border where the image is smaller than
-    what is to be reflected. An image that fits passes as it is. The class and the state dict of the network stay.
+    Padding is at the bottom and on the right, by reflection, and by repeating the border where there is nothing more to
+    be reflected. An image that fits passes as it is. The class and the state dict of the network stay.
 
     Args:
         network: Any network, as :func:`network_info` takes it; one that was given here before as well.
@@ -99,10 +110,11 @@ def take_any_size(network: Network, multiple: int | None = None) -> Network:
     Returns:
         ``network`` itself.
     """
-    if multiple is None:
-        info = network_info(network)
-        multiple = 1 if info is None else info.size_multiple
-    pad_to_multiple(network, multiple)
+    info = network_info(network) if multiple is None else None
+    if info is not None:
+        pad_to_multiple(network, info.size_multiple, info.smallest, info.is_square)
+    else:
+        pad_to_multiple(network, multiple or 1)
     return network
 
 

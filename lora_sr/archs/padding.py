@@ -6,11 +6,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def pad_to_multiple(network: nn.Module, multiple: int) -> None:
+def pad_to_multiple(network: nn.Module, multiple: int, smallest: int = 1, is_square: bool = False) -> None:
     """Let a network take images of any size, in place, see :func:`lora_sr.archs.take_any_size`."""
     remove_padding(network)
-    if multiple > 1:
-        network.register_forward_pre_hook(_Pad(multiple))
+    if multiple > 1 or smallest > 1 or is_square:
+        network.register_forward_pre_hook(_Pad(multiple, smallest, is_square))
         network.register_forward_hook(_Crop())
 
 
@@ -29,20 +29,25 @@ def remove_padding(network: nn.Module) -> None:
 class _Pad:
     """Pads the image that a network is called with, and notes its size on that network (which may be a replica)."""
 
-    def __init__(self, multiple: int):
-        self.multiple = multiple
+    def __init__(self, multiple: int, smallest: int, is_square: bool):
+        self.multiple, self.smallest, self.is_square = multiple, smallest, is_square
 
     def __call__(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         network._size_to_crop_to = None  # type: ignore[assignment]
         if not inputs:
             return None
         height, width = inputs[0].shape[-2:]
-        bottom, right = -height % self.multiple, -width % self.multiple
-        if not bottom and not right:
+        tall, wide = (-(-max(side, self.smallest) // self.multiple) * self.multiple for side in (height, width))
+        if self.is_square:
+            tall = wide = max(tall, wide)
+        if (tall, wide) == (height, width):
             return None
         network._size_to_crop_to = height, width  # type: ignore[assignment]
-        mode = 'reflect' if bottom < height and right < width else 'replicate'
-        return (F.pad(inputs[0], (0, right, 0, bottom), mode), *inputs[1:])
+        # By reflection as far as there is something to reflect.
+        image = F.pad(inputs[0], (0, min(wide - width, width - 1), 0, min(tall - height, height - 1)), 'reflect')
+        if image.shape[-2:] != (tall, wide):
+            image = F.pad(image, (0, wide - image.shape[-1], 0, tall - image.shape[-2]), 'replicate')
+        return (image, *inputs[1:])
 
 
 class _Crop:

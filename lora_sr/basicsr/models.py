@@ -19,8 +19,7 @@ from torch.nn.parallel import DataParallel
 from lora_sr.archs import fold
 from lora_sr.basicsr.options.distillation import DATA_PARALLEL_REFUSED, affinity_layers, find_modules, option_faults
 from lora_sr.basicsr.options.schema import TRAIN
-from lora_sr.checkpoints import Checkpoint
-from lora_sr.checkpoints.content import load_weights
+from lora_sr.checkpoints.content import load_weights, read_checkpoint
 from lora_sr.errors import InputError
 
 MEMORY_FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
@@ -109,8 +108,9 @@ class DistillationModel(SRModel):
         path_opt = self.opt['path']
         teacher = build_network(self.opt['network_t'])
         path = path_opt['pretrain_network_t']
-        state = Checkpoint.read(path, path_opt.get('param_key_t')).state
-        load_weights(teacher, state, path, strict=path_opt.get('strict_load_t', True))
+        load_weights(
+            teacher, read_checkpoint(path), path, path_opt.get('param_key_t'), path_opt.get('strict_load_t', True)
+        )
         fold(teacher).eval().requires_grad_(False)
         self.net_t = teacher.to(self.device, memory_format=self.memory_format)
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_sr.adapters import is_lora_key
 from lora_sr.checkpoints.imports import find_file
+from lora_sr.checkpoints.layouts import layout_of
 from lora_sr.checkpoints.origin import Origin, fingerprint
 from lora_sr.option_file import OptionDumper
 
@@ -57,13 +58,14 @@ def origin(model: Any, label: str, iteration: int, state: Mapping[str, Tensor]) 
     """
     if not hasattr(model, 'base_fingerprint') and any(map(is_lora_key, state)):
         model.base_fingerprint = fingerprint(state)
-    section = f'network_{label[len("net_") :]}'
+    section, network = f'network_{label[len("net_") :]}', getattr(model, label, None)
     return Origin(
         run=model.opt.get('name'),
         iteration=None if iteration == -1 else iteration,
         options=options_hash(),
         network=_effective.get(section),
         base=getattr(model, 'base_fingerprint', None) if label == 'net_g' else None,
+        layout=layout_of(model.get_bare_model(network)) if isinstance(network, nn.Module) else None,
     )
 
 

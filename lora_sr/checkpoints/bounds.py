@@ -43,11 +43,17 @@ def check_content(content: Mapping[Any, Any], path: object, size: int) -> None:
             not, or claims many times the values that are in the file.
     """
     _check_names(content, path)
-    for values in (content, *(value for value in content.values() if isinstance(value, Mapping))):
-        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
-        if tensors and len(tensors) == len(values):
-            _check_names(values, path)
+    sections: list[tuple[int, Mapping[Any, Any]]] = [(0, content)]
+    seen = {id(content)}
+    for depth, section in sections:  # which grow
+        tensors = {key: value for key, value in section.items() if isinstance(value, Tensor)}
+        # Further within, the parameters of an optimizer have numbers.
+        if tensors and (depth <= 1 or all(isinstance(key, str) for key in section)):
+            _check_names(section, path)
             _check_tensors(tensors, path, size)
+        inner = [value for value in section.values() if isinstance(value, Mapping) and id(value) not in seen]
+        seen.update(map(id, inner))
+        sections += [(depth + 1, value) for value in inner]
 
 
 def check_plain(content: object, path: object) -> None:

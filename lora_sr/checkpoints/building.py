@@ -14,6 +14,7 @@ from torch import nn
 from lora_sr.archs import AdaptSR
 from lora_sr.archs.registry import OWN, Arch, find_arch, known_archs
 from lora_sr.checkpoints.bounds import at_most
+from lora_sr.checkpoints.by_file import spandrel
 from lora_sr.checkpoints.imports import IMPORTED, reason_of
 from lora_sr.errors import InputError, MissingBasicSR, did_you_mean, shown
 
@@ -101,8 +102,8 @@ def _check_section(section: object, where: str) -> tuple[Arch, Mapping[str, Any]
 
 def find_known(name: str) -> tuple[Arch | None, Mapping[str, Arch]]:
     """The network of that name, and all that there are: without BasicSR, this package's and imported modules'."""
-    if name == AdaptSR.__name__:
-        return AdaptSR, {}
+    if name in (AdaptSR.__name__, spandrel.__name__):
+        return (AdaptSR if name == AdaptSR.__name__ else spandrel), {}
     try:
         arch = find_arch(name)
         known = {} if arch is not None else known_archs()

@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from lora_sr.adapters import is_lora_key
-from lora_sr.checkpoints.content import PARAM_KEYS, Content, read_checkpoint, without_module_prefix
+from lora_sr.adapters.foreign_files import is_foreign
+from lora_sr.checkpoints.community import architecture_of
+from lora_sr.checkpoints.content import Content, read_checkpoint
 from lora_sr.checkpoints.families import family_of
+from lora_sr.checkpoints.layouts import as_rrdbnet
 from lora_sr.checkpoints.origin import Origin, fingerprint
-from lora_sr.errors import InputError, shown
+from lora_sr.checkpoints.unwrapping import find_weights
 
 BASE, ADAPTED, ADAPTER = 'base', 'adapted', 'adapter'
-SHOWN = 3  # of the state dicts in a file
 
 
 @dataclass(frozen=True)
@@ -28,23 +29,27 @@ class Checkpoint:
     Args:
         path: The file.
         content: What it holds.
-        param_key: Where in it the state dict is; ``None`` for the file itself.
-        state: The state dict, on the CPU, without a leading ``module.`` (DataParallel) in its names.
+        param_key: Where in it the state dict is, by the keys of the sections around it; ``None`` for the file itself.
+        prefix: What the file has before, or within, the names of its weights, as ``module.``.
+        state: The state dict, on the CPU, under the names of its network.
+        layout: Name in ``state`` -> name in the file, of those that differ by more than the prefix.
     """
 
     path: Path
     content: Content
     param_key: str | None
+    prefix: str
     state: dict[str, Tensor]
+    layout: dict[str, str]
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], param_key: str | None = None) -> Checkpoint:
         """Read a file.
 
         Args:
-            path: A ``.pth`` file, with the state dict at its top or under ``params_ema`` / ``params`` as BasicSR
-                writes it, or a ``.safetensors`` file.
-            param_key: Where the state dict is in the file. By default ``params_ema``, else ``params``, else the top.
+            path: A file in the format of torch or of safetensors, whatever its name.
+            param_key: Where the state dict is in the file. By default
+                :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
 
         Raises:
             InputError: The file is missing, is no checkpoint, or does not have ``param_key``.
@@ -54,18 +59,18 @@ class Checkpoint:
     @classmethod
     def of(cls, path: str | os.PathLike[str], content: Content, param_key: str | None = None) -> Checkpoint:
         """The same of a file that has been read already."""
-        if param_key is None:
-            param_key = next((key for key in PARAM_KEYS if key in content), None)
-        elif param_key not in content:
-            raise InputError(f'{path} has no "{shown(param_key)}": it has {", ".join(map(shown, list(content)[:4]))}.')
-        state = content if param_key is None else content[param_key]
-        if not is_state_dict(state):
-            raise InputError(f'{path} holds no state dict, i.e. no mapping of names to tensors{_nested(content)}.')
-        return cls(Path(path), content, param_key, without_module_prefix(state, path))
+        found = find_weights(content, path, param_key, _is_known)
+        state, layout = as_rrdbnet(found.state) or (found.state, {})
+        return cls(Path(path), content, found.param_key, found.prefix, state, layout)
 
     @property
     def form(self) -> str:
-        """``base``; ``adapted``, i.e. a base with LoRA beside; or ``adapter``, LoRA alone. The keys tell."""
+        """``base``; ``adapted``, i.e. a base with LoRA beside; or ``adapter``, LoRA alone. The keys tell.
+
+        What PEFT, kohya's scripts and LyCORIS write is an ``adapter``.
+        """
+        if is_foreign(self.state):
+            return ADAPTER
         is_lora = [is_lora_key(key) for key in self.state]
         return ADAPTER if all(is_lora) else ADAPTED if any(is_lora) else BASE
 
@@ -73,6 +78,16 @@ class Checkpoint:
     def family(self) -> str | None:
         """The name of the network that it belongs to, or ``None`` where that is not known here."""
         return family_of(self.state)
+
+    @cached_property
+    def architecture(self) -> str | None:
+        """What spandrel calls the network, where no family of this package knows it and spandrel does."""
+        return architecture_of(self.state) if self.family is None else None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its network is known by its keys: here, or by spandrel."""
+        return self.family is not None or self.architecture is not None
 
     @property
     def origin(self) -> Origin | None:
@@ -85,11 +100,5 @@ class Checkpoint:
         return fingerprint(self.state)
 
 
-def is_state_dict(value: Any) -> bool:
-    """Whether a value is a mapping of names to tensors, with at least one."""
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
-
-
-def _nested(content: Content) -> str:
-    keys = [shown(key) for key, value in content.items() if is_state_dict(value)][:SHOWN]
-    return f': there is one under {" and one under ".join(keys)}, which --param-key has to name' if keys else ''
+def _is_known(state: Mapping[str, Tensor]) -> bool:
+    return family_of(state) is not None or as_rrdbnet(state) is not None or architecture_of(state) is not None

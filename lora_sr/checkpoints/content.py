@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
 from torch import Tensor, nn
 
 from lora_sr.adapters import is_lora_key
+from lora_sr.archs.info import is_a
 from lora_sr.checkpoints.archive import check_archive
 from lora_sr.checkpoints.bounds import check_content, check_plain
+from lora_sr.checkpoints.ignoring import Ignored, load_values
+from lora_sr.checkpoints.layouts import as_rrdbnet, in_layout, layout_of, set_layout
 from lora_sr.checkpoints.origin import KEY, Origin
+from lora_sr.checkpoints.unwrapping import find_weights
 from lora_sr.errors import InputError, shown
 from lora_sr.files import check_regular
 
 LOG = logging.getLogger('basicsr')
 
 PARAM_KEYS = ('params_ema', 'params')
+SHOWN = 3  # tensors of another shape
+BEGINNING = 64  # bytes, by which formats are told
+OTHERS = {
+    b'\x89HDF': 'an HDF5 file, as Keras writes it',
+    b'GGUF': 'a GGUF file',
+    b'7767517': 'the text of an ncnn network',
+    b'\x89PNG': 'a PNG image',
+    b'\xff\xd8\xff': 'a JPEG image',
+}
 INDICES = 'relative_position_index'
 
 
@@ -94,16 +109,18 @@ def _read(path: str | os.PathLike[str]) -> Content:
     check_regular(path, 'the checkpoint')
     metadata = None
     try:
-        if os.fspath(path).endswith('.safetensors'):
-            with safetensors.safe_open(os.fspath(path), framework='pt') as file:
-                content, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
-        else:
-            with open(path, 'rb') as file, warnings.catch_warnings():
-                check_archive(file, path)
-                file.seek(0)
-                warnings.simplefilter('ignore', UserWarning)  # of formats, which are read or refused in a sentence
-                content = torch.load(file, map_location='cpu', weights_only=True)
-        size = os.path.getsize(path)
+        with open(path, 'rb') as file:
+            size, beginning = os.fstat(file.fileno()).st_size, file.read(BEGINNING)
+            file.seek(0)
+            if _is_safetensors(beginning, size):  # whatever its name
+                content, metadata = _read_safetensors(path)
+            else:
+                _refuse_others(beginning, path)
+                with warnings.catch_warnings():
+                    check_archive(file, path)
+                    file.seek(0)
+                    warnings.simplefilter('ignore', UserWarning)  # of formats, which are read or refused in a sentence
+                    content = load_values(file)
     except InputError:
         raise
     except OSError as error:
@@ -113,10 +130,49 @@ def _read(path: str | os.PathLike[str]) -> Content:
             raise InputError(f'{path} is an option file, where a checkpoint is right') from error
         raise InputError(f'the checkpoint {path} is damaged, or holds more than tensors and plain values') from error
     check_plain(content, path)
+    if isinstance(content, Ignored):
+        raise InputError(
+            f'the checkpoint {path} holds a pickled {shown(content.name)}, which is not run: its state dict has to be '
+            'saved instead'
+        )
     if not isinstance(content, dict):
         raise InputError(f'the checkpoint {path} holds a {type(content).__name__}, not a dictionary of tensors')
     check_content(content, path, size)
     return Content(content, metadata)
+
+
+def _is_safetensors(beginning: bytes, size: int) -> bool:
+    """Whether a file begins with the length of a header, and a header."""
+    length = int.from_bytes(beginning[:8], 'little')
+    return beginning[8:9] == b'{' and length <= size - 8
+
+
+def _read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    with contextlib.ExitStack() as stack:
+        name = os.fspath(path)
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # safetensors takes text alone
+            name = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), 'file')
+            os.symlink(os.path.abspath(path), name)
+        with safetensors.safe_open(name, framework='pt') as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+
+
+def _refuse_others(beginning: bytes, path: object) -> None:
+    """Name what is mistaken for a checkpoint, and is none.
+
+    Raises:
+        InputError: It is of another format.
+    """
+    kind = next((kind for start, kind in OTHERS.items() if beginning.startswith(start)), None)
+    if kind is None and beginning[:1] == b'\x08' and beginning[2:3] in (b'\x12', b'\x1a', b'\x3a'):
+        kind = 'an ONNX model'  # a message of protobuf: the version of its format, then its producer, or its graph
+    if kind is not None:
+        raise InputError(
+            f'the checkpoint {path} must be in the format of torch or of safetensors, got {kind}: give the checkpoint '
+            'that it was made of'
+        )
 
 
 def load_weights(
@@ -127,39 +183,24 @@ def load_weights(
     strict: bool = True,
     tell_differences: Callable[[nn.Module, Mapping[str, Tensor], bool], None] | None = None,
 ) -> None:
-    """Load weights into a network as BasicSR does: from under ``param_key``, else ``params``; all of it if it is None.
+    """Load weights into a network as BasicSR does, from where :func:`lora_sr.checkpoints.unwrapping.find_weights` finds
+    them, and under the names that they have in the network.
 
     Args:
         net: The network.
         content: What :func:`read_checkpoint` gave, or a state dict.
         path: The file that it came from, for messages.
-        param_key: Where the weights are in it.
+        param_key: Where the weights are in it. ``params`` and ``params_ema``, which BasicSR asks for by itself, are
+            looked for elsewhere where they are not there or empty.
         strict: Whether all keys have to match.
         tell_differences: A function of the network, the weights and ``strict`` that logs where they differ.
 
     Raises:
         InputError: There are no such weights in ``content``, they do not fit, or are not finite.
     """
-    if param_key is not None:
-        if param_key not in content and 'params' in content:
-            param_key = 'params'
-        if param_key not in content:
-            raise InputError(
-                f"{path} has no '{param_key}'; its keys begin with {', '.join(map(shown, list(content)[:3]))} "
-                '(for a file of plain weights, set the param_key in the section path to ~)'
-            )
-        content = content[param_key]
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        there = [key for key in ('params', 'params_ema') if isinstance(content, dict) and key in content]
-        hint = (
-            f'; they are under {" and ".join(there)}, which the param_key in the section path has to name'
-            if there
-            else ''
-        )
-        raise InputError(f'{path} holds no weights {"at its top" if param_key is None else f"under {param_key}"}{hint}')
-    weights = without_module_prefix(content, path)
-    _check_types(net, weights, path)
+    weights, layout, param_key = weights_for(net, content, path, param_key)
     own = net.state_dict()
+    _check_types(net, weights, path)
     if not strict and not any(key in own and own[key].shape == value.shape for key, value in weights.items()):
         raise InputError(f'{path} does not fit {type(net).__name__}: none of its tensors does.')
     if tell_differences is not None:
@@ -180,6 +221,8 @@ def load_weights(
     except (RuntimeError, KeyError) as error:  # the latter of branches that are to be folded, and are not all there
         misfit = _misfit(net, weights) or shown(' '.join(str(error).split()), 200)
         raise InputError(f'{path} does not fit {type(net).__name__}: {misfit}') from error
+    if layout:
+        set_layout(net, layout)
     parameters = dict(net.named_parameters())
     for name, value in net.state_dict().items():  # as they are in the network, whose type may be too narrow for them
         # A mask, which is no parameter, may be infinite.
@@ -196,24 +239,38 @@ def _check_types(net: nn.Module, weights: Mapping[str, Tensor], path: object) ->
             raise InputError(f'{path} does not fit {type(net).__name__}: {name} must be {value.dtype}, got {dtype}.')
 
 
-def without_module_prefix(weights: Mapping[str, Tensor], path: object = 'a state dict') -> OrderedDict[str, Tensor]:
-    """Weights on the CPU, without the ``module.`` that DataParallel puts before their names."""
-    renamed: OrderedDict[str, Tensor] = OrderedDict()
-    for key, value in weights.items():
-        # Next to nothing is defined for float8.
-        value = value.float() if value.element_size() == 1 and value.is_floating_point() else value
-        name = key[len('module.') :] if key.startswith('module.') else key
-        if name in renamed:
-            raise InputError(f'{path} must have each name once, got {shown(name)} and module.{shown(name)}.')
-        renamed[name] = value.detach().cpu()
-    versions = getattr(weights, '_metadata', None)  # of the modules, which some of them look at when they load
-    if isinstance(versions, Mapping):
-        renamed._metadata = {  # type: ignore[attr-defined]
-            name: {'version': value['version']}
-            for name, value in versions.items()
-            if isinstance(value, Mapping) and isinstance(value.get('version'), int)
-        }
-    return renamed
+class Weights(NamedTuple):
+    """What a file has for a network.
+
+    Args:
+        state: The weights, under the names that they have in the network.
+        layout: Name in the network -> name in the file, of those that differ.
+        param_key: Where they are in the file.
+    """
+
+    state: OrderedDict[str, Tensor]
+    layout: dict[str, str]
+    param_key: str | None
+
+
+def weights_for(net: nn.Module, content: Mapping[str, Any], path: object, param_key: str | None = None) -> Weights:
+    """Find the weights of a network in a file, as :func:`load_weights` does, which loads them.
+
+    Raises:
+        InputError: There are none.
+    """
+    own = net.state_dict()
+    if param_key in PARAM_KEYS and not (isinstance(content.get(param_key), Mapping) and content[param_key]):
+        param_key = None
+    found = find_weights(content, path, param_key, lambda state: any(name in own for name in state))
+    by_name = {old: new for new, old in layout_of(net).items()}
+    if by_name.keys() & found.state.keys():
+        return Weights(in_layout(found.state, by_name), layout_of(net), found.param_key)
+    modern = as_rrdbnet(found.state) if is_a(net, 'basicsr.archs.rrdbnet_arch.RRDBNet') else None
+    if modern is not None:
+        return Weights(*modern, found.param_key)
+    origin = content.origin if isinstance(content, Content) else None  # a run's file has the names of the network
+    return Weights(found.state, (origin and origin.layout) or {}, found.param_key)
 
 
 def _misfit(net: nn.Module, weights: Mapping[str, Tensor]) -> str:
@@ -227,9 +284,10 @@ def _misfit(net: nn.Module, weights: Mapping[str, Tensor]) -> str:
     ):
         if keys:
             parts.append(f'{len(keys)} keys are {what} (the first is {shown(keys[0])})')
-    for key in own:
-        if key in weights and own[key].shape != weights[key].shape:
-            shape = shown(str(tuple(weights[key].shape)), 40)
-            parts.append(f'{shown(key)} has shape {shape} instead of {tuple(own[key].shape)}')
-            break
+    others = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    for key in others[:SHOWN]:
+        shape = shown(str(tuple(weights[key].shape)), 40)
+        parts.append(f'{shown(key)} has shape {shape} instead of {tuple(own[key].shape)}')
+    if len(others) > SHOWN:
+        parts.append(f'{len(others) - SHOWN} more have other shapes')
     return ', '.join(parts)

@@ -15,19 +15,25 @@ from torch import Tensor, nn
 from lora_sr.adapters import (
     adapted_modules,
     infer_lora_config,
+    is_lora_key,
     load_adapter,
     mix_adapters,
     remove_lora,
 )
+from lora_sr.adapters.foreign_files import weights_file
 from lora_sr.adapters.verbs import attach_updates
 from lora_sr.archs import deploy_form, fold, is_training_form, network_info, take_any_size
 from lora_sr.checkpoints.adapter_file import AdapterFile, check_once
 from lora_sr.checkpoints.bounds import bounded
 from lora_sr.checkpoints.building import base_section, build_network
+from lora_sr.checkpoints.by_file import spandrel
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
+from lora_sr.checkpoints.community import build_community
 from lora_sr.checkpoints.content import DamagedWeights, load_weights, read_checkpoint
 from lora_sr.checkpoints.families import FAMILIES, OURS
 from lora_sr.checkpoints.imports import import_modules
+from lora_sr.checkpoints.layouts import set_layout
+from lora_sr.checkpoints.nearest import nearest_family
 from lora_sr.checkpoints.origin import Origin, fingerprint
 from lora_sr.checkpoints.stated import check_stated
 from lora_sr.checkpoints.stock import STOCK_NETWORKS
@@ -176,7 +182,9 @@ def open_network(source: NetworkLike, param_key: str | None = None, needs_weight
 
 def input_files(source: NetworkLike, checkpoint: Checkpoint | None) -> list[PathLike]:
     """The files that a network was made of: its checkpoint, if there is one, and its adapters."""
-    adapters = [path for path, _ in source.adapters] if isinstance(source, NetworkSource) else []
+    adapters: list[PathLike] = (
+        [weights_file(path) for path, _ in source.adapters] if isinstance(source, NetworkSource) else []
+    )
     return adapters if checkpoint is None else [checkpoint.path, *adapters]
 
 
@@ -218,25 +226,31 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
     if checkpoint.form == ADAPTER:
         raise InputError(f'{path} is an adapter, not a network: put it onto its base with `lora-sr adapter merge`.')
     # Of networks that are not ours the keys do not tell everything; what their run has written down does.
-    if checkpoint.family not in OURS and origin is not None and origin.network is not None:
+    stated = None if origin is None or checkpoint.family in OURS else origin.network
+    if stated is not None and base_section(stated).get('type') != spandrel.__name__:  # which names a file
         try:
-            check_stated(origin.network, 'network_g')
+            check_stated(stated, 'network_g')
             with bounded(state, SECTION_FACTOR):
-                return _open_by_section(checkpoint, origin.network, 'network_g')
+                return _open_by_section(checkpoint, stated, 'network_g')
         except DamagedWeights:
             raise
         except InputError as error:
-            if checkpoint.family is None:
+            if checkpoint.family is None and checkpoint.architecture is None:
                 raise UnknownNetwork(f'{path} names the network of its run, but {error}', checkpoint) from None
             LOG.warning(
                 f'{path} names the network of its run, but {str(error).rstrip(".")}. It is taken for the '
-                f'{checkpoint.family} of its shapes, which tell no residual scale and the like.'
+                f'{checkpoint.family or checkpoint.architecture} of its shapes, which tell no residual scale and the '
+                'like.'
             )
+    if checkpoint.architecture is not None:
+        return _open_community(checkpoint)
     if checkpoint.family is None:
+        near = nearest_family(state)
         raise UnknownNetwork(
             f'{path} belongs to no network known here: its first keys are '
-            f'{", ".join(shown(key, SHOWN) for key in list(state)[:3])}. Name the option file of its network with '
-            '-opt, and the module of a network of your own with --import.',
+            f'{", ".join(shown(key, SHOWN) for key in list(state)[:3])}'
+            f'{"" if near is None else f"; the nearest is {near}"}. Name the option file of its network with -opt, and '
+            'the module of a network of your own with --import.',
             checkpoint,
         )
     try:
@@ -251,9 +265,31 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
     except KeyError as error:
         raise UnknownNetwork(f'{path} is incomplete: it lacks {shown(str(error.args[0]))}.', checkpoint) from None
     except InputError as error:
-        reason = str(error)
-        reason = reason if reason.startswith(str(path)) else f'{path} cannot be used: {reason}'
-        raise UnknownNetwork(reason, checkpoint) from None
+        raise UnknownNetwork(_about(path, error), checkpoint) from None
+
+
+def _open_community(checkpoint: Checkpoint) -> OpenedNetwork:
+    """The network of an architecture of spandrel, with LoRA where the file has it."""
+    path, origin = checkpoint.path, checkpoint.origin or Origin()
+    try:
+        network = build_community(checkpoint.state, path)
+        if checkpoint.form == ADAPTED:
+            attach_updates(network, infer_lora_config(checkpoint.state))
+        updates = {name: value for name, value in checkpoint.state.items() if is_lora_key(name)}
+        load_weights(network, {**network.state_dict(), **updates}, path)
+    except DamagedWeights:
+        raise
+    except InputError as error:
+        raise UnknownNetwork(_about(path, error), checkpoint) from None
+    if origin.layout is not None:
+        set_layout(network, origin.layout)
+    return OpenedNetwork(take_any_size(network), os.fspath(path), checkpoint, None, origin)
+
+
+def _about(path: object, error: InputError) -> str:
+    """What is wrong with a file, in a sentence that names it."""
+    reason = str(error)
+    return reason if reason.startswith(str(path)) else f'{path} cannot be used: {reason}'
 
 
 def _built(family: str, state: Mapping[str, Tensor]) -> nn.Module:
@@ -345,6 +381,7 @@ def _loaded(
         else:
             _load_some(network, checkpoint)
     origin = checkpoint.origin or Origin()
+    set_layout(network, origin.layout or checkpoint.layout)
     if section is not None and origin.network is None:
         origin = replace(origin, network=dict(section))
     info = network_info(network.eval())
@@ -379,9 +416,10 @@ def _with_adapters(opened: OpenedNetwork, source: NetworkSource) -> OpenedNetwor
     files = [(AdapterFile.read(path), weight) for path, weight in source.adapters]
     check_once([file for file, _ in files], source.force)
     state = network.state_dict()
-    for file, _ in files:
-        file.check_fit(state, opened.name, is_training_form(network))
+    adapters = []
+    for file, weight in files:
+        adapters.append((file.adapter_for(state, opened.name, is_training_form(network)), weight))
         content = None if opened.checkpoint is None else opened.checkpoint.content
         file.check_base(state, opened.origin, opened.name, source.force, content)
-    load_adapter(network, mix_adapters([(file.adapter, weight) for file, weight in files]))
+    load_adapter(network, mix_adapters(adapters))
     return replace(opened, network=network, origin=replace(opened.origin, base=fingerprint(state)))

@@ -21,6 +21,7 @@ DERIVED = ('attn_mask', 'relative_position_index', 'num_batches_tracked', 'runni
 SHOWN = 12  # digits of a fingerprint
 SHOWN_ADAPTERS = 4
 LARGEST_ITERATION = 10**12
+LONGEST_NAME = 512
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Origin:
         network: The section ``network_g`` of the run.
         base: Fingerprint of the base that was adapted or fine-tuned, see :func:`fingerprint`.
         adapters: Fingerprints of the adapters that have been merged into it.
+        layout: Name of a weight -> its name in the file of the base, of those that differ.
         version: Of lora_sr.
     """
 
@@ -43,6 +45,7 @@ class Origin:
     network: dict[str, Any] | None = None
     base: str | None = None
     adapters: tuple[str, ...] = ()
+    layout: dict[str, str] | None = None
     version: str | None = None
 
     def __post_init__(self) -> None:
@@ -59,7 +62,7 @@ class Origin:
         values.update(adapters=list(self.adapters), network=None, version=lora_sr.__version__)
         with contextlib.suppress(ValueError, TypeError, RecursionError):  # of a file, in which anything may stand
             values['network'] = json.loads(json.dumps(self.network))
-        return {key: value for key, value in values.items() if value not in (None, [])}
+        return {key: value for key, value in values.items() if value not in (None, [], {})}
 
     def to_json(self) -> str:
         """The same as one line, for the metadata of safetensors, ONNX and TorchScript files."""
@@ -78,6 +81,8 @@ class Origin:
         values = {key: value[key] for key, kind in _KINDS.items() if isinstance(value.get(key), kind)}
         if not 0 <= values.get('iteration', 0) <= LARGEST_ITERATION:
             del values['iteration']
+        if not _is_layout(values.get('layout', {})):
+            del values['layout']
         adapters = tuple(adapter for adapter in values.pop('adapters', ()) if isinstance(adapter, str))
         return cls(**{'version': 'unknown', **values, 'adapters': adapters})
 
@@ -109,8 +114,17 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     'network': Mapping,
     'base': str,
     'adapters': (list, tuple),
+    'layout': Mapping,
     'version': str,
 }
+
+
+def _is_layout(value: Mapping[Any, Any]) -> bool:
+    """Whether a mapping gives each name another one that no other name has."""
+    names = [*value, *value.values()]
+    return all(isinstance(name, str) and name.isprintable() and len(name) <= LONGEST_NAME for name in names) and len(
+        value
+    ) == len(set(value.values()))
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

@@ -258,8 +258,11 @@ class StockNetwork:
     def recognize(self, state: State) -> bool:
         """Whether ``state`` is a state dict of this network, of any size."""
         keys = {key for key in state if not is_lora_key(key)}
-        expression = re.compile(rf'({self.layers})\.(weight|bias)|{self.tensors}')
-        return keys >= set(self.needed) and all(map(expression.fullmatch, keys))
+        return keys >= set(self.needed) and all(map(self.has_name, keys))
+
+    def has_name(self, key: str) -> bool:
+        """Whether a tensor of this network, of any size, may have that name."""
+        return re.fullmatch(rf'({self.layers})\.(weight|bias)|{self.tensors}', key) is not None
 
     def build(self, state: State) -> nn.Module:
         """The network that a state dict belongs to, not loaded yet.

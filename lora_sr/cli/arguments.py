@@ -76,7 +76,7 @@ def add_network_options(parser: argparse.ArgumentParser, with_adapters: bool = T
             default=[],
             type=weighted,
             metavar='FILE[=WEIGHT]',
-            help='adapter to put on top (default weight: 1); may be repeated',
+            help='adapter to put on top, also of PEFT or kohya (default weight: 1); may be repeated',
         )
     add_force(group)
 

@@ -18,7 +18,7 @@ from lora_sr.images.depth import decode_deep, is_deep
 from lora_sr.images.formats import MOST_BYTES, SUFFIXES
 from lora_sr.images.png import PNG_SIGNATURE
 
-IMAGE_SUFFIXES = (*SUFFIXES, '.bmp', '.tga', '.ppm', '.pgm')
+IMAGE_SUFFIXES = (*SUFFIXES, '.ppm', '.pgm')
 PUBLISHED_HR_FOLDERS = ('DIV2K_train_HR', 'Flickr2K_HR')
 SPLITS = ('train', 'test')
 

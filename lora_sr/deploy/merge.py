@@ -16,8 +16,10 @@ from lora_sr.archs import NetworkInfo, deploy_form, network_info
 from lora_sr.archs.reparam import TOLERANCE, Foldable, relative_difference
 from lora_sr.checkpoints import Checkpoint, NetworkLike, OpenedNetwork, Origin, open_network
 from lora_sr.checkpoints.building import base_section
+from lora_sr.checkpoints.by_file import spandrel
 from lora_sr.checkpoints.checkpoint import ADAPTED
 from lora_sr.checkpoints.families import OURS
+from lora_sr.checkpoints.layouts import in_layout, layout_of
 from lora_sr.checkpoints.networks import UnknownNetwork, input_files, reopen
 from lora_sr.checkpoints.origin import adapter_fingerprint, fingerprint
 from lora_sr.checkpoints.writing import SUFFIXES, write_state, writing
@@ -105,10 +107,11 @@ def merge_checkpoint(
     except InputError as error:
         raise InputError(f'{opened.name} cannot be folded: {error}') from None
 
-    with writing(plain.state_dict(), output, merged_origin(opened)) as partial:
+    state = in_layout(plain.state_dict(), layout_of(trained))
+    with writing(state, output, merged_origin(opened)) as partial:
         written = reopen(opened, partial)
         # A network that a family knows runs, or fails as it would for any user.
-        is_known = opened.checkpoint is not None and opened.checkpoint.family is not None
+        is_known = opened.checkpoint is not None and opened.checkpoint.is_known
         dtype = torch.float64 if folded else torch.float32
         difference = _difference(trained, written, dtype) if is_known or network_info(trained) else None
         if difference is not None and not difference <= TOLERANCE:
@@ -134,7 +137,10 @@ def merged_origin(opened: OpenedNetwork) -> Origin:
     state = opened.network.state_dict()
     if any(map(is_lora_key, state)):
         origin = _with_own_adapter(origin, state)
-    return origin if network is None else replace(origin, network=dict(base_section(network)))
+    origin = replace(origin, layout=None)
+    if network is None or base_section(network).get('type') == spandrel.__name__:  # a file, which need not be there
+        return replace(origin, network=None)
+    return replace(origin, network=dict(base_section(network)))
 
 
 def _with_own_adapter(origin: Origin, state: Mapping[str, Tensor]) -> Origin:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -13,15 +14,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_sr.adapters import Adapter, adapted_modules, count_parameters, extract_adapter, is_lora_key
-from lora_sr.archs import DSCLoRA, NetworkInfo, is_training_form, network_info
+from lora_sr.adapters import (
+    Adapter,
+    ForeignAdapter,
+    adapted_modules,
+    count_parameters,
+    extract_adapter,
+    is_lora_key,
+)
+from lora_sr.adapters.foreign_files import weights_file
+from lora_sr.archs import LKDN, SPAN, DSCLoRA, NetworkInfo, is_training_form, network_info
+from lora_sr.archs.registry import is_ours
 from lora_sr.archs.reparam import Foldable
 from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkLike, NetworkSource, OpenedNetwork, open_network
-from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, is_state_dict
+from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
+from lora_sr.checkpoints.community import architecture_name
 from lora_sr.checkpoints.content import PARAM_KEYS, Content, read_checkpoint
-from lora_sr.checkpoints.families import FAMILIES, OURS, family_name, is_for_chainner
+from lora_sr.checkpoints.families import FAMILIES, family_name, is_for_chainner
+from lora_sr.checkpoints.nearest import nearest_family
 from lora_sr.checkpoints.networks import OPTION_SUFFIXES, UnknownNetwork, network_of_options
 from lora_sr.checkpoints.origin import KEY
+from lora_sr.checkpoints.unwrapping import AVERAGES, state_dicts
 from lora_sr.errors import InputError, printable, shown
 from lora_sr.report.inspection import format_inspection, inspect_network
 
@@ -91,8 +104,8 @@ def inspect_file(source: NetworkLike, fold: bool = True) -> str:
 def summarize_checkpoint(source: str | os.PathLike[str] | Checkpoint | NetworkSource) -> CheckpointSummary:
     """Tell what a file of weights is: a network in any form, an adapter, a discriminator, or the state of a training.
 
-    Of several state dicts the one is looked at that the other commands read: ``params_ema``, else ``params``, else the
-    file itself; where there are others alone, the first of them.
+    Of several state dicts the one is looked at that the other commands read, see
+    :func:`lora_sr.checkpoints.unwrapping.find_weights`; where that is none of them, the first.
 
     Args:
         source: A ``.pth``, ``.safetensors`` or ``.state`` file, and what it takes to make a network of it.
@@ -104,13 +117,13 @@ def summarize_checkpoint(source: str | os.PathLike[str] | Checkpoint | NetworkSo
     named = source.checkpoint
     if named is None or isinstance(named, nn.Module):
         raise InputError('No file is named: give a checkpoint, or an option file.')
-    path = named.path if isinstance(named, Checkpoint) else Path(named)
+    path = named.path if isinstance(named, Checkpoint) else weights_file(named)
     content = named.content if isinstance(named, Checkpoint) else read_checkpoint(path)
     rows = {'file': f'{printable(str(path))}, {path.stat().st_size:,} bytes'}
     if isinstance(content.get('optimizers'), list) or {'state', 'param_groups'} <= content.keys():
         return _summarize_training_state(path, content, rows)
-    checkpoint, found = _choose_state_dict(path, content, source.param_key)
-    rows['state dicts'] = found
+    checkpoint = _choose_state_dict(path, content, source.param_key)
+    rows.update(_holding(checkpoint))
     if content.origin is not None:
         rows['from'] = str(content.origin)
     if checkpoint.form == ADAPTER:
@@ -119,31 +132,57 @@ def summarize_checkpoint(source: str | os.PathLike[str] | Checkpoint | NetworkSo
     try:
         opened = open_network(replace(source, checkpoint=checkpoint))
     except UnknownNetwork as error:  # a network of one's own may look like one that is known
-        if checkpoint.family is not None:
-            obstacle = f'looks like {checkpoint.family}, but {error}'
+        if checkpoint.is_known:
+            obstacle = f'looks like {checkpoint.family or checkpoint.architecture}, but {error}'
         elif content.origin is not None and content.origin.network is not None:
             obstacle = str(error)
     rows['iteration'] = _iteration(path, content)
     if opened is None:
-        return _summarize_unknown(checkpoint, rows, obstacle)
+        return _summarize_unknown(checkpoint, rows, obstacle, source.param_key)
     return _summarize_network(checkpoint, opened, rows, source)
 
 
-def _choose_state_dict(path: Path, content: Content, param_key: str | None) -> tuple[Checkpoint, str]:
-    """The state dict that is read, and all that there are, in words."""
-    nested = {key: value for key, value in content.items() if is_state_dict(value)}
-    if not nested:
-        checkpoint = Checkpoint.of(path, content, param_key)
-        return checkpoint, f'the file itself ({len(checkpoint.state)} tensors)'
+def _choose_state_dict(path: Path, content: Content, param_key: str | None) -> Checkpoint:
+    try:
+        return Checkpoint.of(path, content, param_key)
+    except InputError:
+        there = list(state_dicts(content))
+        if param_key is not None or not there:
+            raise
+        return Checkpoint.of(path, content, there[0])
+
+
+def _holding(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a file holds, in words: its state dicts, what else there is, and how the weights are stored."""
+    content, param_key = checkpoint.content, checkpoint.param_key
+    there = state_dicts(content)
+    tops = {name.partition('.')[0] for name in there}
+    optimizers = [key for key in content if 'optim' in key.lower() and isinstance(content[key], (Mapping, list, tuple))]
+    empty = [key for key in (*AVERAGES, *PARAM_KEYS) if key in content and content[key] in (None, {})]
+    others = _some([shown(key) for key in content if key not in (*tops, *optimizers, *empty, KEY)])
     if param_key is None:
-        param_key = next(key for key in (*PARAM_KEYS, *nested) if key in nested)
-    others = _some([shown(key) for key in content if key not in nested and key != KEY])
-    found = [
-        f'{shown(key)} ({len(value)} tensors{"; this one is read" if key == param_key and len(nested) > 1 else ""})'
-        for key, value in nested.items()
-    ]
-    beside = f'; beside {others}' if others else ''
-    return Checkpoint.of(path, content, param_key), _some(found) + beside
+        rows = {'state dicts': f'the file itself ({len(checkpoint.state)} tensors)'}
+    else:
+        found = [
+            f'{shown(name)} ({count} tensors{"; this one is read" if name == param_key and len(there) > 1 else ""})'
+            for name, count in there.items()
+        ]
+        rows = {'state dicts': _some(found) + (f'; beside {others}' if others else '')}
+        if empty:
+            rows['state dicts'] += f'; {" and ".join(empty)} {"is" if len(empty) == 1 else "are"} empty'
+    if checkpoint.prefix:
+        rows['names'] = f'with {shown(checkpoint.prefix)}, which is left out'
+    if checkpoint.layout:
+        new, old = next(iter(checkpoint.layout.items()))
+        rows['names'] = f'in an older layout, in which {shown(new)} is {shown(old)}; what is merged has it again'
+    types = Counter(str(value.dtype).replace('torch.', '') for value in checkpoint.state.values())
+    counts = types.most_common()
+    rows['precision'] = counts[0][0] if len(counts) == 1 else ', '.join(f'{name} ({count})' for name, count in counts)
+    if param_key is not None and any(part in AVERAGES for part in param_key.split('.')):
+        rows['average'] = 'these are a moving average (EMA)'
+    if optimizers:
+        rows['optimizer'] = f'inside, under {_some([shown(key) for key in optimizers])}'
+    return rows
 
 
 def _some(names: Sequence[str]) -> str:
@@ -155,7 +194,7 @@ def _some(names: Sequence[str]) -> str:
 def _summarize_network(
     checkpoint: Checkpoint, opened: OpenedNetwork, rows: dict[str, str], source: NetworkSource
 ) -> CheckpointSummary:
-    path, param_key, network = checkpoint.path, checkpoint.param_key, opened.network
+    path, param_key, network = checkpoint.path, source.param_key, opened.network
     is_adapted, has_branches = any(True for _ in adapted_modules(network)), is_training_form(network)
     family = _family(network, is_adapted)
     info = network_info(network)
@@ -182,13 +221,14 @@ def _summarize_network(
         return CheckpointSummary(rows, commands, network)
     takes_any_size = info is not None and info.fixed_size is None
     channels = (info.in_channels, info.out_channels) if info is not None else None
-    if takes_any_size and (param_key is None or param_key in PARAM_KEYS):  # else the two would not find it
+    if takes_any_size and param_key is None:  # else the two would not find it
         if channels in ((1, 1), (3, 3)):
             commands.append(_command('lora-sr upscale', 'INPUT', '-m', path, '-o', 'OUTPUT', *more))
         if channels == (3, 3) and info is not None and info.value_range == 1:
             commands.append(_command('lora-sr compare', f'{path.stem.replace("=", "_")}={path}', *more))
-    is_own = opened.section is not None and takes_any_size and channels == (3, 3)
-    if type(network).__name__ in OURS or is_own:
+    is_written_out = isinstance(network, (SPAN, LKDN))
+    is_own = not is_ours(network) and opened.section is not None and takes_any_size and channels == (3, 3)
+    if is_written_out or is_own:
         target = ('--team', 'N', '--name', 'NAME', '-o', 'FOLDER')
         commands.append(_command('lora-sr submission', '-m', path, *more, *target, param_key=param_key))
     exports = {'onnx': f'{path.stem}.onnx'} if takes_any_size else {}
@@ -201,8 +241,10 @@ def _summarize_network(
     return CheckpointSummary(rows, commands, network)
 
 
-def _summarize_unknown(checkpoint: Checkpoint, rows: dict[str, str], obstacle: str) -> CheckpointSummary:
-    path, state, param_key = checkpoint.path, checkpoint.state, checkpoint.param_key
+def _summarize_unknown(
+    checkpoint: Checkpoint, rows: dict[str, str], obstacle: str, param_key: str | None
+) -> CheckpointSummary:
+    path, state = checkpoint.path, checkpoint.state
     rows = {'file': rows.pop('file'), **rows}
     values = sum(value.numel() for value in state.values())
     discriminator = next((name for name, keys in DISCRIMINATORS.items() if keys <= state.keys()), None)
@@ -218,6 +260,9 @@ def _summarize_unknown(checkpoint: Checkpoint, rows: dict[str, str], obstacle: s
     has_lora = any(map(is_lora_key, state))
     unknown = f'none of those known here ({", ".join(FAMILIES)}); -opt names the option file of its network'
     described = {'family': printable(obstacle) or unknown, 'form': 'no LoRA'}
+    near = None if obstacle else nearest_family(state)
+    if near is not None:
+        described['nearest'] = str(near)
     commands = []
     if has_lora:
         described['form'] = 'with LoRA beside some layers'
@@ -239,14 +284,14 @@ def _summarize_unknown(checkpoint: Checkpoint, rows: dict[str, str], obstacle: s
 
 def _summarize_adapter(checkpoint: Checkpoint, rows: dict[str, str]) -> CheckpointSummary:
     path = checkpoint.path
-    values = sum(value.numel() for key, value in checkpoint.state.items() if not key.endswith('lora_alpha'))
+    values = sum(value.numel() for key, value in checkpoint.state.items() if not key.endswith(('lora_alpha', '.alpha')))
     try:
         adapter = AdapterFile.of(checkpoint).adapter
     except InputError as error:
         form = f'LoRA without a network, and no adapter file: {error}'
         return CheckpointSummary({**rows, 'form': form, 'parameters': f'{values:,}'}, [])
     described = {
-        'form': 'adapter only: it goes onto its base',
+        'form': 'adapter only: it goes onto its base' if isinstance(adapter, Adapter) else _foreign_form(adapter),
         'LoRA': _lora(adapter),
         'layers': ', '.join([*map(shown, adapter.layers[:3]), *(['…'] if len(adapter.layers) > 3 else [])]),
         'parameters': f'{values:,}',
@@ -256,6 +301,12 @@ def _summarize_adapter(checkpoint: Checkpoint, rows: dict[str, str]) -> Checkpoi
         _command('lora-sr adapter info', path),
     ]
     return CheckpointSummary({**rows, **described}, commands)
+
+
+def _foreign_form(adapter: ForeignAdapter) -> str:
+    return f'adapter in the layout of {adapter.kind}: ' + (
+        f'it goes onto no base, since {adapter.obstacle}' if adapter.obstacle else 'it goes onto its base'
+    )
 
 
 def _summarize_training_state(path: Path, content: dict, rows: dict[str, str]) -> CheckpointSummary:
@@ -293,6 +344,7 @@ def _family(network: nn.Module, is_adapted: bool) -> str:
     if isinstance(network, DSCLoRA):
         return 'DSCLoRA, i.e. ConvLoRA on SPAN'
     name = family_name(network)
+    name = f'{name}, by spandrel' if architecture_name(network) is not None else name
     return f'AdaptSR on {name}' if is_adapted else name
 
 
@@ -343,13 +395,15 @@ def _blocks(network: nn.Module) -> str:
     return ''
 
 
-def _lora(adapter: Adapter) -> str:
+def _lora(adapter: Adapter | ForeignAdapter) -> str:
     """Layers, ranks, alphas and deltas in words."""
     layers = adapter.layers
     ranks = _spread('rank', (adapter.rank_of(layer) for layer in layers))
-    alphas = _spread('alpha', (adapter.alpha_of(layer) for layer in layers))
-    deltas = f'; deltas of {len(adapter.deltas)} parameters' if adapter.deltas else ''
-    return f'{len(layers)} layers' + (f', {ranks}, {alphas}' if layers else '') + deltas
+    alphas = [adapter.alpha_of(layer) for layer in layers]
+    alpha = 'alpha unknown' if any(map(math.isnan, alphas)) else _spread('alpha', alphas)
+    what = 'deltas of' if isinstance(adapter, Adapter) else 'whole values of'
+    deltas = f'; {what} {len(adapter.deltas)} parameters' if adapter.deltas else ''
+    return f'{len(layers)} layers' + (f', {ranks}, {alpha}' if layers else '') + deltas
 
 
 def _spread(what: str, values: Iterable[float]) -> str:
@@ -380,8 +434,8 @@ def _extract(path: Path, param_key: str | None) -> str:
 
 
 def _command(name: str, *arguments: str | os.PathLike, param_key: str | None = None) -> str:
-    """A command line, quoted for a shell; a state dict that is not found by itself is named."""
-    if param_key is not None and param_key not in PARAM_KEYS:
+    """A command line, quoted for a shell; a state dict that was named is named again."""
+    if param_key is not None:
         arguments = (*arguments, '--param-key', param_key)
     return ' '.join([name, *(shlex.quote(os.fspath(argument)) for argument in arguments)])
 

@@ -193,8 +193,10 @@ def test_the_output_is_that_of_basicsrs_own_model(size):
 def test_an_image_too_small_to_reflect_repeats_its_border(size):
     network = swinir()
     image = torch.rand(1, 3, *size)
-    padding = [(0, 0), (0, 0), *((0, -length % 8) for length in size)]
-    padded = torch.from_numpy(np.pad(image.numpy(), padding, mode='edge'))
+    reflected = [(0, 0), (0, 0), *((0, min(-length % 8, length - 1)) for length in size)]
+    padded = np.pad(image.numpy(), reflected, mode='reflect')
+    rest = [(0, 0), (0, 0), *((0, -length % 8) for length in padded.shape[2:])]
+    padded = torch.from_numpy(np.pad(padded, rest, mode='edge'))
     expected = network(padded)[:, :, : 2 * size[0], : 2 * size[1]]
     assert torch.equal(take_any_size(network)(image), expected)
 

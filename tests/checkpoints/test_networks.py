@@ -115,7 +115,7 @@ def test_part_of_a_file_is_told(files, caplog):
     'source, sentence',
     [
         (NetworkSource(), 'No network is named'),
-        ('nested.pth', 'there is one under state_dict, which --param-key has to name'),
+        ('nested.pth', 'there is one under weights_a and one under weights_b, which the param_key has to name'),
         (
             NetworkSource('plain.pth', imports='my_arch.py'),
             "imports must be a list of modules and .py files, got 'my_arch.py'",
@@ -136,7 +136,7 @@ def test_part_of_a_file_is_told(files, caplog):
 )
 def test_mistakes(files, monkeypatch, source, sentence):
     monkeypatch.setattr(sys, 'path', [*sys.path])  # which the folder of an imported file joins
-    torch.save({'state_dict': edsr().state_dict(), 'epoch': 3}, 'nested.pth')
+    torch.save({'weights_a': edsr().state_dict(), 'weights_b': edsr().state_dict(), 'epoch': 3}, 'nested.pth')
     (files / 'tabnanny.py').write_text('')
     (files / 'exits.py').write_text('\nraise SystemExit(0)\n')
     (files / 'loud.py').write_text('class E(Exception):\n    def __str__(self): raise ValueError\nraise E\n')

@@ -20,6 +20,7 @@ from lora_sr.adapters import LoRAConfig, add_lora, lora_layers, save_adapter
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.lkdn import LKDN, LKDN_S, BSConvU_idt
 from lora_sr.archs.span import SPAN
+from lora_sr.archs.spanv2 import SPANV2
 from lora_sr.checkpoints.families import family_name
 from lora_sr.cli.main import main
 from lora_sr.deploy import submission
@@ -249,6 +250,10 @@ def test_other_networks_are_refused(tmp_path):
         (
             save(edsr, tmp_path / 'edsr.pth'),
             'EDSR cannot be submitted: its module must import torch alone, got an import of basicsr.archs.arch_util',
+        ),
+        (
+            save(SPANV2(feature_channels=4), tmp_path / 'spanv2.pth'),
+            'spanv2.pth cannot be submitted: its network must be SPAN, LKDN or one of your own, got SPANV2',
         ),
         (tmp_path / 'other.pth', 'belongs to no network known here'),
         (tmp_path / 'adapter.safetensors', 'is an adapter, not a network'),

@@ -25,6 +25,7 @@ from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.span import SPAN
 from lora_sr.benchmarks.lkdn import with_official_structure
 from lora_sr.errors import InputError
+from lora_sr.runtime import deployed as deployed_module
 from lora_sr.runtime.native import library as library_module
 from lora_sr.runtime.native import networks as networks_module
 from lora_sr.runtime.synthetic import synthetic_image
@@ -411,3 +412,9 @@ def test_bfloat16_loses_a_hundredth_of_a_decibel_at_most(shared, needs_bfloat16,
         )
         losses.append(exact - half)
     assert 0 < np.mean(losses) <= 0.01
+
+
+def test_mps_gets_contiguous_tensors():
+    """Of slices of channels-last tensors it computes wrong values (pytorch issue 180984)."""
+    formats = [deployed_module._memory_format(torch.device(kind)) for kind in ('cpu', 'cuda', 'mps')]
+    assert formats == [torch.channels_last, torch.channels_last, torch.contiguous_format]

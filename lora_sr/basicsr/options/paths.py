@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from basicsr.archs.swinir_arch import SwinIR
-from torch import Tensor, nn
+from torch import nn
 
 from lora_sr.adapters import is_lora_key
-from lora_sr.archs import fold
+from lora_sr.archs import AdaptSR, fold
 from lora_sr.archs.span import NO_NORM, SPAN, is_span
 from lora_sr.basicsr.options import schema
 from lora_sr.basicsr.options.check import Check
-from lora_sr.checkpoints import Checkpoint
-from lora_sr.checkpoints.content import PARAM_KEYS, load_weights, read_checkpoint, without_module_prefix
+from lora_sr.checkpoints.building import base_section
+from lora_sr.checkpoints.by_file import spandrel
+from lora_sr.checkpoints.content import load_weights, read_checkpoint, weights_for
 from lora_sr.checkpoints.families import FAMILIES, family_of
 from lora_sr.errors import InputError
 
@@ -44,7 +45,8 @@ def check_path(check: Check) -> None:
                 _check_checkpoint(check, path, key, network)
     if check.is_train and path.get('pretrain_network_g') is None and not _resumes(check):
         section = check.opt.get('network_g')
-        if isinstance(section, dict) and section.get('type') == 'AdaptSR':
+        has_weights = isinstance(section, dict) and base_section(section).get('type') == spandrel.__name__
+        if isinstance(section, dict) and section.get('type') == AdaptSR.__name__ and not has_weights:
             key = 'path.pretrain_network_g'
             check.add_missing(f'{key}, the weights of the network that AdaptSR adapts, is missing', key)
     if check.is_train and schema.PATH.holds(resume):
@@ -65,28 +67,20 @@ def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
     if not schema.PARAM_KEY.holds(param_key):
         return
     try:
-        if is_teacher:
-            content, param_key = Checkpoint.read(file, param_key).state, None
-        else:
-            content = read_checkpoint(file)
-            if param_key not in (None, *PARAM_KEYS, *content):
-                keys = [key for key in content if key in PARAM_KEYS] or list(content)[:4]
-                raise InputError(
-                    f'{file} has no {param_key!r}, as path.param_key_{letter} says; it has {", ".join(keys)}'
-                )
-            if all(map(is_lora_key, content)):
-                raise InputError(f'{file} is an adapter; `lora-sr adapter apply` puts it onto its base')
+        content = read_checkpoint(file)
+        if all(map(is_lora_key, content)):
+            raise InputError(f'{file} is an adapter; `lora-sr adapter apply` puts it onto its base')
         if net is None:
             return
-        other_norm = _other_norm(net, _weights(content, param_key), file, network)
+        weights = weights_for(net, content, file, param_key).state
+        other_norm = _other_norm(net, weights, file, network)
         if other_norm:  # which loads where it is not strict
             raise InputError(other_norm)
-        _check_alphas(check, f'path.{key}', network, _weights(content, param_key), file)
+        _check_alphas(check, f'path.{key}', network, weights, file)
         try:
             load_weights(net, content, file, param_key, path.get(f'strict_load_{letter}', True))
         except InputError as error:
-            weights = _weights(content, param_key)
-            reason = weights and (
+            reason = (
                 _other_image_size(net, weights, file)
                 or _other_scale(check, network, weights, file)
                 or _other_network(net, weights, file)
@@ -96,14 +90,6 @@ def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
             fold(net)
     except InputError as error:
         check.add(f'path.{key}: {error}')
-
-
-def _weights(content: dict, param_key: str | None) -> dict:
-    """The weights in a checkpoint's content, empty where there are none."""
-    weights = content if param_key is None else content.get(param_key, content.get('params'))
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        return {}
-    return without_module_prefix(weights)
 
 
 def _check_alphas(check: Check, where: str, network: str, weights: dict, file: str) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch
-from lora_sr.checkpoints.content import read_checkpoint, without_module_prefix
+from lora_sr.checkpoints.content import PARAM_KEYS, read_checkpoint, weights_for
 
 
 def patch_average() -> None:
@@ -33,13 +34,22 @@ def patch_average() -> None:
         own = self.get_bare_model(self.net_g).state_dict()
         given: dict[str, Any] = {}
         if path.get('pretrain_network_g') is not None:
-            content = read_checkpoint(path['pretrain_network_g'])
-            keys = [key for key in ('params_ema', 'params', path.get('param_key_g')) if key in content]
-            given = without_module_prefix(content[keys[0]] if keys else content)
+            file = path['pretrain_network_g']
+            content = read_checkpoint(file)
+            given = weights_for(average, content, file, key_of_average(content, path)).state
         copied = {key: value for key, value in own.items() if key not in given or given[key].shape != value.shape}
         average.load_state_dict({**average.state_dict(), **copied})
 
     BaseModel.setup_schedulers = setup_schedulers
+
+
+def key_of_average(content: Mapping[str, Any], path: Mapping[str, Any]) -> str | None:
+    """Where a file has the average, for which stock models ask under ``params_ema`` whatever the file.
+
+    In one of others' it is where ``param_key_g`` of the section ``path`` says.
+    """
+    is_of_basicsr = any(isinstance(content.get(key), Mapping) and content[key] for key in PARAM_KEYS)
+    return 'params_ema' if is_of_basicsr else path.get('param_key_g', 'params')
 
 
 def patch_average_of_frozen() -> None:

@@ -14,18 +14,19 @@ from torch import nn
 
 from lora_sr.adapters import is_lora_key
 from lora_sr.basicsr import provenance, resume
+from lora_sr.basicsr.patches.average import key_of_average
 from lora_sr.basicsr.patches.divergence import check_optimizers, check_weights
 from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch, replace_everywhere, swapped
-from lora_sr.checkpoints.content import forget, load_weights, read_checkpoint, without_module_prefix
+from lora_sr.checkpoints.content import forget, load_weights, read_checkpoint
 from lora_sr.checkpoints.origin import KEY, fingerprint
+from lora_sr.checkpoints.unwrapping import bare_weights
 from lora_sr.files import save_atomically
 
 
 def patch_load_network() -> None:
     """``BaseModel.load_network`` unpickles anything, and answers a wrong file with a traceback.
 
-    Stock models also ask for the average under ``params_ema`` whatever the file: in one of others' it is where
-    ``param_key_g`` says that the weights are.
+    Weights are found as everywhere, see :func:`lora_sr.checkpoints.unwrapping.find_weights`.
     """
     from basicsr.models.base_model import BaseModel
 
@@ -37,8 +38,8 @@ def patch_load_network() -> None:
         self: Any, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
     ) -> None:
         content = read_checkpoint(load_path)
-        if net is getattr(self, 'net_g_ema', None) and not {'params', 'params_ema'} & content.keys():
-            param_key = self.opt['path'].get('param_key_g', 'params')
+        if net is getattr(self, 'net_g_ema', None):
+            param_key = key_of_average(content, self.opt['path'])
         bare = self.get_bare_model(net)
         load_weights(bare, content, load_path, param_key, strict, self._print_different_keys_loading)
         if self.is_train and net is getattr(self, 'net_g', None):
@@ -106,7 +107,7 @@ def patch_saving() -> None:
         check_weights(self, net_label, nets)
         content: dict[str, Any] = {}
         for one, key in zip(nets, keys):
-            content[key] = without_module_prefix(self.get_bare_model(one).state_dict())
+            content[key] = bare_weights(self.get_bare_model(one).state_dict())
         origin = provenance.origin(self, net_label, current_iter, content[keys[0]])
         content[KEY] = origin.to_dict()
         iteration = 'latest' if current_iter == -1 else current_iter

@@ -121,6 +121,7 @@ LKDN_OF_4 = {'type': 'LKDN', 'num_feat': 4, 'num_atten': 4, 'num_block': 1}
 
 
 SPAN_OF_4 = {'type': 'SPAN', 'feature_channels': 4}
+DISP_OF_4 = {'type': 'DISP', 'feature_channels': 4}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,7 @@ SPAN_OF_4 = {'type': 'SPAN', 'feature_channels': 4}
         (SPAN_OF_4, {}, 'upsampler.0'),
         (SPAN_OF_4, {'deploy': True}, 'upsampler.0'),  # folded on the way
         (SPAN_OF_4, {'type': 'DSCLoRA'}, 'upsampler.0'),
+        (DISP_OF_4, {}, 'upsampler.0'),
     ],
 )
 def test_checkpoint_of_another_scale(options, tmp_path, network, deploy, layers):
@@ -183,4 +185,4 @@ def test_checkpoint_of_a_span_of_another_width_is_no_other_network(options, tmp_
     change(options, 'network_g', {'type': 'DSCLoRA', 'feature_channels': 6, 'upscale': 2})
     change(options, 'path.pretrain_network_g', str(tmp_path / 'base.pth'))
     (problem,) = check(options, tmp_path)
-    assert 'conv_cat.weight has shape (8, 32, 1, 1) instead of (6, 24, 1, 1)' in problem
+    assert 'base.pth does not f' in problem and problem.endswith('has shape (12, 8, 3, 3) instead of (12, 6, 3, 3)')

@@ -1,0 +1,162 @@
+"""Networks of the community, of architectures that are not known here: spandrel recognizes and builds them.
+
+Source: https://github.com/chaiNNer-org/spandrel, which is imported when such a network is met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_sr.adapters import is_lora_key
+from lora_sr.archs.info import NetworkInfo, set_info
+from lora_sr.checkpoints.bounds import bounded
+from lora_sr.checkpoints.content import DamagedWeights
+from lora_sr.checkpoints.layouts import set_layout
+from lora_sr.errors import InputError, shown
+
+ARCHITECTURE = '_spandrel_architecture'
+FACTOR = 16  # times the values in the file: masks and tables that follow from sizes
+# Networks for images of one kind, in which nothing is to be adapted to other images.
+PURPOSES = ('SR', 'Restoration')
+
+
+def architecture_of(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the architecture of a state dict, with LoRA in it or without; ``None`` where spandrel knows none.
+
+    Raises:
+        InputError: spandrel is not installed.
+    """
+    base = {name: value for name, value in state.items() if not is_lora_key(name)}
+    found = _find(base) if base else None
+    return None if found is None else str(found.name)
+
+
+def architecture_name(network: nn.Module) -> str | None:
+    """The same of a network that :func:`build_community` gave; ``None`` for all others."""
+    return cast('str | None', vars(network).get(ARCHITECTURE))
+
+
+def build_community(state: Mapping[str, Tensor], path: object) -> nn.Module:
+    """The network of a state dict that spandrel knows, loaded, on the CPU and in eval mode.
+
+    Names that spandrel changes stay known, see :func:`lora_sr.checkpoints.layouts.layout_of`.
+
+    Args:
+        state: The state dict; LoRA in it is left out of account.
+        path: Its file, for messages.
+
+    Raises:
+        InputError: The state dict fits no network of its architecture, or one that needs more than an image.
+    """
+    base = {name: value for name, value in state.items() if not is_lora_key(name)}
+    architecture = _find(base)
+    if architecture is None:
+        raise InputError(f'{path} is of no architecture that spandrel knows.')
+    names: dict[int, str] = {}
+    wrong: list[str] = []
+    traced = {name: _Traced.of(value, name, names, wrong) for name, value in base.items()}
+    try:
+        with bounded(base, FACTOR), torch.device('cpu'):
+            described = architecture.load(traced)
+    except InputError as error:
+        raise InputError(f'{path} cannot be used: {error}') from None
+    except Exception as error:  # whatever a constructor makes of wrong names and shapes
+        reason = shown(' '.join(str(error).split()), 200)
+        raise InputError(f'{path} does not fit the {architecture.name} of its names: {reason}') from error
+    if wrong:
+        raise DamagedWeights(f'{path} is damaged: {shown(wrong[0])} must be that of {architecture.name}, got another.')
+    if described.purpose not in PURPOSES:
+        raise InputError(
+            f'{path} is a {architecture.name}, for {described.purpose}, where SR and restoration are right'
+        )
+    network: nn.Module = described.model.eval().requires_grad_(True)
+    _note_layout(network, names)
+    requirements = described.size_requirements
+    info = NetworkInfo(
+        described.input_channels,
+        described.output_channels,
+        described.scale,
+        requirements.multiple_of,
+        smallest=max(1, requirements.minimum),
+        is_square=requirements.square,
+    )
+    _call_as_described(network, described._call_fn)
+    set_info(network, info)
+    setattr(network, ARCHITECTURE, str(architecture.name))
+    return network
+
+
+def _find(base: dict[str, Tensor]) -> Any:
+    try:
+        from spandrel import MAIN_REGISTRY
+    except ImportError as error:
+        raise InputError('spandrel, which recognizes networks that are not known here, is not installed.') from error
+    for support in MAIN_REGISTRY.architectures('detection'):
+        if support.detect(base):  # which looks at names
+            return support.architecture
+    return None
+
+
+class _Traced(Tensor):
+    """A tensor of a file that notes into which parameter it is copied: whatever it was named on the way there."""
+
+    name_in_file: str
+    copied: dict[int, str]  # by the parameter, which lives as long as its network
+    wrong: list[str]
+
+    @classmethod
+    def of(cls, value: Tensor, name: str, copied: dict[int, str], wrong: list[str]) -> _Traced:
+        traced = value.as_subclass(cls)
+        traced.name_in_file, traced.copied, traced.wrong = name, copied, wrong
+        return traced
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Do what is asked for, with what no longer is a tensor of the file."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if getattr(func, '__name__', '') == 'copy_' and len(args) > 1 and isinstance(args[1], cls):
+                target, source = args[:2]
+                source.copied[id(target)] = source.name_in_file
+                # An index follows from the sizes of the network. Another may be beyond a table.
+                if target.numel() > 1 and not target.is_floating_point() and not torch.equal(target, source):
+                    source.wrong.append(source.name_in_file)
+            return func(*args, **(kwargs or {}))
+
+
+def _note_layout(network: nn.Module, names: Mapping[int, str]) -> None:
+    own = network.state_dict(keep_vars=True)
+    in_file = {name: names.get(id(value)) for name, value in own.items()}
+    set_layout(network, {name: old for name, old in in_file.items() if old is not None and old != name})
+
+
+def _call_as_described(network: nn.Module, call: Callable[[Any, Tensor], Tensor]) -> None:
+    """Let a network take an image and give an image, where spandrel does something before or behind it."""
+    if call.__module__.startswith('spandrel.__helpers'):  # which calls the network
+        return
+    plain = type(network)
+
+    class Described(plain):  # type: ignore[misc, valid-type]
+        def forward(self, image: Tensor) -> Tensor:
+            return call(_Bare(self, plain), image)
+
+    Described.__name__, Described.__qualname__, Described.__module__ = plain.__name__, plain.__qualname__, __name__
+    network.__class__ = Described
+
+
+class _Bare:
+    """A network that is called as its own class does it."""
+
+    def __init__(self, network: nn.Module, plain: type[nn.Module]):
+        self.network, self.plain = network, plain
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.plain.forward(self.network, *inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.network, name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from lora_sr.archs.reparam import Foldable, bias_of
 from lora_sr.errors import InputError
 
 NO_NORM = 'no_norm'  # the empty tensor by which neosr, traiNNer-redux and spandrel mark a SPAN without normalization
+WIDE = re.compile(r'(conv_[12]|block_\d+\.c[123]_r)\.(sk|eval_conv)\.weight')  # as wide as the features
 BRANCH_TENSORS = [f'{name}.{tensor}' for name in ('sk', 'conv.0', 'conv.1', 'conv.2') for tensor in ('weight', 'bias')]
 
 
@@ -236,10 +239,12 @@ def span_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     # As many for each channel of the image as the square of the scale: never both 3 times and once a square.
     is_gray = math.isqrt(outputs) ** 2 == outputs
     num_out_ch = 1 if is_gray else 3
+    # That of most layers, so that an odd one is told as such.
+    widths = Counter(value.shape[0] for name, value in state.items() if value.ndim and WIDE.fullmatch(name))
     return {
         'num_in_ch': first.shape[1],
         'num_out_ch': num_out_ch,
-        'feature_channels': state['conv_cat.weight'].shape[0],
+        'feature_channels': widths.most_common(1)[0][0],
         'upscale': math.isqrt(outputs // num_out_ch),
         'norm': NO_NORM not in state,
     }

@@ -60,5 +60,6 @@ def is_for_chainner(network: Any) -> bool:
         return bool(network.body[0].rdb1.conv1.out_channels == GROWTH)
     if is_a(network, 'basicsr.archs.srvgg_arch.SRVGGNetCompact'):
         return bool(network.act_type == 'prelu')
-    is_known = isinstance(network, SPAN) or is_a(network, 'basicsr.archs.swinir_arch.SwinIR')
-    return is_known or architecture_name(network) is not None
+    if isinstance(network, SPAN):
+        return network.num_in_ch == 3 or not network.norm
+    return is_a(network, 'basicsr.archs.swinir_arch.SwinIR') or architecture_name(network) is not None

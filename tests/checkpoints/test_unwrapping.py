@@ -434,3 +434,15 @@ def test_adapters_go_onto_an_older_layout_and_it_comes_back(tmp_path):
     by_spandrel = ModelLoader(device='cpu').load_from_file(merged)
     with torch.no_grad():
         assert (by_spandrel(image) - network(image).clamp(0, 1)).abs().max() < 1e-5
+
+
+def test_the_odd_layer_of_a_span_is_the_one_that_is_blamed(tmp_path):
+    """Whichever of its layers is of another width."""
+    for odd in ('conv_cat.weight', 'conv_1.eval_conv.weight', 'block_4.c2_r.eval_conv.weight'):
+        state = plain()
+        state[odd] = torch.zeros(7, *state[odd].shape[1:])
+        torch.save(state, tmp_path / 'net.pth')
+        with pytest.raises(
+            InputError, match=rf'does not fit SPAN: {odd} has shape \(7, [^)]*\) instead of \(4, [^)]*\)\.?$'
+        ):
+            load_network(tmp_path / 'net.pth')

@@ -49,13 +49,13 @@ def export_chainner(
     deployed = deployed_network(source, param_key)
     check_not_input(output, deployed.files)
     is_span = isinstance(deployed.network, SPAN)
-    if not is_for_chainner(deployed.network):
-        raise _unknown(deployed)
     if is_span and deployed.network.norm and deployed.info.in_channels != 3:
         raise InputError(
             f'{deployed.name} cannot be exported for chaiNNer: a SPAN of {deployed.info.in_channels} channel must have '
             'norm: false there, got one that normalizes images.'
         )
+    if not is_for_chainner(deployed.network):
+        raise _unknown(deployed)
     has_spandrel = importlib.util.find_spec('spandrel') is not None
     if not is_span and not has_spandrel:
         raise InputError(

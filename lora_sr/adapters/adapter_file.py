@@ -7,8 +7,8 @@ import itertools
 import math
 import os
 import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Hashable, Iterable, Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open

@@ -7,8 +7,9 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Mapping
+from typing import Any
 
 from lora_sr.adapters.groups import GROUPS
 from lora_sr.adapters.patterns import MOST_STEPS, Patterns, check_simple

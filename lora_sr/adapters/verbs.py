@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, Hashable, Iterator, NamedTuple, Tuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ LARGEST_EXCESS = 8  # times the full rank: the usual rank of 8 goes onto any lay
 
 Network = TypeVar('Network', bound=nn.Module)
 
-Place = Tuple[nn.Module, str]  # a module, and the name of a parameter of its own
+Place = tuple[nn.Module, str]  # a module, and the name of a parameter of its own
 
 logger = logging.getLogger('lora_sr')
 

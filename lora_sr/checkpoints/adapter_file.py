@@ -149,6 +149,7 @@ def check_once(files: Sequence[AdapterFile], force: bool) -> None:
     """
     seen: dict[str, Path] = {}
     for file in files:
-        other = seen.setdefault(file.fingerprint, file.path)
-        if file is not files[0] and other is not file.path and not force:
+        if file.fingerprint in seen and not force:
+            other = seen[file.fingerprint]
             raise InputError(f'{other} and {file.path} are one adapter: put it on twice with --force.')
+        seen[file.fingerprint] = file.path

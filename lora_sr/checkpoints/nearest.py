@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lora_sr.adapters import is_lora_key
+from lora_sr.adapters.foreign import text_of
 from lora_sr.checkpoints.bounds import bounded
 from lora_sr.checkpoints.families import FAMILIES, OURS
 from lora_sr.checkpoints.stock import STOCK_NETWORKS
@@ -75,12 +76,8 @@ def _of_shapes(family: str, base: Mapping[str, Tensor]) -> Nearest | None:
         if name not in own:
             differing.append(shown(name))
         elif own[name].shape != value.shape:
-            differing.append(f'{name} of {_shape(value)} rather than {_shape(own[name])}')
+            differing.append(f'{shown(name)} of {text_of(value.shape)} rather than {text_of(own[name].shape)}')
         else:
             agreeing += 1
     missing = [f'{name}, which is missing' for name in own if name not in base]
     return Nearest(family, agreeing, len(base), (*differing, *missing))
-
-
-def _shape(value: Tensor) -> str:
-    return shown('x'.join(map(str, value.shape)) or 'a number', 40)

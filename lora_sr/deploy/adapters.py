@@ -24,6 +24,7 @@ from lora_sr.adapters import (
     save_adapter,
 )
 from lora_sr.adapters.adapter_file import SUFFIX
+from lora_sr.adapters.foreign import text_of
 from lora_sr.adapters.foreign_files import PEFT_CONFIG, PEFT_WEIGHTS, weights_file
 from lora_sr.archs import is_training_form
 from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkSource, Origin, open_network
@@ -79,7 +80,7 @@ def extract_to_file(
     """Write the adapter of an adapted checkpoint, of any network, to a file of its own.
 
     Args:
-        checkpoint: A checkpoint of a base with LoRA, see :func:`lora_sr.checkpoints.read_state_dict`.
+        checkpoint: A checkpoint of a base with LoRA.
         output: The ``.safetensors`` file to write.
         param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``.
         overwrite: Replace ``output`` where it exists.
@@ -207,10 +208,11 @@ def describe_file(path: str | os.PathLike) -> str:
     for name in adapter.layers:
         factors, alpha = adapter.factors_of(name), adapter.alpha_of(name)
         size = sum(factor.numel() for factor in factors)
-        kind = ', '.join(map(_shape, factors)), adapter.rank_of(name), 'unknown' if math.isnan(alpha) else f'{alpha:g}'
+        shapes = ', '.join(text_of(factor.shape) for factor in factors)
+        kind = shapes, adapter.rank_of(name), 'unknown' if math.isnan(alpha) else f'{alpha:g}'
         rows.setdefault((re.sub(r'\d+', '*', name), *kind, size), []).append(name)
     for name, delta in adapter.deltas.items():
-        rows.setdefault((re.sub(r'\d+', '*', name), _shape(delta), '-', '-', delta.numel()), []).append(name)
+        rows.setdefault((re.sub(r'\d+', '*', name), text_of(delta.shape), '-', '-', delta.numel()), []).append(name)
     table = [('layer, or parameter with a delta', 'count', 'tensors', 'rank', 'alpha', 'parameters')]
     for (_, shapes, rank, alpha, size), names in rows.items():
         table.append((shown(_pattern(names)), str(len(names)), shapes, str(rank), alpha, f'{size * len(names):,}'))
@@ -348,10 +350,6 @@ def _kind(adapter: Adapter | ForeignAdapter, is_adapter: bool) -> str:
 
 def _besides(adapter: Adapter | ForeignAdapter) -> str:
     return 'with a delta' if isinstance(adapter, Adapter) else 'as a whole'
-
-
-def _shape(tensor: Tensor) -> str:
-    return shown('x'.join(map(str, tensor.shape)), 40)
 
 
 def _pattern(names: list[str]) -> str:

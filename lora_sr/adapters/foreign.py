@@ -207,15 +207,20 @@ class _Names:
         return self._find(name, self.base)
 
     def _find(self, name: str, known: Mapping[str, Any]) -> str:
-        bare = name[len(self.prefix) :] if _flat(name).startswith(self.prefix) else name
-        if bare in known:
-            return bare
-        found = [other for other in self.flat.get(_flat(bare), ()) if other in known]
+        flat = _flat(name)
+        prefix = self.prefix if flat.startswith(self.prefix) else ''
+        # Also with some of what stands before it: a base may have both, net.conv1 and conv1.
+        starts = [0, *(place.end() for place in re.finditer('_', prefix))]
+        found = list(dict.fromkeys(other for start in starts for other in self._of(name[start:], known)))
         if not found:
             raise _Differs(f'{shown(name)} is not there')
         if len(found) > 1:
             raise _Differs(f'{shown(name)} may be {shown(found[0])} or {shown(found[1])}')
         return found[0]
+
+    def _of(self, name: str, known: Mapping[str, Any]) -> list[str]:
+        """The names that a name may stand for: itself, else those that differ in dots and underscores alone."""
+        return [name] if name in known else [other for other in self.flat.get(_flat(name), ()) if other in known]
 
 
 def _flat(name: str) -> str:

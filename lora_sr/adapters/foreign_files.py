@@ -146,7 +146,10 @@ def _parts_of_peft(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, T
 def _peft_update(layer: str, held: Mapping[str, Tensor], scales: _PeftScales) -> Update:
     is_embedding = any(part.startswith('lora_embedding') for part in held)
     ends = ('lora_embedding_A', 'lora_embedding_B') if is_embedding else ('lora_A', 'lora_B')
-    missing = [part for part in ends if part not in held]
+    # Without these it would still be LoRA, but not what was trained.
+    of_options = {'use_dora': 'lora_magnitude_vector', 'lora_bias': 'lora_B.bias'}
+    wanted = [*ends, *(part for key, part in of_options.items() if scales.options.get(key))]
+    missing = [part for part in wanted if part not in held]
     if missing:
         raise InputError(f'it lacks {" and ".join(missing)} of the layer {shown(layer)}')
     names = {ends[0]: 'down', ends[1]: 'up', 'lora_B.bias': 'bias', 'lora_magnitude_vector': 'lora_magnitude_vector'}

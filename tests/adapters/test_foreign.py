@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_sr.adapters import (
@@ -121,6 +121,27 @@ def test_an_adapter_of_peft_gives_what_peft_gives(base, tmp_path, options):
     with torch.no_grad():
         assert (base(x) - outputs).abs().max() <= 1e-5 * outputs.abs().max()
     assert (before - outputs).abs().max() > 0.01 * outputs.abs().max()
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize(
+    'options, part',
+    [
+        ({'use_dora': True}, 'lora_magnitude_vector'),
+        ({'lora_bias': True, 'target_modules': [*LAYERS[:-2], 'tail']}, 'lora_B.bias'),
+    ],
+)
+@pytest.mark.parametrize('layer', [None, 'body.1'])
+def test_a_part_that_the_configuration_promises_is_missed(base, tmp_path, options, part, layer):
+    with_peft(base, r=2, **options).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / 'adapter_model.safetensors')
+    kept = {key: value for key, value in tensors.items() if part not in key or (layer and f'.{layer}.' not in key)}
+    assert 0 < len(tensors) - len(kept) == (1 if layer else len(options.get('target_modules', LAYERS)))
+    save_file(kept, tmp_path / 'adapter_model.safetensors')
+    with pytest.raises(InputError, match=rf'cannot be used: it lacks {part} of the layer {layer or ""}'):
+        read_adapter(tmp_path, base.state_dict())
+    with pytest.raises(InputError, match=f'it lacks {part} of the layer'):
+        AdapterFile.read(tmp_path)
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -394,6 +415,32 @@ def test_what_does_not_fit_is_told_by_layer(base, tmp_path):
         'lora_unet_a_b_c may be a.b_c or a_b.c; body.1 is 12x8x1x1 here, the adapter is for 5x8; lora_unet_gone is not '
         'there.'
     )
+
+
+TWINS = {f'{name}.weight': random(4, 4) for name in ('net.conv1', 'conv1', 'conv2', 'conv3')}
+
+
+@pytest.mark.parametrize('start', ['net.', 'net_', 'base_model.model.net.', 'lora_unet_net_'])
+def test_a_name_that_fits_with_what_stands_before_it_and_without_is_refused(tmp_path, start):
+    """By most names `net` stands before them, but the base has net.conv1 as well."""
+    peft = start.startswith('base_model')
+    tensors = {}
+    for i in (1, 2, 3):
+        for key, value in pair(f'{start}conv{i}', 4, 4).items():
+            tensors[key.replace('down', 'A').replace('up', 'B') if peft else key] = value
+    path = write(tmp_path, tensors, {'r': 2, 'lora_alpha': 2} if peft else None)
+    with pytest.raises(InputError, match=r'1 of its 3 layers differ: \S*net[._]conv1 may be net.conv1 or conv1\.'):
+        read_adapter(path, TWINS)
+    # Where one of the two is there, or all names are those of the base, nothing is in doubt.
+    for missing in ('net.conv1', 'conv1'):
+        state = {key: value for key, value in TWINS.items() if key != f'{missing}.weight'}
+        other = {'net.conv1': 'conv1', 'conv1': 'net.conv1'}[missing]
+        assert sorted(read_adapter(path, state).layers) == sorted([other, 'conv2', 'conv3'])
+
+
+def test_names_that_are_all_those_of_the_base_are_taken_as_they_are(tmp_path):
+    tensors = {key: value for name in ('net.conv1', 'conv2') for key, value in pair(name, 4, 4).items()}
+    assert read_adapter(write(tmp_path, tensors), TWINS).layers == ['conv2', 'net.conv1']
 
 
 def test_adapters_of_others_are_told_apart(tmp_path):

@@ -34,7 +34,7 @@ from lora_sr.checkpoints.families import FAMILIES, OURS
 from lora_sr.checkpoints.imports import import_modules
 from lora_sr.checkpoints.layouts import set_layout
 from lora_sr.checkpoints.nearest import nearest_family
-from lora_sr.checkpoints.origin import Origin, fingerprint
+from lora_sr.checkpoints.origin import Origin
 from lora_sr.checkpoints.stated import check_stated
 from lora_sr.checkpoints.stock import STOCK_NETWORKS
 from lora_sr.errors import InputError, MissingBasicSR, shown
@@ -86,6 +86,7 @@ class OpenedNetwork:
         checkpoint: The file of its weights; ``None`` for a live network, or where there are no weights.
         section: The section ``network_g`` of which it was built; ``None`` where the keys of the file tell the family.
         origin: Where it comes from, adapters on top included.
+        has_adapters: Whether its LoRA is that of adapter files, which the origin names.
     """
 
     network: nn.Module
@@ -93,6 +94,7 @@ class OpenedNetwork:
     checkpoint: Checkpoint | None
     section: Mapping[str, Any] | None
     origin: Origin
+    has_adapters: bool = False
 
     @property
     def arguments(self) -> dict[str, Any] | None:
@@ -422,4 +424,5 @@ def _with_adapters(opened: OpenedNetwork, source: NetworkSource) -> OpenedNetwor
         content = None if opened.checkpoint is None else opened.checkpoint.content
         file.check_base(state, opened.origin, opened.name, source.force, content)
     load_adapter(network, mix_adapters(adapters))
-    return replace(opened, network=network, origin=replace(opened.origin, base=fingerprint(state)))
+    origin = opened.origin.with_adapters(state, (file.fingerprint for file, weight in files if weight))
+    return replace(opened, network=network, origin=origin, has_adapters=True)

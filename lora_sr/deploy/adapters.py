@@ -33,7 +33,7 @@ from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
 from lora_sr.checkpoints.families import OURS
 from lora_sr.checkpoints.layouts import in_layout, layout_of
 from lora_sr.checkpoints.networks import UnknownNetwork
-from lora_sr.checkpoints.origin import KEY, fingerprint
+from lora_sr.checkpoints.origin import DERIVED, KEY, fingerprint
 from lora_sr.checkpoints.writing import SUFFIXES, write_state
 from lora_sr.deploy.mixing import FittedMix, fit_mix
 from lora_sr.errors import InputError, MissingBasicSR, shown
@@ -252,7 +252,7 @@ def _mix(
     check_not_input(Path(output), [checkpoint.path, *(weights_file(path) for path, _ in adapters)])
     files = _read_adapters(adapters, source)
     network = _network(source, checkpoint, pairs)
-    state = checkpoint.state if network is None else network.state_dict()
+    state, layout = _state_and_layout(checkpoint, network)
     parts = _fitted(files, source, checkpoint, state, network is not None and is_training_form(network))
     unsaid = 1 / len(adapters) if pairs else 1.0
     weights = [unsaid if weight is None else weight for _, weight in adapters]
@@ -264,12 +264,10 @@ def _mix(
     mixed = mix_adapters(zip(parts, weights))
     is_merged = finish is merge_adapter  # else the file carries them beside its base
     merged = [file.fingerprint for file, weight in zip(files, weights) if weight and is_merged]
-    layout = checkpoint.layout if network is None else layout_of(network)
     origin = replace((checkpoint.origin or Origin()).with_adapters(state, merged), layout=None if is_merged else layout)
-    own = state if layout else checkpoint.state  # which names of its own
-    written = finish(own, mixed)  # which is exact
+    written = finish(state, mixed)  # which is exact
     for key, value in written.items():
-        if value is not own.get(key) and not value.isfinite().all():
+        if value is not state.get(key) and not value.isfinite().all():
             raise InputError(
                 f'The adapters give values that are not finite, or too large for {value.dtype}: {shown(key)}.'
             )
@@ -340,6 +338,20 @@ def _network(source: NetworkSource, checkpoint: Checkpoint, pairs: Pairs | None)
         if pairs:
             raise
     return None
+
+
+def _state_and_layout(checkpoint: Checkpoint, network: nn.Module | None) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """The state dict of a base, under the names of its network, and how its file names them.
+
+    It is that of the file, whose precision stays, unless the network has other names: spandrel changes some, and
+    training-form files of SPAN have more.
+    """
+    if network is None:
+        return checkpoint.state, checkpoint.layout
+    state, layout = network.state_dict(), layout_of(network)
+    own, of_network = ({key for key in one if not key.endswith(DERIVED)} for one in (checkpoint.state, state))
+    is_named_so = own == of_network and layout == checkpoint.layout
+    return checkpoint.state if is_named_so else state, layout
 
 
 def _kind(adapter: Adapter | ForeignAdapter, is_adapter: bool) -> str:

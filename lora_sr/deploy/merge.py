@@ -21,7 +21,7 @@ from lora_sr.checkpoints.checkpoint import ADAPTED
 from lora_sr.checkpoints.families import OURS
 from lora_sr.checkpoints.layouts import in_layout, layout_of
 from lora_sr.checkpoints.networks import UnknownNetwork, input_files, reopen
-from lora_sr.checkpoints.origin import adapter_fingerprint, fingerprint
+from lora_sr.checkpoints.origin import adapter_fingerprint
 from lora_sr.checkpoints.writing import SUFFIXES, write_state, writing
 from lora_sr.errors import InputError, shown
 from lora_sr.files import check_not_input, check_output
@@ -135,7 +135,8 @@ def merged_origin(opened: OpenedNetwork) -> Origin:
     """Where the merged form of a network comes from."""
     origin, network = opened.origin, opened.origin.network
     state = opened.network.state_dict()
-    if any(map(is_lora_key, state)):
+    # The tensors of files on top, once they are mixed or converted, have another fingerprint than the files.
+    if any(map(is_lora_key, state)) and not opened.has_adapters:
         origin = _with_own_adapter(origin, state)
     origin = replace(origin, layout=None)
     if network is None or base_section(network).get('type') == spandrel.__name__:  # a file, which need not be there
@@ -144,7 +145,7 @@ def merged_origin(opened: OpenedNetwork) -> Origin:
 
 
 def _with_own_adapter(origin: Origin, state: Mapping[str, Tensor]) -> Origin:
-    return replace(origin, base=fingerprint(state), adapters=(*origin.adapters, adapter_fingerprint(state)))
+    return origin.with_adapters(state, [adapter_fingerprint(state)])
 
 
 def _merge_unknown(checkpoint: Checkpoint, output: Path) -> MergeReport:

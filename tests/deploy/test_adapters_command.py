@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from basicsr.archs.rrdbnet_arch import RRDBNet
 from basicsr.archs.srresnet_arch import MSRResNet
 from basicsr.utils.registry import ARCH_REGISTRY
 from safetensors import safe_open
@@ -27,9 +28,10 @@ from lora_sr.adapters import (
     save_adapter,
 )
 from lora_sr.archs.span import SPAN
-from lora_sr.checkpoints import Checkpoint, NetworkSource
+from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkSource, Origin
 from lora_sr.cli.main import main
 from lora_sr.deploy import mixing
+from lora_sr.deploy.merge import merge_checkpoint
 from lora_sr.report.comparison import compare
 
 
@@ -341,6 +343,31 @@ def test_base_in_training_form_is_sent_to_merge(tmp_path, capsys):
     assert run('apply', tmp_path / 'base.pth', tmp_path / 'a.safetensors', '-o', tmp_path / 'm.pth') == 0
     assert len(list(lora_layers(load_network(tmp_path / 'm.pth')))) == 18
 
+    # What goes onto the rest of it leaves no stale weight behind.
+    save_adapter(adapt(SPAN(feature_channels=6), LoRAConfig(['conv_cat']), 0), tmp_path / 'rest.safetensors')
+    assert run('merge', tmp_path / 'training.pth', tmp_path / 'rest.safetensors', '-o', tmp_path / 'rest.pth') == 0
+    assert Checkpoint.read(tmp_path / 'rest.pth').state.keys() == branched.state_dict().keys()
+
+
+def test_a_file_in_an_older_layout_keeps_its_names_and_its_precision(tmp_path, monkeypatch):
+    """RRDBNet as BSRGAN's authors name it, in float16."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    network = RRDBNet(3, 3, num_feat=8, num_block=1, num_grow_ch=4).eval()
+    renamed = {}
+    for key, value in network.state_dict().items():
+        key = key.replace('body.0.rdb', 'RRDB_trunk.0.RDB').replace('conv_body', 'trunk_conv')
+        renamed[key.replace('conv_up', 'upconv').replace('conv_hr', 'HRconv')] = value.half()
+    torch.save(renamed, 'base.pth')
+    save_adapter(adapt(network, LoRAConfig(['conv_hr'], rank=2, alpha=3), 0), 'a.safetensors')
+    assert run('merge', 'base.pth', 'a.safetensors', '-o', 'm.pth') == 0
+    merged = torch.load('m.pth', weights_only=True)['params']
+    assert list(merged) == list(renamed) and {value.dtype for value in merged.values()} == {torch.float16}
+    lora_A, lora_B, _ = (value.double() for value in read_adapter('a.safetensors').update_of('conv_hr'))
+    expected = renamed['HRconv.weight'].double() + 1.5 * (lora_B @ lora_A).reshape(8, 8, 3, 3)
+    assert (merged['HRconv.weight'] - expected).abs().max() <= 2**-10 * expected.abs().max()
+    assert all(torch.equal(value, renamed[key]) for key, value in merged.items() if key != 'HRconv.weight')
+
 
 @pytest.mark.parametrize(
     'arguments, message',
@@ -488,11 +515,39 @@ def test_adapters_of_others_go_where_ours_go(foreign, adapter, capsys):
     assert run('merge', 'base.pth', f'{adapter}=0.5', 'own.safetensors=0.5', '-o', 'half.pth') == 0
     state = torch.load('half.pth', weights_only=True)['params']
     assert all((value - expected[key]).abs().max() <= 1e-6 for key, value in state.items())
-    # It is known again, and not put on twice.
-    assert run('merge', 'merged.pth', adapter, '-o', 'twice.pth') == 2
-    assert 'carries the adapter' in capsys.readouterr().err
     assert run('merge', 'base.pth', adapter, adapter, '-o', 'twice.pth') == 2
     assert 'are one adapter' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('weight', ['', '=0.7', '=-1'])
+@pytest.mark.parametrize('adapter', ['peft', 'kohya.safetensors', 'own.safetensors'])
+@pytest.mark.parametrize('command', ['adapter merge base.pth {}', 'merge base.pth --adapter {}'])
+def test_an_adapter_is_known_again_however_it_was_merged(foreign, capsys, command, adapter, weight):
+    """By its file, whatever its tensors became on the way; and what has no weight is not in it."""
+    save_adapter(adapt(known(), LoRAConfig(['conv_first'], rank=2), 0), 'own.safetensors')
+    other = 'own.safetensors' if adapter == 'peft' else 'peft'
+    for name, mix in (('once', [f'{adapter}{weight}']), ('mixed', [f'{adapter}{weight}', f'{other}=0'])):
+        arguments = (' --adapter ' if '--adapter' in command else ' ').join(mix)
+        assert main([*command.format(arguments).split(), '-o', f'{name}.pth']) == 0
+        for again in ('adapter merge {} ', 'adapter apply {} ', 'merge {} --adapter '):
+            capsys.readouterr()
+            assert main([*f'{again}{adapter}'.format(f'{name}.pth').split(), '-o', 'twice.pth']) == 2
+            assert f'The base {name}.pth carries the adapter {adapter}' in capsys.readouterr().err
+    assert run('merge', 'mixed.pth', other, '-o', 'both.pth') == 0
+
+
+@pytest.mark.parametrize('adapter', ['peft', 'own.safetensors'])
+def test_an_adapter_is_known_again_on_a_live_network_and_in_an_export(foreign, adapter, capsys):
+    save_adapter(adapt(known(), LoRAConfig(['conv_first'], rank=2), 0), 'own.safetensors')
+    base = known().eval()
+    merge_checkpoint(NetworkSource(base, adapters=[(adapter, 0.5)]), 'merged.pth')
+    assert run('merge', 'merged.pth', adapter, '-o', 'twice.pth') == 2
+    assert 'merged.pth carries the adapter' in capsys.readouterr().err
+    assert main(f'export torchscript base.pth --adapter {adapter}=0.5 -o net.pt'.split()) == 0
+    extra = {'metadata.json': ''}
+    torch.jit.load('net.pt', _extra_files=extra)
+    origin = Origin.parse(json.loads(extra['metadata.json'])['lora_sr'])
+    assert origin.adapters == Checkpoint.read('merged.pth').origin.adapters == (AdapterFile.read(adapter).fingerprint,)
 
 
 @torch.no_grad()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -15,11 +15,14 @@ from lora_sr.adapters.config import LARGEST_ALPHA
 from lora_sr.adapters.foreign import Misfit
 from lora_sr.adapters.foreign_files import PEFT_WEIGHTS, weights_file
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
+from lora_sr.checkpoints.content import Content
 from lora_sr.checkpoints.origin import SHOWN, Origin, adapter_fingerprint, fingerprint
-from lora_sr.checkpoints.unwrapping import bare_weights, is_state_dict
+from lora_sr.checkpoints.unwrapping import state_dicts
 from lora_sr.errors import InputError, shown
 
 SHOWN_MISFIT = 180  # letters of why an adapter does not fit
+SHOWN_KEY = 200  # letters of a key that is to be typed
+MOST_STATE_DICTS = 16  # of a file, that are compared with what an adapter was trained on
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class AdapterFile:
         origin: Origin | None,
         name: object,
         force: bool,
-        content: Mapping[str, Any] | None = None,
+        content: Content | None = None,
     ) -> None:
         """Check that a base is the one that the adapter was trained on, and does not carry it already.
 
@@ -129,16 +132,26 @@ class AdapterFile:
             return
         found = fingerprint(base)
         if found != trained_on:
-            for key, value in (content or {}).items():
-                if is_state_dict(value) and fingerprint(bare_weights(value)) == trained_on:
-                    raise InputError(
-                        f'The adapter {self.path} was trained on the state dict {key} of {name}, which is not the one '
-                        f'that is read: name it with --param-key {key}.'
-                    )
+            key = None if content is None else _param_key_of(trained_on, content)
+            if key is not None:
+                key = shown(key, SHOWN_KEY)
+                raise InputError(
+                    f'The adapter {self.path} was trained on the state dict {key} of {name}, which is not the one '
+                    f'that is read: name it with --param-key {key}.'
+                )
             raise InputError(
                 f'The adapter {self.path} was trained on another base than {name}: its fingerprint is '
                 f'{trained_on[:SHOWN]}, got {found[:SHOWN]}; put it on this one with --force.'
             )
+
+
+def _param_key_of(wanted: str, content: Content) -> str | None:
+    """Where in a file the base of a fingerprint is; ``None`` where it is not."""
+    for key in list(state_dicts(content))[:MOST_STATE_DICTS]:
+        with contextlib.suppress(InputError):  # of names that it has twice
+            if key and fingerprint(Checkpoint.of('', content, key).state) == wanted:
+                return key
+    return None
 
 
 def check_once(files: Sequence[AdapterFile], force: bool) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 
 import onnx
 import pytest
@@ -12,11 +13,13 @@ from safetensors.torch import save_file
 from tiny_run import TINY_OPTIONS, run_python, write_pairs
 
 import lora_sr
+from lora_sr import load_network
 from lora_sr.adapters import lora_layers
 from lora_sr.archs import SPAN, DSCLoRA
-from lora_sr.checkpoints import Checkpoint, Origin
+from lora_sr.checkpoints import Checkpoint, NetworkSource, Origin
 from lora_sr.checkpoints.origin import fingerprint
 from lora_sr.cli.main import main
+from lora_sr.errors import InputError
 from lora_sr.option_file import load_options
 
 
@@ -200,14 +203,41 @@ def test_what_was_merged_is_what_is_said(files):
 
 def test_the_other_state_dict_of_a_file_is_named(files, capsys):
     base, other = (torch.load(f'{name}.pth', weights_only=True)['params'] for name in ('base', 'other'))
-    torch.save({'params': base, 'params_ema': other}, 'both.pth')
-    capsys.readouterr()
-    for command in ('adapter merge both.pth a.safetensors', 'merge both.pth --adapter a.safetensors'):
-        assert main([*command.split(), '-o', 'm.pth']) == 2
-        error = capsys.readouterr().err
-        assert 'was trained on the state dict params of both.pth' in error and '--param-key params.' in error
-        assert main([*command.split(), '-o', 'm.pth', '--param-key', 'params']) == 0
-        (files / 'm.pth').unlink()
+    wrapped = {f'module.{key}': value for key, value in base.items()}
+    for content, key in (
+        ({'params': base, 'params_ema': other}, 'params'),
+        ({'params_ema': other, 'state': {'deep': {'er': wrapped}}}, 'state.deep.er'),
+        ({'params_ema': other, 'a.b': {'c': base}, 'a': {'b': other}}, 'a.b.c'),
+        ({'params_ema': other, 'odd': {'module.x': base['conv_cat.bias'], 'x': base['conv_cat.bias']}, 'G': base}, 'G'),
+    ):
+        torch.save(content, 'both.pth')
+        capsys.readouterr()
+        for command in ('adapter merge both.pth a.safetensors', 'merge both.pth --adapter a.safetensors'):
+            assert main([*command.split(), '-o', 'm.pth']) == 2
+            error = capsys.readouterr().err
+            assert f'was trained on the state dict {key} of both.pth' in error and f'--param-key {key}.' in error
+            assert main([*command.split(), '-o', 'm.pth', '--param-key', key]) == 0
+            (files / 'm.pth').unlink()
+
+
+@pytest.mark.parametrize('name', ['\n\x1b[31m', 'x' * 100_000])
+def test_where_the_other_state_dict_is_stays_one_sentence(files, name):
+    base, other = (torch.load(f'{name}.pth', weights_only=True)['params'] for name in ('base', 'other'))
+    torch.save({'params_ema': other, 'deep': {name: {'G': base}}}, 'both.pth')
+    with pytest.raises(InputError, match='on the state dict deep') as raised:
+        load_network(NetworkSource('both.pth', adapters=[('a.safetensors', 1.0)]))
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 1000
+
+
+def test_a_file_of_thousands_of_state_dicts_is_not_compared_to_its_end(files, capsys):
+    """All of them are one, which takes the file a few bytes more each time."""
+    other = torch.load('other.pth', weights_only=True)['params']
+    large = {'weight': torch.zeros(10**7)}
+    torch.save({'params': other, 'large': large, **{f'other {i}': dict(large) for i in range(5000)}}, 'many.pth')
+    start = time.process_time()
+    assert main('adapter merge many.pth a.safetensors -o m.pth'.split()) == 2
+    assert 'was trained on another base than many.pth' in capsys.readouterr().err
+    assert time.process_time() - start < 30  # at 0.05 s each it would be minutes
 
 
 @pytest.mark.parametrize(

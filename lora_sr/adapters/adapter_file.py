@@ -24,7 +24,7 @@ from lora_sr.adapters.checkpoint import (
     lora_state_dict,
     merge_state_dict,
 )
-from lora_sr.adapters.config import LoRAConfig
+from lora_sr.adapters.config import LARGEST_ALPHA, LoRAConfig
 from lora_sr.adapters.foreign import ForeignAdapter, Misfit, describe_differing, text_of
 from lora_sr.adapters.foreign_files import is_foreign, read_foreign, weights_file
 from lora_sr.adapters.layers import (
@@ -43,6 +43,7 @@ from lora_sr.files import check_output, write_whole
 
 CONFIG_KEY = 'lora_config'
 SUFFIX = '.safetensors'
+SHOWN_REASON = 200  # letters of why a file cannot be read
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,14 +216,31 @@ def _adapter_of(tensors: dict[str, Tensor], layers: Mapping[str, tuple[int, floa
     return Adapter(exact_config(layers, tensors), tensors)
 
 
-def adapter_for(foreign: ForeignAdapter, base: Mapping[str, Tensor]) -> Adapter:
-    """What an adapter of another program is for a base, given by its state dict.
+def adapter_for(adapter: Adapter | ForeignAdapter, base: Mapping[str, Tensor]) -> Adapter:
+    """What an adapter of a file is for a base, given by its state dict: of its shapes, with values that can be used.
 
     Raises:
         Misfit: It does not fit: how many layers differ, and the first of them.
-        InputError: It cannot be put onto any base.
+        InputError: It cannot be put onto any base; the message is the part of a sentence that says why.
     """
-    return _adapter_of(*foreign.tensors_for(base))
+    if isinstance(adapter, ForeignAdapter):
+        adapter = _adapter_of(*adapter.tensors_for(base))
+    misfit = describe_misfit(adapter, base)
+    if misfit:
+        raise Misfit(misfit)
+    _check_values(adapter)
+    return adapter
+
+
+def _check_values(adapter: Adapter) -> None:
+    for key, value in adapter.tensors.items():
+        if key.rpartition('.')[2] == 'lora_alpha':
+            if not 0 < abs(value.item()) <= LARGEST_ALPHA:
+                raise InputError(
+                    f'{shown(key)} must be a number of at most {LARGEST_ALPHA:g} other than 0, got {value.item():g}'
+                )
+        elif not value.isfinite().all():
+            raise InputError(f'it has values that are not finite, in {shown(key)}')
 
 
 def _mix_layer(name: str, parts: list[tuple[Adapter, float]]) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
@@ -320,13 +338,29 @@ def save_adapter(
 def read_adapter(path: str | os.PathLike[str], base: Mapping[str, Tensor] | None = None) -> Adapter:
     """Read an adapter file: our own, or one of PEFT, of kohya's scripts or of LyCORIS.
 
+    :class:`lora_sr.checkpoints.AdapterFile` also reads what PEFT has saved by ``torch.save``.
+
     Args:
         path: A safetensors file, or the folder that PEFT writes.
         base: The state dict of the base; the adapters of other programs need it.
 
     Raises:
-        InputError: The file is missing, cannot be read, holds no adapter, or does not fit ``base``.
+        InputError: The file is missing, cannot be read, holds no adapter, has values that are not finite or an alpha
+            that cannot be used, or does not fit ``base``.
     """
+    adapter = _read(path)
+    if base is not None:
+        return _fitting(adapter, base, path, 'the base')
+    if isinstance(adapter, ForeignAdapter):
+        raise InputError(f'{path} is an adapter of {adapter.kind}, which is read together with its base.')
+    try:
+        _check_values(adapter)
+    except InputError as error:
+        raise InputError(f'The adapter {path} cannot be used: {error}.') from None
+    return adapter
+
+
+def _read(path: str | os.PathLike[str]) -> Adapter | ForeignAdapter:
     path = weights_file(path)
     if not os.path.isfile(path):
         raise InputError(f'There is no adapter file {path}.')
@@ -335,18 +369,21 @@ def read_adapter(path: str | os.PathLike[str], base: Mapping[str, Tensor] | None
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise InputError(f'{path} cannot be read as a safetensors file: {error}.') from None
-    adapter = parse_adapter(tensors, metadata, path)
-    if isinstance(adapter, Adapter):
-        return adapter
-    if base is None:
-        raise InputError(f'{path} is an adapter of {adapter.kind}, which is read together with its base.')
+        hint = '; lora_sr.checkpoints.AdapterFile reads those of torch' if path.suffix == '.bin' else ''
+        reason = shown(' '.join(str(error).split()), SHOWN_REASON).rstrip('.')  # which may quote the file
+        raise InputError(f'{path} cannot be read as a safetensors file: {reason}{hint}.') from None
+    return parse_adapter(tensors, metadata, path)
+
+
+def _fitting(
+    adapter: Adapter | ForeignAdapter, base: Mapping[str, Tensor], path: str | os.PathLike[str], name: str
+) -> Adapter:
     try:
         return adapter_for(adapter, base)
     except Misfit as error:
-        raise InputError(f'The adapter {path} does not fit the base: {error}.') from None
+        raise InputError(f'The adapter {path} does not fit {name}: {error}.') from None
     except InputError as error:
-        raise InputError(f'{path} cannot be used: {str(error).rstrip(".")}.') from None
+        raise InputError(f'The adapter {path} cannot be used: {str(error).rstrip(".")}.') from None
 
 
 def parse_adapter(
@@ -382,22 +419,24 @@ def load_adapter(model: nn.Module, adapter: Adapter | str | os.PathLike[str]) ->
 
     Args:
         model: A network, with LoRA on any layers and of any rank, or without.
-        adapter: An adapter, or the path of an adapter file.
+        adapter: An adapter, or the path of an adapter file, which is read as :func:`read_adapter` does.
 
     Raises:
-        InputError: The file is missing or is no adapter, or it does not fit: the layers that differ are named. Then
-            ``model`` is unchanged.
+        InputError: The file is missing, is no adapter or cannot be used, or it does not fit: the layers that differ are
+            named. Then ``model`` is unchanged.
     """
     what = 'The adapter' if isinstance(adapter, Adapter) else f'The adapter {adapter}'
-    if not isinstance(adapter, Adapter):
-        adapter = read_adapter(adapter, {k: v for k, v in model.state_dict().items() if not is_lora_key(k)})
-    misfit = describe_misfit(adapter, model.state_dict())
-    if misfit:
-        raise InputError(f'{what} does not fit {type(model).__name__}: {misfit}.')
+    name, base = type(model).__name__, {k: v for k, v in model.state_dict().items() if not is_lora_key(k)}
+    if isinstance(adapter, Adapter):
+        misfit = describe_misfit(adapter, base)
+        if misfit:
+            raise InputError(f'{what} does not fit {name}: {misfit}.')
+    else:
+        adapter = _fitting(_read(adapter), base, adapter, name)
     try:
         _replace_lora(_without_values(model), adapter)
     except InputError as error:
-        raise InputError(f'{what} does not fit {type(model).__name__}: {error}') from None
+        raise InputError(f'{what} does not fit {name}: {error}') from None
     _replace_lora(model, adapter)
 
 

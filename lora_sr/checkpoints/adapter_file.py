@@ -10,8 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_sr.adapters import Adapter, ForeignAdapter, adapter_for, describe_misfit, parse_adapter
-from lora_sr.adapters.config import LARGEST_ALPHA
+from lora_sr.adapters import Adapter, ForeignAdapter, adapter_for, parse_adapter
 from lora_sr.adapters.foreign import Misfit
 from lora_sr.adapters.foreign_files import PEFT_WEIGHTS, weights_file
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
@@ -82,26 +81,14 @@ class AdapterFile:
             InputError: It does not fit, or cannot be put onto any base.
         """
         try:
-            adapter = self.adapter if isinstance(self.adapter, Adapter) else adapter_for(self.adapter, base)
-            misfit = describe_misfit(adapter, base)
+            return adapter_for(self.adapter, base)
         except Misfit as error:
-            misfit = str(error)
-        except InputError as error:
-            raise InputError(f'The adapter {self.path} cannot be used: {str(error).rstrip(".")}.') from None
-        if misfit:
             hint = ' (the base has branches, which `lora-sr merge` folds)' if has_branches else ''
             raise InputError(
-                f'The adapter {self.path} does not fit the base {name}: {shown(misfit, SHOWN_MISFIT)}{hint}.'
-            )
-        for key, value in adapter.tensors.items():
-            if not value.isfinite().all():
-                raise InputError(f'The adapter {self.path} has values that are not finite, in {shown(key)}.')
-            if key.endswith('lora_alpha') and not 0 < value.float().abs().max() <= LARGEST_ALPHA:
-                raise InputError(
-                    f'The adapter {self.path} is damaged: {shown(key)} must be a number of at most {LARGEST_ALPHA:g} '
-                    f'other than 0, got {value.flatten()[0].item():g}.'
-                )
-        return adapter
+                f'The adapter {self.path} does not fit the base {name}: {shown(str(error), SHOWN_MISFIT)}{hint}.'
+            ) from None
+        except InputError as error:
+            raise InputError(f'The adapter {self.path} cannot be used: {str(error).rstrip(".")}.') from None
 
     def check_base(
         self,

@@ -3,6 +3,7 @@
 import copy
 import errno
 import itertools
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -33,6 +34,7 @@ from lora_sr.adapters import (
     save_adapter,
     set_lora_scale,
 )
+from lora_sr.checkpoints import AdapterFile
 from lora_sr.errors import InputError
 from lora_sr.files import check_output, write_whole
 
@@ -407,6 +409,40 @@ def test_a_layer_that_cannot_carry_lora_is_refused_before_anything_changes(base,
     assert type(network) is Odd and not any('lora_' in key for key in network.state_dict())
 
 
+@pytest.mark.parametrize(
+    'key, value, message',
+    [
+        ('tail.lora_B', math.nan, 'it has values that are not finite, in tail.lora_B'),
+        ('head.lora_shift_bias', math.inf, 'it has values that are not finite, in head.lora_shift_bias'),
+        ('tail.lora_alpha', math.inf, 'tail.lora_alpha must be a number of at most 1e+30 other than 0, got inf'),
+        ('tail.lora_alpha', 0.0, 'tail.lora_alpha must be a number of at most 1e+30 other than 0, got 0'),
+        ('tail.lora_alpha', -1e31, 'tail.lora_alpha must be a number of at most 1e+30 other than 0, got -1e+31'),
+    ],
+)
+def test_values_that_cannot_be_used_are_told_by_every_reader(base, adapters, tmp_path, key, value, message):
+    tensors = {name: tensor.clone() for name, tensor in adapters[0].tensors.items()}
+    tensors[key].view(-1)[-1] = value
+    path, before = tmp_path / 'a.safetensors', copy.deepcopy(base.state_dict())
+    save_adapter(Adapter(adapters[0].config, tensors), path)
+    for read in (
+        read_adapter,
+        lambda path: read_adapter(path, before),
+        lambda path: load_adapter(base, path),
+        lambda path: AdapterFile.read(path).adapter_for(before, 'the base'),
+    ):
+        with pytest.raises(InputError) as raised:
+            read(path)
+        assert str(raised.value) == f'The adapter {path} cannot be used: {message}.'
+    assert same_state(base, before)
+
+
+def test_an_adapter_is_held_against_the_base_that_it_is_read_with(base, tmp_path):
+    save_adapter(adapted(Tiny(width=16), CONFIGS[0]), tmp_path / 'wide.safetensors')
+    assert read_adapter(tmp_path / 'wide.safetensors').layers
+    with pytest.raises(InputError, match='wide.safetensors does not fit the base: 3 of its 6 layers differ: head is'):
+        read_adapter(tmp_path / 'wide.safetensors', base.state_dict())
+
+
 def test_mixed_adapters_have_to_be_of_one_base(base, adapters):
     wide = extract_adapter(adapted(Tiny(width=16), CONFIGS[1]))
     with pytest.raises(InputError, match='not of one base: they are for different shapes of "head"'):
@@ -427,9 +463,12 @@ def test_wrong_files_are_one_sentence(base, adapters, tmp_path):
     state = base.state_dict()
     with pytest.raises(InputError, match='There is no adapter file'):
         read_adapter(path)
-    path.write_text('mine')
-    with pytest.raises(InputError, match='cannot be read as a safetensors file'):
-        read_adapter(path)
+    quoting = b'{"x":{"dtype":"\\n\\u001b[31m%s","shape":[],"data_offsets":[0,0]}}' % (b'x' * 10_000)
+    for content in (b'mine', len(quoting).to_bytes(8, 'little') + quoting):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match='cannot be read as a safetensors file') as raised:
+            read_adapter(path)
+        assert str(raised.value).isprintable() and len(str(raised.value)) < 600
     metadata = {'lora_config': adapters[0].config.to_json()}
     tensors = adapters[0].tensors
     transposed = {**tensors, 'tail.lora_A': tensors['tail.lora_A'].T.contiguous()}

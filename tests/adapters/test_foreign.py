@@ -20,6 +20,7 @@ from lora_sr.adapters import (
     load_adapter,
     lora_layers,
     merge_adapter,
+    merge_lora,
     mix_adapters,
     read_adapter,
 )
@@ -154,7 +155,13 @@ def test_a_network_of_peft_is_read_as_its_adapter_is(base, tmp_path):
     state = base.state_dict()
     adapter = AdapterFile.read(tmp_path).adapter_for(state, 'base')
     assert adapter.layers == LAYERS
-    assert difference(merge_adapter(state, adapter), network.merge_and_unload().state_dict()) <= 1e-6
+    merged = network.merge_and_unload().state_dict()
+    assert difference(merge_adapter(state, adapter), merged) <= 1e-6
+    load_adapter(base, adapter)
+    assert difference(merge_lora(base).state_dict(), merged) <= 1e-6
+    for read in (read_adapter, lambda path: load_adapter(base, path)):
+        with pytest.raises(InputError, match='read as a safetensors file: .*; lora_sr.checkpoints.AdapterFile reads'):
+            read(tmp_path)
 
 
 @pytest.mark.filterwarnings('ignore')

@@ -390,7 +390,10 @@ def test_a_file_in_an_older_layout_keeps_its_names_and_its_precision(tmp_path, m
         ('apply base.pth net_a.pth -o m.pth', 'net_a.pth is no adapter but an adapted checkpoint'),
         ('apply base.pth absent.safetensors -o m.pth', 'There is no adapter file .*absent.safetensors'),
         ('apply absent.pth a.safetensors -o m.pth', 'absent.pth cannot be read'),
-        ('apply base.pth nan.safetensors -o m.pth', 'nan.safetensors has values that are not finite, in .*lora_B'),
+        (
+            'apply base.pth nan.safetensors -o m.pth',
+            'nan.safetensors cannot be used: it has values that are not finite, in .*lora_B',
+        ),
         ('info base.pth', 'no layer carries LoRA'),
         ('info absent.pth', 'absent.pth cannot be read'),
         ('merge base.pth a.safetensors -o m.pth --fit --lr lr', '--gt and --scale is not given'),

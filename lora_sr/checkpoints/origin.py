@@ -34,7 +34,7 @@ class Origin:
         options: SHA-256 of the effective options of the run.
         network: The section ``network_g`` of the run.
         base: Fingerprint of the base that was adapted or fine-tuned, see :func:`fingerprint`.
-        adapters: Fingerprints of the adapters that have been merged into it.
+        adapters: Fingerprints of the adapters that have been put onto it, merged or beside its base.
         layout: Name of a weight -> its name in the file of the base, of those that differ.
         version: Of lora_sr.
     """
@@ -88,7 +88,8 @@ class Origin:
 
     def with_adapters(self, base: Mapping[str, Tensor], adapters: Iterable[str]) -> Origin:
         """The origin of what becomes of a base, given by its state dict, when adapters are put on it."""
-        return dataclasses.replace(self, base=fingerprint(base), adapters=(*self.adapters, *adapters))
+        adapters = tuple(dict.fromkeys((*self.adapters, *adapters)))
+        return dataclasses.replace(self, base=fingerprint(base), adapters=adapters)
 
     def __str__(self) -> str:
         """As a part of a line: a file may say anything of itself."""

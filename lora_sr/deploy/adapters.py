@@ -263,8 +263,10 @@ def _mix(
         weights = fitted.weights
     mixed = mix_adapters(zip(parts, weights))
     is_merged = finish is merge_adapter  # else the file carries them beside its base
-    merged = [file.fingerprint for file, weight in zip(files, weights) if weight and is_merged]
-    origin = replace((checkpoint.origin or Origin()).with_adapters(state, merged), layout=None if is_merged else layout)
+    origin = (checkpoint.origin or Origin()).with_adapters(
+        state, (file.fingerprint for file, weight in zip(files, weights) if weight)
+    )
+    origin = replace(origin, layout=None if is_merged else layout)
     written = finish(state, mixed)  # which is exact
     for key, value in written.items():
         if value is not state.get(key) and not value.isfinite().all():

@@ -524,14 +524,23 @@ def test_adapters_of_others_go_where_ours_go(foreign, adapter, capsys):
 
 @pytest.mark.parametrize('weight', ['', '=0.7', '=-1'])
 @pytest.mark.parametrize('adapter', ['peft', 'kohya.safetensors', 'own.safetensors'])
-@pytest.mark.parametrize('command', ['adapter merge base.pth {}', 'merge base.pth --adapter {}'])
+@pytest.mark.parametrize(
+    'command', ['adapter merge base.pth {}', 'merge base.pth --adapter {}', 'adapter apply base.pth {}']
+)
 def test_an_adapter_is_known_again_however_it_was_merged(foreign, capsys, command, adapter, weight):
     """By its file, whatever its tensors became on the way; and what has no weight is not in it."""
+    folder, _, _ = foreign
     save_adapter(adapt(known(), LoRAConfig(['conv_first'], rank=2), 0), 'own.safetensors')
     other = 'own.safetensors' if adapter == 'peft' else 'peft'
     for name, mix in (('once', [f'{adapter}{weight}']), ('mixed', [f'{adapter}{weight}', f'{other}=0'])):
         arguments = (' --adapter ' if '--adapter' in command else ' ').join(mix)
         assert main([*command.format(arguments).split(), '-o', f'{name}.pth']) == 0
+        if 'apply' in command:  # what it writes is merged, and what can be taken out of it is known as well
+            assert run('extract', f'{name}.pth', '-o', 'extracted.safetensors', '--overwrite') == 0
+            assert main(['merge', f'{name}.pth', '-o', 'merged.pth', '--overwrite']) == 0
+            (folder / 'merged.pth').replace(f'{name}.pth')
+            assert run('merge', f'{name}.pth', 'extracted.safetensors', '-o', 'twice.pth') == 2
+            assert 'carries the adapter extracted' in capsys.readouterr().err
         for again in ('adapter merge {} ', 'adapter apply {} ', 'merge {} --adapter '):
             capsys.readouterr()
             assert main([*f'{again}{adapter}'.format(f'{name}.pth').split(), '-o', 'twice.pth']) == 2

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_sr.adapters.checkpoint import (
+    LONGEST_NAME,
     exact_config,
     infer_lora_config,
     is_delta_key,
@@ -372,6 +373,12 @@ def _read(path: str | os.PathLike[str]) -> Adapter | ForeignAdapter:
         hint = '; lora_sr.checkpoints.AdapterFile reads those of torch' if path.suffix == '.bin' else ''
         reason = shown(' '.join(str(error).split()), SHOWN_REASON).rstrip('.')  # which may quote the file
         raise InputError(f'{path} cannot be read as a safetensors file: {reason}{hint}.') from None
+    for key in tensors:
+        if len(key) > LONGEST_NAME or not key.isprintable():
+            raise InputError(
+                f'{path} is damaged: a name must be of at most {LONGEST_NAME} printable letters, got '
+                f'{shown(repr(key))}.'
+            )
     return parse_adapter(tensors, metadata, path)
 
 

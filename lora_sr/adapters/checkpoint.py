@@ -13,6 +13,8 @@ from lora_sr.adapters.layers import DELTA_PREFIX, LORA_TENSORS, join, low_rank_u
 from lora_sr.adapters.verbs import adapted_modules, lora_layers
 from lora_sr.errors import InputError, shown
 
+LONGEST_NAME = 512  # letters of the name of a tensor
+
 
 def is_lora_key(key: str) -> bool:
     """Whether a state dict's key names a tensor of LoRA, or the delta of a parameter beside it."""

@@ -15,9 +15,9 @@ from torch.nn.modules.module import (
 )
 from torch.nn.parameter import is_lazy
 
+from lora_sr.adapters.checkpoint import LONGEST_NAME
 from lora_sr.errors import InputError, shown
 
-LONGEST_NAME = 512
 # Tied weights have several names, and a view may repeat values: what a file holds stands for so many times as much.
 LARGEST_REPEAT = 16
 SMALL_BYTES = 2**27  # merging makes several copies of each

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_sr.adapters import is_lora_key
+from lora_sr.adapters.checkpoint import LONGEST_NAME, is_lora_key
 from lora_sr.errors import shown
 
 KEY = 'lora_sr'  # in a .pth file beside the state dicts, in the metadata of other formats
@@ -21,7 +21,6 @@ DERIVED = ('attn_mask', 'relative_position_index', 'num_batches_tracked', 'runni
 SHOWN = 12  # digits of a fingerprint
 SHOWN_ADAPTERS = 4
 LARGEST_ITERATION = 10**12
-LONGEST_NAME = 512
 
 
 @dataclass(frozen=True)

@@ -587,6 +587,18 @@ def test_damaged_files_are_one_sentence(tmp_path, case):
     assert str(raised.value).endswith('.') and '\n' not in str(raised.value) and len(str(raised.value)) < 600
 
 
+@pytest.mark.parametrize('name', ['_' * 2_000_000, 'tail\n\x1b[31m'])
+def test_names_that_no_module_has_are_one_sentence_at_once(base, tmp_path, name):
+    """All ends of a name are looked up: of two million letters that would be minutes."""
+    path = write(tmp_path, pair(name), name='a.safetensors')
+    start = time.process_time()
+    for read in (read_adapter, AdapterFile.read):
+        with pytest.raises(InputError, match='a name must be of at most 512 printable letters, got ') as raised:
+            read(path)
+        assert str(raised.value).isprintable() and len(str(raised.value)) < 600
+    assert time.process_time() - start < 20
+
+
 @pytest.mark.skipif(not hasattr(torch, 'float8_e4m3fn'), reason='torch has no numbers of 8 bits')
 def test_numbers_of_8_bits_are_told_where_the_reader_does_not_widen_them(tmp_path):
     path = write(tmp_path, changed(lora_A=random(4, 26, 3, 3).to(torch.float8_e4m3fn)), CONFIG)

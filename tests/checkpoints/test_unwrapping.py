@@ -80,7 +80,11 @@ FILES = {
         'state_dict',
         'net_g.',
     ),
-    'Lightning with a loss': ({'state_dict': {**before('model.', plain()), **before('lpips.net.', D)}}, 'state_dict', 'model.'),
+    'Lightning with a loss': (
+        {'state_dict': {**before('model.', plain()), **before('lpips.net.', D)}},
+        'state_dict',
+        'model.',
+    ),
     'Lightning, one network': ({'state_dict': before('model.', plain()), 'global_step': 3}, 'state_dict', 'model.'),
     'MMEditing': (
         {

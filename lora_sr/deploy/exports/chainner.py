@@ -36,7 +36,8 @@ def export_chainner(
     Args:
         source: Whatever :func:`lora_sr.load_network` takes; LoRA is merged and branches folded.
         output: The file to write, ``.pth`` (state dict under ``params``) or ``.safetensors``.
-        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``.
+        param_key: Where the state dict is in a file; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
         overwrite: Replace ``output`` where it exists.
 
     Raises:

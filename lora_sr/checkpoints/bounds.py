@@ -117,19 +117,20 @@ def _check_tensors(state: Mapping[str, Tensor], path: object, size: int) -> None
 
 
 @contextlib.contextmanager
-def bounded(state: Mapping[str, Tensor], factor: int) -> Iterator[None]:
+def bounded(state: Mapping[str, Tensor], factor: int, more: int = FEW_VALUES) -> Iterator[None]:
     """Build no network that is much larger than the state dict that it is for: sizes are read from names and shapes.
 
     Args:
         state: The state dict.
         factor: How many times its values, and its tensors, all that is built may have.
+        more: How many values it may have beside.
 
     Raises:
         InputError: The network is larger, or the state dict has more tensors than any network.
     """
     if len(state) > LARGEST_STATE:
         raise InputError(f'the state dict of a network must have at most {LARGEST_STATE:,} tensors, got {len(state):,}')
-    values = factor * sum(value.numel() for value in state.values()) + FEW_VALUES
+    values = factor * sum(value.numel() for value in state.values()) + more
     sentence = 'the network that its names and shapes tell of must have about the values that are in it, got far more'
     with at_most(values, factor * len(state) + FEW_TENSORS, sentence):
         yield

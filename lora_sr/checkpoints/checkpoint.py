@@ -11,10 +11,10 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_sr.adapters import is_lora_key
-from lora_sr.checkpoints.community import architecture_of
+from lora_sr.checkpoints.community import BY_FILE, architecture_of
 from lora_sr.checkpoints.content import Content, read_checkpoint
 from lora_sr.checkpoints.families import family_of
-from lora_sr.checkpoints.layouts import as_rrdbnet
+from lora_sr.checkpoints.layouts import as_rrdbnet, in_layout
 from lora_sr.checkpoints.origin import Origin, fingerprint
 from lora_sr.checkpoints.unwrapping import find_weights
 
@@ -31,7 +31,8 @@ class Checkpoint:
         param_key: Where in it the state dict is, by the keys of the sections around it; ``None`` for the file itself.
         prefix: What the file has before, or within, the names of its weights, as ``module.``.
         state: The state dict, on the CPU, under the names of its network.
-        layout: Name in ``state`` -> name in the file, of those that differ by more than the prefix.
+        layout: Name in ``state`` -> name in the file, of those that differ by more than the prefix. Of a file that a run
+            has written it is that of the file from which the run began.
     """
 
     path: Path
@@ -60,6 +61,8 @@ class Checkpoint:
         """The same of a file that has been read already."""
         found = find_weights(content, path, param_key, _is_known)
         state, layout = as_rrdbnet(found.state) or (found.state, {})
+        if not layout and content.origin is not None:
+            layout = content.origin.layout or {}
         return cls(Path(path), content, found.param_key, found.prefix, state, layout)
 
     @property
@@ -71,12 +74,24 @@ class Checkpoint:
     @cached_property
     def family(self) -> str | None:
         """The name of the network that it belongs to, or ``None`` where that is not known here."""
-        return family_of(self.state)
+        return None if self._is_of_spandrel else family_of(self.state)
 
     @cached_property
     def architecture(self) -> str | None:
         """What spandrel calls the network, where no family of this package knows it and spandrel does."""
-        return architecture_of(self.state) if self.family is None else None
+        return architecture_of(self.in_file) if self.family is None else None
+
+    @property
+    def in_file(self) -> dict[str, Tensor]:
+        """The state dict of a network of spandrel under the names of its original file, by which spandrel knows it."""
+        return dict(in_layout(self.state, self.layout)) if self._is_of_spandrel else self.state
+
+    @property
+    def _is_of_spandrel(self) -> bool:
+        """Whether a run has trained it that took its network from spandrel."""
+        network = None if self.origin is None else self.origin.network
+        base = network.get('base', network) if isinstance(network, dict) else None
+        return isinstance(base, dict) and base.get('type') == BY_FILE
 
     @property
     def is_known(self) -> bool:

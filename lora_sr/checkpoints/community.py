@@ -5,6 +5,8 @@ Source: https://github.com/chaiNNer-org/spandrel, which is imported when such a 
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -19,7 +21,9 @@ from lora_sr.checkpoints.layouts import set_layout
 from lora_sr.errors import InputError, shown
 
 ARCHITECTURE = '_spandrel_architecture'
-FACTOR = 16  # times the values in the file: masks and tables that follow from sizes
+BY_FILE = 'spandrel'  # the type by which option files name a network of a file
+# Times the values in the file, and beside: masks and tables that follow from sizes. Those of GRL are 14 million.
+FACTOR, MORE = 16, 2**25
 # Networks for images of one kind, in which nothing is to be adapted to other images.
 PURPOSES = ('SR', 'Restoration')
 
@@ -60,7 +64,8 @@ def build_community(state: Mapping[str, Tensor], path: object) -> nn.Module:
     wrong: list[str] = []
     traced = {name: _Traced.of(value, name, names, wrong) for name, value in base.items()}
     try:
-        with bounded(base, FACTOR), torch.device('cpu'):
+        with bounded(base, FACTOR, MORE), torch.device('cpu'), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of torch.meshgrid and the like, which are spandrel's business
             described = architecture.load(traced)
     except InputError as error:
         raise InputError(f'{path} cannot be used: {error}') from None
@@ -73,14 +78,18 @@ def build_community(state: Mapping[str, Tensor], path: object) -> nn.Module:
         raise InputError(
             f'{path} is a {architecture.name}, for {described.purpose}, where SR and restoration are right'
         )
-    network: nn.Module = described.model.eval().requires_grad_(True)
+    network: nn.Module = described.model.eval()
+    _freeze_what_freezes_itself(network)
+    _keep_buffers(network, base)
     _note_layout(network, names)
     requirements = described.size_requirements
+    # Behind its pixel unshuffling SwinIR has windows, which spandrel leaves out of account.
+    windows = network.start_unshuffle * network.window_size if getattr(network, 'start_unshuffle', 1) > 1 else 1
     info = NetworkInfo(
         described.input_channels,
         described.output_channels,
         described.scale,
-        requirements.multiple_of,
+        math.lcm(requirements.multiple_of, windows),
         smallest=max(1, requirements.minimum),
         is_square=requirements.square,
     )
@@ -135,15 +144,39 @@ def _note_layout(network: nn.Module, names: Mapping[int, str]) -> None:
     set_layout(network, {name: old for name, old in in_file.items() if old is not None and old != name})
 
 
+def _freeze_what_freezes_itself(network: nn.Module) -> None:
+    """Freeze the parameters of modules that set ``requires_grad`` on themselves, of which torch takes no notice.
+
+    So do the means that RCAN and IPT take from images and add again.
+    """
+    for module in network.modules():
+        if vars(module).get('requires_grad') is False:
+            module.requires_grad_(False)
+
+
+def _keep_buffers(network: nn.Module, base: Mapping[str, Tensor]) -> None:
+    """Let what a network saves hold the buffers that its file has: GRL tells the sizes of its windows by them alone."""
+    for name in base:
+        module, _, buffer = name.rpartition('.')
+        if name in dict(network.named_buffers()):
+            network.get_submodule(module)._non_persistent_buffers_set.discard(buffer)
+
+
 def _call_as_described(network: nn.Module, call: Callable[[Any, Tensor], Tensor]) -> None:
-    """Let a network take an image and give an image, where spandrel does something before or behind it."""
-    if call.__module__.startswith('spandrel.__helpers'):  # which calls the network
-        return
+    """Let a network take images and give images, as spandrel calls it, also where it does something before or behind.
+
+    It calls networks with one image at a time, and some do not run with more, or are wrong: SeemoRe, DRUNet, IPT.
+    """
     plain = type(network)
+    is_plain = call.__module__.startswith('spandrel.__helpers')  # which calls the network
 
     class Described(plain):  # type: ignore[misc, valid-type]
-        def forward(self, image: Tensor) -> Tensor:
-            return call(_Bare(self, plain), image)
+        def forward(self, images: Tensor) -> Tensor:
+            images = images.clone()  # RCAN writes into them
+            bare = _Bare(self, plain)
+            if len(images) == 1 or (is_plain and self.training):
+                return call(bare, images)
+            return torch.cat([call(bare, image) for image in images.split(1)])
 
     Described.__name__, Described.__qualname__, Described.__module__ = plain.__name__, plain.__qualname__, __name__
     network.__class__ = Described
@@ -155,8 +188,10 @@ class _Bare:
     def __init__(self, network: nn.Module, plain: type[nn.Module]):
         self.network, self.plain = network, plain
 
-    def __call__(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any) -> Any:
         return self.plain.forward(self.network, *inputs)
+
+    __call__ = forward
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.network, name)

@@ -269,7 +269,7 @@ def _open_community(checkpoint: Checkpoint) -> OpenedNetwork:
     """The network of an architecture of spandrel, with LoRA where the file has it."""
     path, origin = checkpoint.path, checkpoint.origin or Origin()
     try:
-        network = build_community(checkpoint.state, path)
+        network = build_community(checkpoint.in_file, path)
         if checkpoint.form == ADAPTED:
             attach_updates(network, infer_lora_config(checkpoint.state))
         updates = {name: value for name, value in checkpoint.state.items() if is_lora_key(name)}
@@ -278,8 +278,6 @@ def _open_community(checkpoint: Checkpoint) -> OpenedNetwork:
         raise
     except InputError as error:
         raise UnknownNetwork(_about(path, error), checkpoint) from None
-    if origin.layout is not None:
-        set_layout(network, origin.layout)
     return OpenedNetwork(take_any_size(network), os.fspath(path), checkpoint, None, origin)
 
 
@@ -377,6 +375,8 @@ def _loaded(
             raise
         else:
             _load_some(network, checkpoint)
+    if checkpoint.layout:
+        set_layout(network, checkpoint.layout)
     origin = checkpoint.origin or Origin()
     if section is not None and origin.network is None:
         origin = replace(origin, network=dict(section))

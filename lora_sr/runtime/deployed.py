@@ -92,6 +92,7 @@ class DeployedNetwork(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.network = network
+        self._in_rows = False
         self._prepare()
         self.eval()
 
@@ -106,7 +107,7 @@ class DeployedNetwork(nn.Module):
                 _round_kernels(self.network)
             if self.dtype != torch.float32:
                 _cast_masks(self.network)
-            self.network.to(self.dtype).to(memory_format=torch.channels_last)
+            _lay_out(self.network.to(self.dtype), torch.contiguous_format if self._in_rows else torch.channels_last)
         if device.type == 'cuda':
             self._graphs = _GraphPerSize(self.network, self.dtype)
         self._places = [
@@ -158,7 +159,16 @@ class DeployedNetwork(nn.Module):
         with torch.inference_mode():
             if self._program is not None:
                 return self._program(image)
-            return _run(self.network, image, self.dtype) if self._graphs is None else self._graphs(image)
+            try:
+                return _run(self.network, image, self.dtype) if self._graphs is None else self._graphs(image)
+            except RuntimeError as error:
+                if self._in_rows or 'view size is not compatible' not in str(error):
+                    raise
+        # Its views, as those of IPT, are of tensors in rows; layers give the format that they get.
+        self._in_rows = True
+        self.network.register_forward_pre_hook(_take_in_rows)
+        self._prepare()
+        return self(image)
 
 
 def _run(network: Run, image: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,6 +224,17 @@ def _round_kernels(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.copy_(round_keeping_sums(module.weight.flatten(2)).view_as(module.weight))
+
+
+def _lay_out(network: nn.Module, memory_format: torch.memory_format) -> None:
+    """As ``network.to(memory_format=...)`` does, which refuses parameters of five dimensions, as FFTformer's are."""
+    for value in chain(network.parameters(), network.buffers()):
+        if value.ndim == 4:
+            value.data = value.data.contiguous(memory_format=memory_format)
+
+
+def _take_in_rows(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(image.contiguous() for image in inputs)
 
 
 def _device(network: nn.Module) -> torch.device:

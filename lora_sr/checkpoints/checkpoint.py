@@ -31,8 +31,8 @@ class Checkpoint:
         param_key: Where in it the state dict is, by the keys of the sections around it; ``None`` for the file itself.
         prefix: What the file has before, or within, the names of its weights, as ``module.``.
         state: The state dict, on the CPU, under the names of its network.
-        layout: Name in ``state`` -> name in the file, of those that differ by more than the prefix. Of a file that a run
-            has written it is that of the file from which the run began.
+        layout: Name in ``state`` -> name in the file, of those that differ by more than the prefix. Of a file that a
+            run has written it is that of the file from which the run began.
     """
 
     path: Path

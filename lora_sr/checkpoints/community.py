@@ -83,8 +83,8 @@ def build_community(state: Mapping[str, Tensor], path: object) -> nn.Module:
     _keep_buffers(network, base)
     _note_layout(network, names)
     requirements = described.size_requirements
-    # Behind its pixel unshuffling SwinIR has windows, which spandrel leaves out of account.
-    windows = network.start_unshuffle * network.window_size if getattr(network, 'start_unshuffle', 1) > 1 else 1
+    unshuffled: Any = getattr(network, 'start_unshuffle', 1)
+    windows = unshuffled * network.window_size if unshuffled > 1 else 1  # of SwinIR, which spandrel leaves out
     info = NetworkInfo(
         described.input_channels,
         described.output_channels,
@@ -176,7 +176,7 @@ def _call_as_described(network: nn.Module, call: Callable[[Any, Tensor], Tensor]
             bare = _Bare(self, plain)
             if len(images) == 1 or (is_plain and self.training):
                 return call(bare, images)
-            return torch.cat([call(bare, image) for image in images.split(1)])
+            return torch.cat([call(bare, image) for image in torch.split(images, 1)])
 
     Described.__name__, Described.__qualname__, Described.__module__ = plain.__name__, plain.__qualname__, __name__
     network.__class__ = Described

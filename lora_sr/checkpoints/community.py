@@ -83,6 +83,7 @@ def build_community(state: Mapping[str, Tensor], path: object) -> nn.Module:
     _keep_buffers(network, base)
     _note_layout(network, names)
     requirements = described.size_requirements
+    halves = ((torch.bfloat16, described.supports_bfloat16), (torch.float16, described.supports_half))
     unshuffled: Any = getattr(network, 'start_unshuffle', 1)
     windows = unshuffled * network.window_size if unshuffled > 1 else 1  # of SwinIR, which spandrel leaves out
     info = NetworkInfo(
@@ -92,6 +93,7 @@ def build_community(state: Mapping[str, Tensor], path: object) -> nn.Module:
         math.lcm(requirements.multiple_of, windows),
         smallest=max(1, requirements.minimum),
         is_square=requirements.square,
+        halves=tuple(dtype for dtype, is_supported in halves if is_supported),
     )
     _call_as_described(network, described._call_fn)
     set_info(network, info)

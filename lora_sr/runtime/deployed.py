@@ -71,9 +71,12 @@ def optimize(network: nn.Module, dtype: torch.dtype = torch.float32) -> Deployed
     device = _device(network)
     if device.type == 'cpu' and dtype == torch.float16:
         raise InputError('float16 is for GPUs: on a CPU the half precision is bfloat16.')
+    info = None if dtype == torch.float32 else network_info(network)
+    if info is not None and dtype not in info.halves:
+        right = ' or '.join(str(one).replace('torch.', '') for one in (torch.float32, *info.halves))
+        raise InputError(f'{type(network).__name__} must run in {right}, got {str(dtype).replace("torch.", "")}.')
     network = deploy_form(network).float()
     if dtype == torch.float16 and any(isinstance(module, LKDN) for module in network.modules()):
-        info = network_info(network)
         assert info is not None  # any LKDN has one
         fit_float16(network, [synthetic_image(1, info.in_channels, 64, 64).to(device)])
     return DeployedNetwork(network, dtype)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lora_sr.adapters import is_lora_key
 from lora_sr.archs.info import NetworkInfo, set_info
-from lora_sr.checkpoints.bounds import bounded
-from lora_sr.checkpoints.content import DamagedWeights
+from lora_sr.checkpoints.bounds import bounded, check_numbers, little_memory
+from lora_sr.checkpoints.content import DamagedWeights, check_finite
 from lora_sr.checkpoints.layouts import set_layout
 from lora_sr.errors import InputError, shown
 
@@ -24,6 +24,8 @@ ARCHITECTURE = '_spandrel_architecture'
 BY_FILE = 'spandrel'  # the type by which option files name a network of a file
 # Times the values in the file, and beside: masks and tables that follow from sizes. Those of GRL are 14 million.
 FACTOR, MORE = 16, 2**25
+MOST_LISTED = 1000  # values of a tensor that tell sizes
+FEW_BYTES = 2**30  # beside, of what is made on the way
 # Networks for images of one kind, in which nothing is to be adapted to other images.
 PURPOSES = ('SR', 'Restoration')
 
@@ -63,22 +65,26 @@ def build_community(state: Mapping[str, Tensor], path: object) -> nn.Module:
     names: dict[int, str] = {}
     wrong: list[str] = []
     traced = {name: _Traced.of(value, name, names, wrong) for name, value in base.items()}
+    held = sum(value.numel() * value.element_size() for value in base.values())
     try:
-        with bounded(base, FACTOR, MORE), torch.device('cpu'), warnings.catch_warnings():
+        check_numbers(base)
+        with bounded(base, FACTOR, MORE), little_memory(FEW_BYTES + 4 * held), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of torch.meshgrid and the like, which are spandrel's business
-            described = architecture.load(traced)
+            with torch.device('cpu'):
+                described = architecture.load(traced)
     except InputError as error:
         raise InputError(f'{path} cannot be used: {error}') from None
     except Exception as error:  # whatever a constructor makes of wrong names and shapes
         reason = shown(' '.join(str(error).split()), 200)
         raise InputError(f'{path} does not fit the {architecture.name} of its names: {reason}') from error
     if wrong:
-        raise DamagedWeights(f'{path} is damaged: {shown(wrong[0])} must be that of {architecture.name}, got another.')
+        raise DamagedWeights(f'{path} is damaged: {wrong[0]}.')
     if described.purpose not in PURPOSES:
         raise InputError(
             f'{path} is a {architecture.name}, for {described.purpose}, where SR and restoration are right'
         )
     network: nn.Module = described.model.eval()
+    check_finite(network, network.state_dict(), path)
     _freeze_what_freezes_itself(network)
     _keep_buffers(network, base)
     _note_layout(network, names)
@@ -130,13 +136,19 @@ class _Traced(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Do what is asked for, with what no longer is a tensor of the file."""
+        if getattr(func, '__name__', '') == 'tolist' and args[0].numel() > MOST_LISTED:
+            raise InputError(f'{shown(args[0].name_in_file)} must have a few values, got {args[0].numel():,}')
         with torch._C.DisableTorchFunctionSubclass():
             if getattr(func, '__name__', '') == 'copy_' and len(args) > 1 and isinstance(args[1], cls):
                 target, source = args[:2]
                 source.copied[id(target)] = source.name_in_file
+                name = shown(source.name_in_file)
+                # torch would convert these without a word, complex numbers to their real parts.
+                if target.is_floating_point() and not source.is_floating_point():
+                    source.wrong.append(f'{name} must be {target.dtype}, got {source.dtype}')
                 # An index follows from the sizes of the network. Another may be beyond a table.
-                if target.numel() > 1 and not target.is_floating_point() and not torch.equal(target, source):
-                    source.wrong.append(source.name_in_file)
+                elif target.numel() > 1 and not target.is_floating_point() and not torch.equal(target, source):
+                    source.wrong.append(f'{name} must be that of its sizes, got another')
             return func(*args, **(kwargs or {}))
 
 

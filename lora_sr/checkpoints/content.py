@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,11 +217,20 @@ def load_weights(
         raise InputError(f'{path} does not fit {type(net).__name__}: {misfit}') from error
     if layout:
         set_layout(net, layout)
+    check_finite(net, weights, path)
+
+
+def check_finite(net: nn.Module, loaded: Container[str], path: object) -> None:
+    """Check the values that were loaded into a network, as they are there: its type may be too narrow for them.
+
+    Raises:
+        DamagedWeights: Some are not finite.
+    """
     parameters = dict(net.named_parameters())
-    for name, value in net.state_dict().items():  # as they are in the network, whose type may be too narrow for them
+    for name, value in net.state_dict().items():
         # A mask, which is no parameter, may be infinite.
         is_bad = not torch.isfinite(value).all() if name in parameters else torch.isnan(value).any()
-        if name in weights and is_bad:
+        if name in loaded and is_bad:
             raise DamagedWeights(f'{path} holds values that are not finite: {name}.')
 
 

@@ -26,8 +26,9 @@ BY_FILE = 'spandrel'  # the type by which option files name a network of a file
 FACTOR, MORE = 16, 2**25
 MOST_LISTED = 1000  # values of a tensor that tell sizes
 FEW_BYTES = 2**30  # beside, of what is made on the way
-# Networks for images of one kind, in which nothing is to be adapted to other images.
 PURPOSES = ('SR', 'Restoration')
+# Networks of other purposes, by what spandrel calls them: nothing in them is to be adapted to other images.
+OTHERS = {'GFPGAN': 'FaceSR', 'RestoreFormer': 'FaceSR', 'LaMa': 'Inpainting'}
 
 
 def architecture_of(state: Mapping[str, Tensor]) -> str | None:
@@ -62,6 +63,7 @@ def build_community(state: Mapping[str, Tensor], path: object) -> nn.Module:
     architecture = _find(base)
     if architecture is None:
         raise InputError(f'{path} is of no architecture that spandrel knows.')
+    _check_purpose(OTHERS.get(architecture.id, PURPOSES[0]), architecture, path)
     names: dict[int, str] = {}
     wrong: list[str] = []
     traced = {name: _Traced.of(value, name, names, wrong) for name, value in base.items()}
@@ -79,10 +81,7 @@ def build_community(state: Mapping[str, Tensor], path: object) -> nn.Module:
         raise InputError(f'{path} does not fit the {architecture.name} of its names: {reason}') from error
     if wrong:
         raise DamagedWeights(f'{path} is damaged: {wrong[0]}.')
-    if described.purpose not in PURPOSES:
-        raise InputError(
-            f'{path} is a {architecture.name}, for {described.purpose}, where SR and restoration are right'
-        )
+    _check_purpose(described.purpose, architecture, path)
     network: nn.Module = described.model.eval()
     check_finite(network, network.state_dict(), path)
     _freeze_what_freezes_itself(network)
@@ -116,6 +115,11 @@ def _find(base: dict[str, Tensor]) -> Any:
         if support.detect(base):  # which looks at names
             return support.architecture
     return None
+
+
+def _check_purpose(purpose: str, architecture: Any, path: object) -> None:
+    if purpose not in PURPOSES:
+        raise InputError(f'{path} is a {architecture.name}, for {purpose}, where SR and restoration are right.')
 
 
 class _Traced(Tensor):

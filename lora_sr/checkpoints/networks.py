@@ -278,6 +278,8 @@ def _open_community(checkpoint: Checkpoint) -> OpenedNetwork:
         raise
     except InputError as error:
         raise UnknownNetwork(_about(path, error), checkpoint) from None
+    if checkpoint.layout:
+        set_layout(network, checkpoint.layout)
     return OpenedNetwork(take_any_size(network), os.fspath(path), checkpoint, None, origin)
 
 

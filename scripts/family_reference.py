@@ -22,7 +22,7 @@ from lora_sr.archs import network_info
 from lora_sr.checkpoints import load_network
 from lora_sr.checkpoints.building import build_network
 from lora_sr.checkpoints.families import FAMILIES, OURS
-from lora_sr.checkpoints.layouts import layout_of
+from lora_sr.checkpoints.layouts import in_layout, layout_of
 from lora_sr.checkpoints.origin import Origin
 from lora_sr.deploy.exports import export_chainner, export_onnx, export_torchscript
 from lora_sr.deploy.merge import merge_checkpoint
@@ -70,7 +70,7 @@ INTRODUCTION = f"""\
 A file of weights is recognized by the names and shapes in it, whatever trainer has written it and wherever in it they
 are. Each cell below was tried on a small network of random weights:
 
-- **loads**: `lora_sr.load_network(FILE)` gives the images of the network that was saved.
+- **loads**: `lora_sr.load_network(FILE)` builds the network, with all weights of the file.
 - **upscales**: `lora-sr upscale` runs it, on images of any size.
 - **is adapted**: LoRA goes onto its layers (`groups: [all]`), and training moves it ([AdaptSR](adaptsr.md)).
 - **merges back**: `lora-sr merge` of what was trained gives a file with the names and shapes of the one it began with.
@@ -119,8 +119,9 @@ def _try(state: dict[str, torch.Tensor], folder: Path) -> dict[str, str]:
     file, trained, merged = (folder / f'{name}.pth' for name in ('base', 'trained', 'merged'))
     torch.save({'params': state}, file)
     network = load_network(file)
-    has_all = {key for key, value in network.state_dict().items() if torch.equal(value, state.get(key, value))}
-    cells = {'loads': 'yes' if has_all == network.state_dict().keys() else 'no'}
+    loaded = in_layout(network.state_dict(), layout_of(network))
+    has_all = loaded.keys() == state.keys() and all(torch.equal(value, state[key]) for key, value in loaded.items())
+    cells = {'loads': 'yes' if has_all else 'no'}
     info = network_info(network)
     assert info is not None
     cells['upscales'] = _tried(lambda: Upscaler(network)(np.zeros((19, 27, info.in_channels), np.uint8)))

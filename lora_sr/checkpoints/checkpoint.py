@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_sr.adapters import is_lora_key
-from lora_sr.checkpoints.community import BY_FILE, architecture_of
+from lora_sr.checkpoints.community import BY_FILE, architecture_of, names_in_network
 from lora_sr.checkpoints.content import Content, read_checkpoint
 from lora_sr.checkpoints.families import family_of
 from lora_sr.checkpoints.layouts import as_rrdbnet, in_layout
@@ -63,6 +64,11 @@ class Checkpoint:
         state, layout = as_rrdbnet(found.state) or (found.state, {})
         if not layout and content.origin is not None:
             layout = content.origin.layout or {}
+        names = names_in_network(state) if not layout and family_of(state) is None else None
+        if names is not None:
+            layout = {name: old for name, old in names.items() if old != name}
+            updates = {name: value for name, value in state.items() if is_lora_key(name)}
+            state = OrderedDict({**{name: state[old] for name, old in names.items()}, **updates})
         return cls(Path(path), content, found.param_key, found.prefix, state, layout)
 
     @property
@@ -81,17 +87,22 @@ class Checkpoint:
         """What spandrel calls the network, where no family of this package knows it and spandrel does."""
         return architecture_of(self.in_file) if self.family is None else None
 
-    @property
+    @cached_property
     def in_file(self) -> dict[str, Tensor]:
-        """The state dict of a network of spandrel under the names of its original file, by which spandrel knows it."""
-        return dict(in_layout(self.state, self.layout)) if self._is_of_spandrel else self.state
+        """The state dict under the names of its file, or of that from which a run began: spandrel knows it by these."""
+        return dict(in_layout(self.state, self.layout))
 
-    @property
+    @cached_property
     def _is_of_spandrel(self) -> bool:
-        """Whether a run has trained it that took its network from spandrel."""
+        """Whether spandrel has built its network, which may then have the names of a family."""
         network = None if self.origin is None else self.origin.network
         base = network.get('base', network) if isinstance(network, dict) else None
-        return isinstance(base, dict) and base.get('type') == BY_FILE
+        if isinstance(base, dict) and base.get('type') == BY_FILE:
+            return True
+        if not self.layout:
+            return False
+        base = {name: value for name, value in self.in_file.items() if not is_lora_key(name)}
+        return as_rrdbnet(base) is None and architecture_of(base) is not None
 
     @property
     def is_known(self) -> bool:

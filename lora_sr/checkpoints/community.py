@@ -17,11 +17,17 @@ from lora_sr.adapters import is_lora_key
 from lora_sr.archs.info import NetworkInfo, set_info
 from lora_sr.checkpoints.bounds import bounded, check_numbers, little_memory
 from lora_sr.checkpoints.content import DamagedWeights, check_finite
-from lora_sr.checkpoints.layouts import set_layout
+from lora_sr.checkpoints.layouts import layout_of, set_layout
 from lora_sr.errors import InputError, shown
 
 ARCHITECTURE = '_spandrel_architecture'
 BY_FILE = 'spandrel'  # the type by which option files name a network of a file
+# Architectures of which spandrel knows several layouts, and whether a state dict is in one that its network has not.
+RENAMED: dict[str, Callable[[Mapping[str, Tensor]], bool]] = {
+    'GRL': lambda state: any(name.startswith(('model.', 'model_g.')) for name in state),
+    'SwinIR': lambda state: 'conv_first.1.weight' in state,
+    'ESRGAN': lambda state: 'conv_first.weight' in state,
+}
 # Times the values in the file, and beside: masks and tables that follow from sizes. Those of GRL are 14 million.
 FACTOR, MORE = 16, 2**25
 MOST_LISTED = 1000  # values of a tensor that tell sizes
@@ -40,6 +46,25 @@ def architecture_of(state: Mapping[str, Tensor]) -> str | None:
     base = {name: value for name, value in state.items() if not is_lora_key(name)}
     found = _find(base) if base else None
     return None if found is None else str(found.name)
+
+
+def names_in_network(state: Mapping[str, Tensor]) -> dict[str, str] | None:
+    """Name in the network -> name in its file, of all that the network takes of a state dict, where some differ.
+
+    Returns:
+        ``None`` where spandrel does not know the state dict, or changes no names.
+    """
+    base = {name: value for name, value in state.items() if not is_lora_key(name)}
+    architecture = _find(base) if any(has_others(base) for has_others in RENAMED.values()) else None
+    if architecture is None or architecture.id not in RENAMED or not RENAMED[architecture.id](base):
+        return None
+    try:
+        network = build_community(base, 'a state dict')
+    except InputError:  # which is told when it is opened
+        return None
+    layout = layout_of(network)
+    names = {name: layout.get(name, name) for name in network.state_dict()}
+    return {name: old for name, old in names.items() if old in base}
 
 
 def architecture_name(network: nn.Module) -> str | None:

@@ -25,6 +25,7 @@ from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkSource, Origin, 
 from lora_sr.checkpoints.adapter_file import check_once
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
 from lora_sr.checkpoints.families import OURS
+from lora_sr.checkpoints.layouts import in_layout
 from lora_sr.checkpoints.networks import UnknownNetwork
 from lora_sr.checkpoints.origin import KEY
 from lora_sr.checkpoints.writing import SUFFIXES, write_state
@@ -211,7 +212,9 @@ def _mix(
             raise InputError(
                 f'The adapters give values that are not finite, or too large for {value.dtype}: {shown(key)}.'
             )
-    write_state(written, Path(output), origin)
+    if is_merged:  # under the names of the file of the base, which an adapted one only notes
+        written = in_layout(written, checkpoint.layout)
+    write_state(written, Path(output), replace(origin, layout=None if is_merged else checkpoint.layout or None))
     return MixReport([os.fspath(path) for path, _ in adapters], weights, len(mixed.layers), fitted)
 
 

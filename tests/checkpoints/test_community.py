@@ -162,6 +162,32 @@ def test_an_optimized_network_is_the_network(write, name):
     assert (given - expected).abs().max() <= tolerance * max(1, expected.abs().max())
 
 
+@pytest.mark.parametrize('name', ['HAT', 'SwinIR-unshuffle'])
+def test_adapters_go_onto_a_file_whatever_its_names(write, tmp_path, name):
+    file = write(name, 'lightning')
+    network = add_lora(load_network(file), LoRAConfig(groups=['all'], rank=2))
+    for _, layer in lora_layers(network):
+        nn.init.normal_(layer.lora_B, std=0.02)
+    torch.save(
+        {'params': network.state_dict(), 'lora_sr': Origin(layout=layout_of(network)).to_dict()}, file.parent / 't.pth'
+    )
+    adapter, both = tmp_path / 'adapter.safetensors', tmp_path / 'both.pth'
+    outputs = [tmp_path / f'{kind}.pth' for kind in ('merged', 'mixed', 'applied')]
+    for arguments in (
+        ('adapter', 'extract', tmp_path / 't.pth', '-o', adapter),
+        ('merge', tmp_path / 't.pth', '-o', outputs[0]),
+        ('adapter', 'merge', file, f'{adapter}=1', '-o', outputs[1]),
+        ('adapter', 'apply', file, adapter, '-o', both),
+        ('merge', both, '-o', outputs[2]),
+    ):
+        assert main([str(argument) for argument in arguments]) == 0
+    first, *others = (torch.load(output, weights_only=True)['params'] for output in outputs)
+    assert first.keys() == SMALL[name].state().keys()
+    for other in others:
+        assert other.keys() == first.keys()
+        assert all(torch.allclose(other[key], first[key], atol=1e-6) for key in first)
+
+
 @pytest.mark.parametrize('prefix', ['model.', 'model_g.'])
 def test_files_of_grl_keep_their_names(tmp_path, prefix):
     state = {f'{prefix}{name}': value for name, value in SMALL['GRL'].state().items()}

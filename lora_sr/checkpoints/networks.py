@@ -24,7 +24,7 @@ from lora_sr.adapters.verbs import attach_updates
 from lora_sr.archs import deploy_form, fold, is_training_form, network_info, take_any_size
 from lora_sr.checkpoints.adapter_file import AdapterFile, check_once
 from lora_sr.checkpoints.bounds import bounded
-from lora_sr.checkpoints.building import base_section, build_network
+from lora_sr.checkpoints.building import base_section, build_network, without_old_calls
 from lora_sr.checkpoints.by_file import spandrel
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
 from lora_sr.checkpoints.community import build_community
@@ -292,7 +292,7 @@ def _about(path: object, error: InputError) -> str:
 def _built(family: str, state: Mapping[str, Tensor]) -> nn.Module:
     """The network of a family for a state dict, whose names and shapes may be anything."""
     try:
-        with bounded(state, FAMILY_FACTOR):
+        with bounded(state, FAMILY_FACTOR), without_old_calls():
             return FAMILIES[family][1](state)
     except (InputError, KeyError):
         raise

@@ -30,7 +30,7 @@ from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkSource, Origin, 
 from lora_sr.checkpoints.adapter_file import check_once
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
 from lora_sr.checkpoints.families import OURS
-from lora_sr.checkpoints.layouts import in_layout, layout_of
+from lora_sr.checkpoints.layouts import in_layout
 from lora_sr.checkpoints.networks import UnknownNetwork
 from lora_sr.checkpoints.origin import KEY, fingerprint
 from lora_sr.checkpoints.writing import SUFFIXES, write_state
@@ -262,16 +262,16 @@ def _mix(
     mixed = mix_adapters(zip(parts, weights))
     is_merged = finish is merge_adapter  # else the file carries them beside its base
     merged = [file.fingerprint for file, weight in zip(files, weights) if weight and is_merged]
-    layout = checkpoint.layout if network is None else layout_of(network)
-    origin = replace((checkpoint.origin or Origin()).with_adapters(state, merged), layout=None if is_merged else layout)
-    own = state if layout else checkpoint.state  # which names of its own
-    written = finish(own, mixed)  # which is exact
+    origin = (checkpoint.origin or Origin()).with_adapters(state, merged)
+    written = finish(checkpoint.state, mixed)  # which is exact
     for key, value in written.items():
-        if value is not own.get(key) and not value.isfinite().all():
+        if value is not checkpoint.state.get(key) and not value.isfinite().all():
             raise InputError(
                 f'The adapters give values that are not finite, or too large for {value.dtype}: {shown(key)}.'
             )
-    write_state(in_layout(written, layout) if is_merged else written, Path(output), origin)
+    if is_merged:  # under the names of the file of the base, which an adapted one only notes
+        written = in_layout(written, checkpoint.layout)
+    write_state(written, Path(output), replace(origin, layout=None if is_merged else checkpoint.layout or None))
     return MixReport([os.fspath(path) for path, _ in adapters], weights, len(mixed.layers), fitted)
 
 

@@ -179,9 +179,16 @@ def _difference(trained: nn.Module, written: nn.Module, dtype: torch.dtype) -> f
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, info.in_channels, *info.size(32, 40), generator=generator).to(dtype) * info.value_range
     try:
-        return relative_difference(*(network.to(dtype)(images) for network in (trained, written)))
+        with torch.random.fork_rng():
+            return relative_difference(*(_run(network.to(dtype), images) for network in (trained, written)))
     except (TypeError, IndexError) as error:  # of a constructor's values, which a file may state
         reason = shown(' '.join(str(error).split()))
         raise InputError(
             f'{type(trained).__name__} does not run with the values that it was built with: {reason}.'
         ) from error
+
+
+def _run(network: nn.Module, images: Tensor) -> Tensor:
+    torch.manual_seed(0)  # AuraSR adds noise to images
+    output: Tensor = network(images)
+    return output

@@ -206,7 +206,7 @@ GPUS = replace(
     holds=lambda value: value == 'auto' or whole(0).holds(value),
     json={'anyOf': [{'const': 'auto'}, whole(0).json]},
 )
-PARAM_KEY = replace(optional(TEXT), text='a key, or keys joined by dots; ~ for wherever the weights are')
+PARAM_KEY = replace(optional(TEXT), text='a key, keys joined by dots, or ~')
 ROOTS = Kind(
     'a folder or a database, or a list of them',
     _is_roots,

@@ -87,8 +87,8 @@ GROUPS = (
     (
         'Of spandrel',
         'What is not known above is recognized, and built from its names and shapes, by\n'
-        '[spandrel](https://github.com/chaiNNer-org/spandrel), which has to be installed. Networks for faces and for '
-        'inpainting are\nrefused.',
+        '[spandrel](https://github.com/chaiNNer-org/spandrel), which has to be installed. In 16 bits such a network runs '
+        'where spandrel\nsays that it does. Networks for faces and for inpainting are refused.',
     ),
 )
 

@@ -5,6 +5,7 @@ Of other packages these modules import torch and safetensors only; they work on 
 
 from lora_sr.adapters.adapter_file import (
     Adapter,
+    adapter_for,
     apply_adapter,
     describe_misfit,
     extract_adapter,
@@ -24,6 +25,7 @@ from lora_sr.adapters.checkpoint import (
     merge_state_dict,
 )
 from lora_sr.adapters.config import LoRAConfig
+from lora_sr.adapters.foreign import ForeignAdapter
 from lora_sr.adapters.groups import GROUPS, layer_groups
 from lora_sr.adapters.layers import (
     AdaptedModule,
@@ -39,6 +41,7 @@ from lora_sr.adapters.layers import (
     LoRAMultiheadAttention,
     delta_kind,
 )
+from lora_sr.adapters.peft_layout import peft_layout
 from lora_sr.adapters.verbs import (
     LeftAlone,
     ParameterCount,
@@ -57,6 +60,7 @@ __all__ = [
     'GROUPS',
     'AdaptedModule',
     'Adapter',
+    'ForeignAdapter',
     'LayerImportance',
     'LeftAlone',
     'LoRAConfig',
@@ -72,6 +76,7 @@ __all__ = [
     'LoRAMultiheadAttention',
     'ParameterCount',
     'adapted_modules',
+    'adapter_for',
     'add_lora',
     'allocate_ranks',
     'apply_adapter',
@@ -95,6 +100,7 @@ __all__ = [
     'merge_state_dict',
     'mix_adapters',
     'parse_adapter',
+    'peft_layout',
     'read_adapter',
     'remove_lora',
     'save_adapter',

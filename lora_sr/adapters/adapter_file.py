@@ -25,15 +25,24 @@ from lora_sr.adapters.checkpoint import (
     merge_state_dict,
 )
 from lora_sr.adapters.config import LoRAConfig
-from lora_sr.adapters.layers import LORA_TENSORS, join, matrix_shape, weight_key
+from lora_sr.adapters.foreign import ForeignAdapter, Misfit, describe_differing, text_of
+from lora_sr.adapters.foreign_files import is_foreign, read_foreign, weights_file
+from lora_sr.adapters.layers import (
+    DELTA_PREFIX,
+    DTYPES,
+    LORA_TENSORS,
+    LoRAMultiheadAttention,
+    join,
+    low_rank_update,
+    matrix_shape,
+    weight_key,
+)
 from lora_sr.adapters.verbs import attach_updates, remove_lora
 from lora_sr.errors import InputError, shown
 from lora_sr.files import check_output, write_whole
 
 CONFIG_KEY = 'lora_config'
 SUFFIX = '.safetensors'
-SHOWN = 3  # of the layers that do not fit
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +80,8 @@ class Adapter:
             ):
                 kinds = '' if lora_A.dtype == lora_B.dtype in DTYPES else f' of {lora_A.dtype} and {lora_B.dtype}'
                 raise InputError(
-                    f'The adapter is damaged: "{shown(name)}" has lora_A {_text(lora_A.shape)} and lora_B '
-                    f'{_text(lora_B.shape)}{kinds}, which do not go with rank {rank}.'
+                    f'The adapter is damaged: "{shown(name)}" has lora_A {text_of(lora_A.shape)} and lora_B '
+                    f'{text_of(lora_B.shape)}{kinds}, which do not go with rank {rank}.'
                 )
         for name, delta in self.deltas.items():
             if delta.dtype not in DTYPES:
@@ -92,6 +101,10 @@ class Adapter:
         """``lora_A``, ``lora_B`` and ``lora_alpha`` of a layer."""
         lora_A, lora_B, alpha = (self.tensors[join(layer, tensor)] for tensor in LORA_TENSORS)
         return lora_A, lora_B, alpha
+
+    def factors_of(self, layer: str) -> list[Tensor]:
+        """``lora_A`` and ``lora_B`` of a layer."""
+        return list(self.update_of(layer)[:2])
 
     def rank_of(self, layer: str) -> int:
         """The rank of a layer's update."""
@@ -157,7 +170,8 @@ def mix_adapters(parts: Iterable[tuple[Adapter, float]]) -> Adapter:
 
     This is exact, since B_1 A_1 + B_2 A_2 is the product of the matrices put side by side: the rank of a layer is the
     sum of its ranks, its alpha equals it, and the weights are in ``lora_B``. A layer that only one adapter has keeps
-    its tensors, and its alpha is multiplied by the weight. Deltas add up likewise.
+    its tensors, and its alpha is multiplied by the weight. Deltas add up likewise; where one adapter has LoRA on a
+    layer and another the delta of its weight, the sum is a delta.
 
     Args:
         parts: Adapters of one base, each with its weight: any finite number, also negative or beyond 1. With 0 an
@@ -181,9 +195,34 @@ def mix_adapters(parts: Iterable[tuple[Adapter, float]]) -> Adapter:
         deltas = [adapter.tensors[key] * weight for adapter, weight in parts if key in adapter.tensors]
         _check_same_shape(key, [delta.shape for delta in deltas])
         tensors[key] = sum(deltas[1:], deltas[0])
+    return _adapter_of(tensors, ranks_and_alphas)
+
+
+def _adapter_of(tensors: dict[str, Tensor], layers: Mapping[str, tuple[int, float]]) -> Adapter:
+    """The adapter of tensors and of the rank and alpha of each layer, of which none has both LoRA and a delta."""
+    tensors, layers = dict(tensors), dict(layers)
+    for name in list(layers):
+        for key in (join(name, DELTA_PREFIX + last) for last in ('weight', LoRAMultiheadAttention.weight_name)):
+            if key not in tensors:
+                continue
+            lora_A, lora_B, alpha = (tensors.pop(join(name, tensor)) for tensor in LORA_TENSORS)
+            rank, _ = layers.pop(name)
+            if lora_B.shape[0] * lora_A.shape[1] != tensors[key].numel():
+                raise InputError(f'The adapters are not of one base: they are for different shapes of "{shown(name)}".')
+            tensors[key] = tensors[key] + low_rank_update(lora_A, lora_B, alpha / rank, tensors[key].shape)
     if not tensors:
         return Adapter(LoRAConfig(['.*'], rank_pattern={'.*': 0}), {})
-    return Adapter(exact_config(ranks_and_alphas, tensors), tensors)
+    return Adapter(exact_config(layers, tensors), tensors)
+
+
+def adapter_for(foreign: ForeignAdapter, base: Mapping[str, Tensor]) -> Adapter:
+    """What an adapter of another program is for a base, given by its state dict.
+
+    Raises:
+        Misfit: It does not fit: how many layers differ, and the first of them.
+        InputError: It cannot be put onto any base.
+    """
+    return _adapter_of(*foreign.tensors_for(base))
 
 
 def _mix_layer(name: str, parts: list[tuple[Adapter, float]]) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
@@ -225,13 +264,11 @@ def describe_misfit(adapter: Adapter, base: Mapping[str, Tensor]) -> str | None:
         if here is None:
             differing.setdefault(key.rpartition('.')[0], f'{shown(what)} is not there')
         elif here.shape != shape:
-            how = f'{shown(what)} is {_text(here.shape)} here, the adapter is for {_text(shape)}'
+            how = f'{shown(what)} is {text_of(here.shape)} here, the adapter is for {text_of(shape)}'
             differing.setdefault(key.rpartition('.')[0], how)
     if not differing:
         return None
-    colon = ':' if len(differing) <= SHOWN else ', e.g.'
-    count = len({key.rpartition('.')[0] for key in [*wanted, *adapter.deltas]})
-    return f'{len(differing)} of its {count} layers differ{colon} {"; ".join(list(differing.values())[:SHOWN])}'
+    return describe_differing(differing, len({key.rpartition('.')[0] for key in [*wanted, *adapter.deltas]}))
 
 
 def _shape_of_weight(adapter: Adapter, name: str, weight: Tensor | None) -> tuple[int, ...]:
@@ -280,12 +317,17 @@ def save_adapter(
     write_whole(path, save(tensors, metadata={CONFIG_KEY: adapter.config.to_json(), **(metadata or {})}))
 
 
-def read_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """Read an adapter file.
+def read_adapter(path: str | os.PathLike[str], base: Mapping[str, Tensor] | None = None) -> Adapter:
+    """Read an adapter file: our own, or one of PEFT, of kohya's scripts or of LyCORIS.
+
+    Args:
+        path: A safetensors file, or the folder that PEFT writes.
+        base: The state dict of the base; the adapters of other programs need it.
 
     Raises:
-        InputError: The file is missing, cannot be read, or holds no adapter.
+        InputError: The file is missing, cannot be read, holds no adapter, or does not fit ``base``.
     """
+    path = weights_file(path)
     if not os.path.isfile(path):
         raise InputError(f'There is no adapter file {path}.')
     try:
@@ -294,15 +336,29 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise InputError(f'{path} cannot be read as a safetensors file: {error}.') from None
-    return parse_adapter(tensors, metadata, path)
+    adapter = parse_adapter(tensors, metadata, path)
+    if isinstance(adapter, Adapter):
+        return adapter
+    if base is None:
+        raise InputError(f'{path} is an adapter of {adapter.kind}, which is read together with its base.')
+    try:
+        return adapter_for(adapter, base)
+    except Misfit as error:
+        raise InputError(f'The adapter {path} does not fit the base: {error}.') from None
+    except InputError as error:
+        raise InputError(f'{path} cannot be used: {str(error).rstrip(".")}.') from None
 
 
-def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: object) -> Adapter:
-    """The adapter of a safetensors file that has been read: its tensors and its metadata.
+def parse_adapter(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: str | os.PathLike[str]
+) -> Adapter | ForeignAdapter:
+    """The adapter of a file that has been read: its tensors, its metadata, and PEFT's configuration beside it.
 
     Raises:
         InputError: It holds no adapter; ``path`` names it.
     """
+    if is_foreign(tensors):
+        return read_foreign(tensors, path)
     if not all(map(is_lora_key, tensors)):
         kind = 'an adapted checkpoint: extract its adapter' if any(map(is_lora_key, tensors)) else 'a base checkpoint'
         raise InputError(f'{path} is no adapter but {kind}.')
@@ -334,7 +390,7 @@ def load_adapter(model: nn.Module, adapter: Adapter | str | os.PathLike[str]) ->
     """
     what = 'The adapter' if isinstance(adapter, Adapter) else f'The adapter {adapter}'
     if not isinstance(adapter, Adapter):
-        adapter = read_adapter(adapter)
+        adapter = read_adapter(adapter, {k: v for k, v in model.state_dict().items() if not is_lora_key(k)})
     misfit = describe_misfit(adapter, model.state_dict())
     if misfit:
         raise InputError(f'{what} does not fit {type(model).__name__}: {misfit}.')
@@ -367,7 +423,3 @@ def _without_values(model: nn.Module) -> nn.Module:
         empty = torch.empty_like(value, device='meta')
         memo[id(value)] = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
-
-
-def _text(shape: Iterable[int]) -> str:
-    return 'x'.join(map(str, shape)) or 'a number'

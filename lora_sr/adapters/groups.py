@@ -11,7 +11,7 @@ from lora_sr.adapters.layers import is_adaptable
 GROUPS = ('conv', 'attention', 'mlp', 'upsampler')
 
 # Of the parts between the dots of a layer's name.
-ATTENTION = re.compile(r'.*(attn|atten|attention|qkv)\d*|(ca|cca|esa|lka|pa|sa|se)\d*')
+ATTENTION = re.compile(r'.*(attn|atten|attention|qkv)\d*|(ca|cca|esa|lka|pa|sa|se)\d*|guidance_map_conv')  # of SPANV2
 MLP = re.compile(r'.*(mlp|ffn|feed_?forward)\d*|fc\d*')
 UPSAMPLER = re.compile(r'.*(upsampl|upconv|upscal|conv_up|pixel_?shuffle).*|up\d*', re.IGNORECASE)
 # Of the layers that make queries and keys: a module that holds both is attention, whatever it is called.

@@ -14,6 +14,7 @@ from lora_sr.errors import InputError
 
 LORA_TENSORS = ('lora_A', 'lora_B', 'lora_alpha')
 DELTA_PREFIX = 'lora_shift_'  # deltas were called shifts when the first checkpoints were written
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of updates
 POSITION = re.compile('rel(ative)?_pos|absolute_pos')  # parameters that are tables of positions
 
 

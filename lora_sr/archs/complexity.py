@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_sr.adapters import adapted_modules, merge_lora
-from lora_sr.archs.info import is_a
+from lora_sr.archs.info import is_a, network_info
 
 OUTPUT_HEIGHT, OUTPUT_WIDTH = 720, 1280  # the output of which the papers' tables give the multiply-adds
 CHALLENGE_SIDE = 256  # pixels of the input of which the challenge's tables give the FLOPs
@@ -32,7 +32,7 @@ def count_multi_adds(network: nn.Module, height: int, width: int) -> int:
 
     Args:
         network: Any network, in training or in deploy form. It is not changed.
-        height: Height of the input (1, 3, height, width), in pixels.
+        height: Height of the input (1, C, height, width), in pixels; C is 3, or what the network takes instead.
         width: Its width.
     """
     return _count_operations(network, height, width)['multi_adds']
@@ -58,7 +58,7 @@ def count_flops(network: nn.Module, height: int = CHALLENGE_SIDE, width: int = C
 
     Args:
         network: As for :func:`count_multi_adds`.
-        height: Height of the input (1, 3, height, width), in pixels; 256 in the challenge's tables.
+        height: Height of the input (1, C, height, width), in pixels; 256 in the challenge's tables.
         width: Its width.
     """
     return _count_operations(network, height, width)['flops']
@@ -71,7 +71,7 @@ def count_activations(network: nn.Module, height: int = CHALLENGE_SIDE, width: i
 
     Args:
         network: As for :func:`count_flops`.
-        height: Height of the input (1, 3, height, width), in pixels; 256 in the challenge's tables.
+        height: Height of the input (1, C, height, width), in pixels; 256 in the challenge's tables.
         width: Its width.
     """
     return _count_operations(network, height, width)['activations']
@@ -98,6 +98,7 @@ def _count_operations(network: nn.Module, height: int, width: int) -> Counter[st
 
 def _count_copy(network: nn.Module, height: int, width: int, device: str) -> Counter[str]:
     """The counts of a copy in which LoRA is merged, and what runs as one convolution is one."""
+    info = network_info(network)
     copy = deepcopy(network).to(device).eval()
     if any(True for _ in adapted_modules(copy)):
         merge_lora(copy)
@@ -109,7 +110,7 @@ def _count_copy(network: nn.Module, height: int, width: int, device: str) -> Cou
     counter = _OperationCounter()
     # The device is also for what a forward pass makes without naming one.
     with torch.device(device), counter:
-        copy(torch.zeros(1, 3, height, width))
+        copy(torch.zeros(1, 3 if info is None else info.in_channels, height, width))
     return counter.counts
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_sr.adapters import LoRAConfig, infer_lora_config, mark_trainable
 from lora_sr.adapters.verbs import attach_updates
-from lora_sr.archs.span import SPAN, build_span, is_span
+from lora_sr.archs.span import SPAN, is_span, span_sizes
 
 # The 20 convolutions in which the authors' merged entry differs from the SPAN it started from.
 DSCLORA_TARGETS = (r'block_[1-6]\.c[123]_r\.eval_conv', r'conv_2\.eval_conv', r'upsampler\.0')
@@ -21,8 +21,8 @@ class DSCLoRA(SPAN):
     Only the LoRA tensors train. A checkpoint of SPAN, in either form, loads strictly; merging gives SPAN back.
 
     Args:
-        num_in_ch: Channels of the input; 3.
-        num_out_ch: Channels of the output; 3.
+        num_in_ch: Channels of the input, 3 or 1.
+        num_out_ch: Channels of the output, 3 or 1.
         feature_channels: Width C of the SPAN that is adapted.
         upscale: Scale factor.
         rank: Rank of ConvLoRA.
@@ -30,6 +30,7 @@ class DSCLoRA(SPAN):
             its own.
         rank_pattern: Regular expression of layer names -> rank, for layers that differ, e.g. ``upsampler.0: 16``.
         alpha_pattern: Likewise for alpha.
+        norm: Whether the SPAN that is adapted normalizes images.
 
     Raises:
         InputError: As SPAN and LoRAConfig do.
@@ -45,8 +46,9 @@ class DSCLoRA(SPAN):
         alpha: float | None = 16,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
+        norm: bool = True,
     ):
-        super().__init__(num_in_ch, num_out_ch, feature_channels, upscale, deploy=True)
+        super().__init__(num_in_ch, num_out_ch, feature_channels, upscale, deploy=True, norm=norm)
         # An adapted checkpoint may have any rank, that of a mix of adapters as well.
         attach_updates(
             self,
@@ -72,12 +74,11 @@ def build_dsclora(state: Mapping[str, Tensor]) -> DSCLoRA:
     """The DSCLoRA that a state dict belongs to, not loaded yet, with the file's ranks and alphas.
 
     Raises:
-        InputError: The LoRA tensors are incomplete.
+        InputError: The LoRA tensors are incomplete, or the network takes or gives other than RGB or gray images.
     """
-    base, lora = build_span(state), infer_lora_config(state)
+    lora = infer_lora_config(state)
     return DSCLoRA(
-        feature_channels=base.feature_channels,
-        upscale=base.upscale,
+        **span_sizes(state),
         rank=lora.rank,
         alpha=lora.alpha,
         rank_pattern=lora.rank_pattern,

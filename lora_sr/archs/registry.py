@@ -7,14 +7,25 @@ from collections.abc import Callable
 
 from torch import nn
 
+from lora_sr.archs.disp import DISP
+from lora_sr.archs.dscf_fused import DSCFFused
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.lkdn import LKDN, LKDN_S
 from lora_sr.archs.span import SPAN
+from lora_sr.archs.spanf import SPANF
+from lora_sr.archs.spanv2 import SPANV2
 from lora_sr.errors import import_basicsr
 
 Arch = Callable[..., nn.Module]
-OWN: dict[str, Arch] = {network.__name__: network for network in (DSCLoRA, LKDN, LKDN_S, SPAN)}
+OWN: dict[str, Arch] = {
+    network.__name__: network for network in (DISP, DSCFFused, DSCLoRA, LKDN, LKDN_S, SPAN, SPANF, SPANV2)
+}
 SUFFIX = '_basicsr'  # behind what Real-ESRGAN registers too
+
+
+def is_ours(network: nn.Module) -> bool:
+    """Whether a network is of a class of this package."""
+    return type(network) in OWN.values()
 
 
 def known_archs() -> dict[str, Arch]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,8 @@ from lora_sr.archs.info import NetworkInfo
 from lora_sr.archs.reparam import Foldable, bias_of
 from lora_sr.errors import InputError
 
+NO_NORM = 'no_norm'  # the empty tensor by which neosr, traiNNer-redux and spandrel mark a SPAN without normalization
+WIDE = re.compile(r'(conv_[12]|block_\d+\.c[123]_r)\.(sk|eval_conv)\.weight')  # as wide as the features
 BRANCH_TENSORS = [f'{name}.{tensor}' for name in ('sk', 'conv.0', 'conv.1', 'conv.2') for tensor in ('weight', 'bias')]
 
 
@@ -139,17 +143,21 @@ class SPAB(nn.Module):
 
 
 class SPAN(nn.Module):
-    """SPAN for RGB images.
+    """SPAN for RGB or gray images.
 
     Args:
-        num_in_ch: Channels of the input; 3, as the mean of R, G and B is subtracted.
-        num_out_ch: Channels of the output; 3.
+        num_in_ch: Channels of the input, 3 or 1.
+        num_out_ch: Channels of the output, 3 or 1.
         feature_channels: Width C: 48 in the paper, 26 and 28 in the NTIRE challenges.
         upscale: Scale factor.
         deploy: Build the deploy form, one 3x3 convolution for each Conv3XC.
+        norm: Whether images are normalized first, as in the paper: the mean is subtracted, and the range is that of
+            8-bit images. Of RGB the mean is DIV2K's. Of gray it is 0, as SwinIR and its kin have it: the authors' code,
+            neosr, traiNNer-redux and spandrel fail there. Without it, the default of neosr and traiNNer-redux, a
+            checkpoint has their empty tensor ``no_norm``, which tells.
 
     Raises:
-        InputError: Other than 3 channels, a width or a scale below 1.
+        InputError: Other than 1 or 3 channels, a width or a scale below 1.
     """
 
     # The mean color of DIV2K (R, G, B in [0, 1]), and the range of 8-bit images, in which the features live.
@@ -167,17 +175,22 @@ class SPAN(nn.Module):
         feature_channels: int = 48,
         upscale: int = 4,
         deploy: bool = False,
+        norm: bool = True,
     ):
         super().__init__()
-        if num_in_ch != 3 or num_out_ch != 3:
-            raise InputError(
-                f'SPAN is for RGB images: num_in_ch and num_out_ch must be 3, not {num_in_ch} and {num_out_ch}.'
-            )
+        for key, value in (('num_in_ch', num_in_ch), ('num_out_ch', num_out_ch)):
+            if value not in (1, 3):
+                raise InputError(f'"{key}" of SPAN must be 3 (RGB) or 1 (gray), got {value!r}.')
         for key, value in (('feature_channels', feature_channels), ('upscale', upscale)):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f'"{key}" of SPAN is {value!r}: it must be an integer of at least 1.')
-        self.feature_channels, self.upscale = feature_channels, upscale
-        self.register_buffer('mean', torch.tensor(self.rgb_mean).view(1, 3, 1, 1), persistent=False)
+        self.num_in_ch, self.num_out_ch = num_in_ch, num_out_ch
+        self.feature_channels, self.upscale, self.norm = feature_channels, upscale, norm
+        if norm:
+            mean = torch.tensor(self.rgb_mean if num_in_ch == 3 else (0.0,))
+            self.register_buffer('mean', mean.view(1, num_in_ch, 1, 1), persistent=False)
+        else:
+            self.register_buffer(NO_NORM, torch.zeros(1))
         self.conv_1 = Conv3XC(num_in_ch, feature_channels, deploy=deploy)
         for i in range(self.num_blocks):
             setattr(self, f'block_{i + 1}', SPAB(feature_channels, deploy=deploy))
@@ -188,12 +201,12 @@ class SPAN(nn.Module):
         )
 
     def declared_info(self) -> NetworkInfo:
-        """Which images it takes and gives: RGB of any size."""
-        return NetworkInfo(3, 3, self.upscale)
+        """Which images it takes and gives: RGB or gray, of any size."""
+        return NetworkInfo(self.num_in_ch, self.num_out_ch, self.upscale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W), RGB in [0, 1] -> (N, 3, upscale * H, upscale * W)."""
-        shallow = self.conv_1((x - self.mean) * self.img_range)
+        """(N, num_in_ch, H, W), values in [0, 1] -> (N, num_out_ch, upscale * H, upscale * W)."""
+        shallow = self.conv_1((x - self.mean) * self.img_range if self.norm else x)
         features, _ = self.block_1(shallow)
         after_first_block = features
         for i in range(2, self.num_blocks + 1):
@@ -210,9 +223,28 @@ def is_span(state: Mapping[str, Tensor]) -> bool:
 
 
 def build_span(state: Mapping[str, Tensor]) -> SPAN:
-    """The SPAN that a state dict belongs to, not loaded yet: width, scale and form are read from names and shapes."""
-    return SPAN(
-        feature_channels=state['conv_cat.weight'].shape[0],
-        upscale=math.isqrt(state['upsampler.0.weight'].shape[0] // 3),
-        deploy='conv_1.sk.weight' not in state,
-    )
+    """The SPAN that a state dict belongs to, not loaded yet: sizes and form are read from names and shapes.
+
+    Raises:
+        InputError: It takes or gives other than RGB or gray images.
+    """
+    return SPAN(**span_sizes(state), deploy='conv_1.sk.weight' not in state)
+
+
+def span_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of a SPAN with these names and shapes, in whichever form."""
+    first = state.get('conv_1.sk.weight', state.get('conv_1.eval_conv.weight'))
+    assert first is not None  # `is_span` has looked
+    outputs = state['upsampler.0.weight'].shape[0]
+    # As many for each channel of the image as the square of the scale: never both 3 times and once a square.
+    is_gray = math.isqrt(outputs) ** 2 == outputs
+    num_out_ch = 1 if is_gray else 3
+    # That of most layers, so that an odd one is told as such.
+    widths = Counter(value.shape[0] for name, value in state.items() if value.ndim and WIDE.fullmatch(name))
+    return {
+        'num_in_ch': first.shape[1],
+        'num_out_ch': num_out_ch,
+        'feature_channels': widths.most_common(1)[0][0],
+        'upscale': math.isqrt(outputs // num_out_ch),
+        'norm': NO_NORM not in state,
+    }

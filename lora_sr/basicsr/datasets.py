@@ -1,4 +1,4 @@
-"""LR images without ground truth, for a teacher that says what they look like in high resolution."""
+"""Roots of datasets, and LR images without ground truth, for a teacher that says what they look like enlarged."""
 
 from __future__ import annotations
 
@@ -11,10 +11,33 @@ from basicsr.utils import FileClient, imfrombytes, img2tensor
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lora_sr.errors import InputError
 
-def lr_roots(dataroot_lq: Any) -> list[str]:
-    """The folders or databases that the option ``dataroot_lq`` of an LRImageDataset names, one or a list."""
-    return list(dataroot_lq) if isinstance(dataroot_lq, (list, tuple)) else [dataroot_lq]
+
+def roots_of(value: Any) -> list[Any]:
+    """The folders or databases that an option ``dataroot_…`` names, one or a list."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def paired_roots(opt: dict[str, Any]) -> list[tuple[str, str, str | None]]:
+    """The roots of a PairedImageDataset, pair by pair.
+
+    Args:
+        opt: Its section. ``dataroot_gt`` and ``dataroot_lq`` are one root or a list each, which pair by position; one
+            ``meta_info_file`` is for all of them, a list of these has one for each, or ``None``.
+
+    Returns:
+        (root of GT, root of LR, list of names or ``None``) of each pair.
+
+    Raises:
+        InputError: The lists are of different lengths.
+    """
+    gt, lq, names = roots_of(opt['dataroot_gt']), roots_of(opt['dataroot_lq']), opt.get('meta_info_file')
+    names = roots_of(names) if isinstance(names, (list, tuple)) else [names] * len(gt)
+    for key, given in (('dataroot_lq', lq), ('meta_info_file', names)):
+        if len(given) != len(gt):
+            raise InputError(f'{key} must have one entry for each of the {len(gt)} of dataroot_gt, got {len(given)}')
+    return list(zip(gt, lq, names))
 
 
 class LRImageDataset(Dataset):
@@ -40,7 +63,7 @@ class LRImageDataset(Dataset):
         self.opt = opt
         self.backend = dict(opt['io_backend'])
         self.file_client: FileClient | None = None
-        roots = lr_roots(opt['dataroot_lq'])
+        roots = roots_of(opt['dataroot_lq'])
         if self.backend['type'] == 'lmdb':
             # Databases are told apart by a key each, and one that stands in the list twice is opened once.
             unique = list(dict.fromkeys(roots))

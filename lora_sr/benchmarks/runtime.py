@@ -18,7 +18,7 @@ from lora_sr.adapters import count_parameters
 from lora_sr.archs.complexity import count_flops
 from lora_sr.archs.lkdn import LKDN, LKDN_S
 from lora_sr.archs.reparam import bias_of, deploy_form
-from lora_sr.archs.span import SPAN, Conv3XC
+from lora_sr.archs.span import SPAN, Conv3XC, span_sizes
 from lora_sr.benchmarks.lkdn import with_official_structure
 from lora_sr.checkpoints import NetworkLike, load_network
 from lora_sr.errors import InputError
@@ -92,7 +92,8 @@ def run(sources: Mapping[str, NetworkLike], sizes: Sequence[tuple[int, int]] = (
     for name, network in networks.items():
         network = _measurable(deploy_form(network).to(device))
         for height, width in sizes:
-            image = synthetic_image(1, 3, height, width).to(device)
+            channels = network.num_in_ch if isinstance(network, SPAN) else 3
+            image = synthetic_image(1, channels, height, width).to(device)
             forms, preparing = make_forms(network, image)
             measured = measure(network, forms, image)
             print(f'\n{name}, LR {width}x{height} (width x height)')
@@ -119,7 +120,7 @@ def make_forms(network: SPAN | LKDN, image: Tensor) -> tuple[dict[str, Run], dic
 
     Args:
         network: SPAN or LKDN in deploy form.
-        image: (1, 3, H, W), of the size that is measured.
+        image: (1, C, H, W), of the size that is measured.
     """
     published = network if isinstance(network, SPAN) else with_official_structure(network)
     forms: dict[str, Run] = {PUBLISHED: published.to(memory_format=torch.contiguous_format)}
@@ -146,7 +147,7 @@ def make_forms(network: SPAN | LKDN, image: Tensor) -> tuple[dict[str, Run], dic
 
 def refolding(network: SPAN) -> SPAN:
     """A SPAN of the same sizes with random weights that folds its branches at each forward pass."""
-    other = SPAN(feature_channels=network.feature_channels, upscale=network.upscale).eval()
+    other = SPAN(**span_sizes(network.state_dict())).eval()
     for name, module in list(other.named_modules()):
         if isinstance(module, Conv3XC):
             parent, _, child = name.rpartition('.')

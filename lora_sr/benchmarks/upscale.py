@@ -81,7 +81,7 @@ def run(
                 steps.append(in_turn(jobs, upscaler))
     middle = sorted(steps, key=sum)[repeats // 2]
     at_once = statistics.median(overlapped)
-    threads = '' if upscaler.device.type == 'cuda' else f', {torch.get_num_threads()} threads'
+    threads = '' if upscaler.device.type != 'cpu' else f', {torch.get_num_threads()} threads'
     precision = str(dtype).rpartition('.')[2]
     print(f'{upscaler.name} x{upscaler.scale}, {precision}, {len(jobs)} images, {upscaler.device.type}{threads}')
     for name, seconds in middle._asdict().items():

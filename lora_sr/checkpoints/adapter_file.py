@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_sr.adapters import Adapter, describe_misfit, parse_adapter
+from lora_sr.adapters import Adapter, ForeignAdapter, adapter_for, describe_misfit, parse_adapter
 from lora_sr.adapters.config import LARGEST_ALPHA
+from lora_sr.adapters.foreign import Misfit
+from lora_sr.adapters.foreign_files import PEFT_WEIGHTS, weights_file
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
 from lora_sr.checkpoints.origin import SHOWN, Origin, adapter_fingerprint, fingerprint
 from lora_sr.checkpoints.unwrapping import bare_weights, is_state_dict
@@ -25,24 +27,28 @@ class AdapterFile:
     """An adapter file that has been read.
 
     Args:
-        path: The file.
-        adapter: What it holds.
+        path: The file, or the folder that PEFT writes.
+        adapter: What it holds: an adapter of ours, or of another program.
+        fingerprint: That of its tensors.
         origin: Where it says that it comes from.
     """
 
     path: Path
-    adapter: Adapter
+    adapter: Adapter | ForeignAdapter
+    fingerprint: str
     origin: Origin | None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> AdapterFile:
-        """Read an adapter file.
+        """Read an adapter file: our own, or one of PEFT (also its folder), of kohya's scripts or of LyCORIS.
 
         Raises:
             InputError: The file is missing, cannot be read, or holds no adapter.
         """
-        if not os.path.isfile(path):
-            raise InputError(f'There is no adapter file {path}.')
+        path = weights_file(path)
+        if not path.is_file():
+            hint = f': in a folder it must be called {" or ".join(PEFT_WEIGHTS)}' if path.is_dir() else ''
+            raise InputError(f'There is no adapter file {path}{hint}.')
         return cls.of(Checkpoint.read(path))
 
     @classmethod
@@ -56,16 +62,13 @@ class AdapterFile:
             kind = 'an adapted checkpoint: take its adapter out with `lora-sr adapter extract`'
             kind = kind if checkpoint.form == ADAPTED else 'a base checkpoint'
             raise InputError(f'{checkpoint.path} is no adapter but {kind}.')
-        content = checkpoint.content
-        return cls(checkpoint.path, parse_adapter(checkpoint.state, content.metadata, checkpoint.path), content.origin)
+        path, state, content = checkpoint.path, checkpoint.state, checkpoint.content
+        adapter = parse_adapter(state, content.metadata, path)
+        digest = adapter_fingerprint(state) if isinstance(adapter, Adapter) else fingerprint(state)
+        return cls(path, adapter, digest, content.origin)
 
-    @property
-    def fingerprint(self) -> str:
-        """That of its tensors."""
-        return adapter_fingerprint(self.adapter.tensors)
-
-    def check_fit(self, base: Mapping[str, Tensor], name: object, has_branches: bool = False) -> None:
-        """Check that the layers of a base have the shapes that the adapter is for, and that its values are finite.
+    def adapter_for(self, base: Mapping[str, Tensor], name: object, has_branches: bool = False) -> Adapter:
+        """The adapter for a base, of whose layers it has the shapes, and whose values are finite.
 
         Args:
             base: The state dict of the base.
@@ -73,15 +76,21 @@ class AdapterFile:
             has_branches: Whether the base is in training form, which may be why an adapter does not fit.
 
         Raises:
-            InputError: They have not.
+            InputError: It does not fit, or cannot be put onto any base.
         """
-        misfit = describe_misfit(self.adapter, base)
+        try:
+            adapter = self.adapter if isinstance(self.adapter, Adapter) else adapter_for(self.adapter, base)
+            misfit = describe_misfit(adapter, base)
+        except Misfit as error:
+            misfit = str(error)
+        except InputError as error:
+            raise InputError(f'The adapter {self.path} cannot be used: {str(error).rstrip(".")}.') from None
         if misfit:
             hint = ' (the base has branches, which `lora-sr merge` folds)' if has_branches else ''
             raise InputError(
                 f'The adapter {self.path} does not fit the base {name}: {shown(misfit, SHOWN_MISFIT)}{hint}.'
             )
-        for key, value in self.adapter.tensors.items():
+        for key, value in adapter.tensors.items():
             if not value.isfinite().all():
                 raise InputError(f'The adapter {self.path} has values that are not finite, in {shown(key)}.')
             if key.endswith('lora_alpha') and not 0 < value.float().abs().max() <= LARGEST_ALPHA:
@@ -89,6 +98,7 @@ class AdapterFile:
                     f'The adapter {self.path} is damaged: {shown(key)} must be a number of at most {LARGEST_ALPHA:g} '
                     f'other than 0, got {value.flatten()[0].item():g}.'
                 )
+        return adapter
 
     def check_base(
         self,

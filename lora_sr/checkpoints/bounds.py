@@ -74,7 +74,10 @@ def check_plain(content: object, path: object) -> None:
         if not isinstance(value, (dict, list, tuple, set)) or id(value) in seen:
             continue
         seen.add(id(value))
-        own = sorted(map(str, getattr(value, '__dict__', {}).keys() - {'_metadata'}))
+        attributes = getattr(value, '__dict__', {})
+        own = sorted(name for name in map(str, attributes) if hasattr(type(value), name))
+        for name in attributes.keys() - {'_metadata', *own}:  # of a class of the trainer's own, which is not read
+            del attributes[name]
         if own:
             raise InputError(
                 f'the checkpoint {path} must hold tensors and plain values alone, got a section with the attribute '

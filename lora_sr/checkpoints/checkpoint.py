@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_sr.adapters import is_lora_key
+from lora_sr.adapters.foreign_files import is_foreign
 from lora_sr.checkpoints.community import BY_FILE, architecture_of, names_in_network
-from lora_sr.checkpoints.content import Content, read_checkpoint
+from lora_sr.checkpoints.content import Content, read_checkpoint, weights_for
 from lora_sr.checkpoints.families import family_of
 from lora_sr.checkpoints.layouts import as_rrdbnet, in_layout
 from lora_sr.checkpoints.origin import Origin, fingerprint
@@ -71,9 +72,19 @@ class Checkpoint:
             state = OrderedDict({**{name: state[old] for name, old in names.items()}, **updates})
         return cls(Path(path), content, found.param_key, found.prefix, state, layout)
 
+    def of_network(self, network: nn.Module) -> Checkpoint:
+        """The same for a network at hand, whose names tell what of those in the file is a prefix."""
+        found = weights_for(network, self.content, self.path, self.param_key)
+        return replace(self, state=found.state, layout=self.layout or found.layout)
+
     @property
     def form(self) -> str:
-        """``base``; ``adapted``, i.e. a base with LoRA beside; or ``adapter``, LoRA alone. The keys tell."""
+        """``base``; ``adapted``, i.e. a base with LoRA beside; or ``adapter``, LoRA alone. The keys tell.
+
+        What PEFT, kohya's scripts and LyCORIS write is an ``adapter``.
+        """
+        if is_foreign(self.state):
+            return ADAPTER
         is_lora = [is_lora_key(key) for key in self.state]
         return ADAPTER if all(is_lora) else ADAPTED if any(is_lora) else BASE
 

@@ -20,6 +20,7 @@ from lora_sr.adapters import is_lora_key
 from lora_sr.archs.info import is_a
 from lora_sr.checkpoints.archive import check_archive
 from lora_sr.checkpoints.bounds import check_content, check_plain
+from lora_sr.checkpoints.ignoring import Ignored, load_values
 from lora_sr.checkpoints.layouts import as_rrdbnet, in_layout, layout_of, set_layout
 from lora_sr.checkpoints.origin import KEY, Origin
 from lora_sr.checkpoints.unwrapping import find_weights
@@ -119,7 +120,7 @@ def _read(path: str | os.PathLike[str]) -> Content:
                     check_archive(file, path)
                     file.seek(0)
                     warnings.simplefilter('ignore', UserWarning)  # of formats, which are read or refused in a sentence
-                    content = torch.load(file, map_location='cpu', weights_only=True)
+                    content = load_values(file)
     except InputError:
         raise
     except OSError as error:
@@ -129,6 +130,11 @@ def _read(path: str | os.PathLike[str]) -> Content:
             raise InputError(f'{path} is an option file, where a checkpoint is right') from error
         raise InputError(f'the checkpoint {path} is damaged, or holds more than tensors and plain values') from error
     check_plain(content, path)
+    if isinstance(content, Ignored):
+        raise InputError(
+            f'the checkpoint {path} holds a pickled {shown(content.name)}, which is not run: its state dict has to be '
+            'saved instead'
+        )
     if not isinstance(content, dict):
         raise InputError(f'the checkpoint {path} holds a {type(content).__name__}, not a dictionary of tensors')
     check_content(content, path, size)
@@ -256,6 +262,15 @@ class Weights(NamedTuple):
     param_key: str | None
 
 
+def key_in(content: Mapping[str, Any], param_key: str | None) -> str | None:
+    """The section that a ``param_key`` of an option file means.
+
+    That is ``None``, i.e. where the weights are found, if it is one that BasicSR asks for by itself and is not there.
+    """
+    is_there = param_key is not None and isinstance(content.get(param_key), Mapping) and bool(content[param_key])
+    return None if param_key in PARAM_KEYS and not is_there else param_key
+
+
 def weights_for(net: nn.Module, content: Mapping[str, Any], path: object, param_key: str | None = None) -> Weights:
     """Find the weights of a network in a file, as :func:`load_weights` does, which loads them.
 
@@ -263,15 +278,15 @@ def weights_for(net: nn.Module, content: Mapping[str, Any], path: object, param_
         InputError: There are none.
     """
     own = net.state_dict()
-    if param_key in PARAM_KEYS and not isinstance(content.get(param_key), Mapping):
-        param_key = None
-    found = find_weights(content, path, param_key, lambda state: any(name in own for name in state))
+    found = find_weights(content, path, key_in(content, param_key), lambda state: any(name in own for name in state))
     by_name = {old: new for new, old in layout_of(net).items()}
     if by_name.keys() & found.state.keys():
         return Weights(in_layout(found.state, by_name), layout_of(net), found.param_key)
     modern = as_rrdbnet(found.state) if is_a(net, 'basicsr.archs.rrdbnet_arch.RRDBNet') else None
-    state, layout = modern or (found.state, {})
-    return Weights(state, layout, found.param_key)
+    if modern is not None:
+        return Weights(*modern, found.param_key)
+    origin = content.origin if isinstance(content, Content) else None  # a run's file has the names of the network
+    return Weights(found.state, (origin and origin.layout) or {}, found.param_key)
 
 
 def _misfit(net: nn.Module, weights: Mapping[str, Tensor]) -> str:

@@ -8,10 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_sr.archs.disp import build_disp, is_disp
+from lora_sr.archs.dscf_fused import build_dscf_fused, is_dscf_fused
 from lora_sr.archs.dsclora import build_dsclora, is_dsclora
 from lora_sr.archs.info import is_a
 from lora_sr.archs.lkdn import LKDN, LKDN_S, build_lkdn, is_lkdn
 from lora_sr.archs.span import SPAN, build_span, is_span
+from lora_sr.archs.spanf import build_spanf, is_spanf
+from lora_sr.archs.spanv2 import build_spanv2, is_spanv2
 from lora_sr.checkpoints.community import architecture_name
 from lora_sr.checkpoints.stock import STOCK_NETWORKS
 
@@ -23,10 +27,14 @@ FAMILIES: dict[str, tuple[Recognizer, Builder]] = {
     'DSCLoRA': (is_dsclora, build_dsclora),
     'SPAN': (is_span, build_span),
     'LKDN': (is_lkdn, build_lkdn),
+    'SPANF': (is_spanf, build_spanf),
+    'SPANV2': (is_spanv2, build_spanv2),
+    'DISP': (is_disp, build_disp),
+    'DSCFFused': (is_dscf_fused, build_dscf_fused),
     **{network.name: (network.recognize, network.build) for network in STOCK_NETWORKS},
 }
 
-OURS = ('DSCLoRA', 'SPAN', 'LKDN')
+OURS = ('DSCLoRA', 'SPAN', 'LKDN', 'SPANF', 'SPANV2', 'DISP', 'DSCFFused')
 GROWTH = 32  # channels that each convolution of a dense block of RRDBNet adds, as spandrel builds them
 
 
@@ -52,5 +60,6 @@ def is_for_chainner(network: Any) -> bool:
         return bool(network.body[0].rdb1.conv1.out_channels == GROWTH)
     if is_a(network, 'basicsr.archs.srvgg_arch.SRVGGNetCompact'):
         return bool(network.act_type == 'prelu')
-    is_known = isinstance(network, SPAN) or is_a(network, 'basicsr.archs.swinir_arch.SwinIR')
-    return is_known or architecture_name(network) is not None
+    if isinstance(network, SPAN):
+        return network.num_in_ch == 3 or not network.norm
+    return is_a(network, 'basicsr.archs.swinir_arch.SwinIR') or architecture_name(network) is not None

@@ -20,6 +20,7 @@ from lora_sr.adapters import (
     mix_adapters,
     remove_lora,
 )
+from lora_sr.adapters.foreign_files import weights_file
 from lora_sr.adapters.verbs import attach_updates
 from lora_sr.archs import deploy_form, fold, is_training_form, network_info, take_any_size
 from lora_sr.checkpoints.adapter_file import AdapterFile, check_once
@@ -28,7 +29,7 @@ from lora_sr.checkpoints.building import base_section, build_network, without_ol
 from lora_sr.checkpoints.by_file import spandrel
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
 from lora_sr.checkpoints.community import build_community
-from lora_sr.checkpoints.content import DamagedWeights, load_weights, read_checkpoint
+from lora_sr.checkpoints.content import DamagedWeights, key_in, load_weights, read_checkpoint
 from lora_sr.checkpoints.families import FAMILIES, OURS
 from lora_sr.checkpoints.imports import import_modules
 from lora_sr.checkpoints.layouts import set_layout
@@ -181,19 +182,19 @@ def open_network(source: NetworkLike, param_key: str | None = None, needs_weight
 
 def input_files(source: NetworkLike, checkpoint: Checkpoint | None) -> list[PathLike]:
     """The files that a network was made of: its checkpoint, if there is one, and its adapters."""
-    adapters = [path for path, _ in source.adapters] if isinstance(source, NetworkSource) else []
+    adapters: list[PathLike] = (
+        [weights_file(path) for path, _ in source.adapters] if isinstance(source, NetworkSource) else []
+    )
     return adapters if checkpoint is None else [checkpoint.path, *adapters]
 
 
 def _read(named: PathLike | Checkpoint, param_key: str | None, or_params: bool = False) -> Checkpoint:
-    """The file that is named; ``or_params`` takes ``params`` where there is no ``param_key``, as a run does."""
+    """The file that is named; with ``or_params`` its ``param_key`` is what a run takes for it."""
     if isinstance(named, Checkpoint):
         return named if param_key is None else Checkpoint.of(named.path, named.content, param_key)
     path = os.path.expanduser(named)
     content = read_checkpoint(path)
-    if or_params and param_key not in content and 'params' in content:
-        param_key = None
-    return Checkpoint.of(path, content, param_key)
+    return Checkpoint.of(path, content, key_in(content, param_key) if or_params else param_key)
 
 
 def reopen(opened: OpenedNetwork, path: PathLike) -> nn.Module:
@@ -354,6 +355,7 @@ def _open_by_section(
         )
     network = build_network(base_section(section), where)
     remove_lora(network)
+    checkpoint = checkpoint.of_network(network)
     if checkpoint.form == ADAPTED:
         try:
             attach_updates(network, infer_lora_config(checkpoint.state))
@@ -414,9 +416,10 @@ def _with_adapters(opened: OpenedNetwork, source: NetworkSource) -> OpenedNetwor
     files = [(AdapterFile.read(path), weight) for path, weight in source.adapters]
     check_once([file for file, _ in files], source.force)
     state = network.state_dict()
-    for file, _ in files:
-        file.check_fit(state, opened.name, is_training_form(network))
+    adapters = []
+    for file, weight in files:
+        adapters.append((file.adapter_for(state, opened.name, is_training_form(network)), weight))
         content = None if opened.checkpoint is None else opened.checkpoint.content
         file.check_base(state, opened.origin, opened.name, source.force, content)
-    load_adapter(network, mix_adapters([(file.adapter, weight) for file, weight in files]))
+    load_adapter(network, mix_adapters(adapters))
     return replace(opened, network=network, origin=replace(opened.origin, base=fingerprint(state)))

@@ -17,6 +17,8 @@ examples:
   lora-sr adapter merge SwinIR.pth phone.safetensors=0.7 jpeg.safetensors=0.5 -o SwinIR_mine.pth
   lora-sr adapter merge SwinIR.pth phone.safetensors jpeg.safetensors -o SwinIR_mine.pth \\
       --fit --gt pairs/HR --lr pairs/LR --scale 4
+  lora-sr adapter merge SwinIR.pth peft_run/ -o SwinIR_phone.pth       # a folder that PEFT has written
+  lora-sr adapter export SwinIR.pth phone.safetensors --to peft -o phone_peft
 """
 
 
@@ -24,10 +26,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the sub-command, with sub-commands of its own, to `lora-sr`."""
     parser = commands.add_parser(
         'adapter',
-        help='extract, apply, mix, merge and show adapters',
+        help='extract, apply, mix, merge, export and show adapters',
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Adapters as files of their own (.safetensors, a few hundred KB), for any network.',
+        description='Adapters as files of their own (.safetensors, a few hundred KB), for any network. Those of PEFT, '
+        "of kohya's scripts and of LyCORIS go wherever our own do.",
     )
     verbs = parser.add_subparsers(dest='verb', metavar='VERB', required=True)
 
@@ -38,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     extract.add_argument('checkpoint', metavar='ADAPTED', help='checkpoint with LoRA (.pth or .safetensors)')
     extract.add_argument('-o', '--output', required=True, metavar='ADAPTER', help='file to write (.safetensors)')
-    extract.add_argument('--param-key', help='state dict in the checkpoint (default: params_ema, else params)')
+    extract.add_argument('--param-key', help='state dict in the checkpoint (default: found, EMA first)')
     extract.add_argument('--overwrite', action='store_true', help='replace the output where it exists')
     extract.set_defaults(run=run_extract)
 
@@ -58,7 +61,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             nargs='+',
             type=weighted,
             metavar='ADAPTER[=WEIGHT]',
-            help='adapter file and its weight (default: 1, or an equal share with --fit)',
+            help='adapter file, or folder of PEFT, and its weight (default: 1, or an equal share with --fit)',
         )
         mix.add_argument('-o', '--output', required=True, help='file to write (.pth or .safetensors)')
         mix.add_argument('--overwrite', action='store_true', help='replace the output where it exists')
@@ -70,12 +73,33 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         add_network_options(mix, with_adapters=False)
         mix.set_defaults(run=run)
 
+    export = verbs.add_parser(
+        'export',
+        help='adapters to a folder that PEFT loads',
+        description="Write adapters, mixed by their weights, as one adapter in the layout of another program. PEFT's "
+        'LoRA of a k x k convolution has another form than ours: such updates are factored anew, exactly, with the '
+        'least rank that does. What PEFT has no LoRA for, as the deltas of biases, is refused.',
+    )
+    export.add_argument('base', metavar='BASE', help='checkpoint of the base (.pth or .safetensors)')
+    export.add_argument(
+        'adapters',
+        nargs='+',
+        type=weighted,
+        metavar='ADAPTER[=WEIGHT]',
+        help='adapter file and its weight (default: 1)',
+    )
+    export.add_argument('--to', choices=['peft'], default='peft', help='the layout (default: peft)')
+    export.add_argument('-o', '--output', required=True, metavar='FOLDER', help='folder to write')
+    export.add_argument('--overwrite', action='store_true', help='replace the two files where they exist')
+    add_network_options(export, with_adapters=False)
+    export.set_defaults(run=run_export)
+
     info = verbs.add_parser(
         'info',
         help='what is in an adapter',
         description='Show the layers of an adapter, their ranks, and what they add up to.',
     )
-    info.add_argument('file', metavar='FILE', help='adapter file or adapted checkpoint')
+    info.add_argument('file', metavar='FILE', help='adapter file, folder of PEFT, or adapted checkpoint')
     info.set_defaults(run=run_info)
 
 
@@ -100,6 +124,14 @@ def run_merge(args: argparse.Namespace) -> None:
     from lora_sr.deploy.adapters import merge_adapters
 
     print(merge_adapters(network_source(args, args.base), args.adapters, args.output, args.overwrite, _pairs(args)))
+    tell_written(args.output)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Export, and show what was written."""
+    from lora_sr.deploy.adapters import export_adapters
+
+    print(export_adapters(network_source(args, args.base), args.adapters, args.output, args.overwrite))
     tell_written(args.output)
 
 

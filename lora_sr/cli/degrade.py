@@ -26,7 +26,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description='Make an LR image NAME.png for each HR image NAME: anisotropic blur, sampling, shot and read '
         'noise, JPEG.\nTheir strengths and the noise come from the name of the file and the seed, so that the same '
         'images\nare made on every machine. Where images are damaged or too small, they are counted and '
-        'nothing is written.',
+        'nothing is written.\nOf PNG and TIFF of 16 bits all bits count; the LR images have 8, as JPEG has.',
     )
     parser.add_argument('folder', metavar='HR_FOLDER', help='a folder of HR images; sub-folders are not searched')
     parser.add_argument('-o', '--output', required=True, metavar='LR_FOLDER', help='where the LR images go')

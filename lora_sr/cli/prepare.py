@@ -32,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description='Cut HR images and their LR images into sub-images and write them as paired LMDBs for BasicSR. '
         'LR images\nthat are not there are made by MATLAB-compatible bicubic. Where an image cannot be used, as it is '
         'damaged,\ntoo small, or without a partner of the right size, all such images are counted and nothing is '
-        'written.',
+        'written.\nPNG and TIFF of 16 bits keep them, and training reads them.',
     )
     parser.add_argument(
         'folders',

@@ -23,7 +23,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help='upscale images with a trained network',
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Upscale PNG, JPEG, WebP and TIFF images of 8 and 16 bits: gray or RGB, with or without alpha.\n'
+        description='Upscale PNG, JPEG, WebP, TIFF, BMP, TGA, JPEG 2000 and AVIF images: gray or RGB, with or without\n'
+        'alpha, of 8 bits, of 16 bits (PNG, TIFF and JPEG 2000), and of floating point (TIFF).\n'
         'Names, sub-folders, ICC profiles and EXIF are kept. Exit status: 0; 1 if some images failed, which are\n'
         'named at the end; 2 if the call is wrong, or the output cannot be written.',
     )
@@ -34,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         '--tile',
         type=int,
         metavar='N',
-        help='run tiles of N x N input pixels (default: the whole image, or tiles of some 512 MiB, on a GPU 8 GiB)',
+        help='run tiles of N x N input pixels (default: the whole image, or tiles of some 512 MiB; by CUDA 8 GiB)',
     )
     parser.add_argument(
         '--dtype',
@@ -44,15 +45,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument(
         '--format',
-        choices=('png', 'jpeg', 'webp', 'tiff'),
-        help="format of the output (default: each input's own)",
+        choices=('png', 'jpeg', 'webp', 'tiff', 'bmp', 'tga', 'jp2', 'j2k', 'avif'),
+        help="format of the output; jp2 is JPEG 2000, and j2k its pixels alone (default: each input's own)",
     )
     parser.add_argument(
         '--quality',
         type=int,
         default=95,
         metavar='Q',
-        help='of JPEG and WebP, 1 to 100; at 100 WebP is lossless (default: 95)',
+        help='of JPEG, WebP, JPEG 2000 and AVIF, 1 to 100; at 100 WebP and JPEG 2000 are lossless (default: 95)',
+    )
+    parser.add_argument(
+        '--alpha',
+        choices=('bicubic', 'network'),
+        default='bicubic',
+        help='what enlarges an alpha channel: interpolation, or the network as a gray image (default: bicubic)',
     )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument('--overwrite', action='store_true', help='replace outputs that exist')
@@ -79,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
             args.overwrite,
             progress=True,
             skip_existing=args.skip_existing,
+            alpha=args.alpha,
         )
     except KeyboardInterrupt:
         print('interrupted; what was written is whole', file=sys.stderr)

@@ -71,13 +71,14 @@ def camera_degradation(image: np.ndarray, scale: int, seed: int, ranges: CameraR
     The pixels lie where bicubic's do: LR pixel i covers HR pixels ``scale * i`` to ``scale * i + scale - 1``.
 
     Args:
-        image: uint8 of shape (height, width, 3), BGR, sRGB's curve; both sides are multiples of ``scale``.
+        image: uint8 or uint16 of shape (height, width, 3), BGR, over the whole range of the type, sRGB's curve; both
+            sides are multiples of ``scale``.
         scale: a whole number from 2 to 16.
         seed: a whole number from 0 to 2^128 - 1; see ``camera_seed``.
         ranges: what the strength of each step is drawn from.
 
     Returns:
-        uint8 of shape (height / scale, width / scale, 3), BGR.
+        uint8 of shape (height / scale, width / scale, 3), BGR: JPEG has 8 bits, whatever the image has.
 
     Raises:
         InputError: if the image is not of that type and shape, or the scale is out of range.
@@ -86,9 +87,9 @@ def camera_degradation(image: np.ndarray, scale: int, seed: int, ranges: CameraR
         raise InputError(
             f'The scale of the camera degradation must be a whole number from 2 to {MAX_SCALE}, got {scale}.'
         )
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+    if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise InputError(
-            'The image of the camera degradation must have 8-bit values of shape (height, width, 3), got '
+            'The image of the camera degradation must have 8-bit or 16-bit values of shape (height, width, 3), got '
             f'{image.dtype} of shape {image.shape}.'
         )
     scale = int(scale)
@@ -105,7 +106,8 @@ def camera_degradation(image: np.ndarray, scale: int, seed: int, ranges: CameraR
     read_sigma = _log_between(ranges.read_sigma, read)
     least, greatest = ranges.jpeg_quality
 
-    small = _sample(image, scale, _gaussian(sigma_1, sigma_2, math.pi * angle)) / 255
+    most = np.iinfo(image.dtype).max
+    small = _sample(image, scale, _gaussian(sigma_1, sigma_2, math.pi * angle)) / most
     light = _srgb_to_linear(np.clip(small, 0, 1))
     # White is some thousand photons: so many that Poisson's distribution is a normal one whose variance is the signal.
     deviation = np.sqrt(gain * light + read_sigma**2)
@@ -149,7 +151,7 @@ def _sample(image: np.ndarray, scale: int, blur: np.ndarray) -> np.ndarray:
     """Blur and shrink by bicubic in one sum over the HR pixels around each LR pixel; mirrored at the borders.
 
     Args:
-        image: uint8 of shape (height, width, channels), multiples of ``scale``.
+        image: uint8 or uint16 of shape (height, width, channels), multiples of ``scale``.
         scale: the scale.
         blur: a kernel with an odd number of rows and columns.
 

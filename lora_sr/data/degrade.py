@@ -45,7 +45,8 @@ def degrade_folder(
 ) -> Degraded:
     """Write ``NAME.png``, the camera's LR image, for each image ``NAME`` of a folder; see ``camera_degradation``.
 
-    An HR image is cropped at its right and bottom edges to a multiple of the scale. LR images come into their places
+    An HR image is cropped at its right and bottom edges to a multiple of the scale. One of 16 bits counts with all of
+    them; its LR image has 8 bits, as what went through JPEG has. LR images come into their places
     when all are made. Those that are there already stay if they are the same, as after a run that was killed.
 
     Args:
@@ -79,7 +80,7 @@ def degrade_folder(
     check_only = threading.Event()
 
     def make(source: Source) -> bytes | None:
-        image = read_image(source.hr)
+        image = read_image(source.hr, deep=True)
         height, width = (length // scale * scale for length in image.shape[:2])
         if not height or not width:
             raise InputError(

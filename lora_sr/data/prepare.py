@@ -162,6 +162,8 @@ def prepare_databases(
     Where the LR images are those of RealSR or DRealSR, or given, the name is ``LR_X{scale}``, for they may be anything;
     but ``LR_bicubic_X{scale}`` where the name of their folder says so, as ``LR_bicubic/X4`` and ``LRbicx4`` do.
 
+    An image of 16 bits stays one, and so do the LR images that are made of it.
+
     An image cannot be used where it cannot be read, is smaller than the scale, or has no partner or one of another
     size. One run finds all that cannot be used.
 
@@ -260,8 +262,8 @@ def _fingerprint(sources: Sequence[Source], cut: Cut, skip_broken: bool, misfits
 
 def _load(source: Source, cut: Cut) -> dict[int, np.ndarray]:
     """{scale: image}, the HR image as scale 1, cropped to sizes that fit each other exactly."""
-    image = read_image(source.hr)
-    given = {scale: read_image(path) for scale, path in source.lr.items()}
+    image = read_image(source.hr, deep=True)
+    given = {scale: read_image(path, deep=True) for scale, path in source.lr.items()}
     for scale, lr in given.items():
         _check_size(source, scale, image, lr, cut.crop)
     sizes = [image.shape[:2], *((scale * lr.shape[0], scale * lr.shape[1]) for scale, lr in given.items())]

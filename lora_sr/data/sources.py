@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 
 from lora_sr.errors import InputError, printable
-from lora_sr.images.decoding import decode
+from lora_sr.images.depth import decode_deep, is_deep
 from lora_sr.images.formats import MOST_BYTES, SUFFIXES
 from lora_sr.images.png import PNG_SIGNATURE
 
-IMAGE_SUFFIXES = (*SUFFIXES, '.bmp', '.tga', '.ppm', '.pgm')
+IMAGE_SUFFIXES = (*SUFFIXES, '.ppm', '.pgm')
 PUBLISHED_HR_FOLDERS = ('DIV2K_train_HR', 'Flickr2K_HR')
 SPLITS = ('train', 'test')
 
@@ -126,22 +126,27 @@ def find_sources(
     return [sources[key] for key in sorted(sources)]
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read an 8-bit image as it is stored: an EXIF orientation is not applied, as in BasicSR's and MATLAB's readers.
+def read_image(path: Path, deep: bool = False) -> np.ndarray:
+    """Read an image as it is stored: an EXIF orientation is not applied, as in BasicSR's and MATLAB's readers.
+
+    Args:
+        path: the file.
+        deep: take PNG and TIFF of 16 bits as well.
 
     Returns:
-        uint8 of shape (height, width, 3), BGR, 0 to 255. Gray becomes three equal channels, which is what BasicSR's
-        loader makes of it, and an alpha channel that is opaque everywhere is left out.
+        uint8 of shape (height, width, 3), BGR, 0 to 255; of 16 bits uint16, 0 to 65535. Gray becomes three equal
+        channels, which is what BasicSR's loader makes of it, and an alpha channel that is opaque everywhere is left
+        out.
 
     Raises:
-        InputError: if the file cannot be read, is larger than any image, is damaged or cut short, is not 8-bit, is
-            transparent somewhere, or needs more memory than there is.
+        InputError: if the file cannot be read, is larger than any image, is damaged or cut short, has values of another
+            kind, is transparent somewhere, or needs more memory than there is.
     """
     with memory_errors(path):
-        return _read_image(path)
+        return _read_image(path, deep)
 
 
-def _read_image(path: Path) -> np.ndarray:
+def _read_image(path: Path, deep: bool) -> np.ndarray:
     try:
         size = path.stat().st_size
         if size > MOST_BYTES:
@@ -149,15 +154,16 @@ def _read_image(path: Path) -> np.ndarray:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f'{path} cannot be read ({error.strerror}).') from error
-    image = None if not data or _is_damaged(data) else decode(data, cv2.IMREAD_UNCHANGED)
+    image = None if not data or _is_damaged(data) else decode_deep(data, cv2.IMREAD_UNCHANGED)
     if image is None:
         raise InputError(f'{path} is damaged or is not an image: replace it or take it out of its folder.')
-    if image.dtype != np.uint8:
-        raise InputError(f'{path} must have 8-bit values, got {image.dtype}: convert it first.')
+    if image.dtype != np.uint8 and not (deep and is_deep(data)):
+        kind = '8-bit values, or be a PNG or TIFF of 16-bit values, channels side by side' if deep else '8-bit values'
+        raise InputError(f'{path} must have {kind}, got {image.dtype}: convert it first.')
     if image.ndim == 2:
         return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
     if image.shape[2] == 4:
-        if image[:, :, 3].min() < 255:
+        if image[:, :, 3].min() < np.iinfo(image.dtype).max:
             raise InputError(f'{path} must be opaque, got transparent pixels: flatten it first.')
         image = np.ascontiguousarray(image[:, :, :3])
     return image

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_sr.adapters import (
     Adapter,
+    ForeignAdapter,
     apply_adapter,
     extract_adapter,
     merge_adapter,
     mix_adapters,
+    peft_layout,
     save_adapter,
 )
 from lora_sr.adapters.adapter_file import SUFFIX
-from lora_sr.adapters.layers import join
+from lora_sr.adapters.foreign_files import PEFT_CONFIG, PEFT_WEIGHTS, weights_file
 from lora_sr.archs import is_training_form
 from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkSource, Origin, open_network
 from lora_sr.checkpoints.adapter_file import check_once
@@ -27,11 +32,11 @@ from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
 from lora_sr.checkpoints.families import OURS
 from lora_sr.checkpoints.layouts import in_layout
 from lora_sr.checkpoints.networks import UnknownNetwork
-from lora_sr.checkpoints.origin import KEY
+from lora_sr.checkpoints.origin import KEY, fingerprint
 from lora_sr.checkpoints.writing import SUFFIXES, write_state
 from lora_sr.deploy.mixing import FittedMix, fit_mix
 from lora_sr.errors import InputError, MissingBasicSR, shown
-from lora_sr.files import check_not_input, check_output
+from lora_sr.files import check_not_input, check_output, check_output_folder, replacing_together, write_errors
 
 
 @dataclass(frozen=True)
@@ -134,8 +139,59 @@ def merge_adapters(
     return _mix(base, adapters, output, overwrite, pairs, merge_adapter)
 
 
+def export_adapters(
+    base: str | os.PathLike[str] | NetworkSource,
+    adapters: Sequence[tuple[str | os.PathLike[str], float | None]],
+    output: str | os.PathLike[str],
+    overwrite: bool = False,
+) -> str:
+    """Write adapters, mixed by their weights, as one adapter of PEFT, see :func:`lora_sr.adapters.peft_layout`.
+
+    Args:
+        base: As that of :func:`apply_adapters`, of a network that is known.
+        adapters: Adapter files, each with its weight; ``None`` is 1.
+        output: The folder to write, with ``adapter_model.safetensors`` and ``adapter_config.json``.
+        overwrite: Replace the two where they exist.
+
+    Returns:
+        The layers and their ranks, as text for the terminal.
+
+    Raises:
+        InputError: A file cannot be read or is of another kind, an adapter does not fit the base or changes what PEFT
+            has no LoRA for, or the folder cannot be written.
+    """
+    folder = Path(output)
+    check_output_folder(folder)
+    paths = [folder / PEFT_WEIGHTS[0], folder / PEFT_CONFIG]
+    source = base if isinstance(base, NetworkSource) else NetworkSource(base)
+    checkpoint = _read_base(source)
+    inputs = [checkpoint.path, *(weights_file(path) for path, _ in adapters)]
+    for path in paths:
+        if folder.is_dir():
+            check_output(path, (path.suffix,), overwrite)
+            check_not_input(path, inputs)
+    files = _read_adapters(adapters, source)
+    network = open_network(replace(source, checkpoint=checkpoint, adapters=())).network
+    state = network.state_dict()
+    parts = _fitted(files, source, checkpoint, state, is_training_form(network))
+    mixed = mix_adapters((part, 1.0 if weight is None else weight) for part, (_, weight) in zip(parts, adapters))
+    tensors, config = peft_layout(mixed, network)
+    origin = replace(checkpoint.origin or Origin(), base=fingerprint(state))
+    contents = (
+        save(tensors, metadata={'format': 'pt', KEY: origin.to_json()}),
+        f'{json.dumps(config, indent=2)}\n'.encode(),
+    )
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with replacing_together(paths, overwrite) as partials:
+        for partial, content in zip(partials, contents):
+            with write_errors(folder):
+                partial.write_bytes(content)
+    return describe_file(folder)
+
+
 def describe_file(path: str | os.PathLike) -> str:
-    """What is in an adapter file, or in the adapter of an adapted checkpoint, as text for the terminal.
+    """What is in an adapter file of any layout, or in an adapted checkpoint's adapter, as text for the terminal.
 
     Layers of the same shapes, rank and alpha whose names differ in numbers alone are one line of its table; so are
     the parameters with a delta besides.
@@ -143,14 +199,16 @@ def describe_file(path: str | os.PathLike) -> str:
     Raises:
         InputError: The file cannot be read, or there is no LoRA in it.
     """
+    path = weights_file(path)
     checkpoint = Checkpoint.read(path)
     is_adapter = checkpoint.form == ADAPTER
-    adapter = AdapterFile.of(checkpoint).adapter if is_adapter else _adapter_of(checkpoint)
+    adapter: Adapter | ForeignAdapter = AdapterFile.of(checkpoint).adapter if is_adapter else _adapter_of(checkpoint)
     rows: dict[tuple, list[str]] = {}
     for name in adapter.layers:
-        lora_A, lora_B = (adapter.tensors[join(name, tensor)] for tensor in ('lora_A', 'lora_B'))
-        kind = f'{_shape(lora_A)}, {_shape(lora_B)}', adapter.rank_of(name), f'{adapter.alpha_of(name):g}'
-        rows.setdefault((re.sub(r'\d+', '*', name), *kind, lora_A.numel() + lora_B.numel()), []).append(name)
+        factors, alpha = adapter.factors_of(name), adapter.alpha_of(name)
+        size = sum(factor.numel() for factor in factors)
+        kind = ', '.join(map(_shape, factors)), adapter.rank_of(name), 'unknown' if math.isnan(alpha) else f'{alpha:g}'
+        rows.setdefault((re.sub(r'\d+', '*', name), *kind, size), []).append(name)
     for name, delta in adapter.deltas.items():
         rows.setdefault((re.sub(r'\d+', '*', name), _shape(delta), '-', '-', delta.numel()), []).append(name)
     table = [('layer, or parameter with a delta', 'count', 'tensors', 'rank', 'alpha', 'parameters')]
@@ -165,12 +223,14 @@ def describe_file(path: str | os.PathLike) -> str:
     in_layers = sum(size * len(names) for (*_, size), names in rows.items()) - in_deltas
     lines += [
         '',
-        f'{"adapter" if is_adapter else "adapted checkpoint"}, {Path(path).stat().st_size:,} bytes',
+        f'{_kind(adapter, is_adapter)}, {path.stat().st_size:,} bytes',
         f'{len(adapter.layers)} layers with LoRA, {in_layers:,} parameters',
-        f'{len(adapter.deltas)} parameters with a delta besides, {in_deltas:,} values'
+        f'{len(adapter.deltas)} parameters {_besides(adapter)} besides, {in_deltas:,} values'
         if in_deltas
         else 'nothing besides',
     ]
+    if isinstance(adapter, ForeignAdapter) and adapter.obstacle:
+        lines.append(f'it goes onto no base: {adapter.obstacle}')
     if checkpoint.origin is not None:
         lines.append(f'from {checkpoint.origin}')
     return '\n'.join(lines)
@@ -187,22 +247,19 @@ def _mix(
     check_output(output, SUFFIXES, overwrite)
     source = base if isinstance(base, NetworkSource) else NetworkSource(base)
     checkpoint = _read_base(source)
-    check_not_input(Path(output), [checkpoint.path, *(path for path, _ in adapters)])
-    files = [AdapterFile.read(path) for path, _ in adapters]
-    check_once(files, source.force)
+    check_not_input(Path(output), [checkpoint.path, *(weights_file(path) for path, _ in adapters)])
+    files = _read_adapters(adapters, source)
     network = _network(source, checkpoint, pairs)
     state = checkpoint.state if network is None else network.state_dict()
-    for file in files:
-        file.check_fit(state, checkpoint.path, network is not None and is_training_form(network))
-        file.check_base(state, checkpoint.origin, checkpoint.path, source.force, checkpoint.content)
+    parts = _fitted(files, source, checkpoint, state, network is not None and is_training_form(network))
     unsaid = 1 / len(adapters) if pairs else 1.0
     weights = [unsaid if weight is None else weight for _, weight in adapters]
     fitted = None
     if pairs:
         assert network is not None
-        fitted = fit_mix(network, [file.adapter for file in files], weights, pairs.gt, pairs.lr, pairs.scale)
+        fitted = fit_mix(network, parts, weights, pairs.gt, pairs.lr, pairs.scale)
         weights = fitted.weights
-    mixed = mix_adapters((file.adapter, weight) for file, weight in zip(files, weights))
+    mixed = mix_adapters(zip(parts, weights))
     is_merged = finish is merge_adapter  # else the file carries them beside its base
     merged = [file.fingerprint for file, weight in zip(files, weights) if weight and is_merged]
     origin = (checkpoint.origin or Origin()).with_adapters(state, merged)
@@ -216,6 +273,29 @@ def _mix(
         written = in_layout(written, checkpoint.layout)
     write_state(written, Path(output), replace(origin, layout=None if is_merged else checkpoint.layout or None))
     return MixReport([os.fspath(path) for path, _ in adapters], weights, len(mixed.layers), fitted)
+
+
+def _read_adapters(
+    adapters: Sequence[tuple[str | os.PathLike[str], float | None]], source: NetworkSource
+) -> list[AdapterFile]:
+    files = [AdapterFile.read(path) for path, _ in adapters]
+    check_once(files, source.force)
+    return files
+
+
+def _fitted(
+    files: Sequence[AdapterFile],
+    source: NetworkSource,
+    checkpoint: Checkpoint,
+    state: Mapping[str, Tensor],
+    has_branches: bool,
+) -> list[Adapter]:
+    """What the files are for a base, given by its checkpoint and by the state dict of its network."""
+    parts = []
+    for file in files:
+        parts.append(file.adapter_for(state, checkpoint.path, has_branches))
+        file.check_base(state, checkpoint.origin, checkpoint.path, source.force, checkpoint.content)
+    return parts
 
 
 def _read_base(source: NetworkSource) -> Checkpoint:
@@ -258,6 +338,16 @@ def _network(source: NetworkSource, checkpoint: Checkpoint, pairs: Pairs | None)
         if pairs:
             raise
     return None
+
+
+def _kind(adapter: Adapter | ForeignAdapter, is_adapter: bool) -> str:
+    if isinstance(adapter, ForeignAdapter):
+        return f'adapter in the layout of {adapter.kind}'
+    return 'adapter' if is_adapter else 'adapted checkpoint'
+
+
+def _besides(adapter: Adapter | ForeignAdapter) -> str:
+    return 'with a delta' if isinstance(adapter, Adapter) else 'as a whole'
 
 
 def _shape(tensor: Tensor) -> str:

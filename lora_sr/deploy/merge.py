@@ -76,7 +76,8 @@ def merge_checkpoint(
     Args:
         source: A checkpoint with LoRA or with branches, or whatever else :func:`lora_sr.load_network` takes.
         output: The file to write, ``.pth`` (state dict under ``params``) or ``.safetensors``.
-        param_key: Where the state dict is in the checkpoint; by default ``params_ema``, else ``params``.
+        param_key: Where the state dict is in the checkpoint; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
         overwrite: Replace ``output`` where it exists.
 
     Raises:

@@ -24,6 +24,7 @@ from lora_sr.adapters import count_parameters
 from lora_sr.archs import LKDN, SPAN, NetworkInfo, network_info
 from lora_sr.archs.complexity import CHALLENGE_SIDE, count_activations, count_convolutions, count_flops
 from lora_sr.archs.info import refusal
+from lora_sr.archs.registry import is_ours
 from lora_sr.archs.reparam import deploy_form, relative_difference
 from lora_sr.checkpoints import NetworkLike, OpenedNetwork, open_network
 from lora_sr.checkpoints.networks import input_files
@@ -181,13 +182,14 @@ def write_submission(
         team: Number of the team, 1 to 999.
         name: Of the entry, up to 40 letters, digits, and ``.``, ``_``, ``+``, ``-``. In names of files and of the class
             what Python does not allow becomes ``_``.
-        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``, else the top.
+        param_key: Where the state dict is in a file; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
         overwrite: Replace files of these names that are there.
 
     Raises:
-        InputError: ``team`` or ``name`` is not as above; the checkpoint cannot be used or is of another family; a file
-            of these names exists, or cannot be written; or the written network's images differ from the checkpoint's by
-            more than 1e-6 of the largest. The folder is as it was then.
+        InputError: ``team`` or ``name`` is not as above; the checkpoint cannot be used, or is of another family of this
+            package; a file of these names exists, or cannot be written; or the written network's images differ from the
+            checkpoint's by more than 1e-6 of the largest. The folder is as it was then.
     """
     output = Path(output)
     _check_team_and_name(team, name)
@@ -272,6 +274,11 @@ def _write(opened: OpenedNetwork, network: nn.Module, info: NetworkInfo, title: 
     """The source of the network's file."""
     if isinstance(network, (SPAN, LKDN)):
         return write_source(network, title, class_name)
+    if is_ours(network):
+        raise InputError(
+            f'{opened.name} cannot be submitted: its network must be SPAN, LKDN or one of your own, got '
+            f'{type(network).__name__}.'
+        )
     if opened.arguments is None:
         raise InputError(
             f'{opened.name} cannot be submitted: with which arguments {type(network).__name__} was built is not known; '

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_sr.archs.lkdn import LKDN, BSConvU_idt
-from lora_sr.archs.span import SPAN
+from lora_sr.archs.span import NO_NORM, SPAN
 from lora_sr.checkpoints.families import family_name
 
 # What `select_model` of the organizers calls other things by.
@@ -59,13 +59,9 @@ class $class_name(nn.Module):
         upscale: Scale factor.
     """
 
-    rgb_mean = ($rgb_mean)  # of DIV2K
-    img_range = $img_range  # the features live in the range of 8-bit images
-
-    def __init__(self, feature_channels=$feature_channels, upscale=$upscale):
+$constants    def __init__(self, feature_channels=$feature_channels, upscale=$upscale):
         super().__init__()
-        self.register_buffer('mean', torch.tensor(self.rgb_mean).view(1, 3, 1, 1), persistent=False)
-        self.conv_1 = nn.Conv2d(3, feature_channels, 3, padding=1)
+$mean        self.conv_1 = nn.Conv2d(3, feature_channels, 3, padding=1)
 $blocks
         self.conv_2 = nn.Conv2d(feature_channels, feature_channels, 3, padding=1)
         self.conv_cat = nn.Conv2d(4 * feature_channels, feature_channels, 1)
@@ -75,11 +71,21 @@ $blocks
 
     def forward(self, x):
         """(N, 3, H, W), RGB in [0, 1] -> (N, 3, upscale * H, upscale * W)."""
-        shallow = self.conv_1((x - self.mean) * self.img_range)
+        shallow = self.conv_1($image)
 $calls
         fused = self.conv_cat(torch.cat([shallow, self.conv_2(features), after_first_block, first_of_block], 1))
         return self.upsampler(fused)
 ''')
+
+# Of a SPAN that normalizes images.
+_NORM_CONSTANTS = """\
+    rgb_mean = {0.rgb_mean}  # of DIV2K
+    img_range = {0.img_range}  # the features live in the range of 8-bit images
+
+"""
+_NORM_MEAN = """\
+        self.register_buffer('mean', torch.tensor(self.rgb_mean).view(1, 3, 1, 1), persistent=False)
+"""
 
 _LKDN_SOURCE = Template('''\
 """$title: ${upscale}x super-resolution of RGB images.
@@ -244,8 +250,9 @@ def write_source(network: SPAN | LKDN, title: str, class_name: str) -> str:
         return _SPAN_SOURCE.substitute(
             names,
             feature_channels=network.feature_channels,
-            rgb_mean=', '.join(map(str, network.rgb_mean)),
-            img_range=network.img_range,
+            constants=_NORM_CONSTANTS.format(network) if network.norm else '',
+            mean=_NORM_MEAN if network.norm else '',
+            image='(x - self.mean) * self.img_range' if network.norm else 'x',
             blocks='\n'.join(f'        self.block_{i} = SPAB(feature_channels)' for i in numbers),
             calls='\n'.join(f'        {call}' for call in calls),
         )
@@ -264,5 +271,5 @@ def submitted_state(network: nn.Module) -> dict[str, Tensor]:
     return {
         key.replace('.eval_conv.', '.'): value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in network.state_dict().items()
-        if not key.endswith('.identity')
+        if not key.endswith('.identity') and key != NO_NORM
     }

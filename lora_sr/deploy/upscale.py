@@ -11,7 +11,7 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -27,7 +27,7 @@ from lora_sr.errors import InputError
 from lora_sr.files import identity, replacing, write_errors
 from lora_sr.images.encoding import Run, check_format, kinds_left_out, write_picture
 from lora_sr.images.formats import FORMATS, SUFFIXES, Picture, format_of, read_picture
-from lora_sr.runtime.upscaler import Upscaler
+from lora_sr.runtime.upscaler import ALPHAS, Upscaler
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 DEFAULT_QUALITY = 95
@@ -86,13 +86,15 @@ def upscale(
     overwrite: bool = False,
     progress: bool = False,
     skip_existing: bool = False,
+    alpha: str = 'bicubic',
 ) -> UpscaleReport:
     """Upscale image files. Reading and writing are done in threads beside the network, see :func:`run_jobs`.
 
-    Pixels of 8 and 16 bits, gray, alpha, ICC profile and EXIF are kept; and XMP, IPTC, resolution, comments, and what a
-    PNG says of its colors and in texts, where the format that is written can hold them: a note of the report names what
-    is lost. An EXIF orientation is applied to the pixels and reset, so that every viewer shows the same; a thumbnail in
-    EXIF is left out.
+    Pixels of 8 and 16 bits and floating point, gray, alpha, ICC profile and EXIF are kept; and XMP, IPTC, resolution,
+    comments, and what a PNG says of its colors and in texts, where the format that is written can hold them: a note of
+    the report names what is lost. Another names an image of floating point with values beyond 0 to 1. An EXIF
+    orientation is applied to the pixels and reset, so that every viewer shows the same; a thumbnail in EXIF is left
+    out.
 
     Args:
         inputs: Image files, folders and glob patterns. Folders are searched with their sub-folders, which the output
@@ -106,6 +108,7 @@ def upscale(
         overwrite: Replace outputs that exist; inputs are never replaced.
         progress: Show a progress bar, if stderr is a terminal.
         skip_existing: Leave out images whose outputs exist, as after a run that was stopped: what it wrote is whole.
+        alpha: See the call of :class:`Upscaler`.
 
     Returns:
         What was done. An image that cannot be read, upscaled or held by its format is among the ``failures`` and does
@@ -121,6 +124,8 @@ def upscale(
         raise InputError('Outputs that exist can be replaced with --overwrite or kept with --skip-existing, not both.')
     if not 1 <= quality <= 100:
         raise InputError(f'The quality is {quality}, where a whole number from 1 to 100 is right.')
+    if alpha not in ALPHAS:
+        raise InputError(f'alpha must be {" or ".join(ALPHAS)}, got {alpha}.')
     if not os.fspath(output):
         raise InputError('The output is empty, where a folder, or a file for one image, is right.')
     output = Path(output)
@@ -134,12 +139,13 @@ def upscale(
             return UpscaleReport(0, 0.0, failures, notes)
     folder = output.parent if jobs and jobs[0].target == output else output
     left_out: dict[str, list[str]] = {}
+    ranges: dict[str, tuple[float, float]] = {}
     with _writable(folder), warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='PIL')  # of files that are reported, or read none the less
         upscaler = Upscaler(load_network(model), tile, dtype)
         start = time.perf_counter()
         with tqdm(total=len(jobs), unit='image', disable=None if progress else True) as bar:
-            failures.update(run_jobs(jobs, upscaler, quality, bar, left_out))
+            failures.update(run_jobs(jobs, upscaler, quality, bar, left_out, alpha, ranges))
         seconds = time.perf_counter() - start
     if upscaler.looks_everywhere:
         notes.append(
@@ -149,10 +155,21 @@ def upscale(
     left_out = {source: kinds for source, kinds in left_out.items() if source not in failures}
     if left_out:
         names = sorted(set().union(*left_out.values()), key=str.lower)
-        others = f' and {len(left_out) - 1} more' if len(left_out) > 1 else ''
-        notes.append(f'{next(iter(left_out))}{others} lost what could not be kept: {", ".join(names)}.')
+        notes.append(f'{_first_of(left_out)} lost what could not be kept: {", ".join(names)}.')
+    ranges = {source: values for source, values in ranges.items() if source not in failures}
+    if ranges:
+        lowest, highest = min(low for low, _ in ranges.values()), max(high for _, high in ranges.values())
+        notes.append(
+            f'{_first_of(ranges)} went through the network with values from {lowest:.4g} to {highest:.4g}, where '
+            'networks are trained on 0 to 1.'
+        )
     unread = [job for job in jobs if str(job.source) in failures]
     return UpscaleReport(len(jobs) - len(unread), seconds, failures, notes)
+
+
+def _first_of(sources: Mapping[str, object]) -> str:
+    others = f' and {len(sources) - 1} more' if len(sources) > 1 else ''
+    return f'{next(iter(sources))}{others}'
 
 
 def plan(
@@ -274,12 +291,15 @@ def run_jobs(
     quality: int = DEFAULT_QUALITY,
     bar: tqdm | None = None,
     left_out: dict[str, list[str]] | None = None,
+    alpha: str = 'bicubic',
+    ranges: dict[str, tuple[float, float]] | None = None,
 ) -> dict[str, str]:
     """Upscale all, reading and writing in threads; a bar shows how far it is.
 
     Where the network leaves cores free, as on a GPU, reading and writing go on beside it. Where it takes all cores, all
     of its threads would wait for one that is held up by writing: there results are written in bursts, with all cores,
-    for which the network pauses. The kinds of metadata that an image loses are put into ``left_out``, input -> kinds.
+    for which the network pauses. The kinds of metadata that an image loses are put into ``left_out``, input -> kinds,
+    and the lowest and highest value of one that goes beyond 0 to 1 into ``ranges``.
 
     Returns:
         Input -> why it was not upscaled.
@@ -311,16 +331,20 @@ def run_jobs(
                     check_format(job.file_format, picture.pixels.dtype, *size, channels)
                 ahead = min(threads, READ_AHEAD_BYTES // picture.pixels.nbytes) + 1
                 if upscaler.scale**2 * picture.pixels.nbytes > WHOLE_BYTES:
-                    bands = upscaler.bands(picture.pixels, _teller(bar, job), picture.has_alpha)
+                    bands = upscaler.bands(picture.pixels, _teller(bar, job), picture.has_alpha, alpha)
                     writer.write_bands(job, picture, _with_failures(job, bands), size)
                 else:
                     with _failures_of(job):
-                        pixels = upscaler(picture.pixels, _teller(bar, job), picture.has_alpha)
+                        pixels = upscaler(picture.pixels, _teller(bar, job), picture.has_alpha, alpha)
                     writer.add(job, replace(picture, pixels=pixels))
             except _Failed as error:
                 failures[str(job.source)] = str(error)
                 bar.update()
                 continue
+            if picture.pixels.dtype == np.float32 and ranges is not None:
+                lowest, highest = float(picture.pixels.min()), float(picture.pixels.max())
+                if lowest < 0 or highest > 1:
+                    ranges[str(job.source)] = lowest, highest
             kinds = kinds_left_out(picture, job.file_format)
             if kinds and left_out is not None:
                 left_out[str(job.source)] = kinds

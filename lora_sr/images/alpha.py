@@ -10,7 +10,7 @@ def without_hidden_colors(pixels: np.ndarray) -> np.ndarray:
     """Extend the visible colors into what is wholly transparent, so that no filter mixes hidden colors into them.
 
     Args:
-        pixels: uint8 or uint16 (H, W, C), the last channel alpha.
+        pixels: (H, W, C) of any type, the last channel alpha.
 
     Returns:
         The same, with the color of the nearest visible pixel wherever alpha is 0; itself if all or none is visible.

@@ -1,9 +1,10 @@
-"""MATLAB's bicubic ``imresize``, as it acts on 8-bit images: the resize that made the published LR sets.
+"""MATLAB's bicubic ``imresize``, as it acts on images of 8 and 16 bits: the resize that made the published LR sets.
 
 The kernel is Keys' cubic convolution with a = -0.5 (R. Keys, "Cubic convolution interpolation for digital image
 processing", IEEE Trans. ASSP 29, 1981). When an image shrinks, MATLAB widens the kernel by the scale (``Antialiasing``,
-on by default), and resizes the rows first, then the columns. On 8-bit images it rounds to 8 bits after each of the two.
-Leaving out that first rounding is what makes other ports of ``imresize`` differ by one level here and there.
+on by default), and resizes the rows first, then the columns. On 8-bit images it rounds to 8 bits after each of the two,
+on 16-bit images to 16. Leaving out that first rounding is what makes other ports of ``imresize`` differ by one level
+here and there.
 
 Beyond the borders, early releases of ``imresize`` repeat the edge pixel ("clamp out-of-range indices" says their code),
 later ones mirror the image. The published LR images of Set5, Set14 (x2, x3 and x4) and B100 (x4) were made the first
@@ -26,7 +27,7 @@ import numpy as np
 from lora_sr.errors import InputError
 
 BORDERS = ('replicate', 'mirror')  # what lies beyond the edge: the edge pixel again, or the image backwards
-MAX_SCALE = 16  # up to here 32-bit sums cannot overflow
+MAX_SCALE = 16  # up to here 32-bit sums of 8-bit values cannot overflow
 BLOCK_BYTES = 1 << 18  # sums held at a time: a block of rows that stays in a core's cache
 
 
@@ -34,16 +35,16 @@ def bicubic_downscale(image: np.ndarray, scale: int, border: str = 'replicate') 
     """Shrink an image as MATLAB's ``imresize(image, 1 / scale)`` does.
 
     Args:
-        image: uint8, of shape (height, width) or (height, width, channels), values 0 to 255. The order of the
-            channels does not matter.
+        image: uint8 or uint16, of shape (height, width) or (height, width, channels), over the whole range of the type.
+            The order of the channels does not matter.
         scale: a whole number from 1 to 16.
         border: 'replicate', as the published test sets have it, or 'mirror', as MATLAB has it today.
 
     Returns:
-        uint8, of shape (ceil(height / scale), ceil(width / scale)) and the same channels.
+        The same type, of shape (ceil(height / scale), ceil(width / scale)) and the same channels.
 
     Raises:
-        InputError: if the image is not 8-bit or is empty, the scale is out of range, or the border is another.
+        InputError: if the image is of another type or is empty, the scale is out of range, or the border is another.
     """
     return _resize(image, scale, border, shrink=True)
 
@@ -54,24 +55,24 @@ def bicubic_upscale(image: np.ndarray, scale: int, border: str = 'replicate') ->
     The border changes the outermost ``scale / 2`` pixels alone, which PSNR and SSIM leave out.
 
     Args:
-        image: uint8, of shape (height, width) or (height, width, channels), values 0 to 255.
+        image: uint8 or uint16, of shape (height, width) or (height, width, channels), over the whole range of the type.
         scale: a whole number from 1 to 16.
         border: 'replicate' or 'mirror'.
 
     Returns:
-        uint8, of shape (height * scale, width * scale) and the same channels.
+        The same type, of shape (height * scale, width * scale) and the same channels.
 
     Raises:
-        InputError: if the image is not 8-bit or is empty, the scale is out of range, or the border is another.
+        InputError: if the image is of another type or is empty, the scale is out of range, or the border is another.
     """
     return _resize(image, scale, border, shrink=False)
 
 
 def _resize(image: np.ndarray, scale: int, border: str, shrink: bool) -> np.ndarray:
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
+    if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3) or image.size == 0:
         raise InputError(
-            'The image to resize must have 8-bit values of shape (height, width) or (height, width, channels), got '
-            f'{image.dtype} of shape {image.shape}.'
+            'The image to resize must have 8-bit or 16-bit values of shape (height, width) or (height, width, '
+            f'channels), got {image.dtype} of shape {image.shape}.'
         )
     if scale != int(scale) or not 1 <= scale <= MAX_SCALE:
         raise InputError(f'The scale of a resize must be a whole number from 1 to {MAX_SCALE}, got {scale}.')
@@ -87,7 +88,7 @@ def _resize(image: np.ndarray, scale: int, border: str, shrink: bool) -> np.ndar
 
 
 def _resize_rows(planes: np.ndarray, scale: int, border: str, shrink: bool) -> np.ndarray:
-    """Resize dimension 0 of (rows, columns, channels) and round to 8 bits."""
+    """Resize dimension 0 of (rows, columns, channels) and round to whole numbers of the same type."""
     rows = planes.shape[0]
     phases, denominator = resampling_weights(scale, shrink)
     stride = scale if shrink else 1
@@ -104,9 +105,10 @@ def _resize_rows(planes: np.ndarray, scale: int, border: str, shrink: bool) -> n
     padded = planes.reshape(rows, -1)[index]
 
     width = padded.shape[1]
-    output = np.empty((steps, len(phases), width), np.uint8)
-    block = max(1, BLOCK_BYTES // (4 * width))
-    total = np.empty((block, width), np.int32)
+    output = np.empty((steps, len(phases), width), planes.dtype)
+    sums = np.dtype(np.int32 if planes.dtype == np.uint8 else np.int64)
+    block = max(1, BLOCK_BYTES // (sums.itemsize * width))
+    total = np.empty((block, width), sums)
     term = np.empty_like(total)
     for start in range(0, steps, block):
         count = min(block, steps - start)
@@ -114,10 +116,10 @@ def _resize_rows(planes: np.ndarray, scale: int, border: str, shrink: bool) -> n
             total[:count] = denominator // 2  # half up; an odd denominator has no halves
             for tap, weight in enumerate(taps, before + first + start * stride):
                 source = padded[tap : tap + (count - 1) * stride + 1 : stride]
-                np.multiply(source, weight, out=term[:count], dtype=np.int32)
+                np.multiply(source, weight, out=term[:count], dtype=sums)
                 total[:count] += term[:count]
             np.floor_divide(total[:count], denominator, out=total[:count])
-            np.clip(total[:count], 0, 255, out=total[:count])
+            np.clip(total[:count], 0, np.iinfo(planes.dtype).max, out=total[:count])
             output[start : start + count, phase] = total[:count]
     return output.reshape(steps * len(phases), *planes.shape[1:])
 

@@ -11,19 +11,30 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import IO, Any, Callable, NamedTuple
 
+import cv2
 import numpy as np
 from PIL import Image
+from PIL import __version__ as pillow_version
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from lora_sr.errors import InputError
+from lora_sr.images import jpeg2000, tags
 from lora_sr.images import metadata as extras
-from lora_sr.images import tags
-from lora_sr.images.formats import Picture, exif_block
+from lora_sr.images.bmp import bmp_header
+from lora_sr.images.formats import NAMES, Picture, exif_block, has_avif
 from lora_sr.images.png import PNG_SIGNATURE, write_chunk
+from lora_sr.images.tga import tga_footer, tga_header
 
-NAMES = {'png': 'PNG', 'jpeg': 'JPEG', 'webp': 'WebP', 'tiff': 'TIFF'}
-LARGEST_SIDE = {'jpeg': 65500, 'webp': 16383}  # pixels, of libjpeg and of WebP's 14 bits
-LOSSLESS = 100  # the quality at which WebP is lossless
+# Pixels: of libjpeg, of WebP's 14 bits, of TGA's 16 bits, and of what AVIF is read by.
+LARGEST_SIDE = {'jpeg': 65500, 'webp': 16383, 'tga': 65535, 'avif': 32768}
+MOST_BMP_BYTES = (1 << 32) - (1 << 24)  # of pixels: the rest is left to the header and a profile
+PILLOW_NAMES = {'jp2': 'jpeg2000'}  # where they are others than ours
+DEEP_FORMATS = ('png', 'tiff', 'jp2', 'j2k')  # that hold 16 bits
+LOSSLESS = 100  # the quality at which WebP and JPEG 2000 are lossless
+# PSNR of JPEG 2000 in dB at quality 0, and by how much it grows with each step: near that of JPEG.
+PSNR_AT_ZERO, PSNR_PER_STEP = 18, 0.3
+OPENCV_LOSSLESS = (cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000)
+SMALLEST_OF_OPENCV = 32  # pixels a side of JPEG 2000: it halves five times
 # Level 1 of zlib: on photographs higher ones take 2 to 7 times as long for files 9 to 16% smaller.
 ZLIB_LEVEL = 1
 BLOCK_BYTES = 1 << 23  # of pixels that zlib gets at once, and which threads share out
@@ -33,6 +44,8 @@ FRAME, RESTART, START_OF_SCAN, RESTART_INTERVAL = 0xC0, 0xD0, 0xDA, 0xDD  # mark
 
 # Each entry of a directory: tag, type, count, and the value or where it is.
 TIFF_HEADER, TIFF_ENTRY = struct.Struct('<2sHL'), struct.Struct('<HHLL')
+
+RESOLUTION_TAGS = (tags.X_RESOLUTION, tags.Y_RESOLUTION, tags.RESOLUTION_UNIT)
 
 Run = Callable[[Callable[['Block'], Any], Iterable['Block']], Iterable[Any]]
 
@@ -58,18 +71,33 @@ def check_format(file_format: str, dtype: np.dtype, height: int, width: int, cha
 
     Args:
         file_format: A key of ``FORMATS``.
-        dtype: uint8 or uint16.
+        dtype: uint8, uint16 or float32.
         height: Pixels.
         width: Pixels.
         channels: 1 to 4, see :class:`Picture`.
 
     Raises:
-        InputError: It cannot hold 16 bits, an alpha channel, or sides of that length.
+        InputError: It cannot hold 16 bits, an alpha channel, or sides of that length; or Pillow does not write it.
     """
-    if file_format in ('jpeg', 'webp') and dtype == np.uint16:
-        raise InputError(f'{NAMES[file_format]} cannot hold 16 bits: PNG and TIFF can.')
+    stored = _stored_type(dtype, file_format)
+    if stored == np.uint16 and file_format not in DEEP_FORMATS:
+        raise InputError(f'{NAMES[file_format]} cannot hold 16 bits: PNG, TIFF and JPEG 2000 can.')
     if file_format == 'jpeg' and channels in (2, 4):
         raise InputError('JPEG cannot hold an alpha channel: PNG, WebP and TIFF can.')
+    if file_format == 'avif' and not has_avif():
+        raise InputError(f'AVIF must be written by Pillow 11.3 or later, with AVIF, got {pillow_version}.')
+    if (
+        file_format in ('jp2', 'j2k')
+        and stored == np.uint16
+        and channels > 1
+        and min(height, width) < SMALLEST_OF_OPENCV
+    ):
+        raise InputError(
+            f'JPEG 2000 of 16 bits with colors or alpha must have {SMALLEST_OF_OPENCV} pixels or more a side, got '
+            f'{width} x {height}: PNG and TIFF hold it.'
+        )
+    if file_format == 'bmp' and height * (width * (4 if channels == 2 else channels) + 3) > MOST_BMP_BYTES:
+        raise InputError(f'BMP cannot hold {width} x {height} pixels, as it ends at 4 GiB: PNG can (--format png).')
     longest = LARGEST_SIDE.get(file_format)
     if longest is not None and max(height, width) > longest:
         raise InputError(
@@ -94,7 +122,9 @@ def write_picture(
     quality: int,
     run: Run = map,
 ) -> None:
-    """Write an image file. The rows of PNG, TIFF and JPEG are forgotten as they are written; WebP wants them all.
+    """Write an image file.
+
+    The rows of PNG, TIFF, JPEG, BMP and TGA are forgotten as they are written; WebP, JPEG 2000 and AVIF want them all.
 
     Args:
         file: Open for writing at its beginning, where it can be sought.
@@ -102,9 +132,12 @@ def write_picture(
             are set to those that are written.
         bands: The pixels from top to bottom, each (rows, width, channels) of any number of rows.
         size: Height and width of them all.
-        file_format: A key of ``FORMATS``. WebP knows no gray, and gets three equal channels; so does a TIFF of 16 bits
-            with alpha, as few programs read gray there. A gray ICC profile is left out of these.
-        quality: 1 to 100, of JPEG, whose colors have full resolution (4:4:4), and of WebP, which is lossless at 100.
+        file_format: A key of ``FORMATS``. WebP knows no gray, and gets three equal channels; so does gray with alpha in
+            BMP, TGA and AVIF, and beyond 8 bits in JPEG 2000 and TIFF, as few programs read gray there. A gray ICC
+            profile is left out of these. Floating point stays so in TIFF; elsewhere it is clipped to [0, 1] and
+            rounded, to 16 bits in PNG and JPEG 2000, and to 8 bits in the others.
+        quality: 1 to 100, of JPEG and AVIF, whose colors have full resolution (4:4:4), of WebP and JPEG 2000, which are
+            lossless at 100. 16 bits of JPEG 2000 are lossless in any case.
         run: Does what `map` does, e.g. in threads, with the blocks of a band.
 
     Raises:
@@ -113,43 +146,75 @@ def write_picture(
     height, width = size
     channels = picture.pixels.shape[2]
     check_format(file_format, picture.pixels.dtype, height, width, channels)
-    if _makes_colors(picture.pixels, file_format):
-        bands = (band[:, :, [0, 0, 0, 1][: channels + 2]] for band in bands)
     exif, metadata = _with_size(picture.exif, height, width), picture.metadata
     if metadata.xmp:
         metadata = replace(metadata, xmp=extras.xmp_with_size(metadata.xmp, height, width))
     icc_profile = None if _loses_profile(picture, file_format) else picture.icc_profile
-    picture = replace(picture, exif=exif, metadata=metadata, icc_profile=icc_profile)
+    stored, makes_colors = _stored_type(picture.pixels.dtype, file_format), _makes_colors(picture.pixels, file_format)
+
+    def as_stored(pixels: np.ndarray) -> np.ndarray:
+        pixels = pixels if pixels.dtype == stored else _rounded(pixels, stored)
+        return pixels[:, :, [0, 0, 0, 1][: channels + 2]] if makes_colors else pixels
+
+    picture = Picture(as_stored(picture.pixels[:1]), icc_profile, exif, metadata, picture.has_alpha)
+    bands = map(as_stored, bands)
     if file_format == 'png':
         _write_png(file, picture, bands, size, run)
     elif file_format == 'tiff':
         _write_tiff(file, picture, bands, size, run)
     elif file_format == 'jpeg':
         _write_jpeg(file, picture, bands, size, quality, run)
+    elif file_format == 'bmp':
+        _write_bmp(file, picture, bands, size)
+    elif file_format == 'tga':
+        _write_tga(file, picture, bands, size)
+    elif file_format in ('jp2', 'j2k'):
+        _write_jpeg2000(file, picture, bands, file_format, quality)
     else:
-        _write_webp(file, picture, bands, quality)
+        _write_webp_or_avif(file, picture, bands, file_format, quality)
 
 
 def kinds_left_out(picture: Picture, file_format: str) -> list[str]:
     """What :func:`write_picture` leaves out of a file, or was left out when it was read, by names for the user."""
-    kinds = extras.kinds_left_out(picture.metadata, file_format, picture.icc_profile is not None)
-    if _loses_profile(picture, file_format):
-        kinds.add('a gray color profile')
+    loses_profile = _loses_profile(picture, file_format)
+    has_profile = picture.icc_profile is not None
+    kinds = extras.kinds_left_out(picture.metadata, file_format, has_profile)
+    if loses_profile:
+        kinds = kinds - {'a color profile'} | {'a gray color profile'}
+    # Of an upright picture its orientation tells nothing, and resolution is kept by itself.
+    if 'EXIF' not in extras.HELD[file_format] and picture.exif.keys() - {tags.ORIENTATION, *RESOLUTION_TAGS}:
+        kinds.add('EXIF')
     return sorted(kinds, key=str.lower)
+
+
+def _stored_type(dtype: np.dtype, file_format: str) -> np.dtype:
+    """The type of the pixels in a file."""
+    if dtype != np.float32 or file_format == 'tiff':
+        return np.dtype(dtype)
+    return np.dtype(np.uint16 if file_format in DEEP_FORMATS else np.uint8)
+
+
+def _rounded(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Floating point as whole numbers over the whole range of a type."""
+    values = pixels.clip(0, 1)  # in place from here on: a band may be large
+    values *= np.iinfo(dtype).max
+    return values.round(out=values).astype(dtype)
 
 
 def _makes_colors(pixels: np.ndarray, file_format: str) -> bool:
     """Whether gray is written as three channels."""
     channels = pixels.shape[2]
-    return (file_format == 'webp' and channels < 3) or (
-        file_format == 'tiff' and channels == 2 and pixels.dtype == np.uint16
-    )
+    if file_format == 'webp':
+        return channels < 3
+    without_gray_alpha = ('bmp', 'tga', 'avif') if pixels.dtype == np.uint8 else NAMES.keys() - {'png'}
+    return channels == 2 and file_format in without_gray_alpha
 
 
 def _loses_profile(picture: Picture, file_format: str) -> bool:
     profile = picture.icc_profile
     is_gray = profile is not None and profile[16:20] == b'GRAY'  # the color space of the data (ICC.1, section 7.2)
-    return is_gray and _makes_colors(picture.pixels, file_format)
+    # The gray of a BMP is a palette of colors.
+    return is_gray and (file_format == 'bmp' or _makes_colors(picture.pixels, file_format))
 
 
 def _with_size(exif: Mapping[int, Any], height: int, width: int) -> dict[int, Any]:
@@ -272,16 +337,19 @@ def _write_tiff(
 ) -> None:
     """A TIFF 6.0, a strip a block, each deflated after horizontal differencing (predictor 2); its directory is the end.
 
-    Pillow writes no colors of 16 bits, OpenCV no metadata, and tifffile no EXIF.
+    Floating point is deflated as it is, since not every program undoes the predictor that is made for it. Pillow writes
+    no colors of 16 bits, OpenCV no metadata, and tifffile no EXIF.
     """
     height, width = size
-    itemsize = picture.pixels.itemsize
-    channels = picture.pixels.shape[2] + 2 * _makes_colors(picture.pixels, 'tiff')
+    itemsize, channels = picture.pixels.itemsize, picture.pixels.shape[2]
+    is_real = picture.pixels.dtype == np.float32
 
     def encode(block: Block) -> bytes:
-        differences = block.pixels.copy()
-        np.subtract(block.pixels[:, 1:], block.pixels[:, :-1], out=differences[:, 1:])
-        return zlib.compress(np.ascontiguousarray(differences, differences.dtype.newbyteorder('<')).data, ZLIB_LEVEL)
+        stored = block.pixels
+        if not is_real:
+            stored = stored.copy()
+            np.subtract(block.pixels[:, 1:], block.pixels[:, :-1], out=stored[:, 1:])
+        return zlib.compress(np.ascontiguousarray(stored, stored.dtype.newbyteorder('<')).data, ZLIB_LEVEL)
 
     rows = _rows_of_block(width * channels * itemsize)
     starts, lengths = [], []
@@ -303,7 +371,10 @@ def _write_tiff(
     directory.tagtype[tags.STRIP_BYTE_COUNTS] = tags.LONG
     directory[tags.STRIP_BYTE_COUNTS] = tuple(lengths)
     directory[tags.PLANAR_CONFIGURATION] = 1
-    directory[tags.PREDICTOR] = tags.HORIZONTAL_DIFFERENCES
+    if is_real:
+        directory[tags.SAMPLE_FORMAT] = (tags.FLOATING_POINT,) * channels
+    else:
+        directory[tags.PREDICTOR] = tags.HORIZONTAL_DIFFERENCES
     if channels in (2, 4):
         directory[tags.EXTRA_SAMPLES] = tags.UNASSOCIATED if picture.has_alpha else tags.UNSPECIFIED
     if picture.icc_profile:
@@ -332,7 +403,43 @@ def _check_offset(offset: int) -> None:
         raise InputError('TIFF cannot hold it: it has 4 GiB or more.')
 
 
-# --- Pillow: JPEG and WebP ---
+# --- BMP and TGA ---
+
+
+def _write_bmp(file: IO[bytes], picture: Picture, bands: Iterable[np.ndarray], size: tuple[int, int]) -> None:
+    """Pillow writes no alpha that it reads again, and no profile."""
+    height, width = size
+    profile = picture.icc_profile
+    header, row_bytes = bmp_header(height, width, picture.pixels.shape[2], picture.metadata.resolution, profile)
+    file.write(header)
+    _write_from_below(file, bands, height, row_bytes)
+    file.write(profile or b'')
+
+
+def _write_tga(file: IO[bytes], picture: Picture, bands: Iterable[np.ndarray], size: tuple[int, int]) -> None:
+    height, width = size
+    channels = picture.pixels.shape[2]
+    file.write(tga_header(height, width, channels))
+    _write_from_below(file, bands, height, width * channels)
+    file.write(tga_footer())
+
+
+def _write_from_below(file: IO[bytes], bands: Iterable[np.ndarray], height: int, row_bytes: int) -> None:
+    """Write rows of BGR from the lowest up, as every program reads them, though they come from the highest down."""
+    start = file.tell()
+    end = start + height * row_bytes
+    below = end
+    for band in bands:
+        rows = np.zeros((len(band), row_bytes), np.uint8)
+        colors = band[::-1, :, [2, 1, 0, 3][: band.shape[2]]] if band.shape[2] > 2 else band[::-1]
+        rows[:, : colors[0].size] = colors.reshape(len(band), -1)
+        below -= rows.size
+        file.seek(below)
+        file.write(rows.data)
+    file.seek(end)
+
+
+# --- Pillow: JPEG, WebP, AVIF and JPEG 2000 ---
 
 
 def _write_jpeg(
@@ -384,13 +491,50 @@ def _segments(jpeg: bytes) -> dict[int, int]:
     return starts
 
 
-def _write_webp(file: IO[bytes], picture: Picture, bands: Iterable[np.ndarray], quality: int) -> None:
+def _write_webp_or_avif(
+    file: IO[bytes], picture: Picture, bands: Iterable[np.ndarray], file_format: str, quality: int
+) -> None:
     exif = {**picture.exif, **extras.resolution_tags(picture.metadata.resolution)}
     options = _described(replace(picture, exif=exif))
-    options.update({'lossless': True} if quality == LOSSLESS else {'quality': quality})
+    if file_format == 'avif':
+        options.update(quality=quality, subsampling='4:4:4' if picture.pixels.shape[2] > 1 else '4:0:0')
+    else:
+        options.update({'lossless': True} if quality == LOSSLESS else {'quality': quality})
     if picture.metadata.xmp:
         options['xmp'] = picture.metadata.xmp
-    file.write(_encode_by_pillow(np.concatenate(list(bands)), 'webp', options))
+    file.write(_encode_by_pillow(np.concatenate(list(bands)), file_format, options))
+
+
+def _write_jpeg2000(
+    file: IO[bytes], picture: Picture, bands: Iterable[np.ndarray], file_format: str, quality: int
+) -> None:
+    """A JP2 file, or of it the pixels alone. Pillow writes no colors of 16 bits, and OpenCV no gray with alpha."""
+    pixels = np.concatenate(list(bands))
+    if pixels.dtype == np.uint16 and pixels.shape[2] > 1:
+        encoded = _encode_by_opencv(pixels[:, :, [2, 1, 0, 3][: pixels.shape[2]]])
+    else:
+        options: dict[str, Any] = {}
+        if quality != LOSSLESS and pixels.dtype == np.uint8:
+            psnr = PSNR_AT_ZERO + PSNR_PER_STEP * quality
+            options = {'irreversible': True, 'quality_mode': 'dB', 'quality_layers': [psnr]}
+        options['mct'] = int(pixels.shape[2] == 3)
+        encoded = _encode_by_pillow(pixels, 'jp2', options)
+    if file_format == 'j2k':
+        file.write(jpeg2000.codestream_of(encoded))
+        return
+    exif = exif_block(picture.exif)[len(b'Exif\0\0') :] if picture.exif else b''
+    file.write(jpeg2000.with_boxes(encoded, picture.icc_profile, exif, picture.metadata))
+
+
+def _encode_by_opencv(pixels: np.ndarray) -> bytes:
+    """A lossless JP2 file."""
+    try:
+        written, encoded = cv2.imencode('.jp2', pixels, OPENCV_LOSSLESS)
+    except cv2.error:  # it was built without JPEG 2000, or lacks memory
+        written = False
+    if not written:
+        raise InputError('JPEG 2000 cannot hold it: OpenCV does not encode it.')
+    return encoded.tobytes()
 
 
 def _described(picture: Picture) -> dict[str, Any]:
@@ -404,9 +548,10 @@ def _described(picture: Picture) -> dict[str, Any]:
 
 
 def _encode_by_pillow(pixels: np.ndarray, file_format: str, options: Mapping[str, Any]) -> bytes:
+    name = PILLOW_NAMES.get(file_format, file_format)
     with _file_in_memory() as file:
         try:
-            Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, file_format, **options)
+            Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, name, **options)
         except (OSError, ValueError) as error:
             raise InputError(f'{NAMES[file_format]} cannot hold it: {str(error).rstrip(".")}.') from None
         file.seek(0)

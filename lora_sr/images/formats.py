@@ -1,4 +1,4 @@
-"""Images from files: pixels of 8 and 16 bits as they are stored, with what describes their colors."""
+"""Images from files: pixels as they are stored, of 8 bits, 16 bits and floating point, with what describes them."""
 
 from __future__ import annotations
 
@@ -11,38 +11,67 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import __version__ as pillow_version
 from PIL.TiffImagePlugin import TiffImageFile
 
 from lora_sr.errors import InputError
 from lora_sr.images import metadata as extras
-from lora_sr.images import tiff
+from lora_sr.images import tga, tiff
+from lora_sr.images.avif import is_box_file, read_avif
+from lora_sr.images.bmp import BMP_SIGNATURE, read_bmp
+from lora_sr.images.jpeg2000 import CODESTREAM_SIGNATURE, JP2_SIGNATURE, JPEG2000, read_jpeg2000
 from lora_sr.images.metadata import Metadata, split_chunks
 from lora_sr.images.modes import ALPHA_MODES, GRAY_MODES, MODES_OF_8_BITS
-from lora_sr.images.png import PNG_SIGNATURE, PNGError, read_chunks, write_chunks
+from lora_sr.images.png import PNG_SIGNATURE, read_chunks, write_chunks
 from lora_sr.images.tags import (
     ASSOCIATED,
-    BITS_PER_SAMPLE,
     EXIF_IFD,
     EXTRA_SAMPLES,
     GPS_IFD,
     INTEROPERABILITY_IFD,
     ORIENTATION,
-    PHOTOMETRIC,
-    PLANAR_CONFIGURATION,
     SAMPLE_FORMAT,
     SIGNED,
     UNSPECIFIED,
     X_RESOLUTION,
     Y_RESOLUTION,
 )
+from lora_sr.images.unreadable import UnreadableImage
 
 # Format -> the suffixes of its files; the first is what a new file gets.
-FORMATS = {'png': ('.png',), 'jpeg': ('.jpg', '.jpeg', '.jpe', '.jfif'), 'webp': ('.webp',), 'tiff': ('.tif', '.tiff')}
+FORMATS = {
+    'png': ('.png',),
+    'jpeg': ('.jpg', '.jpeg', '.jpe', '.jfif'),
+    'webp': ('.webp',),
+    'tiff': ('.tif', '.tiff'),
+    'bmp': ('.bmp', '.dib'),
+    'tga': ('.tga',),
+    'jp2': ('.jp2', '.jpx', '.jpf'),
+    'j2k': ('.j2k', '.j2c', '.jpc'),  # of JPEG 2000 the pixels alone
+    'avif': ('.avif',),
+}
+NAMES = {
+    'png': 'PNG',
+    'jpeg': 'JPEG',
+    'webp': 'WebP',
+    'tiff': 'TIFF',
+    'bmp': 'BMP',
+    'tga': 'TGA',
+    'jp2': 'JPEG 2000',
+    'j2k': 'JPEG 2000',
+    'avif': 'AVIF',
+}
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-BEGINNINGS = (PNG_SIGNATURE, b'\xff\xd8', b'RIFF', b'II', b'MM')
+BEGINNINGS = (
+    *(PNG_SIGNATURE, b'\xff\xd8', b'RIFF', b'II', b'MM', BMP_SIGNATURE),
+    *(JP2_SIGNATURE, CODESTREAM_SIGNATURE),
+)
+BEGINNING_BYTES = 32  # that tell the format
+NO_IMAGE = 'is not a PNG, JPEG, WebP, TIFF, BMP, TGA, JPEG 2000 or AVIF image, or its beginning is damaged'
 MOST_BYTES = (1 << 31) - 1  # of a file, as many as OpenCV takes
-READABLE = ('PNG', 'JPEG', 'WEBP', 'TIFF')
+MOST_AVIF_PIXELS = 1 << 27  # which take 2 GB while they are decoded
+READABLE = ('JPEG', 'WEBP', 'TIFF', 'BMP')
 # What a TIFF says of a picture, and not of how its pixels are stored: description, make, model, orientation,
 # resolution (X, Y and unit), software, date and time, artist, copyright.
 DESCRIPTIVE_TAGS = (270, 271, 272, ORIENTATION, 282, 283, 296, 305, 306, 315, 33432, EXIF_IFD, GPS_IFD)
@@ -53,8 +82,9 @@ class Picture:
     """What an image file holds.
 
     Args:
-        pixels: uint8 or uint16 of shape (height, width, channels), over the whole range of the type: gray, gray and
-            alpha, RGB, or RGB and alpha (1 to 4 channels). They stand upright: the orientation was applied.
+        pixels: uint8 or uint16 of shape (height, width, channels), over the whole range of the type, or float32, black
+            and white being 0 and 1: gray, gray and alpha, RGB, or RGB and alpha (1 to 4 channels). They stand upright:
+            the orientation was applied.
         icc_profile: The color profile.
         exif: EXIF, tag -> value, with the tags of the inner directories as dictionaries under 34665 and 34853. An
             orientation in it is 1. There is no thumbnail.
@@ -75,24 +105,29 @@ def format_of(path: str | os.PathLike[str]) -> str | None:
     return next((name for name, suffixes in FORMATS.items() if suffix in suffixes), None)
 
 
+def has_avif() -> bool:
+    """Whether the Pillow that is installed reads and writes AVIF."""
+    return 'avif' in features.get_supported_modules()
+
+
 def read_picture(path: str | os.PathLike[str]) -> Picture:
-    """Read a PNG, JPEG, WebP or TIFF file; its bytes tell which, not its name.
+    """Read a PNG, JPEG, WebP, TIFF, BMP, TGA, JPEG 2000 or AVIF file; its bytes tell which, not its name.
 
     Palettes become RGB, images of 1, 2 and 4 bits gray of 8 bits, and a transparent color an alpha channel. Colors that
-    are multiplied by alpha, as in a TIFF with associated alpha, are divided by it.
+    are multiplied by alpha, as in a TIFF with associated alpha, are divided by it. Of AVIF 8 bits are read.
 
     Raises:
         InputError: The file cannot be read, is none of these, is damaged or cut short; it holds an animation or several
-            pages; its pixels are of another kind: CMYK, Lab, floating point, 32 bits; it needs more memory than there
-            is; or it has more pixels than Pillow reads, twice ``PIL.Image.MAX_IMAGE_PIXELS``, or compressed texts and a
-            profile of more than ``png.MOST_INFLATED`` bytes.
+            pages; its pixels are of another kind: CMYK, Lab, whole numbers of 32 bits; values of a float TIFF are not
+            finite; it needs more memory than there is; or it has more pixels than Pillow reads, twice
+            ``PIL.Image.MAX_IMAGE_PIXELS``, or compressed texts and a profile of more than ``png.MOST_INFLATED`` bytes.
     """
     data = b''
     try:
         try:
             with open(path, 'rb') as file:
-                size, beginning = os.fstat(file.fileno()).st_size, file.read(len(PNG_SIGNATURE))
-                is_image = beginning.startswith(BEGINNINGS)
+                size, beginning = os.fstat(file.fileno()).st_size, file.read(BEGINNING_BYTES)
+                is_image = beginning.startswith(BEGINNINGS) or is_box_file(beginning) or tga.is_tga(beginning)
                 if is_image and size <= MOST_BYTES:  # what is no image may be of any size
                     data = beginning + file.read()
         except OSError as error:
@@ -101,15 +136,10 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
             raise UnidentifiedImageError
         if not data:
             raise InputError(f'{path} must be an image of less than 2 GiB, got {size / (1 << 30):.1f} GiB.')
-        if data.startswith(PNG_SIGNATURE):
-            return _decode_png(data, path)
-        folded = tiff.fold_gray_alpha(data)
-        data = data if folded is None else folded.data
-        with Image.open(io.BytesIO(data), formats=READABLE) as image:
-            return _decode(image, data, path, folded)
+        return _read(data, path)
     except InputError:
         raise
-    except PNGError as error:
+    except UnreadableImage as error:
         raise InputError(f'{path} {error}.') from None
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # never 0 here: without a limit there is no such error
@@ -118,11 +148,27 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
         kind = tiff.describe(data) if data else None
         if kind is not None:
             raise InputError(f'{path} must be gray or RGB of 8 or 16 bits, got {kind}: convert it first.') from None
-        raise InputError(f'{path} is not a PNG, JPEG, WebP or TIFF image, or its beginning is damaged.') from None
+        raise InputError(f'{path} {NO_IMAGE}.') from None
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, ValueError, struct.error, ...
         if isinstance(error, MemoryError) or getattr(error, 'code', None) == cv2.Error.StsNoMem:
             raise InputError(f'{path} needs more memory than there is.') from None
         raise InputError(f'{path} is damaged: {str(error).rstrip(".") or type(error).__name__}.') from None
+
+
+def _read(data: bytes, path: str | os.PathLike[str]) -> Picture:
+    if data.startswith(PNG_SIGNATURE):
+        return _decode_png(data, path)
+    if data.startswith((JP2_SIGNATURE, CODESTREAM_SIGNATURE)):
+        return _decode_jpeg2000(data, path)
+    if tga.is_tga(data):
+        return _decode_tga(data)
+    is_avif = is_box_file(data)
+    if is_avif and not has_avif():
+        raise UnreadableImage(f'must be read by Pillow 11.3 or later, with AVIF, got {pillow_version}')
+    folded = tiff.fold(data)
+    formats = ('AVIF',) if is_avif else READABLE  # which an earlier Pillow does not know by name
+    with Image.open(io.BytesIO(data if folded is None else folded.data), formats=formats) as image:
+        return _decode(image, data, path, folded)
 
 
 def _decode_png(data: bytes, path: str | os.PathLike[str]) -> Picture:
@@ -166,7 +212,9 @@ def _with_alpha(pixels: np.ndarray, transparent: bytes, depth: int) -> np.ndarra
     """
     colors = pixels.shape[2]
     if len(transparent) != 2 * colors:
-        raise PNGError(f'is damaged: its transparent color has {len(transparent)} bytes, where {2 * colors} are right')
+        raise UnreadableImage(
+            f'is damaged: its transparent color has {len(transparent)} bytes, where {2 * colors} are right'
+        )
     peak = np.iinfo(pixels.dtype).max
     most = (1 << depth) - 1
     color = np.frombuffer(transparent, '>u2').astype(int) & most
@@ -174,9 +222,11 @@ def _with_alpha(pixels: np.ndarray, transparent: bytes, depth: int) -> np.ndarra
     return np.concatenate([pixels, is_seen * pixels.dtype.type(peak)], 2)
 
 
-def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folded: tiff.GrayAlpha | None) -> Picture:
-    """A JPEG, WebP or TIFF."""
+def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folded: tiff.Folded | None) -> Picture:
+    """A JPEG, WebP, TIFF, BMP or AVIF."""
     _refuse_several(image, path)
+    if image.format == 'AVIF' and image.width * image.height > MOST_AVIF_PIXELS:
+        raise InputError(f'{path} must have {MOST_AVIF_PIXELS} pixels or fewer, as AVIF.')
     # A block of 64 pixels takes a bit at least; what is missing libjpeg makes up.
     if image.format == 'JPEG' and len(data) * 8 * 64 < image.width * image.height:
         raise InputError(f'{path} is damaged: it is far too short for {image.width} x {image.height} pixels.')
@@ -185,27 +235,19 @@ def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folde
     if not isinstance(icc_profile, bytes):  # a tag of a TIFF may be of any type
         icc_profile = None
     orientation, exif, lost = _read_exif(image)
-    metadata = extras.read_metadata(image, exif)
-    extra_samples = tags.get(EXTRA_SAMPLES, ()) if folded is None else folded.extra_samples
+    if image.format == 'BMP':
+        icc_profile, metadata = read_bmp(data)
+    else:
+        metadata = extras.read_metadata(image, exif)
+        if image.format == 'AVIF':
+            lost |= read_avif(data, has_profile=icc_profile is not None)
+    extra_samples = tags.get(EXTRA_SAMPLES, ())
     if SIGNED in tags.get(SAMPLE_FORMAT, ()):
         raise InputError(f'{path} must be gray or RGB of 8 or 16 bits, got {tiff.describe(data)}: convert it first.')
-    is_deep = 16 in tags.get(BITS_PER_SAMPLE, ())
-    if tags.get(PLANAR_CONFIGURATION) == 2 and (
-        is_deep or (extra_samples and (image.mode in GRAY_MODES or extra_samples[0] == ASSOCIATED))
-    ):
-        kind = '16 bits' if is_deep else '8 bits with alpha'
-        raise InputError(f'{path} must have interleaved colors, got each color apart, in {kind}.')
-    if is_deep:
-        turned_by_opencv = ORIENTATION in tags  # and not where XMP alone tells it
-        image.load()  # strict where OpenCV is not
-        pixels = _decode_16_bits(data, path)
-        if folded is not None:
-            orientation = folded.orientation
-            pixels = _turn(folded.unfold(pixels), orientation)
-        elif not turned_by_opencv:
-            pixels = _turn(pixels, orientation)
-        if tags.get(PHOTOMETRIC) == 0:  # white is zero
-            pixels = 65535 - pixels
+    if folded is not None:
+        extra_samples = folded.extra_samples
+        orientation = folded.orientation if ORIENTATION in tags else orientation  # where XMP alone tells it
+        pixels = _turn(folded.pixels(), orientation)
         if extra_samples[:1] == (ASSOCIATED,):
             pixels = _divided_by_alpha(pixels)
     elif image.mode in MODES_OF_8_BITS:
@@ -221,6 +263,71 @@ def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folde
     return Picture(np.ascontiguousarray(pixels), icc_profile, _turn_exif(exif, orientation), metadata, has_alpha)
 
 
+def _decode_jpeg2000(data: bytes, path: str | os.PathLike[str]) -> Picture:
+    described = read_jpeg2000(data)
+    with Image.open(io.BytesIO(data), formats=('JPEG2000',)) as image:
+        if described.exif:
+            image.info['exif'] = b'Exif\0\0' + described.exif
+        orientation, exif, lost = _read_exif(image)
+        if described.depth > 8:
+            pixels = _decode_deep_jpeg2000(data, path, described)
+        elif image.mode in MODES_OF_8_BITS:
+            pixels = _decode_8_bits(image)
+            if described.depth < 8 and not described.has_palette:  # which Pillow moves up
+                pixels = _over_whole_range(pixels >> (8 - described.depth), described.depth, np.uint8)
+        else:
+            raise InputError(f'{path} must be gray or RGB, got pixels of the kind {image.mode}: convert it first.')
+    if described.is_premultiplied and pixels.shape[2] in (2, 4):
+        pixels = _divided_by_alpha(pixels)
+    metadata = described.metadata
+    metadata = replace(
+        metadata, resolution=metadata.resolution or extras.exif_resolution(exif), lost=metadata.lost | lost
+    )
+    pixels, metadata = _turn(pixels, orientation), extras.upright(metadata, orientation)
+    exif = _turn_exif(exif, orientation)
+    return Picture(np.ascontiguousarray(pixels), described.icc_profile, exif, metadata, described.has_alpha)
+
+
+def _decode_deep_jpeg2000(data: bytes, path: str | os.PathLike[str], described: JPEG2000) -> np.ndarray:
+    """uint16 (H, W, C); Pillow has 8 bits for each of several channels, and OpenCV reads sYCC as other colors."""
+    kinds = {'a palette': described.has_palette, 'sYCC': described.is_ycc, 'gray and alpha': described.channels == 2}
+    kind = next((kind for kind, is_there in kinds.items() if is_there), None)
+    if kind is not None:
+        raise InputError(f'{path} must be gray or RGB of more than 8 bits, as JPEG 2000, got {kind}: convert it first.')
+    return _over_whole_range(_decode_16_bits(data, path), described.depth, np.uint16)
+
+
+def _over_whole_range(values: np.ndarray, depth: int, dtype: type[np.unsignedinteger]) -> np.ndarray:
+    """Values of so many bits, rounded to the whole range of a type."""
+    most, peak = (1 << depth) - 1, int(np.iinfo(dtype).max)
+    return values if most == peak else ((values.astype(np.uint32) * peak + most // 2) // most).astype(dtype)
+
+
+def _decode_tga(data: bytes) -> Picture:
+    described = tga.read_tga(data)
+    try:
+        pixels, has_palette = _decode_tga_pixels(described.data)
+    except OSError:
+        pixels, has_palette = _decode_tga_pixels(tga.without_run_lengths(described.data))
+    lost = described.lost
+    if pixels.shape[2] in (2, 4):
+        is_flat = (pixels[:, :, -1] == pixels[0, 0, -1]).all()
+        if described.alpha_kind in (tga.NO_ALPHA, tga.MEANINGLESS) or (has_palette and is_flat):
+            pixels = pixels[:, :, :-1]
+            lost |= frozenset() if is_flat else {'channels that are not alpha'}
+        elif described.alpha_kind == tga.PREMULTIPLIED:
+            pixels = _divided_by_alpha(pixels)
+    metadata = Metadata(lost=lost)
+    return Picture(np.ascontiguousarray(pixels), metadata=metadata, has_alpha=described.alpha_kind != tga.KEPT)
+
+
+def _decode_tga_pixels(data: bytes) -> tuple[np.ndarray, bool]:
+    """uint8 (H, W, C), and whether they had a palette."""
+    # Pillow looks for a footer at the end, and fails where there are fewer bytes than one has.
+    with Image.open(io.BytesIO(data + bytes(tga.FOOTER.size)), formats=('TGA',)) as image:
+        return _decode_8_bits(image), image.mode == 'P'
+
+
 def _refuse_several(image: Image.Image, path: str | os.PathLike[str]) -> None:
     frames = getattr(image, 'n_frames', 1)
     if frames > 1 and image.format != 'MPO':  # a JPEG with previews, or both eyes' views
@@ -231,17 +338,27 @@ def _decode_8_bits(image: Image.Image, is_turned: bool = False) -> np.ndarray:
     """uint8 (H, W, C), as it is stored, or turned by its EXIF orientation."""
     image.load()
     is_gray = image.mode in GRAY_MODES
-    has_alpha = image.mode in ALPHA_MODES or 'transparency' in image.info
-    image = ImageOps.exif_transpose(image) if is_turned else image  # Pillow turns a TIFF as it loads it
-    pixels = np.asarray(image.convert(('L' if is_gray else 'RGB') + ('A' if has_alpha else '')))
+    has_alpha = image.mode in ALPHA_MODES or 'transparency' in image.info or _palette_has_alpha(image)
+    mode = ('L' if is_gray else 'RGB') + ('A' if has_alpha else '')
+    if is_turned:
+        ImageOps.exif_transpose(image, in_place=True)  # Pillow turns a TIFF as it loads it
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
+def _palette_has_alpha(image: Image.Image) -> bool:
+    return image.mode == 'P' and image.palette is not None and image.palette.mode == 'RGBA'
+
+
 def _divided_by_alpha(pixels: np.ndarray) -> np.ndarray:
-    """Colors of uint16 (H, W, 2 or 4) as they are without alpha; black where it is 0."""
-    alpha = pixels[:, :, -1:].astype(np.uint64)
-    colors = (pixels[:, :, :-1] * np.uint64(65535) + alpha // 2) // np.maximum(alpha, 1)
-    colors = np.where(alpha > 0, np.minimum(colors, 65535), 0).astype(np.uint16)
+    """Colors of (H, W, 2 or 4) as they are without alpha; black where it is 0."""
+    alpha = pixels[:, :, -1:]
+    if pixels.dtype == np.float32:
+        colors = np.divide(pixels[:, :, :-1], alpha, out=np.zeros_like(pixels[:, :, :-1]), where=alpha > 0)
+    else:
+        alpha, peak = alpha.astype(np.uint64), np.uint64(np.iinfo(pixels.dtype).max)
+        colors = (pixels[:, :, :-1] * peak + alpha // 2) // np.maximum(alpha, 1)
+        colors = np.where(alpha > 0, np.minimum(colors, peak), 0).astype(pixels.dtype)
     return np.concatenate([colors, pixels[:, :, -1:]], 2)
 
 

@@ -32,6 +32,18 @@ SRGB_CHUNKS = {  # in which an image without any of them is shown as well
     (b'gAMA', struct.pack('>I', 45455)),
     (b'cHRM', struct.pack('>8I', 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)),
 }
+# Format -> what it holds besides pixels.
+HELD = {
+    'png': {'EXIF', 'profile', 'XMP', 'resolution', 'ratio'},
+    'jpeg': {'EXIF', 'profile', 'XMP', 'IPTC', 'comment', 'resolution', 'ratio'},
+    'webp': {'EXIF', 'profile', 'XMP', 'resolution', 'ratio'},
+    'tiff': {'EXIF', 'profile', 'XMP', 'IPTC', 'resolution', 'ratio'},
+    'bmp': {'profile', 'resolution'},
+    'tga': set[str](),
+    'jp2': {'EXIF', 'profile', 'XMP', 'IPTC', 'resolution'},
+    'j2k': set[str](),
+    'avif': {'EXIF', 'profile', 'XMP', 'resolution', 'ratio'},
+}
 XMP_KEYWORD, EXIF_KEYWORDS = b'XML:com.adobe.xmp', (b'Raw profile type exif', b'Raw profile type APP1')
 
 XMP_HEADER, LONG_XMP_HEADER = b'http://ns.adobe.com/xap/1.0/\0', b'http://ns.adobe.com/xmp/extension/\0'
@@ -95,7 +107,7 @@ def split_chunks(chunks: Sequence[tuple[bytes, bytes]]) -> PNGMetadata:
     Texts stay compressed; that bounds them, and no decoder's limit on them matters.
 
     Raises:
-        PNGError: Texts and profile would need more than ``MOST_INFLATED`` bytes.
+        UnreadableImage: Texts and profile would need more than ``MOST_INFLATED`` bytes.
     """
     depth, color_type = chunks[0][1][8:10]
     metadata, icc_profile, raw_exif, left = Metadata(), None, None, MOST_INFLATED
@@ -165,7 +177,7 @@ def resolution_of(x: Any, y: Any, unit: str | None) -> Resolution | None:
 
 
 def read_metadata(image: Image.Image, exif: Mapping[int, Any]) -> Metadata:
-    """That of an opened JPEG, WebP or TIFF, as it is stored: nothing is turned.
+    """That of an opened JPEG, WebP, AVIF or TIFF, as it is stored: nothing is turned.
 
     Args:
         image: As Pillow opened it, not loaded yet.
@@ -174,7 +186,7 @@ def read_metadata(image: Image.Image, exif: Mapping[int, Any]) -> Metadata:
     if isinstance(image, TiffImageFile):
         return Metadata(exif_resolution(exif), _bytes_of(image, XMP), _bytes_of(image, IPTC))
     segments = getattr(image, 'applist', [])
-    if not segments:  # WebP
+    if not segments:  # WebP and AVIF
         return Metadata(exif_resolution(exif), image.info.get('xmp'))
     x, y = image.info.get('jfif_density', (0, 0))
     xmp = next((block[len(XMP_HEADER) :] for _, block in segments if block.startswith(XMP_HEADER)), None)
@@ -242,13 +254,20 @@ def kinds_left_out(metadata: Metadata, file_format: str, has_profile: bool) -> s
             kinds.add('PNG text')
         kinds |= {f'PNG {name.decode("latin-1")}' for name in names & {b'bKGD', *HDR_CHUNKS}}
         kinds |= {f'PNG {name.decode("latin-1")}' for name in _color_names(metadata.chunks, has_profile)}
-    if file_format in ('png', 'webp') and metadata.iptc:
-        kinds.add('IPTC')
-    if file_format != 'jpeg' and metadata.comment:
-        kinds.add('JPEG comment')
+    held, resolution = HELD[file_format], metadata.resolution
+    for kind, value, name in (
+        ('XMP', metadata.xmp, 'XMP'),
+        ('IPTC', metadata.iptc, 'IPTC'),
+        ('comment', metadata.comment, 'JPEG comment'),
+        ('profile', has_profile, 'a color profile'),
+    ):
+        if value and kind not in held:
+            kinds.add(name)
+    if resolution and ('resolution' if resolution.unit else 'ratio') not in held:
+        kinds.add('resolution')
     if file_format == 'jpeg':
         kinds |= {name for name, segment in _segments(metadata) if len(segment) > LARGEST_SEGMENT}
-        if metadata.resolution and not _jfif_density(metadata.resolution):
+        if resolution and not _jfif_density(resolution):
             kinds.add('resolution')
     return kinds
 

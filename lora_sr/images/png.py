@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from lora_sr.errors import InputError
+from lora_sr.images.unreadable import UnreadableImage
 
 PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
 PNG_END = b'\x00\x00\x00\x00IEND\xaeB`\x82'
@@ -18,12 +19,8 @@ PNG_END = b'\x00\x00\x00\x00IEND\xaeB`\x82'
 MOST_INFLATED = 1 << 26
 
 
-class PNGError(ValueError):
-    """What is wrong with a PNG: the rest of a sentence that begins with its name."""
-
-
 def encode_png(image: np.ndarray) -> np.ndarray:
-    """A uint8 image of shape (height, width, 3), BGR, as PNG bytes at compression level 1.
+    """A uint8 or uint16 image of shape (height, width, 3), BGR, as PNG bytes at compression level 1.
 
     OpenCV's own setting is that level with the "sub" filter and run lengths. Asked for the level by name, as in
     BasicSR's scripts, it tries every filter on every row: twice the time, for files a tenth smaller.
@@ -35,23 +32,23 @@ def read_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
     """The chunks of a PNG, (name, content), up to IEND.
 
     Raises:
-        PNGError: A checksum is wrong, or the file is cut short.
+        UnreadableImage: A checksum is wrong, or the file is cut short.
     """
     chunks: list[tuple[bytes, bytes]] = []
     view, start = memoryview(data), len(PNG_SIGNATURE)
     while not chunks or chunks[-1][0] != b'IEND':
         if start + 12 > len(data):
-            raise PNGError('is damaged: it is cut short')
+            raise UnreadableImage('is damaged: it is cut short')
         length, name = struct.unpack_from('>I4s', data, start)
         end = start + 12 + length
         if end > len(data):
-            raise PNGError('is damaged: it is cut short')
+            raise UnreadableImage('is damaged: it is cut short')
         if zlib.crc32(view[start + 4 : end - 4]) != struct.unpack_from('>I', data, end - 4)[0]:
-            raise PNGError(f'is damaged: the checksum of its chunk {name!r} is wrong')
+            raise UnreadableImage(f'is damaged: the checksum of its chunk {name!r} is wrong')
         chunks.append((name, bytes(view[start + 8 : end - 4])))
         start = end
     if chunks[0][0] != b'IHDR' or len(chunks[0][1]) != 13:
-        raise PNGError('is damaged: it does not begin with its sizes')
+        raise UnreadableImage('is damaged: it does not begin with its sizes')
     return chunks
 
 
@@ -76,14 +73,14 @@ def inflate(content: bytes, most: int) -> bytes:
     """What zlib made small, of which no more than that many bytes are ever in memory.
 
     Raises:
-        PNGError: It is larger.
+        UnreadableImage: It is larger.
         zlib.error: It is damaged.
     """
     most = max(most, 0)  # an earlier text may have taken more than there was, and zlib knows no limit of 0
     inflater = zlib.decompressobj()
     inflated = inflater.decompress(content, most + 1)
     if len(inflated) > most:
-        raise PNGError(f'must have texts and a profile of {MOST_INFLATED >> 20} MiB or less in all, got more')
+        raise UnreadableImage(f'must have texts and a profile of {MOST_INFLATED >> 20} MiB or less in all, got more')
     if not inflater.eof:
         raise zlib.error('it is cut short')
     return inflated

@@ -1,124 +1,411 @@
-"""TIFF as bytes: what Pillow and OpenCV do not read of it."""
+"""TIFF as bytes: pixels that neither Pillow nor OpenCV reads, or not exactly, of any layout."""
 
 from __future__ import annotations
 
 import io
 import struct
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
 
 import numpy as np
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from lora_sr.images.tags import (
     BITS_PER_SAMPLE,
     COMPRESSION,
     EXTRA_SAMPLES,
+    FLOATING_POINT,
+    FLOATING_POINT_DIFFERENCES,
+    HORIZONTAL_DIFFERENCES,
+    IMAGE_LENGTH,
     IMAGE_WIDTH,
     LONG,
+    LONG8,
     ORIENTATION,
     PHOTOMETRIC,
     PLANAR_CONFIGURATION,
     PREDICTOR,
+    ROWS_PER_STRIP,
     SAMPLE_FORMAT,
     SAMPLES_PER_PIXEL,
     SHORT,
+    STRIP_BYTE_COUNTS,
+    STRIP_OFFSETS,
+    TILE_BYTE_COUNTS,
+    TILE_LENGTH,
+    TILE_OFFSETS,
     TILE_WIDTH,
 )
+from lora_sr.images.unreadable import UnreadableImage
 
 TIFF_SIGNATURES = (b'II*\0', b'MM\0*')
 BIG_SIGNATURES = (b'II+\0', b'MM\0+')
-BYTEWISE = ((1,), (5,), (8,), (32773,), (32946,))  # none, LZW, Deflate, PackBits, Deflate: they see no pixels
+# Compressions that see bytes and no pixels: besides these LZW, PackBits, LZMA and Zstandard.
+NONE, DEFLATES = 1, (8, 32946)
+BYTEWISE = (NONE, 5, *DEFLATES, 32773, 34925, 50000)
+WITHOUT_PREDICTOR = (NONE, 32773)  # whatever the tag says, to libtiff
 SAMPLE_FORMATS = {1: 'whole numbers', 2: 'whole numbers with signs', 3: 'floating point'}
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # of PHOTOMETRIC
+SEPARATE = 2  # of PLANAR_CONFIGURATION
+INPUT_BYTES = 1 << 20  # that are inflated at once
+MOST_PIECES = 1 << 15  # strips or tiles, each of which takes libtiff half a millisecond
+ROWS_AT_ONCE = 64  # whose samples are made of bytes
+MOST_SAMPLE_BYTES = 1 << 30  # of all values: RGB of 16 bits has as many at the most pixels that Pillow reads
+LARGEST_TILE = 1 << 14  # pixels a side, beyond the image itself
+TIFF_START = 8  # bytes of the header
+
+
+class _Entry(NamedTuple):
+    """One of a directory: a tag, the type and the number of its values, and they or where they are."""
+
+    tag: int
+    kind: int
+    length: int
+    content: bytes
+
+
+@dataclass
+class _Directory:
+    """The first directory of a TIFF.
+
+    Args:
+        order: '<' or '>'.
+        is_big: Whether it is a BigTIFF.
+        start: Where it is.
+        entries: By their tags.
+        following: What stands behind them: where the next one is.
+    """
+
+    order: str
+    is_big: bool
+    start: int
+    entries: dict[int, _Entry]
+    following: bytes
+
+    def values(self, data: bytes, tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """The whole numbers of a tag, if it has any.
+
+        Raises:
+            struct.error: They are beyond the end of the file.
+        """
+        entry = self.entries.get(tag)
+        code = {SHORT: 'H', LONG: 'I', LONG8: 'Q'}.get(entry.kind) if entry is not None else None
+        if entry is None or code is None:
+            return default
+        numbers = struct.Struct(f'{self.order}{entry.length}{code}')
+        if numbers.size <= len(entry.content):
+            return numbers.unpack_from(entry.content)
+        (offset,) = struct.unpack(f'{self.order}{"Q" if self.is_big else "I"}', entry.content)
+        return numbers.unpack_from(data, offset)
+
+    def set(self, tag: int, value: int) -> None:
+        """Give a tag one whole number."""
+        code, kind = ('Q', LONG8) if self.is_big else ('I', LONG)
+        self.entries[tag] = _Entry(tag, kind, 1, struct.pack(f'{self.order}{code}', value))
+
+    def put_into(self, data: bytes) -> bytes:
+        """A file with this directory in the place of its own, which had as many entries or more."""
+        count, entry = ('Q', 'HHQ8s') if self.is_big else ('H', 'HHI4s')
+        written = struct.pack(f'{self.order}{count}', len(self.entries))
+        written += b''.join(struct.pack(f'{self.order}{entry}', *self.entries[tag]) for tag in sorted(self.entries))
+        written += self.following
+        changed = bytearray(data)
+        changed[self.start : self.start + len(written)] = written
+        return bytes(changed)
+
+
+def _read_directory(data: bytes) -> _Directory | None:
+    """The first directory; ``None`` for what is no TIFF, or cut short."""
+    is_big = data[:4] in BIG_SIGNATURES
+    if not is_big and data[:4] not in TIFF_SIGNATURES:
+        return None
+    order = '<' if data[:2] == b'II' else '>'
+    offset, count_code, entry_code = ('Q', 'Q', 'HHQ8s') if is_big else ('I', 'H', 'HHI4s')
+    entry = struct.Struct(order + entry_code)
+    try:
+        (start,) = struct.unpack_from(order + offset, data, 8 if is_big else 4)
+        (count,) = struct.unpack_from(order + count_code, data, start)
+        first = start + struct.calcsize(f'={count_code}')
+        if first + count * entry.size > len(data):
+            return None
+        entries = [_Entry(*entry.unpack_from(data, first + index * entry.size)) for index in range(count)]
+    except struct.error:
+        return None
+    end = first + count * entry.size
+    following = data[end : end + struct.calcsize(f'={offset}')]
+    return _Directory(order, is_big, start, {entry.tag: entry for entry in entries}, following)
 
 
 @dataclass(frozen=True)
-class GrayAlpha:
-    """A TIFF of gray and alpha of 16 bits, as one of gray that is twice as wide: the two take turns.
+class Folded:
+    """A TIFF as one of gray of 8 bits, whose pixels are the bytes of samples.
 
     Args:
-        data: That file, without predictor and orientation.
-        extra_samples: What the second channel is, as the tag has it.
+        data: A file that Pillow opens, for all but its pixels.
+        source: The file itself.
+        layout: How its samples are stored.
+        dtype: Of the samples, in the file's order of bytes.
+        shape: Height, width and channels: the colors, and what comes first of the others.
+        extra_samples: What the channels besides the colors are, as the tag has it.
         orientation: As EXIF has it.
         white_is_zero: Whether gray has to be inverted.
-        block: Width of the columns within which pixels are differences from their left neighbors; 0 where they are not.
     """
 
     data: bytes
+    source: bytes
+    layout: _Layout
+    dtype: np.dtype
+    shape: tuple[int, int, int]
     extra_samples: tuple[int, ...]
     orientation: int
     white_is_zero: bool
-    block: int
 
-    def unfold(self, wide: np.ndarray) -> np.ndarray:
-        """uint16 (H, 2 * W, 1) as Pillow and OpenCV read it -> (H, W, 2)."""
-        pixels = wide.reshape(len(wide), -1, 2)
-        for start in range(0, pixels.shape[1], self.block) if self.block else ():
-            columns = pixels[:, start : start + self.block]
-            np.add.accumulate(columns, 1, np.uint16, columns)
+    def pixels(self) -> np.ndarray:
+        """uint8, uint16 or float32 (H, W, C), not turned.
+
+        Raises:
+            UnreadableImage: It is cut short, or values are not finite.
+            OSError: It is damaged.
+        """
+        height, width, channels = self.shape
+        is_real = self.dtype.kind == 'f'
+        pixels = np.empty(self.shape, np.float32 if is_real else self.dtype.newbyteorder('='))
+        layout = self.layout
+        for plane in range(min(layout.planes, channels)):
+            channel = slice(plane, plane + 1) if layout.planes > 1 else slice(None)
+            for start, blocks in layout.blocks(self.source, plane, height):
+                with np.errstate(over='ignore', invalid='ignore'):  # beyond float32: infinite, which is told
+                    samples = layout.samples(blocks, self.dtype)[:, :width, :channels]
+                    pixels[start : start + len(samples), :, channel] = samples
+        if is_real:
+            bad = next((row for row in range(height) if not np.isfinite(pixels[row]).all()), None)
+            if bad is not None:
+                raise UnreadableImage(f'must have finite values, got NaN or infinity in row {bad}, counted from 0')
         if self.white_is_zero:
-            pixels[:, :, 0] = 65535 - pixels[:, :, 0]
+            pixels[:, :, 0] = (1 if is_real else np.iinfo(pixels.dtype).max) - pixels[:, :, 0]
         return pixels
 
 
-def fold_gray_alpha(data: bytes) -> GrayAlpha | None:
-    """Make a TIFF readable whose pixels are gray and alpha of 16 bits, side by side; ``None`` for all others."""
-    if data[:4] not in TIFF_SIGNATURES:
-        return None
-    order = '<' if data[:2] == b'II' else '>'
-    try:
-        (start,) = struct.unpack_from(f'{order}I', data, 4)
-        (count,) = struct.unpack_from(f'{order}H', data, start)
-        entries = [list(struct.unpack_from(f'{order}HHI4s', data, start + 2 + 12 * i)) for i in range(count)]
-        following = data[start + 2 + 12 * count :][:4]
-    except struct.error:
-        return None
-    values = {tag: _values(order, *rest) for tag, *rest in entries}
-    if (
-        values.get(SAMPLES_PER_PIXEL) != (2,)
-        or values.get(BITS_PER_SAMPLE) != (16, 16)
-        or values.get(PHOTOMETRIC) not in ((0,), (1,))
-        or values.get(PLANAR_CONFIGURATION, (1,)) != (1,)
-        or set(values.get(SAMPLE_FORMAT, (1,))) != {1}
-        or values.get(COMPRESSION, (1,)) not in BYTEWISE
-        or values.get(PREDICTOR, (1,)) not in ((1,), (2,))
-        or len(values.get(IMAGE_WIDTH, ())) != 1
-        or len(following) < 4
-    ):
-        return None
-    changed = {
+@dataclass(frozen=True)
+class _Layout:
+    """How the samples of a TIFF are stored: in pieces, which are strips or tiles.
+
+    Args:
+        planes: 1, or the number of channels, where each is apart.
+        channels: Of a plane.
+        compression: As the tag has it.
+        predictor: 1 to 3, as the tag has it.
+        across: Pieces in a row of them.
+        rows: Of a piece; the last strip may have fewer.
+        columns: Pixels of a piece across.
+        pixel_bytes: Of a plane.
+        offsets: Where the pieces are.
+        lengths: How many bytes they have.
+        is_tiled: Whether they are tiles, which are whole also at the ends.
+    """
+
+    planes: int
+    channels: int
+    compression: int
+    predictor: int
+    across: int
+    rows: int
+    columns: int
+    pixel_bytes: int
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+    is_tiled: bool
+
+    def blocks(self, data: bytes, plane: int, height: int) -> Iterator[tuple[int, np.ndarray]]:
+        """A plane from top to bottom, some rows at a time: the first row, and bytes (rows, pieces across, bytes)."""
+        for row in range(0, height, self.rows):
+            first = (plane * -(-height // self.rows) + row // self.rows) * self.across
+            numbers = range(first, first + self.across)
+            parts = (data[self.offsets[number] : self.offsets[number] + self.lengths[number]] for number in numbers)
+            rows = min(self.rows, height - row)
+            for chunks in zip(*(self._decompressed(part, rows) for part in parts)):
+                yield row, np.stack(chunks, 1)
+                row += len(chunks[0])
+
+    def _decompressed(self, part: bytes, height: int) -> Iterator[np.ndarray]:
+        """The upper rows of a piece as bytes (rows, bytes), some at a time: whole ones may be large."""
+        width = self.columns * self.pixel_bytes
+        chunks = [min(ROWS_AT_ONCE, height - row) for row in range(0, height, ROWS_AT_ONCE)]
+        if self.compression in DEFLATES:
+            contents = _inflated(part, [rows * width for rows in chunks])
+        elif self.compression == NONE:
+            step = ROWS_AT_ONCE * width
+            contents = (part[start : start + step] for start in range(0, height * width, step))
+        else:
+            image = _by_libtiff(part, self.compression, height, width)
+            for start, rows in zip(count(0, ROWS_AT_ONCE), chunks):
+                yield np.asarray(image.crop((0, start, width, start + rows)))
+            return
+        for rows, content in zip(chunks, contents):
+            if len(content) < rows * width:
+                raise UnreadableImage('is damaged: it is cut short')
+            yield np.frombuffer(content, np.uint8, rows * width).reshape(rows, width)
+
+    def samples(self, blocks: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Bytes (rows, pieces across, bytes) -> samples (rows, columns, channels)."""
+        size = dtype.itemsize
+        if self.predictor == FLOATING_POINT_DIFFERENCES:
+            # Of each row first the highest bytes of all samples, as differences, then the next ones.
+            differences = blocks.reshape(*blocks.shape[:2], -1, self.channels)
+            planes = np.add.accumulate(differences, 2, np.uint8).reshape(*blocks.shape[:2], size, -1)
+            samples = np.ascontiguousarray(planes.swapaxes(2, 3)).view(dtype.newbyteorder('>'))
+        elif self.predictor == HORIZONTAL_DIFFERENCES:
+            whole = np.dtype(f'u{size}')
+            stored = np.ascontiguousarray(blocks).view(whole.newbyteorder(dtype.byteorder))
+            differences = stored.reshape(*blocks.shape[:2], -1, self.channels)
+            samples = np.add.accumulate(differences, 2, whole).view(dtype.newbyteorder('='))
+        else:
+            samples = np.ascontiguousarray(blocks).view(dtype)
+        return samples.reshape(len(blocks), -1, self.channels)
+
+
+def _inflated(part: bytes, sizes: list[int]) -> Iterator[bytes]:
+    """What was deflated, in parts of such sizes; fewer bytes where there are no more."""
+    inflater, place, left = zlib.decompressobj(), 0, b''
+    for number, size in enumerate(sizes):
+        content = bytearray()
+        while len(content) < size and (left or place < len(part)) and not inflater.eof:
+            if not left:
+                left, place = part[place : place + INPUT_BYTES], place + INPUT_BYTES
+            content += inflater.decompress(left, size - len(content))
+            left = inflater.unconsumed_tail
+        if number == len(sizes) - 1:  # where nothing but the checksum is left, it is read
+            inflater.decompress(left + part[place : place + INPUT_BYTES], 1)
+        yield bytes(content)
+
+
+def _by_libtiff(part: bytes, compression: int, height: int, width: int) -> Image.Image:
+    """Bytes as the gray of an image, by way of libtiff."""
+    fields = {
+        IMAGE_WIDTH: width,
+        IMAGE_LENGTH: height,
+        BITS_PER_SAMPLE: 8,
+        COMPRESSION: compression,
+        PHOTOMETRIC: BLACK_IS_ZERO,
+        STRIP_OFFSETS: TIFF_START,
         SAMPLES_PER_PIXEL: 1,
-        BITS_PER_SAMPLE: 16,
-        SAMPLE_FORMAT: 1,
-        PREDICTOR: 1,
-        ORIENTATION: 1,
-        PHOTOMETRIC: 1,
+        ROWS_PER_STRIP: height,
+        STRIP_BYTE_COUNTS: len(part),
     }
-    changed.update({tag: 2 * values[tag][0] for tag in (IMAGE_WIDTH, TILE_WIDTH) if values.get(tag)})
-    directory = b''
-    for tag, kind, length, value in entries:
-        if tag in changed:
-            directory += struct.pack(f'{order}HHII', tag, LONG, 1, changed[tag])
-        elif tag != EXTRA_SAMPLES:
-            directory += struct.pack(f'{order}HHI4s', tag, kind, length, value)
-    size = len(directory) // 12
-    folded = bytearray(data)
-    folded[start : start + 6 + 12 * size] = struct.pack(f'{order}H', size) + directory + following
-    is_predicted = values.get(PREDICTOR) == (2,)
-    return GrayAlpha(
-        bytes(folded),
-        values.get(EXTRA_SAMPLES, ()),
-        (values.get(ORIENTATION) or (1,))[0],
-        values[PHOTOMETRIC] == (0,),
-        (values.get(TILE_WIDTH) or values[IMAGE_WIDTH])[0] if is_predicted else 0,
+    directory = struct.pack('<H', len(fields))
+    directory += b''.join(struct.pack('<HHII', tag, LONG, 1, value) for tag, value in fields.items()) + bytes(4)
+    file = struct.pack('<2sHI', b'II', 42, TIFF_START + len(part)) + part + directory
+    image = TiffImageFile(io.BytesIO(file))
+    try:
+        image.load()
+    except Image.DecompressionBombError:
+        size = height * width >> 20
+        raise UnreadableImage(f'must be stored in smaller strips or tiles, got some of {size} MiB') from None
+    return image
+
+
+def fold(data: bytes) -> Folded | None:
+    """Make a TIFF readable that has more than 8 bits, or planes of more than the colors; ``None`` for all others.
+
+    Raises:
+        UnreadableImage: Its pixels are of a kind that is not read, too many, or not all there.
+        Image.DecompressionBombError: It has more pixels than Pillow reads.
+    """
+    if data.startswith(BIG_SIGNATURES[1]):  # which Pillow takes for damaged
+        raise UnreadableImage('must be a TIFF or a BigTIFF of little-endian numbers, got a BigTIFF of big-endian ones')
+    directory = _read_directory(data)
+    if directory is None:
+        return None
+    try:
+        return _fold(data, directory)
+    except struct.error:
+        raise UnreadableImage('is damaged: it is cut short') from None
+
+
+def _fold(data: bytes, directory: _Directory) -> Folded | None:
+    def value(tag: int, default: int) -> int:
+        return next(iter(directory.values(data, tag)), default)
+
+    bits = directory.values(data, BITS_PER_SAMPLE, (1,))
+    stored = value(SAMPLES_PER_PIXEL, 1)
+    extra_samples = directory.values(data, EXTRA_SAMPLES)
+    planes = stored if value(PLANAR_CONFIGURATION, 1) == SEPARATE else 1
+    if max(bits) <= 8 and (planes == 1 or not extra_samples):
+        return None
+    formats = set(directory.values(data, SAMPLE_FORMAT, (1,)))
+    is_real = formats == {FLOATING_POINT}
+    photometric = value(PHOTOMETRIC, -1)
+    colors = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3}.get(photometric, 0)
+    if (
+        len(set(bits)) != 1
+        or bits[0] not in ((16, 32, 64) if is_real else (8, 16))
+        or not (is_real or formats == {1})
+        or not 0 < colors <= stored
+    ):
+        kind = describe(data)
+        if kind is None:
+            raise UnreadableImage('is damaged: its directory makes no sense')
+        raise UnreadableImage(f'must be gray or RGB of 8 or 16 bits or floating point, got {kind}: convert it first')
+    compression = value(COMPRESSION, NONE)
+    predictor = 1 if compression in WITHOUT_PREDICTOR else value(PREDICTOR, 1)
+    if compression not in BYTEWISE or not 1 <= predictor <= (3 if is_real else 2):
+        raise UnreadableImage(
+            'must be compressed by LZW, Deflate, PackBits, LZMA, Zstandard or not at all, got compression '
+            f'{compression} and predictor {predictor}'
+        )
+    width, height = value(IMAGE_WIDTH, 0), value(IMAGE_LENGTH, 0)
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > 2 * Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
+    dtype = np.dtype(f'{directory.order}{"f" if is_real else "u"}{bits[0] // 8}')
+    if width * height * stored * dtype.itemsize > MOST_SAMPLE_BYTES:
+        raise UnreadableImage(f'must have {MOST_SAMPLE_BYTES >> 30} GiB of values or less')
+    is_tiled = TILE_WIDTH in directory.entries
+    columns, rows = value(TILE_WIDTH, width), value(TILE_LENGTH if is_tiled else ROWS_PER_STRIP, height)
+    rows = rows if is_tiled else min(rows, height)
+    offsets = directory.values(data, TILE_OFFSETS if is_tiled else STRIP_OFFSETS)
+    lengths = directory.values(data, TILE_BYTE_COUNTS if is_tiled else STRIP_BYTE_COUNTS)
+    if not (width and height and columns and rows) or columns * rows > max(width, LARGEST_TILE) * max(
+        height, LARGEST_TILE
+    ):
+        raise UnreadableImage('is damaged: its sizes are impossible')
+    across, down = -(-width // columns), -(-height // rows)
+    if len(offsets) != across * down * planes or len(lengths) != len(offsets):
+        raise UnreadableImage('is damaged: it does not say where all of its pixels are')
+    if len(offsets) > MOST_PIECES:
+        raise UnreadableImage(f'must be stored in {MOST_PIECES} strips or tiles or fewer, got {len(offsets)}')
+    if any(offset + length > len(data) for offset, length in zip(offsets, lengths)):
+        raise UnreadableImage('is damaged: it is cut short')
+    pixel_bytes = stored // planes * dtype.itemsize
+    layout = _Layout(
+        planes, stored // planes, compression, predictor, across, rows, columns, pixel_bytes, offsets, lengths, is_tiled
     )
-
-
-def _values(order: str, kind: int, count: int, content: bytes) -> tuple[int, ...]:
-    """Whole numbers that stand in the entry of a directory itself; none of others."""
-    code = {SHORT: 'H', LONG: 'I'}.get(kind)
-    if code is None or not 0 < count * struct.calcsize(f'={code}') <= 4:
-        return ()
-    return struct.unpack_from(f'{order}{count}{code}', content)
+    orientation = value(ORIENTATION, 1)
+    for tag, one in (
+        (SAMPLES_PER_PIXEL, 1),
+        (BITS_PER_SAMPLE, 8),
+        (SAMPLE_FORMAT, 1),
+        (PHOTOMETRIC, BLACK_IS_ZERO),
+        (PLANAR_CONFIGURATION, 1),
+        (PREDICTOR, 1),
+        (ORIENTATION, 1),
+    ):
+        if tag in directory.entries:
+            directory.set(tag, one)
+    directory.entries.pop(EXTRA_SAMPLES, None)
+    return Folded(
+        directory.put_into(data),
+        data,
+        layout,
+        dtype,
+        (height, width, min(stored, colors + 1)),
+        extra_samples,
+        orientation,
+        photometric == WHITE_IS_ZERO,
+    )
 
 
 def describe(data: bytes) -> str | None:
@@ -133,8 +420,9 @@ def describe(data: bytes) -> str | None:
         bits = directory[BITS_PER_SAMPLE]
         samples = directory.get(SAMPLES_PER_PIXEL, 1)
         sample_format = directory.get(SAMPLE_FORMAT, (1,))[0]
+        numbers = f'{samples:d} channel{"s" if samples > 1 else ""} of {max(bits):d} bits'
     except Exception:  # Pillow raises what it likes for damaged directories
         return None
     kind = SAMPLE_FORMATS.get(sample_format, 'of a special format')
-    apart = ', each apart' if directory.get(PLANAR_CONFIGURATION) == 2 else ''
-    return f'{samples} channel{"s" if samples > 1 else ""} of {max(bits)} bits, {kind}{apart}'
+    apart = ', each apart' if directory.get(PLANAR_CONFIGURATION) == SEPARATE else ''
+    return f'{numbers}, {kind}{apart}'

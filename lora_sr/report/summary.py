@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -13,14 +14,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_sr.adapters import Adapter, adapted_modules, count_parameters, extract_adapter, is_lora_key
-from lora_sr.archs import DSCLoRA, NetworkInfo, is_training_form, network_info
+from lora_sr.adapters import (
+    Adapter,
+    ForeignAdapter,
+    adapted_modules,
+    count_parameters,
+    extract_adapter,
+    is_lora_key,
+)
+from lora_sr.adapters.foreign_files import weights_file
+from lora_sr.archs import LKDN, SPAN, DSCLoRA, NetworkInfo, is_training_form, network_info
+from lora_sr.archs.registry import is_ours
 from lora_sr.archs.reparam import Foldable
 from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkLike, NetworkSource, OpenedNetwork, open_network
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
 from lora_sr.checkpoints.community import architecture_name
-from lora_sr.checkpoints.content import Content, read_checkpoint
-from lora_sr.checkpoints.families import FAMILIES, OURS, family_name, is_for_chainner
+from lora_sr.checkpoints.content import PARAM_KEYS, Content, read_checkpoint
+from lora_sr.checkpoints.families import FAMILIES, family_name, is_for_chainner
 from lora_sr.checkpoints.nearest import nearest_family
 from lora_sr.checkpoints.networks import OPTION_SUFFIXES, UnknownNetwork, network_of_options
 from lora_sr.checkpoints.origin import KEY
@@ -107,7 +117,7 @@ def summarize_checkpoint(source: str | os.PathLike[str] | Checkpoint | NetworkSo
     named = source.checkpoint
     if named is None or isinstance(named, nn.Module):
         raise InputError('No file is named: give a checkpoint, or an option file.')
-    path = named.path if isinstance(named, Checkpoint) else Path(named)
+    path = named.path if isinstance(named, Checkpoint) else weights_file(named)
     content = named.content if isinstance(named, Checkpoint) else read_checkpoint(path)
     rows = {'file': f'{printable(str(path))}, {path.stat().st_size:,} bytes'}
     if isinstance(content.get('optimizers'), list) or {'state', 'param_groups'} <= content.keys():
@@ -147,8 +157,9 @@ def _holding(checkpoint: Checkpoint) -> dict[str, str]:
     content, param_key = checkpoint.content, checkpoint.param_key
     there = state_dicts(content)
     tops = {name.partition('.')[0] for name in there}
-    optimizers = [key for key in content if 'optim' in key.lower() and content[key]]
-    others = _some([shown(key) for key in content if key not in (*tops, *optimizers, KEY)])
+    optimizers = [key for key in content if 'optim' in key.lower() and isinstance(content[key], (Mapping, list, tuple))]
+    empty = [key for key in (*AVERAGES, *PARAM_KEYS) if key in content and content[key] in (None, {})]
+    others = _some([shown(key) for key in content if key not in (*tops, *optimizers, *empty, KEY)])
     if param_key is None:
         rows = {'state dicts': f'the file itself ({len(checkpoint.state)} tensors)'}
     else:
@@ -157,6 +168,8 @@ def _holding(checkpoint: Checkpoint) -> dict[str, str]:
             for name, count in there.items()
         ]
         rows = {'state dicts': _some(found) + (f'; beside {others}' if others else '')}
+        if empty:
+            rows['state dicts'] += f'; {" and ".join(empty)} {"is" if len(empty) == 1 else "are"} empty'
     if checkpoint.prefix:
         rows['names'] = f'with {shown(checkpoint.prefix)}, which is left out'
     if checkpoint.layout:
@@ -213,8 +226,9 @@ def _summarize_network(
             commands.append(_command('lora-sr upscale', 'INPUT', '-m', path, '-o', 'OUTPUT', *more))
         if channels == (3, 3) and info is not None and info.value_range == 1:
             commands.append(_command('lora-sr compare', f'{path.stem.replace("=", "_")}={path}', *more))
-    is_own = opened.section is not None and takes_any_size and channels == (3, 3)
-    if type(network).__name__ in OURS or is_own:
+    is_written_out = isinstance(network, (SPAN, LKDN))
+    is_own = not is_ours(network) and opened.section is not None and takes_any_size and channels == (3, 3)
+    if is_written_out or is_own:
         target = ('--team', 'N', '--name', 'NAME', '-o', 'FOLDER')
         commands.append(_command('lora-sr submission', '-m', path, *more, *target, param_key=param_key))
     exports = {'onnx': f'{path.stem}.onnx'} if takes_any_size else {}
@@ -270,14 +284,14 @@ def _summarize_unknown(
 
 def _summarize_adapter(checkpoint: Checkpoint, rows: dict[str, str]) -> CheckpointSummary:
     path = checkpoint.path
-    values = sum(value.numel() for key, value in checkpoint.state.items() if not key.endswith('lora_alpha'))
+    values = sum(value.numel() for key, value in checkpoint.state.items() if not key.endswith(('lora_alpha', '.alpha')))
     try:
         adapter = AdapterFile.of(checkpoint).adapter
     except InputError as error:
         form = f'LoRA without a network, and no adapter file: {error}'
         return CheckpointSummary({**rows, 'form': form, 'parameters': f'{values:,}'}, [])
     described = {
-        'form': 'adapter only: it goes onto its base',
+        'form': 'adapter only: it goes onto its base' if isinstance(adapter, Adapter) else _foreign_form(adapter),
         'LoRA': _lora(adapter),
         'layers': ', '.join([*map(shown, adapter.layers[:3]), *(['…'] if len(adapter.layers) > 3 else [])]),
         'parameters': f'{values:,}',
@@ -287,6 +301,12 @@ def _summarize_adapter(checkpoint: Checkpoint, rows: dict[str, str]) -> Checkpoi
         _command('lora-sr adapter info', path),
     ]
     return CheckpointSummary({**rows, **described}, commands)
+
+
+def _foreign_form(adapter: ForeignAdapter) -> str:
+    return f'adapter in the layout of {adapter.kind}: ' + (
+        f'it goes onto no base, since {adapter.obstacle}' if adapter.obstacle else 'it goes onto its base'
+    )
 
 
 def _summarize_training_state(path: Path, content: dict, rows: dict[str, str]) -> CheckpointSummary:
@@ -375,13 +395,15 @@ def _blocks(network: nn.Module) -> str:
     return ''
 
 
-def _lora(adapter: Adapter) -> str:
+def _lora(adapter: Adapter | ForeignAdapter) -> str:
     """Layers, ranks, alphas and deltas in words."""
     layers = adapter.layers
     ranks = _spread('rank', (adapter.rank_of(layer) for layer in layers))
-    alphas = _spread('alpha', (adapter.alpha_of(layer) for layer in layers))
-    deltas = f'; deltas of {len(adapter.deltas)} parameters' if adapter.deltas else ''
-    return f'{len(layers)} layers' + (f', {ranks}, {alphas}' if layers else '') + deltas
+    alphas = [adapter.alpha_of(layer) for layer in layers]
+    alpha = 'alpha unknown' if any(map(math.isnan, alphas)) else _spread('alpha', alphas)
+    what = 'deltas of' if isinstance(adapter, Adapter) else 'whole values of'
+    deltas = f'; {what} {len(adapter.deltas)} parameters' if adapter.deltas else ''
+    return f'{len(layers)} layers' + (f', {ranks}, {alpha}' if layers else '') + deltas
 
 
 def _spread(what: str, values: Iterable[float]) -> str:

@@ -46,6 +46,7 @@ def optimize(network: nn.Module, dtype: torch.dtype = torch.float32) -> Deployed
     - On a CUDA GPU, the network is compiled by ``torch.compile`` at its first pass, for all heights and widths
       at once, in the channels-last format. The second pass of a size is recorded as a CUDA graph, and replayed from
       then on; the last 8 sizes are kept. What cannot be compiled or recorded runs without. Threads take turns.
+    - On MPS, the GPU of a Mac, torch runs it as it is.
     - Under ``torch.jit.trace``, ``torch.onnx.export``, ``torch.export``, ``torch.compile``, ``torch.fx`` and what else
       watches the operations of torch, the network runs by torch, for it is what they are to see.
 
@@ -110,7 +111,8 @@ class DeployedNetwork(nn.Module):
                 _round_kernels(self.network)
             if self.dtype != torch.float32:
                 _cast_masks(self.network)
-            _lay_out(self.network.to(self.dtype), torch.contiguous_format if self._in_rows else torch.channels_last)
+            rows = self._in_rows or device.type == 'mps'
+            _lay_out(self.network.to(self.dtype), torch.contiguous_format if rows else torch.channels_last)
         if device.type == 'cuda':
             self._graphs = _GraphPerSize(self.network, self.dtype)
         self._places = [
@@ -176,7 +178,7 @@ class DeployedNetwork(nn.Module):
 
 def _run(network: Run, image: Tensor, dtype: torch.dtype) -> Tensor:
     try:
-        return network(image.to(dtype=dtype, memory_format=torch.channels_last)).float()
+        return network(image.to(dtype=dtype, memory_format=_memory_format(image.device))).float()
     except RuntimeError as error:
         if dtype == torch.float32 or not re.search('dtype|scalar type|should be the same', str(error)):
             raise
@@ -227,6 +229,11 @@ def _round_kernels(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.copy_(round_keeping_sums(module.weight.flatten(2)).view_as(module.weight))
+
+
+def _memory_format(device: torch.device) -> torch.memory_format:
+    """The one that is fast; MPS computes wrong values of slices of channels-last tensors (pytorch issue 180984)."""
+    return torch.contiguous_format if device.type == 'mps' else torch.channels_last
 
 
 def _lay_out(network: nn.Module, memory_format: torch.memory_format) -> None:

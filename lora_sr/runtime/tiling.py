@@ -12,8 +12,9 @@ from torch import Tensor, nn
 FEATURES_AT_ONCE = 4
 MEMORY_SHARE = 0.5  # of what is free
 # Bytes by kind of device, and tiles in overlaps, beyond which larger tiles are hardly faster.
-ENOUGH_MEMORY = {'cpu': 1 << 29, 'cuda': 1 << 33}
+ENOUGH_MEMORY = {'cpu': 1 << 29, 'cuda': 1 << 33, 'mps': 1 << 31}
 ENOUGH_OVERLAPS = 16
+LARGEST_TENSOR_OF_MPS = 1 << 32  # bytes; the process is ended by a larger one
 UNKNOWN_MEMORY = 4 << 30  # bytes taken to be free where the system does not tell
 CGROUP = Path('/sys/fs/cgroup')  # what limits a container (Linux, version 2)
 
@@ -87,6 +88,11 @@ def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; on the CPU, within the limit of the container as well."""
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
+    if device.type == 'mps':
+        if not hasattr(torch.mps, 'recommended_max_memory'):  # before torch 2.5
+            return UNKNOWN_MEMORY
+        free_on_gpu = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return max(0, min(free_on_gpu, FEATURES_AT_ONCE * LARGEST_TENSOR_OF_MPS))
     free = []
     try:
         lines = Path('/proc/meminfo').read_text().splitlines()

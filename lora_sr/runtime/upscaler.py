@@ -1,4 +1,4 @@
-"""A network ready for images as arrays: of any size, gray, color and alpha, 8 and 16 bits."""
+"""A network ready for images as arrays: of any size, gray, color and alpha, 8 and 16 bits and floating point."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lora_sr.archs.info import NetworkInfo, network_info, refusal
 from lora_sr.archs.receptive_field import receptive_radius
+from lora_sr.archs.reparam import deploy_form
 from lora_sr.errors import InputError
 from lora_sr.runtime.deployed import optimize
 from lora_sr.runtime.tiling import (
@@ -32,26 +33,27 @@ from lora_sr.runtime.tiling import (
 BICUBIC_REACH = 2  # pixels on each side that an interpolated one depends on
 LUMA = (0.299, 0.587, 0.114)  # of R, G and B in gray (BT.601)
 BLIND_OVERLAP = 32  # LR pixels, for networks that look at the whole image
+ALPHAS = ('bicubic', 'network')  # what enlarges alpha
 
 
 class Upscaler:
     """A network ready to run on images of any size, whole where memory allows and in tiles where not.
 
-    It runs on the GPU where there is one.
+    It runs on a CUDA GPU where there is one, else on that of a Mac (MPS), else on the CPU.
 
     Args:
         network: Any network for RGB or for gray images, (N, C, H, W) -> (N, C, scale * H, scale * W), e.g. from
             :func:`lora_sr.load_network`; LoRA in it is merged, and branches are folded. It takes and gives values in
             [0, 1]; those of a network for 0 to 255 are converted. It is not changed.
         tile: Side of the tiles in LR pixels, overlap included. By default the image is run whole if that needs no more
-            than 512 MiB (of a GPU 8 GiB) by a cautious estimate, and no more than half of what is free; else in the
-            largest tiles that need no more. A network that looks far around gets larger ones, and one that looks at
-            the whole image all of that half.
+            than 512 MiB (of a CUDA GPU 8 GiB, of MPS 2 GiB) by a cautious estimate, and no more than half of what is
+            free; else in the largest tiles that need no more. A network that looks far around gets larger ones, and one
+            that looks at the whole image all of that half.
         dtype: What the network computes in. Its results are float32 in any case.
 
     Raises:
-        InputError: The network takes other images, or images of one size; what it gives is not finite; or the tile is
-            too small for it.
+        InputError: The network takes other images, or images of one size; what it gives is not finite; the tile is too
+            small for it; or it does not run in that dtype.
     """
 
     def __init__(self, network: nn.Module, tile: int | None = None, dtype: torch.dtype = torch.float32):
@@ -69,8 +71,11 @@ class Upscaler:
                 f'{self.name} makes {info.out_channels} channels of {self.channels}, where equally many are right.'
             )
         network = _UnitRange(network, info) if info.value_range != 1 else network
-        self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-        self.network = deepcopy(network).eval().requires_grad_(False).to(self.device)
+        self.device = best_device()
+        network = deepcopy(network).eval().requires_grad_(False)
+        if self.device.type == 'mps':  # which has no float64, in which branches are folded
+            network = deploy_form(network)
+        self.network = network.to(self.device)
         side = info.side(32)
         # Not of zeros, which weights that are too large leave zeros.
         image = torch.rand(1, self.channels, side, side, generator=torch.Generator().manual_seed(0)).to(self.device)
@@ -87,41 +92,58 @@ class Upscaler:
         if tile is not None:
             self._check_tile(tile)
         self.dtype = dtype
-        self.runtime = optimize(self.network, dtype)
+        try:
+            self.runtime = optimize(self.network, dtype)
+        except TypeError as error:
+            if self.device.type != 'mps':
+                raise
+            raise InputError(f'--dtype must be one that this Mac computes in, got {dtype}: {error}.') from None
 
     @property
     def overlap(self) -> int:
         """LR pixels on each inner side of a tile that are not kept, measured when they are first needed."""
         if self._overlap is None:
-            found = receptive_radius(self.network, replace(self.info, value_range=1))
+            # Measured in float64, which MPS does not have.
+            network = deepcopy(self.network).cpu() if self.device.type == 'mps' else self.network
+            found = receptive_radius(network, replace(self.info, value_range=1))
             self.looks_everywhere = found is None
             self._overlap = BLIND_OVERLAP if found is None else found
         return self._overlap
 
     def __call__(
-        self, image: np.ndarray, on_tile: Callable[[int, int], None] | None = None, has_alpha: bool = True
+        self,
+        image: np.ndarray,
+        on_tile: Callable[[int, int], None] | None = None,
+        has_alpha: bool = True,
+        alpha: str = 'bicubic',
     ) -> np.ndarray:
         """Upscale an image.
 
         Gray goes into a network for RGB as three equal channels, and what comes out becomes gray by BT.601's weights.
-        Each channel of RGB goes through a network for gray by itself. Alpha is enlarged by bicubic interpolation: what
-        is opaque stays so to the last level, which no network promises. Before the network runs, each pixel of alpha 0
-        gets the color of a visible one nearby, and has what becomes of it in the result: whatever is hidden there does
-        not bleed into what is seen. An image without a visible pixel keeps its colors.
+        Each channel of RGB goes through a network for gray by itself. Alpha is enlarged by bicubic interpolation, or by
+        the network as a gray image. Either way what is opaque stays so to the last level, and what is transparent as
+        well: no network promises that, so the one pixel value that is all it sees around a pixel is kept there. Before
+        the network runs, each pixel of alpha 0 gets the color of a visible one nearby, and has what becomes of it in
+        the result: whatever is hidden there does not bleed into what is seen. An image without a visible pixel keeps
+        its colors.
 
         Args:
-            image: uint8 or uint16, of shape (H, W) or (H, W, C): gray, gray and alpha, RGB, or RGB and alpha.
+            image: uint8, uint16 or float32, of shape (H, W) or (H, W, C): gray, gray and alpha, RGB, or RGB and alpha.
+                Floating point is taken as it is, black and white being 0 and 1.
             on_tile: Called after each tile with its number, from 1, and the number of tiles.
             has_alpha: Whether a second or fourth channel hides what is under its zeros. It is enlarged as alpha anyway.
+            alpha: ``'bicubic'`` or ``'network'``: what enlarges alpha.
 
         Returns:
-            The same type and channels, of shape (scale * H, scale * W) or (scale * H, scale * W, C).
+            The same type and channels, of shape (scale * H, scale * W) or (scale * H, scale * W, C). Floating point is
+            what the network gives, neither rounded nor clipped; alpha alone is clipped to [0, 1].
 
         Raises:
-            InputError: The image is of another type or shape; or values are not finite, as where float16 overflows.
+            InputError: The image is of another type or shape, or has values that are not finite; the result has some,
+                as where float16 overflows; or there is no such ``alpha``.
         """
         planes = _planes(image)
-        bands = self.bands(planes, on_tile, has_alpha)
+        bands = self.bands(planes, on_tile, has_alpha, alpha)
         output = next(bands)
         height, width = self.scale * planes.shape[0], self.scale * planes.shape[1]
         if len(output) < height:
@@ -133,7 +155,11 @@ class Upscaler:
         return output.reshape(output.shape[: image.ndim])
 
     def bands(
-        self, image: np.ndarray, on_tile: Callable[[int, int], None] | None = None, has_alpha: bool = True
+        self,
+        image: np.ndarray,
+        on_tile: Callable[[int, int], None] | None = None,
+        has_alpha: bool = True,
+        alpha: str = 'bicubic',
     ) -> Iterator[np.ndarray]:
         """Upscale an image as a call does, and give the rows of the result as they are made.
 
@@ -141,6 +167,7 @@ class Upscaler:
             image: As for a call, of shape (H, W, C).
             on_tile: As for a call.
             has_alpha: As for a call.
+            alpha: As for a call.
 
         Yields:
             From top to bottom, (rows, scale * W, C) of the image's type: one array for each row of tiles.
@@ -148,6 +175,8 @@ class Upscaler:
         Raises:
             InputError: As a call does.
         """
+        if alpha not in ALPHAS:
+            raise InputError(f'alpha must be {" or ".join(ALPHAS)}, got {alpha}.')
         planes = _planes(image)
         height, width, channels = planes.shape
         colors = 3 if channels > 2 else 1
@@ -155,55 +184,73 @@ class Upscaler:
             from lora_sr.images.alpha import without_hidden_colors  # imports OpenCV, which little here needs
 
             planes = without_hidden_colors(planes)
+        by_network = channels > colors and alpha == 'network' and not _is_flat(planes[:, :, colors:])
         tiling = self._tiling(height, width)
         rows, columns = cut_axis(height, *tiling), cut_axis(width, *tiling)
         number = 0
         for row in rows:
             band = np.empty((self.scale * (row.last - row.first), self.scale * width, channels), image.dtype)
             for column in columns:
+                tile = planes[row.start : row.stop, column.start : column.stop]
+                kept = (
+                    slice(self.scale * (row.first - row.start), self.scale * (row.last - row.start)),
+                    slice(self.scale * (column.first - column.start), self.scale * (column.last - column.start)),
+                )
+                place = slice(self.scale * column.first, self.scale * column.last)
                 with torch.inference_mode():
-                    result = self._run(self._tensor(planes[row.start : row.stop, column.start : column.stop, :colors]))
-                    kept = result[
-                        :,
-                        self.scale * (row.first - row.start) : self.scale * (row.last - row.start),
-                        self.scale * (column.first - column.start) : self.scale * (column.last - column.start),
-                    ]
-                    band[:, self.scale * column.first : self.scale * column.last, :colors] = _rounded(kept, image.dtype)
+                    result = self._run(self._tensor(tile[:, :, :colors]))
+                    band[:, place, :colors] = _stored(result[:, kept[0], kept[1]], image.dtype)
+                    if by_network:
+                        result = self._alpha_by_network(tile[:, :, colors:], has_alpha)
+                        band[:, place, colors:] = _stored(result[:, kept[0], kept[1]], image.dtype)
                 number += 1
                 if on_tile is not None:
                     on_tile(number, len(rows) * len(columns))
-            if channels > colors:
-                band[:, :, colors:] = self._alpha(planes[:, :, colors:], row)
+            if channels > colors and not by_network:
+                band[:, :, colors:] = self._alpha(planes[:, :, colors:], row, has_alpha)
             yield band
 
     @torch.inference_mode()
-    def _alpha(self, alpha: np.ndarray, row: Span) -> np.ndarray:
+    def _alpha(self, alpha: np.ndarray, row: Span, has_alpha: bool) -> np.ndarray:
         """Bicubic interpolation of what of (H, W, 1) a row of tiles keeps, and of nothing that it does not need."""
         start, stop = max(0, row.first - BICUBIC_REACH), row.last + BICUBIC_REACH
-        enlarged = F.interpolate(
-            self._tensor(alpha[start:stop])[None], scale_factor=self.scale, mode='bicubic', align_corners=False
-        )
+        tensor = self._tensor(alpha[start:stop])
+        if self.device.type == 'mps':  # which before torch 2.6 does not interpolate so
+            tensor = tensor.cpu()
+        enlarged = F.interpolate(tensor[None], scale_factor=self.scale, mode='bicubic', align_corners=False)[0]
         kept = slice(self.scale * (row.first - start), self.scale * (row.last - start))
-        return _rounded(enlarged[0, :, kept], alpha.dtype)
+        return _stored(enlarged[:, kept].clamp(0, 1) if has_alpha else enlarged[:, kept], alpha.dtype)
+
+    def _alpha_by_network(self, alpha: np.ndarray, has_alpha: bool) -> Tensor:
+        """What the network makes of (h, w, 1), but for where it sees a single value, which stays: (1, s * h, s * w)."""
+        tensor = self._tensor(alpha)
+        enlarged = self._run(tensor)
+        reach = 2 * self.overlap + 1
+        lowest, highest = -_highest(-tensor, reach), _highest(tensor, reach)
+        is_flat, flat = (
+            plane.repeat_interleave(self.scale, 1).repeat_interleave(self.scale, 2)
+            for plane in (lowest == highest, tensor)
+        )
+        result = torch.where(is_flat, flat, enlarged)
+        return result.clamp(0, 1) if has_alpha else result
 
     def _tensor(self, planes: np.ndarray) -> Tensor:
-        """(H, W, C) of whole numbers -> float32 (C, H, W) in [0, 1] on the device."""
-        peak = np.iinfo(planes.dtype).max
+        """(H, W, C) -> float32 (C, H, W), of whole numbers in [0, 1], on the device."""
         # Before 2.3 torch does not know uint16.
-        tensor = torch.tensor(np.ascontiguousarray(planes, np.uint8 if peak == 255 else np.int32))
+        tensor = torch.tensor(np.ascontiguousarray(planes, np.int32 if planes.dtype == np.uint16 else planes.dtype))
         if self.device.type == 'cuda':
             tensor = tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.permute(2, 0, 1).float() / peak
+        return tensor.to(self.device).permute(2, 0, 1).float() / _peak(planes.dtype)
 
     def _run(self, colors: Tensor) -> Tensor:
-        """(1 or 3, H, W) in [0, 1] -> (the same, scale * H, scale * W)."""
+        """(1 or 3, H, W) -> (the same, scale * H, scale * W)."""
         if self.channels == 1:
             result = self.runtime(colors[:, None].contiguous())[:, 0]
         else:
             result = self.runtime(colors.expand(3, -1, -1)[None].contiguous())[0]
             if len(colors) == 1:
                 result = torch.tensordot(torch.tensor(LUMA, device=result.device), result, 1)[None]
-        if not torch.isfinite(result.sum()):
+        if not torch.isfinite(result.sum()) and not torch.isfinite(result).all():  # a sum may be too large by itself
             raise InputError(self._not_finite(self.dtype))
         return result
 
@@ -261,11 +308,34 @@ class _UnitRange(nn.Module):
         return self.network(x * self.top) / self.top
 
 
-def _rounded(image: Tensor, dtype: np.dtype) -> np.ndarray:
-    """(C, H, W) in [0, 1] -> whole numbers (H, W, C)."""
-    peak = np.iinfo(dtype).max
-    whole = (image.clamp(0, 1) * peak).round().to(torch.uint8 if peak == 255 else torch.int32)
-    return whole.permute(1, 2, 0).cpu().numpy().astype(dtype, copy=False)
+def best_device() -> torch.device:
+    """The GPU where there is one: of CUDA, else of a Mac."""
+    if torch.cuda.is_available():
+        return torch.device('cuda')
+    return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+
+
+def _peak(dtype: np.dtype) -> int:
+    """What stands for 1."""
+    return 1 if dtype == np.float32 else np.iinfo(dtype).max
+
+
+def _stored(image: Tensor, dtype: np.dtype) -> np.ndarray:
+    """(C, H, W) -> (H, W, C): as it is, or of [0, 1] whole numbers."""
+    if dtype != np.float32:
+        image = (image.clamp(0, 1) * _peak(dtype)).round().to(torch.uint8 if dtype == np.uint8 else torch.int32)
+    return image.permute(1, 2, 0).cpu().numpy().astype(dtype, copy=False)
+
+
+def _is_flat(image: np.ndarray) -> bool:
+    return bool((image == image.flat[0]).all())
+
+
+def _highest(image: Tensor, side: int) -> Tensor:
+    """The highest value in a square around each pixel of (1, H, W), as far as the image goes."""
+    for kernel in ((side, 1), (1, side)):
+        image = F.max_pool2d(image[None], kernel, 1, tuple(length // 2 for length in kernel))[0]
+    return image
 
 
 def _planes(image: np.ndarray) -> np.ndarray:
@@ -274,11 +344,13 @@ def _planes(image: np.ndarray) -> np.ndarray:
     Raises:
         InputError: It is no image.
     """
-    if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3) or not image.size:
+    if image.dtype not in (np.uint8, np.uint16, np.float32) or image.ndim not in (2, 3) or not image.size:
         raise InputError(
-            f'The image has type {image.dtype} and shape {image.shape}: uint8 or uint16 and (height, width) or '
-            '(height, width, channels) are right.'
+            f'The image has type {image.dtype} and shape {image.shape}: uint8, uint16 or float32 and (height, width) '
+            'or (height, width, channels) are right.'
         )
+    if image.dtype == np.float32 and not np.isfinite(image).all():
+        raise InputError('The image must have finite values, got NaN or infinity.')
     planes = image if image.ndim == 3 else image[:, :, None]
     if planes.shape[2] > 4:
         raise InputError(f'The image has {planes.shape[2]} channels, where 1 to 4 are right.')

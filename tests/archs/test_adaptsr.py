@@ -14,6 +14,8 @@ from lora_sr.errors import InputError
 SWINIR = {'type': 'SwinIR', 'embed_dim': 12, 'depths': [2], 'num_heads': [2], 'window_size': 4, 'img_size': 8,
           'mlp_ratio': 2, 'upscale': 2, 'upsampler': 'pixelshuffledirect'}  # fmt: skip
 SMALL = {
+    'DISP': {'feature_channels': 8, 'upscale': 2, 'num_block': 2},
+    'DSCFFused': {'feature_channels': 8, 'upscale': 2},
     'ECBSR': {'num_in_ch': 3, 'num_out_ch': 3, 'num_block': 2, 'num_channel': 8, 'with_idt': True,
               'act_type': 'prelu', 'scale': 2},
     'EDSR': {'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 2, 'upscale': 2},
@@ -27,6 +29,8 @@ SMALL = {
     'RIDNet': {'in_channels': 3, 'mid_channels': 16, 'out_channels': 3, 'num_block': 1},
     'RRDBNet': {'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'num_grow_ch': 4},
     'SPAN': {'feature_channels': 8, 'upscale': 2, 'deploy': True},
+    'SPANF': {'feature_channels': 8, 'upscale': 2, 'deploy': True},
+    'SPANV2': {'feature_channels': 8, 'upscale': 2},
     'SRVGGNetCompact': {'num_feat': 8, 'num_conv': 2, 'upscale': 2},
     'SwinIR': SWINIR,
 }  # fmt: skip

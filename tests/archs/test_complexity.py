@@ -6,6 +6,7 @@ import pytest
 import torch
 from basicsr.archs.rcan_arch import RCAN
 from basicsr.archs.rrdbnet_arch import RRDBNet
+from basicsr.archs.srvgg_arch import SRVGGNetCompact
 from basicsr.archs.swinir_arch import SwinIR
 from torch import nn
 from torch.nn import functional as F
@@ -94,6 +95,8 @@ class OneOfEach(nn.Module):
         LKDN(num_feat=12, num_atten=10, num_in=2, num_block=2, upscale=4),
         RRDBNet(3, 3, num_feat=8, num_block=1, num_grow_ch=4),
         RCAN(3, 3, num_feat=16, num_group=1, num_block=2, upscale=4),
+        SRVGGNetCompact(1, 1, num_feat=6, num_conv=2, upscale=2),
+        SPAN(1, 1, feature_channels=6, upscale=2, deploy=True),
         SwinIR(img_size=16, window_size=8, embed_dim=12, depths=[2], num_heads=[2], upsampler='pixelshuffledirect'),
     ],
     ids=lambda network: type(network).__name__,
@@ -102,7 +105,7 @@ class OneOfEach(nn.Module):
 def test_fvcore_counts_the_same(network):
     analysis = pytest.importorskip('fvcore.nn')
     network.eval()
-    image = torch.zeros(1, 3, 24, 32)
+    image = torch.zeros(1, getattr(network, 'num_in_ch', 3), 24, 32)
     counts = analysis.FlopCountAnalysis(network, image).unsupported_ops_warnings(False)
     assert count_flops(network, 24, 32) == counts.total()
     activations = analysis.ActivationCountAnalysis(network, image).unsupported_ops_warnings(False)

@@ -9,7 +9,7 @@ import torch
 
 from lora_sr import load_network
 from lora_sr.adapters import LoRAConfig, add_lora, count_parameters, lora_layers, merge_lora
-from lora_sr.archs import fold, is_training_form
+from lora_sr.archs import NetworkInfo, fold, is_training_form
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints import Checkpoint
@@ -208,10 +208,72 @@ def test_incomplete_layer_is_named(tmp_path):
         load_network(tmp_path / 'net.pth')
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('norm', [True, False])
+@pytest.mark.parametrize('num_in_ch, num_out_ch', [(3, 3), (1, 1), (1, 3), (3, 1)])
+@pytest.mark.parametrize('upscale', [1, 2, 3, 4])
+def test_spandrel_gives_the_same(tmp_path, norm, num_in_ch, num_out_ch, upscale):
+    """Files as neosr and traiNNer-redux write them, and what spandrel makes of them."""
+    spandrel = pytest.importorskip('spandrel.architectures.SPAN', reason='spandrel is the reference')
+    torch.manual_seed(0)
+    theirs = spandrel.SPAN(
+        num_in_ch=num_in_ch, num_out_ch=num_out_ch, feature_channels=8, upscale=upscale, norm=norm
+    ).eval()
+    if num_in_ch == 1:  # it subtracts three means of one channel, and fails
+        theirs.mean = torch.zeros(1, 1, 1, 1)
+    if norm:  # images of a range of 1, as of a trained network
+        theirs.upsampler[0].weight /= 255
+    image = torch.rand(2, num_in_ch, 17, 23)
+    expected = theirs(image)
+    torch.save({'params_ema': theirs.state_dict()}, tmp_path / 'net.pth')
+    network = load_network(tmp_path / 'net.pth')
+    assert type(network) is SPAN and is_training_form(network) and network.norm == norm
+    assert network.declared_info() == NetworkInfo(num_in_ch, num_out_ch, upscale)
+    assert (network(image) - expected).abs().max() <= 1e-5
+
+    torch.save(fold(network).state_dict(), tmp_path / 'deploy.pth')
+    deployed = load_network(tmp_path / 'deploy.pth')
+    assert not is_training_form(deployed) and (deployed(image) - expected).abs().max() <= 1e-5
+
+    adapted = DSCLoRA(num_in_ch, num_out_ch, 8, upscale, rank=2, norm=norm)
+    adapted.load_state_dict(theirs.state_dict())
+    torch.save(adapted.state_dict(), tmp_path / 'adapted.pth')
+    loaded = load_network(tmp_path / 'adapted.pth')
+    assert type(loaded) is DSCLoRA and (loaded(image) - expected).abs().max() <= 1e-5
+    deployed.load_state_dict(merge_lora(loaded).state_dict())
+
+
+def test_normalization_is_not_taken_from_another_file():
+    with_norm, without = SPAN(feature_channels=6), SPAN(feature_channels=6, norm=False)
+    with pytest.raises(InputError, match='the first is no_norm'):
+        load_weights(with_norm, without.state_dict(), 'net.pth')
+    with pytest.raises(InputError, match='no_norm'):
+        load_weights(without, with_norm.state_dict(), 'net.pth')
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'conv_1.sk.weight': torch.zeros(6, 4, 1, 1)}, '"num_in_ch" of SPAN must be 3 .RGB. or 1 .gray., got 4'),
+        ({'conv_1.sk.weight': torch.zeros(6)}, 'are those of no SPAN'),
+        ({'upsampler.0.weight': torch.zeros(0, 6, 3, 3)}, '"upscale" of SPAN is 0'),
+        ({'upsampler.0.weight': torch.zeros(2, 6, 3, 3)}, '"upscale" of SPAN is 0'),
+        ({'upsampler.0.weight': torch.zeros(5, 6, 3, 3)}, r'has shape \(5, 6, 3, 3\) instead of \(3, 6, 3, 3\)'),
+        ({'upsampler.0.weight': torch.zeros(())}, 'are those of no SPAN'),
+        ({'no_norm': torch.zeros(5)}, r'no_norm has shape \(5,\) instead of \(1,\)'),
+    ],
+)
+def test_shapes_of_no_span(tmp_path, change, message):
+    torch.save({**SPAN(feature_channels=6).state_dict(), **change}, tmp_path / 'net.pth')
+    with pytest.raises(InputError, match=message):
+        load_network(tmp_path / 'net.pth')
+
+
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        ({'num_in_ch': 1}, 'RGB'),
+        ({'num_in_ch': 4}, '"num_in_ch" of SPAN must be 3 .RGB. or 1 .gray., got 4'),
+        ({'num_out_ch': 2}, '"num_out_ch" of SPAN must be 3 .RGB. or 1 .gray., got 2'),
         ({'upscale': 0}, '"upscale" of SPAN is 0'),
         ({'feature_channels': 2.5}, '"feature_channels" of SPAN is 2.5'),
     ],

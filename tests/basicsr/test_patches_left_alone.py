@@ -17,7 +17,7 @@ from basicsr.archs import (
     tof_arch,
     vgg_arch,
 )
-from basicsr.data import prefetch_dataloader
+from basicsr.data import paired_image_dataset, prefetch_dataloader
 from basicsr.losses import basic_loss
 from basicsr.models import base_model, realesrgan_model, realesrnet_model
 from basicsr.models.base_model import BaseModel
@@ -128,6 +128,9 @@ class Good:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ['RANK']) % torch.cuda.device_count())
 
+    def several_roots(self, opt):
+        self.roots = opt['dataroot_gt'] if isinstance(opt['dataroot_gt'], list) else [opt['dataroot_gt']]
+
     @staticmethod
     def imfrombytes(content, flag='color', float32=False):
         return decode(content)
@@ -192,6 +195,10 @@ LEFT_ALONE = [
         ],
     ),
     (patches.images.patch_imfrombytes, [(img_util, 'imfrombytes')]),
+    (
+        patches.roots.patch_paired_image_dataset,
+        [(paired_image_dataset.PairedImageDataset, '__init__', 'several_roots')],
+    ),
     (patches.validation.patch_best_metrics, [(BaseModel, '_initialize_best_metric_results')]),
     (patches.divergence.patch_reduce_loss_dict, [(BaseModel, 'reduce_loss_dict')]),
     (patches.messages.patch_message_logger, [(logger.MessageLogger, '__init__', 'message_logger')]),

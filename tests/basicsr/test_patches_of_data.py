@@ -154,6 +154,31 @@ def test_image_that_opencv_does_not_read(flag, mode):
     assert np.array_equal(img_util.imfrombytes(files['PNG'], flag), theirs(files['PNG'], flag))
 
 
+@pytest.mark.parametrize('suffix', ['.png', '.tiff'])
+@pytest.mark.parametrize('flag', ['color', 'grayscale', 'unchanged'])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_image_of_16_bits(suffix, flag, channels):
+    image = np.random.default_rng(0).integers(0, 65536, (9, 7, channels), np.uint16)
+    file, theirs = cv2.imencode(suffix, image)[1].tobytes(), stock(img_util, 'imfrombytes')
+    values = img_util.imfrombytes(file, flag, float32=True)
+    assert values.dtype == np.float32
+    if flag != 'grayscale' or channels == 1:
+        expected = image.astype(np.float64) / 65535
+        expected = np.dstack([expected] * 3) if flag == 'color' and channels == 1 else expected
+        assert np.array_equal(values, expected.reshape(values.shape).astype(np.float32))
+    if flag != 'unchanged':  # of which BasicSR takes 255 for white
+        before = theirs(file, flag, float32=True)
+        assert before.shape == values.shape and 0 < np.abs(before - values).max() < 1.01 / 255  # the defect
+    # Whole numbers are as they were.
+    assert np.array_equal(img_util.imfrombytes(file, flag), theirs(file, flag))
+    # An image of 8 bits that is stored in 16 is the same image.
+    small = np.random.default_rng(1).integers(0, 256, (9, 7, channels), np.uint8)
+    stored = cv2.imencode(suffix, 257 * small.astype(np.uint16))[1].tobytes()
+    of_8_bits = img_util.imfrombytes(cv2.imencode(suffix, small)[1].tobytes(), flag, float32=True)
+    found = img_util.imfrombytes(stored, flag, float32=True)
+    assert np.array_equal(found, of_8_bits) or (flag == 'grayscale' and np.abs(found - of_8_bits).max() < 1 / 255)
+
+
 @pytest.mark.parametrize(
     ('content', 'reason'), [(b'', 'missing, or empty'), (None, 'missing'), (b'no image', 'damaged')]
 )

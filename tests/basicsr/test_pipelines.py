@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from basicsr.archs.srresnet_arch import MSRResNet
+from basicsr.utils import options as basicsr_options
 from tiny_run import TINY_OPTIONS, logged, python_environment, run_python, write_pairs
 
 from lora_sr.basicsr import options, provenance, signals
@@ -267,6 +268,24 @@ def test_output_folder_that_cannot_be_written(tiny_options, tmp_path, capfd, mon
     monkeypatch.chdir(read_only)
     assert main(True, ['-opt', str(tiny_options)]) == 2
     assert capfd.readouterr().err.startswith('error: the output folder /proc/experiments cannot be written: /proc: ')
+
+
+def test_lists_of_roots_are_completed(tiny_options, tmp_path, monkeypatch):
+    home = tmp_path / 'home'
+    write_pairs(home)
+    options_of_run = load_options(tiny_options)
+    roots = {f'dataroot_{key}': [f'~/{key}.lmdb/', f'{home}/{key}.lmdb'] for key in ('gt', 'lq')}
+    section = {**roots, 'io_backend': {'type': 'lmdb'}, 'meta_info_file': [None, '~/names.txt']}
+    options_of_run['datasets']['train'].update(section)
+    (home / 'names.txt').write_text(''.join(f'{index:03}.png\n' for index in range(8)))
+    tiny_options.write_text(yaml.safe_dump(json.loads(json.dumps(options_of_run))))
+    monkeypatch.setenv('HOME', str(home))
+    monkeypatch.setattr(sys, 'argv', ['train.py', '-opt', str(tiny_options)])
+    opt, _ = basicsr_options.parse_options(str(tmp_path), is_train=True)
+    train = opt['datasets']['train']
+    for key in ('gt', 'lq'):
+        assert train[f'dataroot_{key}'] == [f'{home}/{key}.lmdb'] * 2
+    assert train['meta_info_file'] == [None, f'{home}/names.txt'] and train['phase'] == 'train'
 
 
 def test_the_check_runs_once(tiny_options, tmp_path, monkeypatch):

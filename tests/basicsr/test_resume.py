@@ -12,7 +12,7 @@ import torch
 import yaml
 from basicsr.data.data_sampler import EnlargedSampler
 from basicsr.models import build_model
-from tiny_run import TINY_OPTIONS, change, logged, model_options, run_python
+from tiny_run import TINY_OPTIONS, change, logged, model_options, run_python, write_pairs
 
 from lora_sr.basicsr import provenance, resume
 from lora_sr.basicsr.patches.resume import load_resume_state
@@ -431,6 +431,23 @@ def test_a_run_that_stopped_equals_one_that_did_not(whole, pairs, tmp_path, sect
     done = run_python(*COMMAND, '--auto_resume', cwd=tmp_path)  # with the seed of the run, though none is given
     assert sorted(logged(done)) == list(range(6, 14))
     assert_equal(tmp_path / 'experiments/tiny', whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('suffix', ['', '.lmdb'])
+def test_a_run_on_several_roots_that_stopped_equals_one_that_did_not(pairs, tmp_path, suffix):
+    write_pairs(tmp_path / 'more', count=5, gt_size=40)
+    roots = [str(tmp_path / 'more'), str(pairs)]
+    section = {f'dataroot_{key}': [f'{root}/{key}{suffix}/' for root in roots] for key in ('gt', 'lq')}
+    section['io_backend'] = {'type': 'lmdb' if suffix else 'disk'}
+    for name, workers in (('whole', 0), ('stopped', 2)):
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / name, pairs, workers, **section)
+    run_python(*COMMAND, '--force_yml', 'manual_seed=3', cwd=tmp_path / 'whole')
+    keep(tmp_path / 'whole/experiments/tiny', tmp_path / 'stopped/experiments/tiny', 5)
+    done = run_python(*COMMAND, '--auto_resume', cwd=tmp_path / 'stopped')
+    assert sorted(logged(done)) == list(range(6, 14)) and 'Number of train images: 13' in done.stdout + done.stderr
+    assert_equal(tmp_path / 'stopped/experiments/tiny', tmp_path / 'whole/experiments/tiny')
 
 
 @pytest.mark.slow

@@ -52,11 +52,11 @@ def refuse(tmp_path, capsys):
         (lambda value: value * float('nan'), 'not finite: conv_cat.weight'),
         (lambda value: value.double() + 1e300, 'not finite: conv_cat.weight'),
         (lambda value: torch.zeros(0), 'bad.pth'),
-        (lambda value: torch.zeros(()), 'those of no SPAN'),
+        (lambda value: torch.zeros(()), 'conv_cat.weight has shape () instead of'),
         (lambda value: torch.zeros(1).expand(10**12), 'is damaged: its tensors must have the values that it holds'),
         (
             lambda value: torch.zeros(1, 1, 1, 1).expand(5000, 6000, 1, 1),
-            'must have about the values that are in it, got far more',
+            'conv_cat.weight has shape (5000, 6000, 1, 1) instead of',
         ),
     ],
 )

@@ -93,6 +93,29 @@ def test_equals_its_steps_written_out(scale, shape, name, seed):
     np.testing.assert_array_equal(result, reference(image, scale, name, seed))
 
 
+def test_16_bits_count():
+    """An image of 8 bits that is stored in 16 gives the same; what lies between two levels of 8 bits tells."""
+    small, (height, width) = photo(64, 92), (64, 92)
+    wide = 257 * small.astype(np.uint16)
+    seed = camera_seed('a')
+    np.testing.assert_array_equal(camera_degradation(wide, 4, seed), camera_degradation(small, 4, seed))
+    image = (wide.clip(0, 65000) + np.random.default_rng(0).integers(0, 257, (height, width, 3))).astype(np.uint16)
+    result = camera_degradation(image, 4, seed)
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, reference(image / 257, 4, 'a', 0))
+    assert (result != camera_degradation((image >> 8).astype(np.uint8), 4, seed)).any()
+
+
+def test_command_on_16_bits(tmp_path):
+    image = 65 * photo(64, 92).astype(np.uint16)
+    for suffix in ('png', 'tif'):
+        (tmp_path / suffix).mkdir()
+        cv2.imwrite(f'{tmp_path}/{suffix}/a.{suffix}', image)
+        assert main(['degrade', f'{tmp_path}/{suffix}', '-o', f'{tmp_path}/lr_{suffix}', '--scale', '4']) == 0
+        written = cv2.imread(f'{tmp_path}/lr_{suffix}/a.png', cv2.IMREAD_UNCHANGED)
+        np.testing.assert_array_equal(written, camera_degradation(image, 4, camera_seed('a')))
+
+
 def test_the_random_bits_are_pinned():
     # SHA-256 and Philox give these everywhere; if one of them changes, so does every published test set.
     assert camera_seed('img_001') == 215146179827589397635674405227092019543

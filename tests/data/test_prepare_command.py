@@ -1,5 +1,6 @@
 """Wrong input to `lora-sr prepare`: one sentence each, and nothing is written."""
 
+import io
 import os
 import shutil
 
@@ -7,6 +8,7 @@ import cv2
 import lmdb
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from lora_sr.cli.main import main
@@ -205,7 +207,7 @@ def test_files_larger_than_an_image_and_names_that_are_no_text(tmp_path, make_im
     assert list(read_meta_info(tmp_path / 'out\udcff' / 'HR_sub.lmdb')) == ['a__s001']
 
 
-@pytest.mark.parametrize('place', ['sources.decode', 'prepare.encode_png'])
+@pytest.mark.parametrize('place', ['sources.decode_deep', 'prepare.encode_png'])
 @pytest.mark.parametrize('kind', [MemoryError, cv2.error])
 def test_too_little_memory_is_told_in_one_sentence(tmp_path, make_images, refused, monkeypatch, place, kind):
     error = kind('Insufficient memory')
@@ -215,12 +217,27 @@ def test_too_little_memory_is_told_in_one_sentence(tmp_path, make_images, refuse
     assert refused(hr) == f'1 of 1 images cannot be used: {hr}/0001.png needs more memory than there is.'
 
 
+def tiff_of_planes(dtype=np.uint16):
+    file = io.BytesIO()
+    values = np.random.default_rng(0).integers(0, 32768, (3, 48, 48)).astype(dtype)
+    tifffile.imwrite(file, values, photometric='rgb', planarconfig='separate')
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     'name, content, part',
     [
         ('text.png', b'not an image', 'text.png is damaged or is not an image'),
         ('empty.jpg', b'', 'empty.jpg is damaged'),
-        ('deep.png', np.zeros((48, 48, 3), np.uint16), 'must have 8-bit values, got uint16'),
+        (
+            '12bits.ppm',
+            b'P6 48 48 4095\n' + bytes(13824),
+            'or be a PNG or TIFF of 16-bit values, channels side by side',
+        ),
+        ('planes.tif', tiff_of_planes(), 'or be a PNG or TIFF of 16-bit values, channels side by side, got uint16'),
+        ('signed.tif', tiff_of_planes(np.int16), 'got int16'),
+        ('float.tif', tiff_of_planes(np.float32), 'got float32'),
+        ('clear16.png', np.zeros((48, 48, 4), np.uint16), 'must be opaque'),
         ('clear.png', np.zeros((48, 48, 4), np.uint8), 'must be opaque'),
         (
             'tiny.png',
@@ -232,7 +249,7 @@ def test_too_little_memory_is_told_in_one_sentence(tmp_path, make_images, refuse
 def test_an_image_that_cannot_be_used(tmp_path, make_images, refused, name, content, part):
     folder = make_images(tmp_path / 'photos', [(48, 48)])
     if not isinstance(content, bytes):
-        content = cv2.imencode('.png', content)[1].tobytes()
+        content = cv2.imencode(name[-4:], content)[1].tobytes()
     (folder / name).write_bytes(content)
     assert part in refused(folder)
 
@@ -251,7 +268,7 @@ def test_a_jpeg_thumbnail_does_not_hide_a_cut(tmp_path, make_images, refused):
 
 def test_ctrl_c_is_told_in_one_line(tmp_path, make_images, monkeypatch, capsys):
     folder = make_images(tmp_path / 'photos', [(48, 48)])
-    monkeypatch.setattr('lora_sr.data.prepare.read_image', lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr('lora_sr.data.prepare.read_image', lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit) as caught:
         call(folder, '-o', tmp_path / 'out')
     assert caught.value.code == 130

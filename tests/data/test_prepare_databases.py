@@ -178,6 +178,35 @@ def test_gray_and_opaque_images_become_three_channels(tmp_path):
     np.testing.assert_array_equal(decode(values[b'gray_s001']), image[:, :, [0, 0, 0]])
 
 
+@pytest.mark.parametrize('suffix', ['.png', '.tiff'])
+def test_16_bits_stay(tmp_path, suffix):
+    """To the bit; LR images are made of all of them. A pair may be of two depths."""
+    (tmp_path / 'hr').mkdir()
+    (tmp_path / 'lr').mkdir()
+    image = np.random.default_rng(0).integers(0, 65536, (48, 72, 4), np.uint16)
+    image[..., 3] = 65535
+    small = np.random.default_rng(1).integers(0, 256, (24, 36, 3), np.uint8)
+    for name, pixels in (('color', image[..., :3]), ('gray', image[..., 0]), ('opaque', image)):
+        cv2.imwrite(str(tmp_path / f'hr/{name}{suffix}'), pixels)
+        cv2.imwrite(str(tmp_path / f'lr/{name}.png'), small)
+    expected = {name: image[..., :3] for name in ('color', 'opaque')}
+    expected['gray'] = np.dstack([image[..., 0]] * 3)
+    made = prepare_databases([tmp_path / 'hr'], tmp_path / 'made', [3], size=0, progress=False).databases
+    given = prepare_databases(
+        [tmp_path / 'hr'], tmp_path / 'given', [2], lr_folders=[tmp_path / 'lr'], size=0, progress=False
+    ).databases
+    for name, pixels in expected.items():
+        for database in (made, given):
+            np.testing.assert_array_equal(decode(contents(database[1])[0][name.encode()]), pixels)
+        found = decode(contents(made[3])[0][name.encode()])
+        assert found.dtype == np.uint16
+        # What 8 bits would give is within two of their levels, and another.
+        beside = bicubic_downscale(np.rint(pixels / 257).astype(np.uint8), 3)
+        assert 0 < np.abs(found / 257 - beside).max() < 2
+        np.testing.assert_array_equal(found, bicubic_downscale(pixels, 3))
+        np.testing.assert_array_equal(decode(contents(given[2])[0][name.encode()]), small)
+
+
 def test_any_number_of_workers_makes_the_same_files(tmp_path, make_images):
     folder = make_images(tmp_path / 'photos', [(60 + 7 * i, 120 - 5 * i) for i in range(9)])
     for workers in (1, 4):

@@ -11,7 +11,7 @@ from basicsr.archs.swinir_arch import SwinIR
 from exported import TRAINED, save_trained, skip_without_half, soft_images
 
 from lora_sr.archs import fold, is_training_form
-from lora_sr.archs.span import Conv3XC
+from lora_sr.archs.span import SPAN, Conv3XC
 from lora_sr.checkpoints import load_network
 from lora_sr.cli.main import main
 from lora_sr.deploy.exports import chainner, export_chainner
@@ -41,6 +41,27 @@ def test_spandrel_gives_the_images_of_the_trained_network(spandrel, tmp_path, ca
     for image in soft_images():
         expected = network(image.double())
         assert (descriptor.model(image) - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('channels', [1, 3])
+def test_span_without_normalization(spandrel, tmp_path, channels):
+    network = save_trained(
+        lambda: SPAN(channels, channels, feature_channels=8, upscale=2, norm=False), tmp_path / 'net.pth'
+    )
+    export_chainner(tmp_path / 'net.pth', tmp_path / 'chainner.pth')
+    descriptor = load(spandrel, tmp_path / 'chainner.pth')
+    assert (descriptor.input_channels, descriptor.scale) == (channels, 2)
+    for image in soft_images(channels):
+        assert (descriptor.model(image) - network(image.double())).abs().max() <= 1e-6
+
+
+def test_gray_span_with_normalization_is_refused(tmp_path):
+    """spandrel subtracts three means of one channel, and fails."""
+    save_trained(lambda: SPAN(1, 1, feature_channels=8, upscale=2), tmp_path / 'net.pth')
+    with pytest.raises(InputError, match='a SPAN of 1 channel must have norm: false there, got one that normalizes'):
+        export_chainner(tmp_path / 'net.pth', tmp_path / 'chainner.pth')
+    assert [path.name for path in tmp_path.iterdir()] == ['net.pth']
 
 
 @torch.no_grad()

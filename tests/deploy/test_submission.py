@@ -20,6 +20,7 @@ from lora_sr.adapters import LoRAConfig, add_lora, lora_layers, save_adapter
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.lkdn import LKDN, LKDN_S, BSConvU_idt
 from lora_sr.archs.span import SPAN
+from lora_sr.archs.spanv2 import SPANV2
 from lora_sr.checkpoints.families import family_name
 from lora_sr.cli.main import main
 from lora_sr.deploy import submission
@@ -117,10 +118,11 @@ def test_the_official_entry_of_the_challenge(shared, tmp_path, capsys):
     'make',
     [
         lambda: with_lora(SPAN(feature_channels=8, upscale=2)),
+        lambda: SPAN(feature_channels=8, upscale=2, norm=False),
         lambda: with_lora(LKDN(**LKDN_SIZES, num_in=1, upscale=3, conv='BSConvU_rep', upsampler='pixelshuffle_rep')),
         lambda: LKDN(**LKDN_SIZES, num_in=2, upscale=4, conv='BSConvU_idt'),
     ],
-    ids=['span_lora_on_branches', 'lkdn_lora_beside_branches', 'lkdn_identity'],
+    ids=['span_lora_on_branches', 'span_without_normalization', 'lkdn_lora_beside_branches', 'lkdn_identity'],
 )
 def test_trained_forms_are_merged_and_folded(tmp_path, make):
     torch.manual_seed(1)
@@ -248,6 +250,10 @@ def test_other_networks_are_refused(tmp_path):
         (
             save(edsr, tmp_path / 'edsr.pth'),
             'EDSR cannot be submitted: its module must import torch alone, got an import of basicsr.archs.arch_util',
+        ),
+        (
+            save(SPANV2(feature_channels=4), tmp_path / 'spanv2.pth'),
+            'spanv2.pth cannot be submitted: its network must be SPAN, LKDN or one of your own, got SPANV2',
         ),
         (tmp_path / 'other.pth', 'belongs to no network known here'),
         (tmp_path / 'adapter.safetensors', 'is an adapter, not a network'),

@@ -27,6 +27,7 @@ from lora_sr.deploy import upscale as module
 from lora_sr.deploy.adapters import merge_adapters
 from lora_sr.deploy.upscale import upscale
 from lora_sr.errors import InputError
+from lora_sr.images.formats import FORMATS
 from lora_sr.runtime import upscaler as upscaler_module
 from lora_sr.runtime.upscaler import Upscaler
 
@@ -173,6 +174,92 @@ def test_three_hundred_images_with_five_broken_ones(enlarging, tmp_path, capsys)
         assert difference.max() <= levels, name
 
 
+@pytest.mark.parametrize('channels', [1, 3, 4])
+@pytest.mark.parametrize('suffix', ['.bmp', '.dib', '.tga', '.jp2', '.jpx', '.j2k', '.j2c', '.avif', '.png', '.tif'])
+def test_any_format_in_and_out(enlarging, tmp_path, suffix, channels):
+    """What a format holds without loss comes out repeated, by whichever program it is read."""
+    image = pixels(20, 17, channels)
+    image[..., -1] |= 64  # nothing is hidden, also where AVIF loses a little
+    kind = {'.dib': 'BMP', '.jpx': 'JPEG2000', '.j2c': 'JPEG2000'}.get(suffix)
+    options = {'lossless': True} if suffix == '.webp' else {'no_jp2': True} if suffix in ('.j2k', '.j2c') else {}
+    source = tmp_path / f'image{suffix}'
+    if suffix in ('.bmp', '.dib'):  # of which Pillow writes no alpha
+        source.write_bytes(cv2.imencode('.bmp', image[..., [2, 1, 0, 3][:channels]] if channels > 1 else image)[1])
+    else:
+        Image.fromarray(image.squeeze()).save(source, kind, **options)
+    expected = np.asarray(Image.open(source)).reshape(20, 17, -1)  # AVIF loses a little when Pillow writes it
+    report = upscale([source], 'any.pth', tmp_path / 'out', quality=100)
+    assert (report.images, report.failures) == (1, {})
+    result = np.asarray(Image.open(tmp_path / 'out' / source.name)).reshape(40, 34, -1).astype(int)
+    colors = slice(0, 3 if channels > 1 else 1)
+    levels = 4 if suffix == '.avif' else 0
+    assert np.abs(result[..., colors] - repeated(expected)[..., colors]).max() <= levels
+    if channels == 4:
+        bicubic = cv2.resize(expected[..., 3].astype(float), None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
+        assert np.abs(result[..., 3] - bicubic.clip(0, 255)).max() < 0.51 + levels
+    report = upscale([source], 'any.pth', tmp_path / 'png', file_format='png')
+    read = np.asarray(Image.open(tmp_path / 'png/image.png')).reshape(40, 34, -1)
+    assert np.array_equal(read[..., colors], repeated(expected)[..., colors])
+
+
+def test_all_formats_are_choices(capsys):
+    with pytest.raises(SystemExit):
+        run('a', '-m', 'b', '-o', 'c', '--format', 'gif')
+    assert f'choose from {", ".join(FORMATS)}' in capsys.readouterr().err.replace("'", '')
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_floating_point(enlarging, tmp_path, channels):
+    """As the network gives it, or as 16 bits, or 8, of what is between 0 and 1."""
+    generator = np.random.default_rng(0)
+    for name, image in (
+        ('dark', generator.random((9, 7, channels)).astype(np.float32)),
+        ('bright', generator.normal(0.5, 20, (40, 35, channels)).astype(np.float32)),
+    ):
+        tifffile.imwrite(
+            tmp_path / f'{name}.tif', image.squeeze(), photometric='rgb' if channels == 3 else 'minisblack'
+        )
+        report = upscale([tmp_path / f'{name}.tif'], 'any.pth', tmp_path / 'out')
+        result = tifffile.imread(tmp_path / f'out/{name}.tif').reshape(*image.shape[:2] * np.array(2), channels)
+        assert result.dtype == np.float32 and np.allclose(result, repeated(image), 1e-6, 0)
+        beyond = f'{name}.tif went through the network with values from {image.min():.4g} to {image.max():.4g}, where '
+        assert [beyond in note for note in report.notes] == [True] * (name == 'bright')
+        for file_format, peak in (('png', 65535), ('bmp', 255)):
+            upscale([tmp_path / f'{name}.tif'], 'any.pth', tmp_path / 'out', file_format=file_format)
+            whole = cv2.imread(str(tmp_path / f'out/{name}.{file_format}'), cv2.IMREAD_UNCHANGED)
+            whole = whole.reshape(result.shape)[:, :, :: -1 if channels == 3 else 1]
+            assert whole.dtype == (np.uint16 if peak == 65535 else np.uint8)
+            assert np.abs(whole - result.clip(0, 1).astype(np.float64) * peak).max() < 0.51
+
+
+def test_values_that_are_not_finite_do_not_stop_the_rest(enlarging, tmp_path):
+    tifffile.imwrite(tmp_path / 'a.tif', np.full((5, 5), np.nan, np.float32))
+    Image.fromarray(pixels(4, 4, 3)).save(tmp_path / 'b.png')
+    report = upscale([tmp_path / 'a.tif', tmp_path / 'b.png'], 'any.pth', tmp_path / 'out')
+    (reason,) = report.failures.values()
+    assert report.images == 1 and reason.endswith(
+        'a.tif must have finite values, got NaN or infinity in row 0, counted from 0.'
+    )
+
+
+def test_alpha_by_the_network(monkeypatch, tmp_path):
+    class Inverse(Enlarge):
+        def forward(self, x):
+            return 1 - torch.nn.functional.interpolate(self.conv(x), scale_factor=2, mode='bicubic').clamp(0, 1)
+
+    monkeypatch.setattr(module, 'load_network', lambda path: Inverse())
+    image = pixels(20, 30, 4)
+    image[..., 3] |= 1
+    Image.fromarray(image).save(tmp_path / 'image.png')
+    assert run(tmp_path / 'image.png', '-m', 'any.pth', '-o', tmp_path / 'out.png', '--alpha', 'network') == 0
+    bicubic = cv2.resize(image[..., 3].astype(float), None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC).clip(0, 255)
+    assert np.abs(np.asarray(Image.open(tmp_path / 'out.png'))[..., 3] - (255 - bicubic)).max() < 0.51
+    assert run(tmp_path / 'image.png', '-m', 'any.pth', '-o', tmp_path / 'plain.png') == 0
+    assert np.abs(np.asarray(Image.open(tmp_path / 'plain.png'))[..., 3] - bicubic).max() < 0.51
+    with pytest.raises(InputError, match='alpha must be bicubic or network, got x'):
+        upscale([tmp_path / 'image.png'], 'any.pth', tmp_path / 'x.png', alpha='x')
+
+
 def test_metadata_of_files(enlarging, tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, 'Camera'
@@ -239,12 +326,13 @@ def test_names(enlarging, tmp_path, monkeypatch):
 def test_quality(enlarging, tmp_path):
     Image.fromarray(pixels(40, 40, 3)).save(tmp_path / 'image.png')
     sizes = {}
-    for target in ('image.jpg', 'image.webp'):
+    for target in ('image.jpg', 'image.jp2', 'image.avif', 'image.webp'):
         for quality in (60, 95, 100):
             upscale([tmp_path / 'image.png'], 'any.pth', tmp_path / target, quality=quality, overwrite=True)
             sizes[quality] = (tmp_path / target).stat().st_size
         assert sizes[60] < sizes[95]
-    assert np.array_equal(np.asarray(Image.open(tmp_path / 'image.webp')), repeated(pixels(40, 40, 3)))
+    for target in ('image.webp', 'image.jp2'):  # lossless at 100
+        assert np.array_equal(np.asarray(Image.open(tmp_path / target)), repeated(pixels(40, 40, 3)))
 
 
 def test_what_a_format_cannot_hold_does_not_stop_the_rest(enlarging, tmp_path):
@@ -264,11 +352,11 @@ def test_sides_that_a_format_cannot_hold_are_told_before_the_network_runs(enlarg
     assert 'wide.png was not upscaled: WebP cannot hold 16384 x 2 pixels' in reason and '--format png' in reason
 
 
-@pytest.mark.parametrize('step', ['read_picture', '_rounded', 'write_picture'])
+@pytest.mark.parametrize('step', ['read_picture', '_stored', 'write_picture'])
 def test_short_memory_does_not_stop_the_rest(enlarging, tmp_path, monkeypatch, step):
     for name in ('a.png', 'b.png'):
         Image.fromarray(pixels(4, 4, 3)).save(tmp_path / name)
-    where = upscaler_module if step == '_rounded' else module
+    where = upscaler_module if step == '_stored' else module
     original, calls = getattr(where, step), []
 
     def fail_once(*args):
@@ -283,11 +371,16 @@ def test_short_memory_does_not_stop_the_rest(enlarging, tmp_path, monkeypatch, s
     assert report.images == 1 and reason.endswith('it needs more memory than there is.')
 
 
-@pytest.mark.parametrize('name', ['a.png', 'a.jpg', 'a.webp', 'a.tif'])
+@pytest.mark.parametrize(
+    'name', ['a.png', 'a.jpg', 'a.webp', 'a.tif', 'float.tif', 'a.bmp', 'a.tga', 'a.jp2', 'a.j2k', 'a.avif']
+)
 def test_large_results_are_written_as_they_are_made(checkpoint, tmp_path, monkeypatch, name):
     """The file is the one that is written at once."""
-    image = Image.fromarray(pixels(90, 70, 3 if name == 'a.jpg' else 4))
-    image.save(tmp_path / name)
+    image = pixels(90, 70, 3 if name == 'a.jpg' else 4)
+    if name == 'float.tif':
+        tifffile.imwrite(tmp_path / name, image.astype(np.float32) / 99, photometric='rgb', extrasamples=['unassalpha'])
+    else:
+        Image.fromarray(image).save(tmp_path / name)
     upscale([tmp_path / name], checkpoint, tmp_path / 'whole', tile=60)
     monkeypatch.setattr(module, 'WHOLE_BYTES', 0)
     seen = []
@@ -303,7 +396,7 @@ def test_a_large_result_that_fails_leaves_nothing(enlarging, tmp_path, monkeypat
     monkeypatch.setattr(module, 'WHOLE_BYTES', 0)
     for name in ('a.png', 'b.png', 'c.png'):
         Image.fromarray(pixels(20, 20, 3)).save(tmp_path / name)
-    original, calls = upscaler_module._rounded, []
+    original, calls = upscaler_module._stored, []
 
     def fail_once(*args):
         calls.append(1)
@@ -311,7 +404,7 @@ def test_a_large_result_that_fails_leaves_nothing(enlarging, tmp_path, monkeypat
             raise RuntimeError('DefaultCPUAllocator: not enough memory')
         return original(*args)
 
-    monkeypatch.setattr(upscaler_module, '_rounded', fail_once)
+    monkeypatch.setattr(upscaler_module, '_stored', fail_once)
     out = tmp_path / 'out'
     report = upscale([tmp_path / name for name in ('a.png', 'b.png', 'c.png')], 'any.pth', out, tile=11)
     assert files_in(out) == ['b.png', 'c.png'] and report.images == 2
@@ -327,7 +420,7 @@ def test_a_fault_of_the_network_is_no_fault_of_the_image(enlarging, tmp_path, mo
         raise error('of the network')
 
     Image.fromarray(pixels(20, 20, 3)).save(tmp_path / 'a.png')
-    monkeypatch.setattr(upscaler_module, '_rounded', fail)
+    monkeypatch.setattr(upscaler_module, '_stored', fail)
     for most in (module.WHOLE_BYTES, 0):
         monkeypatch.setattr(module, 'WHOLE_BYTES', most)
         with pytest.raises(error, match='^of the network$'):
@@ -448,7 +541,7 @@ def images(tmp_path, monkeypatch):
         (['in/a.png'], 'in/sub', {}, 'The output in/sub/a.png exists'),
         ([''], 'out', {}, 'An input is empty'),
         (['in/a.png'], '', {}, 'The output is empty'),
-        (['in/a.png'], 'out.bmp', {}, 'The output out.bmp ends in .bmp, where .png, .jpg, .* are right for a file'),
+        (['in/a.png'], 'out.gif', {}, 'The output out.gif ends in .gif, where .png, .jpg, .* are right for a file'),
         (['pipe.png'], 'out', {}, 'pipe.png is neither a file nor a folder'),
         (['in/a.png'], 'out', {'quality': 0}, 'The quality is 0'),
         (['in/a.png'], 'out', {'tile': 3}, 'A tile of 3 is too small for SPAN'),

@@ -6,7 +6,7 @@ import pytest
 from lora_sr.images.alpha import without_hidden_colors
 
 
-@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize('channels', [2, 4])
 def test_hidden_pixels_get_the_color_of_a_near_one(channels, dtype):
     pixels = np.random.default_rng(0).integers(1, 255, (23, 31, channels)).astype(dtype)

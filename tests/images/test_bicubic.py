@@ -42,6 +42,7 @@ def matlab_imresize(image, scale, border):
             return 1.5 * x**3 - 2.5 * x**2 + 1
         return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x <= 2 else 0.0
 
+    dtype = image.dtype
     for axis in (0, 1):
         image = np.moveaxis(image, axis, 0)
         length = len(image)
@@ -58,7 +59,7 @@ def matlab_imresize(image, scale, border):
             indices = range(left, left + int(np.ceil(kernel_width)) + 2)
             weights = [kernel(min(scale, 1) * (u - i)) for i in indices]
             row = sum(w / sum(weights) * image[source[i]].astype(np.float64) for w, i in zip(weights, indices))
-            rows.append(np.floor(np.clip(row, 0, 255) + 0.5).astype(np.uint8))
+            rows.append(np.floor(np.clip(row, 0, np.iinfo(dtype).max) + 0.5).astype(dtype))
         image = np.moveaxis(np.stack(rows), 0, axis)
     return image
 
@@ -66,11 +67,16 @@ def matlab_imresize(image, scale, border):
 @pytest.mark.parametrize('size', [(24, 36, 3), (25, 31, 3), (7, 9), (1, 1, 3), (3, 40, 1), (2, 5, 4)])
 @pytest.mark.parametrize('scale', [2, 3, 4, 8])
 @pytest.mark.parametrize('border', ['replicate', 'mirror'])
-def test_equals_matlabs_algorithm_at_any_size(size, scale, border):
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_equals_matlabs_algorithm_at_any_size(size, scale, border, dtype):
+    rng, most = np.random.default_rng(0), np.iinfo(dtype).max
     # Extreme values overshoot and are clipped; even steps make the exact halves that rounding has to settle.
-    for image in (rng.integers(0, 256, size), rng.choice([0, 255], size), 32 * rng.integers(0, 8, size)):
-        image = image.astype(np.uint8)
+    for image in (
+        rng.integers(0, most + 1, size),
+        rng.choice([0, most], size),
+        (most + 1) // 8 * rng.integers(0, 8, size),
+    ):
+        image = image.astype(dtype)
         np.testing.assert_array_equal(
             bicubic_downscale(image, scale, border), matlab_imresize(image, 1 / scale, border)
         )
@@ -85,8 +91,17 @@ def test_blocks_of_rows_make_no_difference(monkeypatch):
     np.testing.assert_array_equal(bicubic_upscale(image, 2), whole[1])
 
 
-def test_scale_1_changes_nothing():
-    image = np.random.default_rng(0).integers(0, 256, (11, 13, 3), np.uint8)
+def test_the_largest_sums_do_not_overflow():
+    for dtype in (np.uint8, np.uint16):
+        white = np.full((33, 35), np.iinfo(dtype).max, dtype)
+        for scale in (5, 7, 11, 13, 16):
+            assert (bicubic_downscale(white, scale) == white[0, 0]).all()
+            assert (bicubic_upscale(white, scale) == white[0, 0]).all()
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_scale_1_changes_nothing(dtype):
+    image = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (11, 13, 3), dtype)
     np.testing.assert_array_equal(bicubic_downscale(image, 1), image)
     np.testing.assert_array_equal(bicubic_upscale(image, 1), image)
 
@@ -95,7 +110,7 @@ def test_scale_1_changes_nothing():
     'image, scale',
     [
         (np.zeros((8, 8, 3), np.float32), 2),
-        (np.zeros((8, 8, 3), np.uint16), 2),
+        (np.zeros((8, 8, 3), np.int16), 2),
         (np.zeros((0, 8, 3), np.uint8), 2),
         (np.zeros(8, np.uint8), 2),
         (np.zeros((8, 8), np.uint8), 0),

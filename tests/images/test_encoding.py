@@ -20,7 +20,7 @@ def photograph(height, width, channels=3, dtype=np.uint8):
     """Smooth, as JPEG likes it, with some noise."""
     noise = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 4)).astype(np.float32)
     smooth = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 255)[:, :, :channels]
-    return smooth.astype(np.uint8) if dtype == np.uint8 else (smooth * 257).astype(np.uint16)
+    return (smooth * {np.uint8: 1, np.uint16: 257, np.float32: 1 / 255}[dtype]).astype(dtype)
 
 
 def bands_of(image, *lengths):
@@ -38,7 +38,7 @@ def read(data, file_format):
     """By a decoder that is not the encoder's own library, where there is one."""
     if file_format == 'tiff':
         return tifffile.imread(io.BytesIO(data))
-    if file_format == 'webp':
+    if file_format in ('webp', 'tga', 'avif'):
         return np.asarray(Image.open(io.BytesIO(data)))
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     return image if image.ndim == 2 else image[:, :, [2, 1, 0, 3][: image.shape[2]]]
@@ -47,16 +47,19 @@ def read(data, file_format):
 @pytest.mark.parametrize(
     ('file_format', 'dtype', 'channels'),
     [(name, np.uint8, channels) for name in FORMATS for channels in (1, 3)]
-    + [(name, np.uint16, channels) for name in ('png', 'tiff') for channels in (1, 3, 4)],
+    + [(name, np.uint16, channels) for name in ('png', 'tiff', 'jp2') for channels in (1, 3, 4)]
+    + [('tiff', np.float32, channels) for channels in (1, 3, 4)],
 )
 def test_blocks_are_one_image_to_others(small_blocks, file_format, dtype, channels):
     image = photograph(157, 61, channels, dtype)
     picture = Picture(image[:1], metadata=Metadata(comment=b'Said'))
     file = io.BytesIO()
-    write_picture(file, picture, bands_of(image, 1, 70, 3, 40), image.shape[:2], file_format, 95)
+    quality = 100 if file_format in ('jp2', 'j2k') else 95
+    write_picture(file, picture, bands_of(image, 1, 70, 3, 40), image.shape[:2], file_format, quality)
     shown = read(file.getvalue(), file_format)
-    if file_format == 'webp':
-        assert shown.shape == (157, 61, 3)
+    if file_format in ('webp', 'avif'):
+        whole = encode_picture(Picture(image), file_format, 95)
+        assert np.array_equal(shown, read(whole, file_format)) and shown.shape[:2] == (157, 61)
     elif file_format == 'jpeg':  # as Pillow writes it by itself
         whole = io.BytesIO()
         Image.fromarray(image.squeeze()).save(whole, 'jpeg', quality=95, subsampling=0)

@@ -146,10 +146,10 @@ def test_a_quarter_turn_turns_resolution_and_xmp(tmp_path):
         picture = read(tmp_path, data)
         assert picture.pixels.shape[:2] == (12, 8)
         assert (picture.exif[282], picture.exif[283]) == (200, 300)
-        for file_format in FORMATS:
+        for file_format in ('png', 'jpeg', 'webp', 'tiff', 'avif'):
             image = opened(encode_picture(picture, file_format, 95))
             assert image.info['xmp'] == XMP % (1, 8, 12), file_format
-            assert file_format == 'webp' or image.info['dpi'] == pytest.approx((200, 300), abs=0.01)
+            assert file_format in ('webp', 'avif') or image.info['dpi'] == pytest.approx((200, 300), abs=0.01)
     assert np.array_equal(read(tmp_path, png_with(pnginfo=info)).pixels, np.asarray(turned))
 
 

@@ -14,9 +14,7 @@ from basicsr.archs.swinir_arch import SwinIR
 from torch import nn
 
 from lora_sr.adapters import LoRAConfig, add_lora, remove_lora, save_adapter
-from lora_sr.archs.dsclora import DSCLoRA
-from lora_sr.archs.lkdn import LKDN, LKDN_S
-from lora_sr.archs.span import SPAN
+from lora_sr.archs import DISP, LKDN, LKDN_S, SPAN, SPANF, SPANV2, DSCFFused, DSCLoRA
 from lora_sr.cli.main import build_parser, main
 from lora_sr.report.summary import summarize_checkpoint
 
@@ -60,6 +58,13 @@ def lora(network, **config):
             lambda: SPAN(feature_channels=6, upscale=2),
             ('SPAN', 'training form: 20 modules have branches', 'x2', '3 in, 3 out, 6 wide', '6 SPAB', None),
         ),
+        (
+            lambda: SPANF(feature_channels=6, upscale=2),
+            ('SPANF', 'training form: 16 modules have branches', 'x2', '3 in, 3 out, 6 wide', '4 SPAB', None),
+        ),
+        (lambda: SPANV2(feature_channels=6), ('SPANV2', PLAIN, 'x4', '3 in, 3 out, 6 wide', '5 SPABV2', None)),
+        (lambda: DISP(feature_channels=6), ('DISP', PLAIN, 'x4', '3 in, 3 out, 6 wide', '4 REECB', None)),
+        (lambda: DSCFFused(feature_channels=6), ('DSCFFused', PLAIN, 'x4', '3 in, 3 out, 6 wide', '5 SPAB', None)),
         (
             lambda: DSCLoRA(feature_channels=6, upscale=4, rank=2, alpha=4, rank_pattern={'conv_2.*': 3}),
             (
@@ -105,6 +110,10 @@ def lora(network, **config):
     ids=[
         'span',
         'span_branches',
+        'spanf_branches',
+        'spanv2',
+        'disp',
+        'dscf_fused',
         'dsclora',
         'lkdn_lora_branches',
         'lkdn_s',
@@ -136,7 +145,8 @@ def test_networks(tmp_path, make, expected):
     if added or 'branches' in rows['form']:
         assert verbs == ['merge', 'adapter extract'][: 2 if added else 1]
     else:
-        ours, known = isinstance(network, (SPAN, LKDN)), not isinstance(network, (LKDN, RCAN, RIDNet, RRDBNet))
+        ours = isinstance(network, (SPAN, LKDN))
+        known = isinstance(network, (SPAN, SwinIR, SRVGGNetCompact))
         assert verbs == [
             'upscale',
             *([] if isinstance(network, RIDNet) else ['compare']),
@@ -203,8 +213,10 @@ def test_the_summary_comes_before_the_table(tmp_path, capsys):
 def test_official_files(shared):
     reference = json.loads((shared / 'reference.json').read_text())['measured_with_official_code']
     families = {'LKDN_x4': 'LKDN', 'LKDN-S_x4': 'LKDN-S', 'LKDN-S_del_rep_x4': 'LKDN-S'}
+    families.update(team01_PDS='SPANF', team15_DSCF_Fused='DSCFFused', team16_PKDSR='SPANF', team18_DISP='DISP')
+    families.update(team22_spanv2_c2='SPANV2')
     for name, published in reference.items():
-        if isinstance(published, dict) and 'NTIRE2026' not in published.get('weights', 'NTIRE2026'):
+        if isinstance(published, dict) and 'weights' in published:
             rows = summarize_checkpoint(shared / published['weights']).rows
             assert rows['family'] == families.get(name, 'SPAN')
             assert rows['parameters'] == f'{published["params"]:,}' and rows['scale'] == 'x4'
@@ -330,7 +342,8 @@ def test_unknown_networks(tmp_path, capsys):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1), nn.Linear(5, 2))
     summary = summarize_checkpoint(save({'model': network.state_dict(), 'epoch': 3}, tmp_path / 'net.pth'))
     assert summary.network is None and summary.commands == []
-    assert summary.rows['family'].startswith('none of those known here (DSCLoRA, SPAN, LKDN, SwinIR')
+    ours = 'DSCLoRA, SPAN, LKDN, SPANF, SPANV2, DISP, DSCFFused'
+    assert summary.rows['family'].startswith(f'none of those known here ({ours}, SwinIR')
     assert summary.rows['form'] == 'no LoRA' and summary.rows['values'] == str(3 * 4 * 9 + 4 + 20 + 5 + 10 + 2)
     assert summary.rows['state dicts'] == 'model (6 tensors); beside epoch'
     assert summary.rows['tensors'].splitlines()[:2] == ['0.weight  4x3x3x3', '0.bias  4']

@@ -19,11 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_sr
 from lora_sr.adapters import LoRAConfig, add_lora
+from lora_sr.archs import network_info
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.span import SPAN
 from lora_sr.benchmarks.lkdn import with_official_structure
 from lora_sr.errors import InputError
+from lora_sr.runtime import deployed as deployed_module
 from lora_sr.runtime.native import library as library_module
 from lora_sr.runtime.native import networks as networks_module
 from lora_sr.runtime.synthetic import synthetic_image
@@ -61,6 +63,8 @@ def small_networks():
     return {
         'SPAN in training form': span,
         'DSCLoRA': lora,
+        'SPAN of gray': randomized(SPAN(1, 1, feature_channels=9, upscale=2)),
+        'SPAN without normalization': randomized(SPAN(3, 1, feature_channels=8, upscale=2, norm=False)),
         'LKDN': randomized(LKDN(num_feat=10, num_atten=6, num_block=2, upscale=2)),
         'LKDN, odd halves, branches': randomized(
             LKDN(num_feat=14, num_atten=7, num_block=3, upscale=3, conv='BSConvU_rep', upsampler='pixelshuffle_rep')
@@ -76,7 +80,8 @@ def test_images_of_the_network(name):
     network = small_networks()[name]
     before = copy.deepcopy(network.state_dict())
     optimized = lora_sr.optimize(network)
-    for size in ((1, 3, 17, 30), (2, 3, 40, 23)):
+    channels = network_info(network).in_channels
+    for size in ((1, channels, 17, 30), (2, channels, 40, 23)):
         image = synthetic_image(*size)
         with torch.no_grad():
             expected = copy.deepcopy(network).double()(image.double())
@@ -87,7 +92,11 @@ def test_images_of_the_network(name):
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize('name', ['SPAN in training form', 'DSCLoRA', 'LKDN', 'LKDN, odd halves, branches'])
+@pytest.mark.parametrize(
+    'name',
+    ['SPAN in training form', 'DSCLoRA', 'SPAN of gray', 'SPAN without normalization']
+    + ['LKDN', 'LKDN, odd halves, branches'],
+)
 def test_ours_run_on_the_kernels(needs_kernels, name):
     assert lora_sr.optimize(small_networks()[name]).engine == 'kernels'
 
@@ -403,6 +412,12 @@ def test_bfloat16_loses_a_hundredth_of_a_decibel_at_most(shared, needs_bfloat16,
         )
         losses.append(exact - half)
     assert 0 < np.mean(losses) <= 0.01
+
+
+def test_mps_gets_contiguous_tensors():
+    """Of slices of channels-last tensors it computes wrong values (pytorch issue 180984)."""
+    formats = [deployed_module._memory_format(torch.device(kind)) for kind in ('cpu', 'cuda', 'mps')]
+    assert formats == [torch.channels_last, torch.channels_last, torch.contiguous_format]
 
 
 class Views(torch.nn.Module):

@@ -232,5 +232,13 @@ def test_files_that_were_read_do_not_fill_a_container(tmp_path, monkeypatch):
     assert free_memory(torch.device('cpu')) > 9000000
 
 
+def test_free_memory_of_mps(monkeypatch):
+    """What Metal recommends and is not taken, and no more than a tensor of 4 GiB lets a network use."""
+    monkeypatch.setattr(torch.mps, 'driver_allocated_memory', lambda: 3 << 30)
+    for recommended, expected in ((11 << 30, 8 << 30), (1 << 30, 0), (96 << 30, 16 << 30)):
+        monkeypatch.setattr(torch.mps, 'recommended_max_memory', lambda size=recommended: size)
+        assert free_memory(torch.device('mps')) == expected
+
+
 def test_free_memory_is_that_of_this_machine():
     assert 1 << 20 < free_memory(torch.device('cpu')) < 1 << 50

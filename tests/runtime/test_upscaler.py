@@ -140,11 +140,151 @@ def test_tiny_images(build, size):
 
 
 @pytest.mark.parametrize(
-    'image', [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8)]
+    'image', [np.zeros((4, 4, 3), np.float64), np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8)]
 )
 def test_other_arrays_are_refused(image):
     with pytest.raises(InputError, match='The image has .* right'):
         upscale_image(Enlarge(), image)
+
+
+class Soft(Enlarge):
+    """Bicubic, and a little wrong: what is opaque becomes 254 of 255."""
+
+    def forward(self, x):
+        return F.interpolate(self.conv(x), scale_factor=self.scale, mode='bicubic') * 0.995
+
+
+@pytest.mark.parametrize('tile', [None, 11])
+@pytest.mark.parametrize('network_channels', [1, 3])
+@pytest.mark.parametrize('channels', [1, 2, 3, 4])
+def test_floating_point_is_neither_rounded_nor_clipped(channels, network_channels, tile):
+    image = np.random.default_rng(0).normal(0.5, 30, (13, 18, channels)).astype(np.float32)
+    if channels in (2, 4):
+        image[..., -1] = np.random.default_rng(1).uniform(0.01, 1, (13, 18))
+    result = upscale_image(Enlarge(3, network_channels), image, tile)
+    colors = channels - (channels in (2, 4))
+    assert result.dtype == np.float32 and result.shape == (39, 54, channels)
+    # Gray comes of three channels whose weights add up to 1 but for rounding.
+    assert np.allclose(result[..., :colors], repeated(image, 3)[..., :colors], 1e-6, 0)
+    if channels > colors:
+        bicubic = cv2.resize(image[..., -1].astype(np.float64), None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
+        assert np.abs(result[..., -1] - bicubic.clip(0, 1)).max() < 1e-5
+
+
+def test_a_channel_of_floating_point_that_is_no_alpha_is_not_clipped():
+    image = np.random.default_rng(0).normal(0.5, 30, (13, 18, 4)).astype(np.float32)
+    result = Upscaler(Enlarge())(image, has_alpha=False)
+    bicubic = cv2.resize(image[..., -1].astype(np.float64), None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
+    assert np.abs(result[..., -1] - bicubic).max() < 1e-3 and result[..., -1].max() > 2
+    assert np.array_equal(
+        Upscaler(Enlarge())(image, has_alpha=False, alpha='network')[..., -1], repeated(image)[..., -1]
+    )
+
+
+def test_floating_point_that_is_not_finite_or_too_large():
+    image = np.zeros((4, 4, 3), np.float32)
+    image[2, 1, 1] = np.nan
+    with pytest.raises(InputError, match='The image must have finite values, got NaN or infinity'):
+        upscale_image(Enlarge(), image)
+    large = np.full((64, 64), 3e38, np.float32)  # whose sum is not finite
+    assert np.allclose(upscale_image(Enlarge(channels=1), large), 3e38)
+
+
+@pytest.mark.parametrize('tile', [None, 30])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize('network_channels', [1, 3])
+@pytest.mark.parametrize('channels', [2, 4])
+def test_alpha_through_the_network(channels, network_channels, dtype, tile):
+    """As a gray image; what is opaque or transparent as far as the network sees stays so."""
+    peak = 1 if dtype == np.float32 else np.iinfo(dtype).max
+    y, x = np.mgrid[:60, :44]
+    image = np.full((60, 44, channels), peak, dtype)
+    image[..., -1] = np.clip(10.5 - np.hypot(x - 15.5, y - 15.5), 0, 1) * peak
+    upscaler = Upscaler(Soft(2, network_channels), tile)
+    result = upscaler(image, alpha='network')[..., -1].astype(np.float64)
+    gray = upscaler(np.ascontiguousarray(image[..., -1])).astype(np.float64).clip(0, peak)
+    kernel = np.ones(2 * [2 * upscaler.overlap + 1], np.uint8)
+    alpha = image[..., -1].astype(np.float32)
+    is_flat = repeated(cv2.erode(alpha, kernel) == cv2.dilate(alpha, kernel))
+    assert 0 < is_flat.sum() < is_flat.size and upscaler.overlap > 0
+    assert np.array_equal(result[is_flat], repeated(image[..., -1])[is_flat])
+    assert np.abs(result[~is_flat] - gray[~is_flat]).max() <= (1e-6 if dtype == np.float32 else 1)
+    assert (gray[is_flat].max() < peak) and result.max() == peak  # the network alone would lose it
+    assert np.array_equal(upscaler(image, alpha='network')[..., :-1], upscaler(image)[..., :-1])
+
+
+def test_flat_alpha_does_not_run(monkeypatch):
+    """An opaque image costs what one without alpha does."""
+    image = pixels(13, 18, 4)
+    image[..., 3] = 255
+    upscaler = Upscaler(Soft())
+    monkeypatch.setattr(upscaler, '_alpha_by_network', None)
+    assert (upscaler(image, alpha='network')[..., 3] == 255).all()
+
+
+def test_what_enlarges_alpha_is_known():
+    with pytest.raises(InputError, match='alpha must be bicubic or network, got lanczos'):
+        Upscaler(Enlarge())(pixels(4, 4, 4), alpha='lanczos')
+
+
+@pytest.mark.parametrize('cuda, mps, expected', [(True, True, 'cuda'), (False, True, 'mps'), (False, False, 'cpu')])
+def test_the_device_that_is_taken(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
+    assert upscaler_module.best_device() == torch.device(expected)
+
+
+class LikeMPS:
+    """A CPU that is called MPS, and has no float64 either."""
+
+    type = 'mps'
+
+
+@pytest.fixture
+def like_mps(monkeypatch):
+    moved = []
+    monkeypatch.setattr(upscaler_module, 'best_device', LikeMPS)
+    for kind in (torch.Tensor, nn.Module):
+        to = kind.to
+
+        def to_cpu(self, *args, _to=to, **kwargs):
+            if args and isinstance(args[0], LikeMPS):
+                moved.append(self)
+                return self
+            return _to(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, 'to', to_cpu)
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', None)
+    monkeypatch.setattr(upscaler_module, 'free_memory', lambda device: 1 << 30)
+    return moved
+
+
+def test_what_mps_lacks_is_done_on_the_cpu(like_mps):
+    """Branches are folded before the network is moved, and images are moved to it."""
+    torch.manual_seed(0)
+    network = SPAN(feature_channels=6, upscale=2).eval()
+    image = pixels(14, 15, 4)
+    upscaler = Upscaler(network)
+    assert not any('sk' in name for name, _ in upscaler.network.named_parameters())  # the branches of the training form
+    assert like_mps[0] is upscaler.network
+    like_mps.clear()
+    result = upscaler(image)
+    assert len([one for one in like_mps if isinstance(one, torch.Tensor)]) == 2  # colors and alpha
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(image[..., :3].copy()).permute(2, 0, 1)[None] / 255)[0] * 255
+    colors = upscaler(image, has_alpha=False)[..., :3]
+    assert np.abs(colors - expected.permute(1, 2, 0).numpy().clip(0, 255)).max() < 0.51 and result.shape == (28, 30, 4)
+
+
+def test_a_dtype_that_a_mac_does_not_know(like_mps, monkeypatch):
+    def fail(network, dtype):
+        raise TypeError('BFloat16 is not supported on MPS')
+
+    monkeypatch.setattr(upscaler_module, 'optimize', fail)
+    with pytest.raises(
+        InputError, match=r'--dtype must be one that this Mac computes in, got torch.bfloat16: BFloat16'
+    ):
+        Upscaler(Enlarge(), dtype=torch.bfloat16)
 
 
 def test_networks_that_cannot_be_used():

@@ -11,7 +11,7 @@ from pathlib import Path
 import lmdb
 from PIL import Image
 
-from lora_sr.basicsr.datasets import lr_roots
+from lora_sr.basicsr.datasets import paired_roots, roots_of
 from lora_sr.data.lmdb_store import PNG_END, PNG_SIGNATURE, bytes_of_pages, check_whole, open_list, read_meta_info
 from lora_sr.errors import InputError, shown
 
@@ -36,6 +36,30 @@ def check_pairs(where: str, dataset: dict, scale: int, training: bool) -> tuple[
     Returns:
         The sentences, and the pairs, which are None where something is wrong.
     """
+    try:
+        roots = paired_roots(dataset)
+    except InputError as error:
+        return [f'{where}.{error}'], None
+    problems: list[str] = []
+    of_roots: dict[tuple, Pairs] = {}
+    for gt, lq, names in dict.fromkeys(roots):
+        section = {**dataset, 'dataroot_gt': gt, 'dataroot_lq': lq, 'meta_info_file': names}
+        found, pairs = _check_pair_of_roots(where, section, scale, training, len(set(roots)) > 1)
+        problems += found
+        if pairs is not None:
+            of_roots[gt, lq, names] = pairs
+    if problems:
+        return list(dict.fromkeys(problems)), None  # of a root that is in several pairs there is one
+    together = Pairs(entry for pair in roots for entry in of_roots[pair])
+    together.total = sum(of_roots[pair].total for pair in roots)
+    together.namesakes = _namesakes([(pair[1], of_roots[pair]) for pair in roots])
+    return [], together
+
+
+def _check_pair_of_roots(
+    where: str, dataset: dict, scale: int, training: bool, several: bool
+) -> tuple[list[str], Pairs | None]:
+    """What :func:`check_pairs` says of one root of each; of ``several``, sentences name the root of an image, too."""
     roots = {}
     problems = []
     kind = dataset['io_backend']['type']
@@ -45,12 +69,15 @@ def check_pairs(where: str, dataset: dict, scale: int, training: bool) -> tuple[
         problems += _root_problems(f'{where}.{key}', path, kind)
     if problems:
         return problems, None
+    gt, lq = roots.values()
     try:
         if kind == 'lmdb':
-            pairs = _database_pairs(where, roots['dataroot_gt'], roots['dataroot_lq'])
-            _check_list_of_database(where, dataset, [name for name, *_ in pairs])
+            pairs = _database_pairs(where, gt, lq)
+            _check_list_of_database(where, dataset, [name for name, *_ in pairs], str(gt) if several else 'a database')
         else:
-            pairs = _folder_pairs(where, dataset, roots['dataroot_gt'], roots['dataroot_lq'])
+            pairs = _folder_pairs(where, dataset, gt, lq, several)
+        if several:
+            pairs[:] = [(os.path.join(gt, name), *sizes) for name, *sizes in pairs]
         _check_sizes(where, dataset, pairs, scale, training)
     except InputError as error:
         return [str(error)], None
@@ -68,7 +95,7 @@ def check_lr_images(where: str, dataset: dict) -> tuple[list[str], int | None]:
         The sentences, and the number of images, which is None where something is wrong.
     """
     key, kind, size = f'{where}.dataroot_lq', dataset['io_backend']['type'], dataset['lq_size']
-    roots = [Path(os.path.expanduser(str(root))) for root in lr_roots(dataset['dataroot_lq'])]
+    roots = [Path(os.path.expanduser(str(root))) for root in roots_of(dataset['dataroot_lq'])]
     problems = [problem for root in dict.fromkeys(roots) for problem in _root_problems(key, root, kind)]
     if problems:
         return problems, None
@@ -111,9 +138,27 @@ def _folder_shapes(folder: Path) -> tuple:
 
 
 class Pairs(list):
-    """(name, (height, width) of GT, of LR) of the pairs that were looked at, and how many there are in all."""
+    """(name, (height, width) of GT, of LR) of the pairs that were looked at, and how many there are in all.
+
+    Attributes:
+        total: How many pairs there are.
+        namesakes: A name that the images of two roots have in common, and these roots; None if there is none.
+    """
 
     total = 0
+    namesakes: tuple[str, str, str] | None = None
+
+
+def _namesakes(pairs_of_roots: list[tuple[str, Pairs]]) -> tuple[str, str, str] | None:
+    """A name by which images of two roots would be saved, and these roots."""
+    roots: dict[str, str] = {}
+    for root, pairs in pairs_of_roots:
+        names = {os.path.splitext(os.path.basename(name))[0] for name, *_ in pairs}
+        both = names & roots.keys()
+        if both:
+            return min(both), roots[min(both)], root
+        roots.update(dict.fromkeys(names, root))
+    return None
 
 
 def _database_pairs(where: str, gt: Path, lq: Path) -> Pairs:
@@ -130,13 +175,13 @@ def _database_pairs(where: str, gt: Path, lq: Path) -> Pairs:
     return pairs
 
 
-def _check_list_of_database(where: str, dataset: dict, names: list[str]) -> None:
+def _check_list_of_database(where: str, dataset: dict, names: list[str], database: str) -> None:
     """BasicSR reads all of a database, whatever list it is given."""
     file = dataset.get('meta_info_file')
     listed = {os.path.splitext(name)[0] for name in _listed(where, file)} if file is not None else set(names)
     if listed != set(names):
         raise InputError(
-            f'{where}.meta_info_file names {len(listed)} images, but BasicSR reads all {len(names)} of a database; '
+            f'{where}.meta_info_file names {len(listed)} images, but BasicSR reads all {len(names)} of {database}; '
             f'leave it out, or prepare a database of those images'
         )
 
@@ -199,7 +244,7 @@ def _check_value(path: Path, key: str, value: memoryview, shape: tuple) -> None:
         raise InputError(f"the database {path}: '{key}' is {_size(size)}, but {_size(shape)} in meta_info.txt")
 
 
-def _folder_pairs(where: str, dataset: dict, gt: Path, lq: Path) -> Pairs:
+def _folder_pairs(where: str, dataset: dict, gt: Path, lq: Path, several: bool) -> Pairs:
     template = dataset.get('filename_tmpl', '{}')
     list_file = dataset.get('meta_info_file')
     if list_file is None:
@@ -223,8 +268,8 @@ def _folder_pairs(where: str, dataset: dict, gt: Path, lq: Path) -> Pairs:
             turns.append(turn)
         if turns[0] != turns[1]:
             raise InputError(
-                f"{where}: GT and LR do not pair: the EXIF data of '{name}' turn it one way in GT and another in LR; "
-                f'write the images anew, upright'
+                f"{where}: GT and LR do not pair: the EXIF data of '{gt / name if several else name}' turn it one way "
+                f'in GT and another in LR; write the images anew, upright'
             )
         pairs.append((name, *sizes))
     return pairs

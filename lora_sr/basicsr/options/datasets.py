@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from basicsr.utils.registry import DATASET_REGISTRY
 
+from lora_sr.basicsr.datasets import roots_of
 from lora_sr.basicsr.options import degradations, schema
 from lora_sr.basicsr.options.check import Check
 from lora_sr.basicsr.options.dataset_content import check_lr_images, check_pairs
 
+# Which keys of a dataset may be lists.
+ROOTS_IN_LISTS = {
+    'PairedImageDataset': ('dataroot_gt', 'dataroot_lq', 'meta_info_file'),
+    'LRImageDataset': ('dataroot_lq',),
+}
 LONGEST_EPOCH = 10**8  # patches: BasicSR shuffles all of them in memory
 
 
@@ -80,11 +86,14 @@ def _check_dataset(check: Check, where: str, dataset: Any, training: bool) -> No
     if 'type' in dataset:
         check.registered(f'{where}.type', dataset['type'], DATASET_REGISTRY, 'dataset')
     before = len(check.problems)
+    if 'open' not in facts:
+        _refuse_lists(check, where, dataset, ROOTS_IN_LISTS.get(dataset.get('type'), ()))
     _check_loading(check, where, dataset)
     if not (paired or unpaired or degraded) or (complete and backend['type'] == 'memcached'):
-        for key in [key for key in dataset if key.startswith('dataroot') and isinstance(dataset[key], str)]:
-            if not os.path.exists(os.path.expanduser(dataset[key])):
-                check.add(f'{where}.{key}: {dataset[key]} does not exist')
+        for key in [key for key in dataset if key.startswith('dataroot')]:
+            for root in dict.fromkeys(root for root in roots_of(dataset[key]) if isinstance(root, str)):
+                if not os.path.exists(os.path.expanduser(root)):
+                    check.add(f'{where}.{key}: {root} does not exist')
         return
     if unpaired:
         if complete and len(check.problems) == before:
@@ -114,6 +123,18 @@ def _check_dataset(check: Check, where: str, dataset: Any, training: bool) -> No
         _check_amount(check, where, dataset, pairs.total)
     elif pairs is not None:
         check.lr_sizes[where] = {lr: name for name, _, lr in reversed(pairs)}  # the first of each size
+        if check.subsection('val').get('save_img') is True and pairs.namesakes:
+            name, first, second = pairs.namesakes
+            check.add(
+                f"{where} must have images of different names to save them, got '{name}' in {first} and in {second}: "
+                'make a dataset of each root, or set val.save_img: false'
+            )
+
+
+def _refuse_lists(check: Check, where: str, dataset: dict, taken: tuple[str, ...]) -> None:
+    for key in ('dataroot_gt', 'dataroot_lq', 'meta_info_file'):
+        if isinstance(dataset.get(key), (list, tuple)) and key not in taken:
+            check.add(f'{where}.{key} of a {dataset["type"]} must be one path, got a list')
 
 
 def _check_loading(check: Check, where: str, dataset: dict) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_sr.adapters import is_lora_key
 from lora_sr.archs import AdaptSR, fold
+from lora_sr.archs.span import NO_NORM, SPAN, is_span
 from lora_sr.basicsr.options import schema
 from lora_sr.basicsr.options.check import Check
 from lora_sr.checkpoints.building import base_section
@@ -72,6 +73,9 @@ def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
         if net is None:
             return
         weights = weights_for(net, content, file, param_key).state
+        other_norm = _other_norm(net, weights, file, network)
+        if other_norm:  # which loads where it is not strict
+            raise InputError(other_norm)
         _check_alphas(check, f'path.{key}', network, weights, file)
         try:
             load_weights(net, content, file, param_key, path.get(f'strict_load_{letter}', True))
@@ -100,8 +104,18 @@ def _check_alphas(check: Check, where: str, network: str, weights: dict, file: s
             return
 
 
+def _other_norm(net: Any, weights: dict, file: str, network: str) -> str:
+    """The sentence for a SPAN that normalizes images where the other does not; empty if that is not so."""
+    if not isinstance(net, SPAN) or not is_span(weights) or net.norm != (NO_NORM in weights):
+        return ''
+    kind, wanted = ('with', 'true') if NO_NORM not in weights else ('without', 'false')
+    return f'{file} is of a SPAN {kind} normalization: norm of {network} must be {wanted}, got {str(net.norm).lower()}'
+
+
 def _other_network(net: nn.Module, weights: dict, file: str) -> str:
     """The sentence for weights of another network; empty if that is not so."""
+    if isinstance(net, SPAN) and is_span(weights):  # a SPAN is the base of a DSCLoRA
+        return ''
     family, own = family_of(weights), type(net).__name__
     is_other = family is not None and own in FAMILIES and family != own and family_of(net.state_dict()) != family
     return f'{file} is a checkpoint of {family}, not of {own}' if is_other else ''

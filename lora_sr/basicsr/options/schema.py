@@ -206,12 +206,16 @@ GPUS = replace(
     holds=lambda value: value == 'auto' or whole(0).holds(value),
     json={'anyOf': [{'const': 'auto'}, whole(0).json]},
 )
-PARAM_KEY = replace(optional(TEXT), text='params, params_ema or ~')
-ROOT = replace(PATH, text='a folder or a database')
+PARAM_KEY = replace(optional(TEXT), text='a key, or keys joined by dots; ~ for wherever the weights are')
 ROOTS = Kind(
     'a folder or a database, or a list of them',
     _is_roots,
     {'anyOf': [{'type': 'string'}, {'type': 'array', 'items': {'type': 'string'}, 'minItems': 1}]},
+)
+LISTS_OF_NAMES = Kind(
+    'a path, or a list of them',
+    lambda value: all(map(optional(PATH).holds, value)) if isinstance(value, list) and value else PATH.holds(value),
+    {'anyOf': [PATH.json, {'type': 'array', 'items': optional(PATH).json, 'minItems': 1}]},
 )
 BACKEND = Kind(
     '{type: disk} or {type: lmdb}',
@@ -292,8 +296,8 @@ def of_network(letter: str, which: str) -> dict[str, Key]:
         f'pretrain_network_{letter}': Key(optional(PATH), f'The checkpoint that {which} starts from.'),
         f'param_key_{letter}': Key(
             PARAM_KEY,
-            'The entry of that file with the weights; ~ for a plain state dict.'
-            + (' By default params_ema, else params, else the file itself.' if letter == 't' else ''),
+            'The entry of that file with the weights.'
+            + (' By default wherever they are, the average first.' if letter == 't' else ''),
             default=None if letter == 't' else 'params',
         ),
         f'strict_load_{letter}': Key(FLAG, 'Whether all keys and shapes have to fit.', default=True),
@@ -469,14 +473,21 @@ _PATCHES = f'{PAIRED} {LISTED} {REDS} {VIMEO}'
 DATASET = {
     'name': Key(BELOW, 'What it is called in the log and in `results/`.', needed='train test'),
     'type': Key(NAMED, 'The dataset: one of the registry.', needed='train test'),
-    'dataroot_gt': Key(ROOT, 'The folder or database of GT images.', needed=f'{PAIRED} {DEGRADED}', only=_GT),
+    'dataroot_gt': Key(
+        ROOTS, 'The folder or database of GT images; of a PairedImageDataset also a list.',
+        needed=f'{PAIRED} {DEGRADED}', only=_GT,
+    ),
     'dataroot_lq': Key(
-        ROOTS, 'The folder or database of LR images; of an LRImageDataset also a list.', needed=f'{PAIRED} {LR_ONLY}',
-        only=_LR,
+        ROOTS,
+        'The folder or database of LR images; of a PairedImageDataset or LRImageDataset also a list. Roots pair by '
+        'their places in the lists, and one that stands there several times is drawn as many times as often.',
+        needed=f'{PAIRED} {LR_ONLY}', only=_LR,
     ),
     'dataroot_flow': Key(optional(PATH), 'The folder or database of optical flow.', only=REDS),
     'meta_info_file': Key(
-        optional(PATH), 'A text file that names an image in each line; by default all are taken.',
+        optional(LISTS_OF_NAMES),
+        'A text file that names an image in each line; by default all are taken. Of several roots it is for all, and a '
+        'list of files has one, or ~, for each.',
         only=f'{PAIRED} {SINGLE} {REDS} {VIMEO} {VIDEO_TEST}',
     ),
     'meta_info': Key(

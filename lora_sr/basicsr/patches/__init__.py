@@ -25,6 +25,7 @@ def apply() -> None:
         options,
         prefetch,
         resume,
+        roots,
         samples,
         validation,
     )
@@ -35,6 +36,7 @@ def apply() -> None:
         lmdb.patch_lmdb_backend,
         lmdb.patch_reading_of_databases,
         images.patch_imfrombytes,
+        roots.patch_paired_image_dataset,
         prefetch.patch_prefetch_thread,
         prefetch.patch_prefetchers,
         samples.patch_build_dataloader,

@@ -48,7 +48,7 @@ def key_of_average(content: Mapping[str, Any], path: Mapping[str, Any]) -> str |
 
     In one of others' it is where ``param_key_g`` of the section ``path`` says.
     """
-    is_of_basicsr = any(isinstance(content.get(key), Mapping) for key in PARAM_KEYS)
+    is_of_basicsr = any(isinstance(content.get(key), Mapping) and content[key] for key in PARAM_KEYS)
     return 'params_ema' if is_of_basicsr else path.get('param_key_g', 'params')
 
 

@@ -119,13 +119,13 @@ def patch_parse_options() -> None:
 
         argv = [sys.argv[0], '-opt', path, *rest]
         loader = functools.partial(_PreparedOptions, opt)
-        lists = _take_lists_of_roots(opt)
         _complete_paths(opt)
+        lists = _take_lists_of_roots(opt)
         with swapped(namespace, ordered_yaml=lambda: (loader, OptionDumper), init_dist=init_dist):
             with swapped(vars(sys), argv=argv):
                 opt, args = original(root_path, is_train)
         for name, roots in lists.items():
-            opt['datasets'][name]['dataroot_lq'] = [os.path.expanduser(root) for root in roots]
+            opt['datasets'][name].update(roots)
         args.force_yml = entries
         if is_train and opt['rank'] == 0 and _mode != 'skip':  # which only looks at the options
             with _told():
@@ -184,17 +184,21 @@ def _complete_paths(opt: dict) -> None:
     """Paths of data sets as BasicSR takes them: without a `/` at the end, which hides `.lmdb`, and without a `~`."""
     for section in opt['datasets'].values():
         for key in section if isinstance(section, dict) else ():
-            if isinstance(section[key], str) and key.startswith(('dataroot', 'meta_info')):
-                section[key] = os.path.expanduser(section[key]).rstrip('/') or '/'
+            if key.startswith(('dataroot', 'meta_info')):
+                value = section[key]
+                section[key] = [_complete(one) for one in value] if isinstance(value, list) else _complete(value)
 
 
-def _take_lists_of_roots(opt: dict) -> dict:
-    """Take the lists under `dataroot_lq`, which `parse_options` takes for one path, out of the datasets' sections."""
+def _complete(path: Any) -> Any:
+    return os.path.expanduser(path).rstrip('/') or '/' if isinstance(path, str) else path
+
+
+def _take_lists_of_roots(opt: dict) -> dict[str, dict[str, list]]:
+    """Take lists of roots, which `parse_options` takes for one path, out of the sections of the data sets."""
     sections = {name: section for name, section in opt['datasets'].items() if isinstance(section, dict)}
     return {
-        name: section.pop('dataroot_lq')
+        name: {key: section.pop(key) for key in ('dataroot_gt', 'dataroot_lq') if isinstance(section.get(key), list)}
         for name, section in sections.items()
-        if isinstance(section.get('dataroot_lq'), list)
     }
 
 

@@ -38,7 +38,8 @@ def export_chainner(
     Args:
         source: Whatever :func:`lora_sr.load_network` takes; LoRA is merged and branches folded.
         output: The file to write, ``.pth`` (state dict under ``params``) or ``.safetensors``.
-        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``.
+        param_key: Where the state dict is in a file; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
         overwrite: Replace ``output`` where it exists.
 
     Raises:
@@ -51,6 +52,11 @@ def export_chainner(
     deployed = deployed_network(source, param_key)
     check_not_input(output, deployed.files)
     is_span = isinstance(deployed.network, SPAN)
+    if is_span and deployed.network.norm and deployed.info.in_channels != 3:
+        raise InputError(
+            f'{deployed.name} cannot be exported for chaiNNer: a SPAN of {deployed.info.in_channels} channel must have '
+            'norm: false there, got one that normalizes images.'
+        )
     if not is_for_chainner(deployed.network):
         raise _unknown(deployed)
     has_spandrel = importlib.util.find_spec('spandrel') is not None

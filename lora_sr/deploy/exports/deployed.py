@@ -159,7 +159,8 @@ def deployed_network(source: NetworkLike, param_key: str | None = None) -> Deplo
 
     Args:
         source: See :func:`lora_sr.load_network`; with LoRA or branches, or plain.
-        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``, else the top.
+        param_key: Where the state dict is in a file; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
 
     Raises:
         InputError: The checkpoint cannot be read or folded, or its network takes images of one size alone, or gives

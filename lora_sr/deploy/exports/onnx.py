@@ -53,7 +53,8 @@ def export_onnx(
         output: The file to write, ``.onnx``.
         dtype: ``float32``, or ``float16`` for weights and features; the images stay float32. A runtime may also
             lower a float32 file itself: LKDN's values fit float16 in both.
-        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``.
+        param_key: Where the state dict is in a file; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
         overwrite: Replace ``output`` where it exists.
 
     Raises:

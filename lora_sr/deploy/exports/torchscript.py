@@ -37,7 +37,8 @@ def export_torchscript(
     Args:
         source: Whatever :func:`lora_sr.load_network` takes; LoRA is merged and branches folded.
         output: The file to write, ``.pt``.
-        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``.
+        param_key: Where the state dict is in a file; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
         overwrite: Replace ``output`` where it exists.
 
     Raises:

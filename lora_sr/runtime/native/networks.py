@@ -57,9 +57,12 @@ def _lower_span(program: Program, network: SPAN) -> None:
         plain = cast(nn.Conv2d, layer.eval_conv)
         return program.conv([source], plain.weight, plain.bias, activation, combination, other)
 
-    mean = network.mean.flatten()
-    factor = torch.full_like(mean, network.img_range)
-    shallow = features = conv(program.load_image(factor, -mean * factor), network.conv_1)
+    factor = network.conv_cat.weight.new_ones(network.num_in_ch)
+    summand = torch.zeros_like(factor)
+    if network.norm:
+        factor = factor * network.img_range
+        summand = -network.mean.flatten() * factor
+    shallow = features = conv(program.load_image(factor, summand), network.conv_1)
     after_first_block = first_of_block = shallow  # until there is a block
     for i in range(network.num_blocks):
         block = getattr(network, f'block_{i + 1}')

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from option_check import check
 from PIL import Image
-from tiny_run import change, write_pairs
+from tiny_run import TINY_OPTIONS, change, write_pairs
 
 from lora_sr.basicsr.options import check_options
 from lora_sr.basicsr.options.dataset_content import _read_header
+from lora_sr.option_file import load_options
 
 NEEDS_PIPES = pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no pipes with names')
 
@@ -270,6 +271,127 @@ def test_lists_that_are_none(data, tmp_path, make, sentence, suffix):
     change(opt, 'datasets.train.meta_info_file', str(file))
     (problem,) = check(opt, tmp_path)
     assert problem.startswith(f'datasets.train.meta_info_file: {sentence.replace("FILE", str(file))}')
+
+
+# --- several roots ---
+
+
+@pytest.fixture(params=['', '.lmdb'], ids=['folders', 'databases'])
+def two(request, tmp_path):
+    """Options of a run on two roots, which have names in common, and the folder with them."""
+    write_pairs(tmp_path / 'data/a')
+    write_pairs(tmp_path / 'data/b', count=3)
+    file, suffix = tmp_path / 'two.yml', request.param
+    file.write_text(TINY_OPTIONS.format(root=tmp_path, suffix='', backend='lmdb' if suffix else 'disk'))
+    opt = load_options(file)
+    for section in opt['datasets'].values():
+        for key in ('gt', 'lq'):
+            section[f'dataroot_{key}'] = [f'{tmp_path}/data/{name}/{key}{suffix}' for name in 'ab']
+    return opt, tmp_path / 'data', suffix
+
+
+def test_several_roots_are_correct(two, tmp_path):
+    opt, root, suffix = two
+    assert check(opt, tmp_path) == []
+    train = opt['datasets']['train']
+    for key in ('dataroot_gt', 'dataroot_lq'):
+        train[key] = [*train[key], train[key][0]]
+    train.update(dataset_enlarge_ratio=1, batch_size_per_gpu=19)
+    assert check(opt, tmp_path) == []
+    train['batch_size_per_gpu'] = 20
+    sentence = 'datasets.train.batch_size_per_gpu must be at most 19, the patches of an epoch, got 20; raise'
+    assert [problem[: len(sentence)] for problem in check(opt, tmp_path)] == [sentence]
+
+
+def test_each_root_is_checked(two, tmp_path):
+    opt, root, suffix = two
+    for name in 'ab':
+        shutil.rmtree(root / name / f'lq{suffix}')
+        write_pairs(root / f'x4/{name}', count=2, scale=4) if name == 'b' else None
+    (root / f'x4/b/lq{suffix}').rename(root / f'b/lq{suffix}')
+    del opt['datasets']['val']
+    missing = f"'002{'' if suffix else '.png'}' is missing in dataroot_lq ({root}/b/lq{suffix})"
+    assert check(opt, tmp_path) == [
+        f'datasets.train.dataroot_lq: {root}/a/lq{suffix} does not exist',
+        f'datasets.train: GT and LR do not pair: {missing}',
+    ]
+
+
+def test_sizes_are_told_with_their_root(two, tmp_path):
+    opt, root, suffix = two
+    del opt['datasets']['val']
+    change(opt, 'datasets.train.gt_size', 40)
+    name = '000' if suffix else '000.png'
+    sentence = "datasets.train.gt_size: 40 is larger than the GT image '{}' of 32x32"
+    assert check(opt, tmp_path) == [sentence.format(f'{root}/{part}/gt{suffix}/{name}') for part in 'ab']
+    change(opt, 'datasets.train.gt_size', 16)
+    change(opt, 'datasets.train.dataroot_lq', [f'{root}/a/lq{suffix}', f'{root}/b/gt{suffix}'])
+    (problem,) = check(opt, tmp_path)
+    assert problem.startswith(f"datasets.train: GT and LR do not pair: '{root}/b/gt{suffix}/{name}' is 32x32 in GT and")
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'sentence'),
+    [
+        ('dataroot_lq', ['a'], 'dataroot_lq must have one entry for each of the 2 of dataroot_gt, got 1'),
+        ('dataroot_lq', 'a', 'dataroot_lq must have one entry for each of the 2 of dataroot_gt, got 1'),
+        ('meta_info_file', ['a'] * 3, 'meta_info_file must have one entry for each of the 2 of dataroot_gt, got 3'),
+        ('dataroot_gt', [], 'dataroot_gt has to be a folder or a database, or a list of them, not []'),
+        (
+            'dataroot_gt',
+            ['a', None],
+            "dataroot_gt has to be a folder or a database, or a list of them, not ['a', None]",
+        ),
+        (
+            'dataroot_gt',
+            [['a'], 'b'],
+            "dataroot_gt has to be a folder or a database, or a list of them, not [['a'], 'b']",
+        ),
+        ('meta_info_file', [], 'meta_info_file has to be a path, or a list of them or ~, not []'),
+        ('meta_info_file', [['a'], 'b'], "meta_info_file has to be a path, or a list of them or ~, not [['a'], 'b']"),
+        ('meta_info_file', ['nowhere', None], 'meta_info_file: nowhere cannot be read: [Errno 2] No such file or'),
+        (
+            'type',
+            'RealESRGANPairedDataset',
+            'dataroot_gt of a RealESRGANPairedDataset must be one path, got a list',
+        ),
+    ],
+)
+def test_lists_of_roots_that_are_wrong(two, tmp_path, path, value, sentence):
+    opt, _, _ = two
+    del opt['datasets']['val']
+    change(opt, f'datasets.train.{path}', value)
+    assert check(opt, tmp_path)[0].startswith(f'datasets.train.{sentence}')
+
+
+def test_a_list_of_one_database_is_told_with_it(two, tmp_path):
+    opt, root, suffix = two
+    (tmp_path / 'list.txt').write_text('000.png (32,32,3)\n')
+    change(opt, 'datasets.train.meta_info_file', [None, f'{tmp_path}/list.txt'])
+    expected = f'datasets.train.meta_info_file names 1 images, but BasicSR reads all 3 of {root}/b/gt.lmdb'
+    assert [problem.split(';')[0] for problem in check(opt, tmp_path)] == ([expected] if suffix else [])
+
+
+def test_images_of_one_name_are_not_saved_over_each_other(two, tmp_path, monkeypatch):
+    opt, _, suffix = two
+    monkeypatch.chdir(tmp_path)  # where paths are short
+
+    def roots(names):
+        for key in ('gt', 'lq'):
+            change(opt, f'datasets.val.dataroot_{key}', [f'data/{name}/{key}{suffix}' for name in names])
+
+    roots('ab')
+    assert check(opt, tmp_path) == []  # as long as they are not saved
+    change(opt, 'val.save_img', True)
+    for names in ('ab', 'aa'):
+        roots(names)
+        first, second = (f'data/{name}/lq{suffix}' for name in names)
+        assert check(opt, tmp_path) == [
+            f"datasets.val must have images of different names to save them, got '000' in {first} and in {second}: "
+            'make a dataset of each root, or set val.save_img: false'
+        ]
+    roots('a')
+    assert check(opt, tmp_path) == []
 
 
 def test_workers_that_persist(options, tmp_path):

@@ -8,6 +8,7 @@ from tiny_run import change
 
 from lora_sr.archs.adaptsr import AdaptSR
 from lora_sr.archs.lkdn import LKDN
+from lora_sr.archs.span import SPAN
 
 
 def test_names_with_the_suffix_of_basicsr_are_known(options, tmp_path):
@@ -120,6 +121,7 @@ LKDN_OF_4 = {'type': 'LKDN', 'num_feat': 4, 'num_atten': 4, 'num_block': 1}
 
 
 SPAN_OF_4 = {'type': 'SPAN', 'feature_channels': 4}
+DISP_OF_4 = {'type': 'DISP', 'feature_channels': 4}
 
 
 @pytest.mark.parametrize(
@@ -134,6 +136,7 @@ SPAN_OF_4 = {'type': 'SPAN', 'feature_channels': 4}
         (SPAN_OF_4, {}, 'upsampler.0'),
         (SPAN_OF_4, {'deploy': True}, 'upsampler.0'),  # folded on the way
         (SPAN_OF_4, {'type': 'DSCLoRA'}, 'upsampler.0'),
+        (DISP_OF_4, {}, 'upsampler.0'),
     ],
 )
 def test_checkpoint_of_another_scale(options, tmp_path, network, deploy, layers):
@@ -160,3 +163,26 @@ def test_checkpoint_of_another_scale_that_differs_elsewhere_too(options, tmp_pat
     change(options, 'path.pretrain_network_g', str(tmp_path / 'x4.pth'))
     (problem,) = check(options, tmp_path)
     assert 'does not fit LKDN' in problem and 'scale' not in problem
+
+
+@pytest.mark.parametrize('norm', [True, False])
+@pytest.mark.parametrize('kind', ['SPAN', 'DSCLoRA'])
+def test_checkpoint_of_a_span_with_another_normalization(options, tmp_path, kind, norm):
+    torch.save({'params': SPAN(feature_channels=6, upscale=2, norm=not norm).state_dict()}, tmp_path / 'base.pth')
+    change(options, 'network_g', {'type': kind, 'feature_channels': 6, 'upscale': 2, 'norm': norm})
+    change(options, 'path.pretrain_network_g', str(tmp_path / 'base.pth'))
+    wanted, given = ('without', 'false, got true') if norm else ('with', 'true, got false')
+    sentence = f'{tmp_path}/base.pth is of a SPAN {wanted} normalization: norm of network_g must be {given}'
+    for strict in (True, False):  # it would load
+        change(options, 'path.strict_load_g', strict)
+        assert check(options, tmp_path) == [f'path.pretrain_network_g: {sentence}']
+    change(options, 'network_g.norm', not norm)
+    assert check(options, tmp_path) == []
+
+
+def test_checkpoint_of_a_span_of_another_width_is_no_other_network(options, tmp_path):
+    torch.save({'params': SPAN(feature_channels=8, upscale=2).state_dict()}, tmp_path / 'base.pth')
+    change(options, 'network_g', {'type': 'DSCLoRA', 'feature_channels': 6, 'upscale': 2})
+    change(options, 'path.pretrain_network_g', str(tmp_path / 'base.pth'))
+    (problem,) = check(options, tmp_path)
+    assert 'base.pth does not f' in problem and problem.endswith('has shape (12, 8, 3, 3) instead of (12, 6, 3, 3)')

@@ -29,7 +29,7 @@ RENAMED: dict[str, Callable[[Mapping[str, Tensor]], bool]] = {
     'ESRGAN': lambda state: 'conv_first.weight' in state,
 }
 # Times the values in the file, and beside: masks and tables that follow from sizes. Those of GRL are 14 million.
-FACTOR, MORE = 16, 2**25
+FACTOR, MORE = 2, 2**25
 MOST_LISTED = 1000  # values of a tensor that tell sizes
 FEW_BYTES = 2**30  # beside, of what is made on the way
 PURPOSES = ('SR', 'Restoration')

@@ -40,6 +40,10 @@ from community_networks import SMALL  # noqa: E402
 SECTIONS: dict[str, dict[str, Any]] = {
     'DSCLoRA': {'feature_channels': 8, 'upscale': 2, 'rank': 2},
     'SPAN': {'feature_channels': 8, 'upscale': 2},
+    'SPANF': {'feature_channels': 8, 'upscale': 2},
+    'SPANV2': {'feature_channels': 8, 'upscale': 2},
+    'DISP': {'feature_channels': 8, 'upscale': 2, 'num_block': 2},
+    'DSCFFused': {'feature_channels': 8, 'upscale': 2},
     'LKDN': {'num_feat': 8, 'num_atten': 8, 'num_block': 2, 'num_in': 2, 'upscale': 2},
     'SwinIR': {
         **{'embed_dim': 12, 'depths': [2], 'num_heads': [2], 'window_size': 4, 'img_size': 8, 'mlp_ratio': 2},
@@ -87,8 +91,8 @@ GROUPS = (
     (
         'Of spandrel',
         'What is not known above is recognized, and built from its names and shapes, by\n'
-        '[spandrel](https://github.com/chaiNNer-org/spandrel), which has to be installed. Networks for faces and for '
-        'inpainting are\nrefused.',
+        '[spandrel](https://github.com/chaiNNer-org/spandrel), which has to be installed. In 16 bits such a network '
+        'runs where spandrel\nsays that it does. Networks for faces and for inpainting are refused.',
     ),
 )
 

@@ -172,6 +172,8 @@ def little_memory(more: int) -> Iterator[None]:
         yield
         return
     with _LIMITING:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # new ones would take memory for themselves, and end the process without it
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         most = pages * resource.getpagesize() + more
         if soft == resource.RLIM_INFINITY or most < soft:
@@ -180,6 +182,7 @@ def little_memory(more: int) -> Iterator[None]:
             yield
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+            torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ RENAMED: dict[str, Callable[[Mapping[str, Tensor]], bool]] = {
     'ESRGAN': lambda state: 'conv_first.weight' in state,
 }
 # Times the values in the file, and beside: masks and tables that follow from sizes. Those of GRL are 14 million.
-FACTOR, MORE = 16, 2**25
+FACTOR, MORE = 2, 2**25
 MOST_LISTED = 1000  # values of a tensor that tell sizes
 FEW_BYTES = 2**30  # beside, of what is made on the way
 PURPOSES = ('SR', 'Restoration')
@@ -199,10 +199,9 @@ def _freeze_what_freezes_itself(network: nn.Module) -> None:
 
 def _keep_buffers(network: nn.Module, base: Mapping[str, Tensor]) -> None:
     """Let what a network saves hold the buffers that its file has: GRL tells the sizes of its windows by them alone."""
-    for name in base:
+    for name in base.keys() & dict(network.named_buffers()).keys():
         module, _, buffer = name.rpartition('.')
-        if name in dict(network.named_buffers()):
-            network.get_submodule(module)._non_persistent_buffers_set.discard(buffer)
+        network.get_submodule(module)._non_persistent_buffers_set.discard(buffer)
 
 
 def _call_as_described(network: nn.Module, call: Callable[[Any, Tensor], Tensor]) -> None:

@@ -35,6 +35,7 @@ class NetworkInfo:
             embedding.
         smallest: Height and width of the input must be at least this, but for what :func:`take_any_size` does.
         is_square: Likewise, they must be equal.
+        halves: The types of 16 bits in which it runs, as far as is known.
     """
 
     in_channels: int
@@ -45,6 +46,7 @@ class NetworkInfo:
     fixed_size: tuple[int, int] | None = None
     smallest: int = 1
     is_square: bool = False
+    halves: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
     def side(self, at_least: int) -> int:
         """The smallest side of an image that the network takes, in pixels, of at least so many."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +23,14 @@ from lora_sr.errors import InputError, shown
 LARGEST_REPEAT = 16
 SMALL_BYTES = 2**27  # merging makes several copies of each
 FEW_VALUES, FEW_TENSORS = 10**6, 1000
+LARGEST_DIGITS = 9
 LARGEST_STATE = 10_000  # torch looks through those of a module again for each part of it
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(getattr(torch, name) for name in ('float8_e4m3fn', 'float8_e5m2') if hasattr(torch, name)),  # since torch 2.1
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128),
 )
+_LIMITING = threading.RLock()  # one limit at a time, so that each finds the one before it
 
 
 def check_content(content: Mapping[Any, Any], path: object, size: int) -> None:
@@ -71,7 +74,10 @@ def check_plain(content: object, path: object) -> None:
         if not isinstance(value, (dict, list, tuple, set)) or id(value) in seen:
             continue
         seen.add(id(value))
-        own = sorted(map(str, getattr(value, '__dict__', {}).keys() - {'_metadata'}))
+        attributes = getattr(value, '__dict__', {})
+        own = sorted(name for name in map(str, attributes) if hasattr(type(value), name))
+        for name in attributes.keys() - {'_metadata', *own}:  # of a class of the trainer's own, which is not read
+            del attributes[name]
         if own:
             raise InputError(
                 f'the checkpoint {path} must hold tensors and plain values alone, got a section with the attribute '
@@ -117,22 +123,66 @@ def _check_tensors(state: Mapping[str, Tensor], path: object, size: int) -> None
 
 
 @contextlib.contextmanager
-def bounded(state: Mapping[str, Tensor], factor: int) -> Iterator[None]:
+def bounded(state: Mapping[str, Tensor], factor: int, more: int = FEW_VALUES) -> Iterator[None]:
     """Build no network that is much larger than the state dict that it is for: sizes are read from names and shapes.
 
     Args:
         state: The state dict.
         factor: How many times its values, and its tensors, all that is built may have.
+        more: How many values it may have beside.
 
     Raises:
         InputError: The network is larger, or the state dict has more tensors than any network.
     """
     if len(state) > LARGEST_STATE:
         raise InputError(f'the state dict of a network must have at most {LARGEST_STATE:,} tensors, got {len(state):,}')
-    values = factor * sum(value.numel() for value in state.values()) + FEW_VALUES
+    values = factor * sum(value.numel() for value in state.values()) + more
     sentence = 'the network that its names and shapes tell of must have about the values that are in it, got far more'
     with at_most(values, factor * len(state) + FEW_TENSORS, sentence):
         yield
+
+
+def check_numbers(state: Mapping[str, Tensor]) -> None:
+    """Check that the layers of a state dict have no numbers that are far beyond the count of its tensors.
+
+    Raises:
+        InputError: One has: whoever builds as many layers as it says does not come to an end.
+    """
+    most = FEW_TENSORS + len(state)
+    for name in state:
+        for part in name.split('.'):
+            if part.isdecimal() and (len(part) > LARGEST_DIGITS or int(part) > most):
+                raise InputError(
+                    f'its layers must have numbers of about the count of its tensors, {len(state):,}, got {shown(name)}'
+                )
+
+
+@contextlib.contextmanager
+def little_memory(more: int) -> Iterator[None]:
+    """Let the process have at most so many bytes more, where the system can limit it, as Linux does.
+
+    A constructor may make large tensors on the way to small ones, of which :func:`at_most` is not told. What needs more
+    ends in an exception.
+    """
+    try:
+        import resource
+
+        pages = int(Path('/proc/self/statm').read_text().split()[0])
+    except (ImportError, OSError):
+        yield
+        return
+    with _LIMITING:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # new ones would take memory for themselves, and end the process without it
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = pages * resource.getpagesize() + more
+        if soft == resource.RLIM_INFINITY or most < soft:
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+            torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

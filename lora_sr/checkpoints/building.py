@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def construct(arch: Arch, section: Mapping[str, Any], where: str) -> nn.Module:
     """
     arguments = {key: value for key, value in section.items() if key != 'type'}
     try:
-        with at_most(MOST_VALUES, MOST_TENSORS, TOO_LARGE):
+        with at_most(MOST_VALUES, MOST_TENSORS, TOO_LARGE), without_old_calls():
             return arch(**arguments)
     except InputError as error:
         raise InputError(f'{where}: {error}') from None
@@ -59,6 +60,14 @@ def construct(arch: Arch, section: Mapping[str, Any], where: str) -> nn.Module:
             value = shown(repr(arguments[key]))
             raise InputError(f'{where}.{key}: {section["type"]} cannot be built with {value}{reason}') from error
         raise InputError(f'{where}: {section["type"]} cannot be built from these values{reason}') from error
+
+
+@contextlib.contextmanager
+def without_old_calls() -> Iterator[None]:
+    """Networks of BasicSR and others call torch as it was, which it tells whoever builds one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'torch.meshgrid', UserWarning)
+        yield
 
 
 def refused_key(build: Callable[..., object], arguments: Mapping[str, Any]) -> str | None:

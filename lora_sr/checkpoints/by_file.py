@@ -6,7 +6,7 @@ import os
 
 from torch import nn
 
-from lora_sr.checkpoints.checkpoint import Checkpoint
+from lora_sr.checkpoints.checkpoint import BASE, Checkpoint
 from lora_sr.checkpoints.community import build_community
 from lora_sr.errors import InputError, shown
 
@@ -21,7 +21,7 @@ def spandrel(path: str) -> nn.Module:
         The network: (N, C, H, W) in [0, 1] -> (N, C, scale * H, scale * W), without clipping.
 
     Raises:
-        InputError: The file cannot be read, or spandrel does not know its network.
+        InputError: The file cannot be read, carries LoRA, or spandrel does not know its network.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f'path must be a file of weights, got {shown(repr(path))}.')
@@ -29,4 +29,6 @@ def spandrel(path: str) -> nn.Module:
     if checkpoint.architecture is None:
         kind = f'a {checkpoint.family}, to be named by its own type' if checkpoint.family else 'one of none'
         raise InputError(f'{path} must be of an architecture of spandrel, got {kind}.')
-    return build_community(checkpoint.state, path)
+    if checkpoint.form != BASE:
+        raise InputError(f'{path} must be a base, got a checkpoint with LoRA: merge it with `lora-sr merge`.')
+    return build_community(checkpoint.in_file, path)

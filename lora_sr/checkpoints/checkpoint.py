@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_sr.adapters import is_lora_key
 from lora_sr.adapters.foreign_files import is_foreign
-from lora_sr.checkpoints.community import architecture_of
-from lora_sr.checkpoints.content import Content, read_checkpoint
+from lora_sr.checkpoints.community import BY_FILE, architecture_of, names_in_network
+from lora_sr.checkpoints.content import Content, read_checkpoint, weights_for
 from lora_sr.checkpoints.families import family_of
-from lora_sr.checkpoints.layouts import as_rrdbnet
+from lora_sr.checkpoints.layouts import as_rrdbnet, in_layout
 from lora_sr.checkpoints.origin import Origin, fingerprint
 from lora_sr.checkpoints.unwrapping import find_weights
 
@@ -32,7 +33,8 @@ class Checkpoint:
         param_key: Where in it the state dict is, by the keys of the sections around it; ``None`` for the file itself.
         prefix: What the file has before, or within, the names of its weights, as ``module.``.
         state: The state dict, on the CPU, under the names of its network.
-        layout: Name in ``state`` -> name in the file, of those that differ by more than the prefix.
+        layout: Name in ``state`` -> name in the file, of those that differ by more than the prefix. Of a file that a
+            run has written it is that of the file from which the run began.
     """
 
     path: Path
@@ -61,7 +63,19 @@ class Checkpoint:
         """The same of a file that has been read already."""
         found = find_weights(content, path, param_key, _is_known)
         state, layout = as_rrdbnet(found.state) or (found.state, {})
+        if not layout and content.origin is not None:
+            layout = content.origin.layout or {}
+        names = names_in_network(state) if not layout and family_of(state) is None else None
+        if names is not None:
+            layout = {name: old for name, old in names.items() if old != name}
+            updates = {name: value for name, value in state.items() if is_lora_key(name)}
+            state = OrderedDict({**{name: state[old] for name, old in names.items()}, **updates})
         return cls(Path(path), content, found.param_key, found.prefix, state, layout)
+
+    def of_network(self, network: nn.Module) -> Checkpoint:
+        """The same for a network at hand, whose names tell what of those in the file is a prefix."""
+        found = weights_for(network, self.content, self.path, self.param_key)
+        return replace(self, state=found.state, layout=self.layout or found.layout)
 
     @property
     def form(self) -> str:
@@ -77,12 +91,29 @@ class Checkpoint:
     @cached_property
     def family(self) -> str | None:
         """The name of the network that it belongs to, or ``None`` where that is not known here."""
-        return family_of(self.state)
+        return None if self._is_of_spandrel else family_of(self.state)
 
     @cached_property
     def architecture(self) -> str | None:
         """What spandrel calls the network, where no family of this package knows it and spandrel does."""
-        return architecture_of(self.state) if self.family is None else None
+        return architecture_of(self.in_file) if self.family is None else None
+
+    @cached_property
+    def in_file(self) -> dict[str, Tensor]:
+        """The state dict under the names of its file, or of that from which a run began: spandrel knows it by these."""
+        return dict(in_layout(self.state, self.layout))
+
+    @cached_property
+    def _is_of_spandrel(self) -> bool:
+        """Whether spandrel has built its network, which may then have the names of a family."""
+        network = None if self.origin is None else self.origin.network
+        base = network.get('base', network) if isinstance(network, dict) else None
+        if isinstance(base, dict) and base.get('type') == BY_FILE:
+            return True
+        if not self.layout:
+            return False
+        base = {name: value for name, value in self.in_file.items() if not is_lora_key(name)}
+        return as_rrdbnet(base) is None and architecture_of(base) is not None
 
     @property
     def is_known(self) -> bool:

@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,11 +223,20 @@ def load_weights(
         raise InputError(f'{path} does not fit {type(net).__name__}: {misfit}') from error
     if layout:
         set_layout(net, layout)
+    check_finite(net, weights, path)
+
+
+def check_finite(net: nn.Module, loaded: Container[str], path: object) -> None:
+    """Check the values that were loaded into a network, as they are there: its type may be too narrow for them.
+
+    Raises:
+        DamagedWeights: Some are not finite.
+    """
     parameters = dict(net.named_parameters())
-    for name, value in net.state_dict().items():  # as they are in the network, whose type may be too narrow for them
+    for name, value in net.state_dict().items():
         # A mask, which is no parameter, may be infinite.
         is_bad = not torch.isfinite(value).all() if name in parameters else torch.isnan(value).any()
-        if name in weights and is_bad:
+        if name in loaded and is_bad:
             raise DamagedWeights(f'{path} holds values that are not finite: {name}.')
 
 
@@ -253,6 +262,15 @@ class Weights(NamedTuple):
     param_key: str | None
 
 
+def key_in(content: Mapping[str, Any], param_key: str | None) -> str | None:
+    """The section that a ``param_key`` of an option file means.
+
+    That is ``None``, i.e. where the weights are found, if it is one that BasicSR asks for by itself and is not there.
+    """
+    is_there = param_key is not None and isinstance(content.get(param_key), Mapping) and bool(content[param_key])
+    return None if param_key in PARAM_KEYS and not is_there else param_key
+
+
 def weights_for(net: nn.Module, content: Mapping[str, Any], path: object, param_key: str | None = None) -> Weights:
     """Find the weights of a network in a file, as :func:`load_weights` does, which loads them.
 
@@ -260,9 +278,7 @@ def weights_for(net: nn.Module, content: Mapping[str, Any], path: object, param_
         InputError: There are none.
     """
     own = net.state_dict()
-    if param_key in PARAM_KEYS and not (isinstance(content.get(param_key), Mapping) and content[param_key]):
-        param_key = None
-    found = find_weights(content, path, param_key, lambda state: any(name in own for name in state))
+    found = find_weights(content, path, key_in(content, param_key), lambda state: any(name in own for name in state))
     by_name = {old: new for new, old in layout_of(net).items()}
     if by_name.keys() & found.state.keys():
         return Weights(in_layout(found.state, by_name), layout_of(net), found.param_key)

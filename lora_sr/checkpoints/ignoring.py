@@ -13,8 +13,10 @@ from typing import Any, BinaryIO
 
 import torch
 
+from lora_sr.checkpoints.archive import MAGIC
+
 MOST_CLASSES = 64
-MOST_TRIES = 8
+MOST_TRIES, MOST_TRIES_OF_OLD = 8, 64  # files from before torch 1.6 tell one class at each, and none is read for it
 REFUSED = re.compile(r'Unsupported global: GLOBAL ([\w.]+)')
 FILLED = re.compile(r'Can only SETITEMS? for .*\.Ignored(\d+)')
 
@@ -23,6 +25,11 @@ class Ignored(list):  # type: ignore[type-arg]  # torch fills nothing but lists 
     """Stands for a value of a class that is not run; ``name`` is the class."""
 
     name = ''
+
+    @property
+    def is_array(self) -> bool:
+        """Whether it stands for an array of numpy, which may be meant as a weight."""
+        return self.name.startswith('numpy.') and self.name.endswith('._reconstruct')
 
     def __new__(cls, *_: Any, **__: Any) -> Ignored:
         return super().__new__(cls)
@@ -59,7 +66,8 @@ def load_values(file: BinaryIO) -> Any:
     """
     names: list[str] = []
     filled: set[int] = set()  # stands for classes that are dictionaries
-    for _ in range(MOST_TRIES):
+    is_archive = file.read(len(MAGIC)) == MAGIC
+    for _ in range(MOST_TRIES if is_archive else MOST_TRIES_OF_OLD):
         file.seek(0)
         stand_ins = [
             (Filled if index in filled else type(f'Ignored{index}', (Ignored,), {'name': name}), name)

@@ -25,11 +25,11 @@ from lora_sr.adapters.verbs import attach_updates
 from lora_sr.archs import deploy_form, fold, is_training_form, network_info, take_any_size
 from lora_sr.checkpoints.adapter_file import AdapterFile, check_once
 from lora_sr.checkpoints.bounds import bounded
-from lora_sr.checkpoints.building import base_section, build_network
+from lora_sr.checkpoints.building import base_section, build_network, without_old_calls
 from lora_sr.checkpoints.by_file import spandrel
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
 from lora_sr.checkpoints.community import build_community
-from lora_sr.checkpoints.content import DamagedWeights, load_weights, read_checkpoint
+from lora_sr.checkpoints.content import DamagedWeights, key_in, load_weights, read_checkpoint
 from lora_sr.checkpoints.families import FAMILIES, OURS
 from lora_sr.checkpoints.imports import import_modules
 from lora_sr.checkpoints.layouts import set_layout
@@ -191,14 +191,12 @@ def input_files(source: NetworkLike, checkpoint: Checkpoint | None) -> list[Path
 
 
 def _read(named: PathLike | Checkpoint, param_key: str | None, or_params: bool = False) -> Checkpoint:
-    """The file that is named; ``or_params`` takes ``params`` where there is no ``param_key``, as a run does."""
+    """The file that is named; with ``or_params`` its ``param_key`` is what a run takes for it."""
     if isinstance(named, Checkpoint):
         return named if param_key is None else Checkpoint.of(named.path, named.content, param_key)
     path = os.path.expanduser(named)
     content = read_checkpoint(path)
-    if or_params and param_key not in content and 'params' in content:
-        param_key = None
-    return Checkpoint.of(path, content, param_key)
+    return Checkpoint.of(path, content, key_in(content, param_key) if or_params else param_key)
 
 
 def reopen(opened: OpenedNetwork, path: PathLike) -> nn.Module:
@@ -274,7 +272,7 @@ def _open_community(checkpoint: Checkpoint) -> OpenedNetwork:
     """The network of an architecture of spandrel, with LoRA where the file has it."""
     path, origin = checkpoint.path, checkpoint.origin or Origin()
     try:
-        network = build_community(checkpoint.state, path)
+        network = build_community(checkpoint.in_file, path)
         if checkpoint.form == ADAPTED:
             attach_updates(network, infer_lora_config(checkpoint.state))
         updates = {name: value for name, value in checkpoint.state.items() if is_lora_key(name)}
@@ -283,8 +281,8 @@ def _open_community(checkpoint: Checkpoint) -> OpenedNetwork:
         raise
     except InputError as error:
         raise UnknownNetwork(_about(path, error), checkpoint) from None
-    if origin.layout is not None:
-        set_layout(network, origin.layout)
+    if checkpoint.layout:
+        set_layout(network, checkpoint.layout)
     return OpenedNetwork(take_any_size(network), os.fspath(path), checkpoint, None, origin)
 
 
@@ -297,7 +295,7 @@ def _about(path: object, error: InputError) -> str:
 def _built(family: str, state: Mapping[str, Tensor]) -> nn.Module:
     """The network of a family for a state dict, whose names and shapes may be anything."""
     try:
-        with bounded(state, FAMILY_FACTOR):
+        with bounded(state, FAMILY_FACTOR), without_old_calls():
             return FAMILIES[family][1](state)
     except (InputError, KeyError):
         raise
@@ -359,6 +357,7 @@ def _open_by_section(
         )
     network = build_network(base_section(section), where)
     remove_lora(network)
+    checkpoint = checkpoint.of_network(network)
     if checkpoint.form == ADAPTED:
         try:
             attach_updates(network, infer_lora_config(checkpoint.state))
@@ -382,8 +381,9 @@ def _loaded(
             raise
         else:
             _load_some(network, checkpoint)
+    if checkpoint.layout:
+        set_layout(network, checkpoint.layout)
     origin = checkpoint.origin or Origin()
-    set_layout(network, origin.layout or checkpoint.layout)
     if section is not None and origin.network is None:
         origin = replace(origin, network=dict(section))
     info = network_info(network.eval())

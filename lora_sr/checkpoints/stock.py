@@ -246,6 +246,7 @@ class StockNetwork:
         needed: Keys that are read, which every state dict of the network has.
         layers: An expression for the names of all its layers with ``weight`` and ``bias``.
         tensors: An expression for the keys of all its other tensors.
+        together: Keys of which a state dict has all or none.
     """
 
     name: str
@@ -254,11 +255,13 @@ class StockNetwork:
     needed: tuple[str, ...]
     layers: str
     tensors: str = ''
+    together: tuple[str, ...] = ()
 
     def recognize(self, state: State) -> bool:
         """Whether ``state`` is a state dict of this network, of any size."""
         keys = {key for key in state if not is_lora_key(key)}
-        return keys >= set(self.needed) and all(map(self.has_name, keys))
+        has_all = keys >= set(self.needed) and len(keys & set(self.together)) in (0, len(self.together))
+        return has_all and all(map(self.has_name, keys))
 
     def has_name(self, key: str) -> bool:
         """Whether a tensor of this network, of any size, may have that name."""
@@ -290,6 +293,7 @@ STOCK_NETWORKS = (
         r'layers\.\d+\.conv(\.[024])?|norm|conv_after_body(\.[024])?|'
         r'conv_before_upsample\.0|upsample\.[0246]|conv_up[12]|conv_hr|conv_last',
         rf'absolute_pos_embed|{SWINIR_BLOCK}\.(attn_mask|attn\.relative_position_(bias_table|index))',
+        ('conv_up1.weight', 'conv_up2.weight'),  # without the latter it is x2, which BasicSR does not have
     ),
     StockNetwork(
         'RRDBNet',
@@ -297,6 +301,7 @@ STOCK_NETWORKS = (
         _rrdbnet,
         ('conv_first.weight', 'body.0.rdb1.conv1.weight', 'conv_last.weight'),
         r'conv_first|body\.\d+\.rdb[123]\.conv[1-5]|conv_body|conv_up[12]|conv_hr|conv_last',
+        together=('conv_up1.weight', 'conv_up2.weight'),
     ),
     StockNetwork(
         'EDSR',

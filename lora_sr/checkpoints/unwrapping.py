@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from lora_sr.adapters import is_lora_key
+from lora_sr.checkpoints.ignoring import Ignored
 from lora_sr.errors import InputError, shown
 
 # Keys under which trainers keep the generator, as BasicSR, Lightning, timm, KAIR, StyleGAN and others name it. The
@@ -30,13 +31,14 @@ GENERATORS = (
     *('params_ema.', 'net_g_ema.', 'generator_ema.', 'ema_model.'),
     *('params.', 'net_g.', 'generator.', 'netG.'),
 )
+NETWORKS = ('model.', 'net.', 'network.')  # as trainers also call it, and parts of networks are called
 # Beside the generator in the state dict of a whole trainer: networks that judge or teach, averages, and counters.
 COMPANION = re.compile(
     r'd|params|initted|(net_?[dD]|discriminator|vgg|perceptual|lpips|dists|teacher|net_t|criterion|cri|loss(es)?|'
     r'metrics?|psnr|ssim|net_?[gG]|generator|ema|model_ema|ema_model|online_model|g_ema|step)(_\w+)?'
 )
 COUNTER = 'n_averaged'  # of torch's AveragedModel
-DEEPEST = 4  # sections within sections
+DEEPEST = 4  # sections within sections, and parts before all names
 SHOWN = 4
 
 
@@ -66,10 +68,10 @@ def find_weights(
     - Of the sections of a file the one of the generator counts: its moving average, if there is one and it is not
       empty, else ``params``, ``state_dict`` and the like (:data:`WRAPPERS`), else the only one with weights. Sections
       may stand within sections.
-    - From the names goes what ``torch.compile``, ``DataParallel`` and trainers put there: ``_orig_mod.``, ``module.``,
-      and ``net_g.``, ``generator.`` and the like (:data:`GENERATORS`). Where a whole trainer was saved, what stands
-      beside its generator is left out.
-    - Anything else before all names goes if the network is known without it, and not with it.
+    - From the names goes what ``torch.compile`` and ``DataParallel`` put there, ``_orig_mod.`` and ``module.``.
+    - A network that is known by these names keeps them. From all others goes what trainers put before all of them,
+      ``net_g.``, ``generator.`` and the like (:data:`GENERATORS`), and anything else if the network is known without
+      it. Where a whole trainer was saved, what stands beside its generator is left out if the generator is known.
 
     Args:
         content: What the file holds.
@@ -86,6 +88,9 @@ def find_weights(
         raise InputError(_nothing_in(content, param_key, path))
     for key in keys:
         value = value[key]
+    arrays = [name for name, one in value.items() if isinstance(one, Ignored) and one.is_array]
+    if arrays:
+        raise InputError(f'{path} must hold tensors, got an array of numpy for {shown(arrays[0])}.')
     names = [*([] if param_key is None else [param_key]), *keys]
     state, prefix = _without_prefix(weights_of(value), is_known, path)
     versions = getattr(value, '_metadata', None)  # of the modules, which some of them look at when they load
@@ -99,8 +104,9 @@ def find_weights(
 
 
 def bare_weights(state: Mapping[str, Tensor], path: object = 'a state dict') -> OrderedDict[str, Tensor]:
-    """The weights of a network in memory, as :func:`find_weights` finds them in its file."""
-    return find_weights(state, path).state
+    """The weights of a network in memory, without what ``torch.compile`` and ``DataParallel`` put into their names."""
+    names, _ = _without_added(state, path)
+    return OrderedDict((name, _plain(state[old])) for name, old in names.items())
 
 
 def state_dicts(content: Mapping[str, Any]) -> dict[str, int]:
@@ -140,16 +146,19 @@ def _walk(content: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Mapping
                     sections.append(((*keys, key), value))
 
 
-def _find(content: Mapping[str, Any], depth: int = 0) -> list[str] | None:
+def _find(content: Mapping[str, Any], seen: set[int] | None = None, depth: int = 0) -> list[str] | None:
     """The keys that lead to the weights; ``None`` where there are none, or several may be meant."""
+    seen = {id(content)} if seen is None else seen
     for key in WRAPPERS if depth < DEEPEST else ():
         value = content.get(key)
-        inner = _find(value, depth + 1) if isinstance(value, Mapping) else None
-        if inner is not None:
-            return [key, *inner]
+        if isinstance(value, Mapping) and id(value) not in seen:
+            seen.add(id(value))
+            inner = _find(value, seen, depth + 1)
+            if inner is not None:
+                return [key, *inner]
     if is_state_dict(content):
         return []
-    found = [keys for keys, section in _walk(content) if is_state_dict(section)]
+    found = [keys for keys, section in _walk(content) if is_state_dict(section)] if depth == 0 else []
     generators = [keys for keys in found if not any(map(COMPANION.fullmatch, keys))]
     return list(generators[0]) if len(generators) == 1 else None
 
@@ -170,6 +179,10 @@ def _section(content: Mapping[str, Any], param_key: str, path: object) -> Mappin
 def _nothing_in(content: Mapping[str, Any], param_key: str | None, path: object) -> str:
     found = [shown(name) for name in state_dicts(content) if name]
     where = '' if param_key is None else f' under "{shown(param_key)}"'
+    if not found and any(
+        isinstance(one, Ignored) and one.is_array for _, section in _walk(content) for one in section.values()
+    ):
+        return f'{path} must hold tensors, got arrays of numpy.'
     if not found:
         return f'{path} holds no state dict{where}, i.e. no mapping of names to tensors.'
     more = f' and {len(found) - SHOWN} more' if len(found) > SHOWN else ''
@@ -180,48 +193,50 @@ def _nothing_in(content: Mapping[str, Any], param_key: str | None, path: object)
 
 
 def _without_prefix(
-    weights: Mapping[str, Tensor], is_known: Callable[[Mapping[str, Tensor]], bool], path: object
+    weights: Mapping[str, Tensor], is_known: Callable[[Mapping[str, Tensor]], bool], path: object, depth: int = 0
 ) -> tuple[OrderedDict[str, Tensor], str]:
-    taken: list[str] = []
-    names = {name: name for name in weights if name != COUNTER}  # now -> in the file
-    while True:
-        renamed = _renamed(names, lambda name: ADDED.sub('', name), path)
-        if renamed.keys() != names.keys():
-            parts = (match for name in names for match in ADDED.findall(name))
-            taken += list(dict.fromkeys(parts))
-            names = renamed
-        generator = next((prefix for prefix in GENERATORS if _is_generator(prefix, names)), None)
-        if generator is None:
-            break
-        names = {name[len(generator) :]: old for name, old in names.items() if name.startswith(generator)}
-        taken.append(generator)
+    """Weights without what is not of their names in the network, and that."""
+    is_average = COUNTER in weights and all(name.startswith('module.') for name in weights if name != COUNTER)
+    names, added = _without_added([name for name in weights if not is_average or name != COUNTER], path)
     state = OrderedDict((name, _plain(weights[old])) for name, old in names.items())
-    if any(map(is_lora_key, state)) and all(map(is_lora_key, state)):
-        return state, ''.join(taken)
-    shorter, more = state, ''
-    while not is_known(shorter):
-        first = {name.partition('.')[0] for name in shorter}
-        if len(first) != 1 or not all('.' in name for name in shorter):
-            return state, ''.join(taken)
-        prefix = f'{first.pop()}.'
-        shorter = OrderedDict((name[len(prefix) :], value) for name, value in shorter.items())
-        more += prefix
-    return shorter, ''.join(taken) + more
+    starts = _starts(state) if depth < DEEPEST and not all(map(is_lora_key, state)) else []
+    if not starts or is_known(state):
+        return state, added
+    best = state, added
+    for start in starts:
+        inside = {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}
+        found, more = _without_prefix(inside, is_known, path, depth + 1)
+        if is_known(found):
+            return found, added + start + more
+        if start in GENERATORS and len(inside) == len(state):
+            best = found, added + start + more
+    return best
 
 
-def _is_generator(prefix: str, names: Mapping[str, str]) -> bool:
-    others = {name.partition('.')[0] for name in names if not name.startswith(prefix)}
-    return len(names) > 0 and any(name.startswith(prefix) for name in names) and all(map(COMPANION.fullmatch, others))
+def _starts(names: Collection[str]) -> list[str]:
+    """What may stand before the names of a network: before all of them, or beside what is no network to be run."""
+    firsts = dict.fromkeys(name.partition('.')[0] for name in names)
+    if len(firsts) == 1:
+        return [f'{first}.' for first in firsts if all(name.startswith(f'{first}.') for name in names)]
+    starts = [start for start in (*GENERATORS, *NETWORKS) if start[:-1] in firsts]
+    return [start for start in starts if all(COMPANION.fullmatch(first) for first in firsts if first != start[:-1])]
 
 
-def _renamed(names: Mapping[str, str], rename: Callable[[str], str], path: object) -> dict[str, str]:
-    renamed: dict[str, str] = {}
-    for name, old in names.items():
-        new = rename(name)
-        if new in renamed:
-            raise InputError(f'{path} must have each name once, got {shown(renamed[new])} and {shown(old)}.')
-        renamed[new] = old
-    return renamed
+def _without_added(names: Iterable[str], path: object) -> tuple[dict[str, str], str]:
+    """Name -> name in the file, without what compilers and parallel wrappers put into it; and that."""
+    found, taken = {name: name for name in names}, ''
+    while True:
+        parts = dict.fromkeys(part for name in found for part in ADDED.findall(name))
+        if not parts:
+            return found, taken
+        taken += ''.join(parts)
+        renamed: dict[str, str] = {}
+        for name, old in found.items():
+            new = ADDED.sub('', name)
+            if new in renamed:
+                raise InputError(f'{path} must have each name once, got {shown(renamed[new])} and {shown(old)}.')
+            renamed[new] = old
+        found = renamed
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     extract.add_argument('checkpoint', metavar='ADAPTED', help='checkpoint with LoRA (.pth or .safetensors)')
     extract.add_argument('-o', '--output', required=True, metavar='ADAPTER', help='file to write (.safetensors)')
-    extract.add_argument('--param-key', help='state dict in the checkpoint (default: params_ema, else params)')
+    extract.add_argument('--param-key', help='state dict in the checkpoint (default: found, EMA first)')
     extract.add_argument('--overwrite', action='store_true', help='replace the output where it exists')
     extract.set_defaults(run=run_extract)
 

@@ -67,7 +67,9 @@ def add_network_options(parser: argparse.ArgumentParser, with_adapters: bool = T
         metavar='MODULE',
         help='module, or .py file, that registers a network of your own; may be repeated',
     )
-    group.add_argument('--param-key', metavar='KEY', help='state dict in the file (default: params_ema, else params)')
+    group.add_argument(
+        '--param-key', metavar='KEY', help='state dict in the file, a.b within sections (default: found, EMA first)'
+    )
     if with_adapters:
         group.add_argument(
             '--adapter',

@@ -31,7 +31,7 @@ from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkSource, Origin, 
 from lora_sr.checkpoints.adapter_file import check_once
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
 from lora_sr.checkpoints.families import OURS
-from lora_sr.checkpoints.layouts import in_layout, layout_of
+from lora_sr.checkpoints.layouts import in_layout
 from lora_sr.checkpoints.networks import UnknownNetwork
 from lora_sr.checkpoints.origin import DERIVED, KEY, fingerprint
 from lora_sr.checkpoints.writing import SUFFIXES, write_state
@@ -252,7 +252,7 @@ def _mix(
     check_not_input(Path(output), [checkpoint.path, *(weights_file(path) for path, _ in adapters)])
     files = _read_adapters(adapters, source)
     network = _network(source, checkpoint, pairs)
-    state, layout = _state_and_layout(checkpoint, network)
+    state = _state_of(checkpoint, network)
     parts = _fitted(files, source, checkpoint, state, network is not None and is_training_form(network))
     unsaid = 1 / len(adapters) if pairs else 1.0
     weights = [unsaid if weight is None else weight for _, weight in adapters]
@@ -266,14 +266,15 @@ def _mix(
     origin = (checkpoint.origin or Origin()).with_adapters(
         state, (file.fingerprint for file, weight in zip(files, weights) if weight)
     )
-    origin = replace(origin, layout=None if is_merged else layout)
     written = finish(state, mixed)  # which is exact
     for key, value in written.items():
         if value is not state.get(key) and not value.isfinite().all():
             raise InputError(
                 f'The adapters give values that are not finite, or too large for {value.dtype}: {shown(key)}.'
             )
-    write_state(in_layout(written, layout) if is_merged else written, Path(output), origin)
+    if is_merged:  # under the names of the file of the base, which an adapted one only notes
+        written = in_layout(written, checkpoint.layout)
+    write_state(written, Path(output), replace(origin, layout=None if is_merged else checkpoint.layout or None))
     return MixReport([os.fspath(path) for path, _ in adapters], weights, len(mixed.layers), fitted)
 
 
@@ -342,18 +343,17 @@ def _network(source: NetworkSource, checkpoint: Checkpoint, pairs: Pairs | None)
     return None
 
 
-def _state_and_layout(checkpoint: Checkpoint, network: nn.Module | None) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """The state dict of a base, under the names of its network, and how its file names them.
+def _state_of(checkpoint: Checkpoint, network: nn.Module | None) -> Mapping[str, Tensor]:
+    """The state dict of a base, whose layout is that of its checkpoint.
 
-    It is that of the file, whose precision stays, unless the network has other names: spandrel changes some, and
-    training-form files of SPAN have more.
+    It is that of the file, whose precision stays, unless the network has other names: training-form files of SPAN hold
+    more, and what stands before those of an unknown network only the network tells.
     """
     if network is None:
-        return checkpoint.state, checkpoint.layout
-    state, layout = network.state_dict(), layout_of(network)
+        return checkpoint.state
+    state = network.state_dict()
     own, of_network = ({key for key in one if not key.endswith(DERIVED)} for one in (checkpoint.state, state))
-    is_named_so = own == of_network and layout == checkpoint.layout
-    return checkpoint.state if is_named_so else state, layout
+    return checkpoint.state if own == of_network else state
 
 
 def _kind(adapter: Adapter | ForeignAdapter, is_adapter: bool) -> str:

@@ -76,7 +76,8 @@ def merge_checkpoint(
     Args:
         source: A checkpoint with LoRA or with branches, or whatever else :func:`lora_sr.load_network` takes.
         output: The file to write, ``.pth`` (state dict under ``params``) or ``.safetensors``.
-        param_key: Where the state dict is in the checkpoint; by default ``params_ema``, else ``params``.
+        param_key: Where the state dict is in the checkpoint; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
         overwrite: Replace ``output`` where it exists.
 
     Raises:
@@ -179,9 +180,16 @@ def _difference(trained: nn.Module, written: nn.Module, dtype: torch.dtype) -> f
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, info.in_channels, *info.size(32, 40), generator=generator).to(dtype) * info.value_range
     try:
-        return relative_difference(*(network.to(dtype)(images) for network in (trained, written)))
+        with torch.random.fork_rng():
+            return relative_difference(*(_run(network.to(dtype), images) for network in (trained, written)))
     except (TypeError, IndexError) as error:  # of a constructor's values, which a file may state
         reason = shown(' '.join(str(error).split()))
         raise InputError(
             f'{type(trained).__name__} does not run with the values that it was built with: {reason}.'
         ) from error
+
+
+def _run(network: nn.Module, images: Tensor) -> Tensor:
+    torch.manual_seed(0)  # AuraSR adds noise to images
+    output: Tensor = network(images)
+    return output

@@ -182,7 +182,8 @@ def write_submission(
         team: Number of the team, 1 to 999.
         name: Of the entry, up to 40 letters, digits, and ``.``, ``_``, ``+``, ``-``. In names of files and of the class
             what Python does not allow becomes ``_``.
-        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``, else the top.
+        param_key: Where the state dict is in a file; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
         overwrite: Replace files of these names that are there.
 
     Raises:

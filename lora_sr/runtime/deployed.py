@@ -72,9 +72,12 @@ def optimize(network: nn.Module, dtype: torch.dtype = torch.float32) -> Deployed
     device = _device(network)
     if device.type == 'cpu' and dtype == torch.float16:
         raise InputError('float16 is for GPUs: on a CPU the half precision is bfloat16.')
+    info = None if dtype == torch.float32 else network_info(network)
+    if info is not None and dtype not in info.halves:
+        right = ' or '.join(str(one).replace('torch.', '') for one in (torch.float32, *info.halves))
+        raise InputError(f'{type(network).__name__} must run in {right}, got {str(dtype).replace("torch.", "")}.')
     network = deploy_form(network).float()
     if dtype == torch.float16 and any(isinstance(module, LKDN) for module in network.modules()):
-        info = network_info(network)
         assert info is not None  # any LKDN has one
         fit_float16(network, [synthetic_image(1, info.in_channels, 64, 64).to(device)])
     return DeployedNetwork(network, dtype)
@@ -93,6 +96,7 @@ class DeployedNetwork(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.network = network
+        self._in_rows = False
         self._prepare()
         self.eval()
 
@@ -107,7 +111,8 @@ class DeployedNetwork(nn.Module):
                 _round_kernels(self.network)
             if self.dtype != torch.float32:
                 _cast_masks(self.network)
-            self.network.to(self.dtype).to(memory_format=_memory_format(device))
+            rows = self._in_rows or device.type == 'mps'
+            _lay_out(self.network.to(self.dtype), torch.contiguous_format if rows else torch.channels_last)
         if device.type == 'cuda':
             self._graphs = _GraphPerSize(self.network, self.dtype)
         self._places = [
@@ -159,7 +164,16 @@ class DeployedNetwork(nn.Module):
         with torch.inference_mode():
             if self._program is not None:
                 return self._program(image)
-            return _run(self.network, image, self.dtype) if self._graphs is None else self._graphs(image)
+            try:
+                return _run(self.network, image, self.dtype) if self._graphs is None else self._graphs(image)
+            except RuntimeError as error:
+                if self._in_rows or 'view size is not compatible' not in str(error):
+                    raise
+        # Its views, as those of IPT, are of tensors in rows; layers give the format that they get.
+        self._in_rows = True
+        self.network.register_forward_pre_hook(_take_in_rows)
+        self._prepare()
+        return self(image)
 
 
 def _run(network: Run, image: Tensor, dtype: torch.dtype) -> Tensor:
@@ -220,6 +234,17 @@ def _round_kernels(network: nn.Module) -> None:
 def _memory_format(device: torch.device) -> torch.memory_format:
     """The one that is fast; MPS computes wrong values of slices of channels-last tensors (pytorch issue 180984)."""
     return torch.contiguous_format if device.type == 'mps' else torch.channels_last
+
+
+def _lay_out(network: nn.Module, memory_format: torch.memory_format) -> None:
+    """As ``network.to(memory_format=...)`` does, which refuses parameters of five dimensions, as FFTformer's are."""
+    for value in chain(network.parameters(), network.buffers()):
+        if value.ndim == 4:
+            value.data = value.data.contiguous(memory_format=memory_format)
+
+
+def _take_in_rows(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(image.contiguous() for image in inputs)
 
 
 def _device(network: nn.Module) -> torch.device:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import sys
 import time
 import types
 
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from lora_sr.adapters import LoRAConfig, add_lora, extract_adapter
 from lora_sr.archs import LKDN, SPAN
 from lora_sr.checkpoints import Checkpoint, NetworkSource, building, load_network
-from lora_sr.checkpoints.bounds import bounded
+from lora_sr.checkpoints.bounds import bounded, check_numbers, little_memory
 from lora_sr.checkpoints.building import build_network
 from lora_sr.checkpoints.content import load_weights
 from lora_sr.checkpoints.origin import Origin
@@ -152,6 +153,26 @@ def test_a_network_has_not_many_times_the_values_of_its_file():
     with pytest.raises(InputError, match='got far more'), bounded(state, 2):
         torch.nn.Sequential(*(torch.nn.Conv2d(1, 1, 1) for _ in range(1000)))
     torch.nn.Conv2d(1000, 1000, 3)  # and nothing stays
+
+
+@pytest.mark.parametrize('number', ['1500', '1000000000', '9' * 300])
+def test_numbers_of_layers_are_about_the_count_of_tensors(number):
+    check_numbers({**span().state_dict(), 'body.999.weight': torch.zeros(1), f'conv_{number}.weight': torch.zeros(1)})
+    with pytest.raises(InputError, match='must have numbers of about the count of its tensors, 1, got body'):
+        check_numbers({f'body.{number}.weight': torch.zeros(1)})
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux limits the memory of a process')
+def test_memory_is_limited_while_a_network_is_built():
+    before, threads = resource.getrlimit(resource.RLIMIT_AS), torch.get_num_threads()
+    with little_memory(2**28):
+        torch.ones(2**24)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            torch.ones(2**28)
+        with little_memory(2**27), pytest.raises(MemoryError):
+            [0] * 2**26
+    assert (resource.getrlimit(resource.RLIMIT_AS), torch.get_num_threads()) == (before, threads)
+    assert torch.ones(2**28, dtype=torch.uint8).sum() == 2**28
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors', '.yml'])

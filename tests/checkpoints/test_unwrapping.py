@@ -25,7 +25,7 @@ from lora_sr.adapters import LoRAConfig, add_lora, save_adapter
 from lora_sr.archs import SPAN
 from lora_sr.checkpoints import Checkpoint, load_network
 from lora_sr.checkpoints.content import load_weights, read_checkpoint
-from lora_sr.checkpoints.unwrapping import find_weights
+from lora_sr.checkpoints.unwrapping import WRAPPERS, bare_weights, find_weights
 from lora_sr.cli.main import main
 from lora_sr.errors import InputError
 
@@ -79,6 +79,11 @@ FILES = {
         },
         'state_dict',
         'net_g.',
+    ),
+    'Lightning with a loss': (
+        {'state_dict': {**before('model.', plain()), **before('lpips.net.', D)}},
+        'state_dict',
+        'model.',
     ),
     'Lightning, one network': ({'state_dict': before('model.', plain()), 'global_step': 3}, 'state_dict', 'model.'),
     'MMEditing': (
@@ -166,6 +171,28 @@ def test_a_network_of_ones_own_keeps_what_may_be_its_own(tmp_path):
     assert find_weights({'generator.a': torch.zeros(1), 'encoder.b': torch.zeros(1)}, 'file').prefix == ''
 
 
+class Owned(nn.Module):
+    """A network whose parts are called as trainers call theirs."""
+
+    def __init__(self, *names: str):
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Conv2d(3, 3, 1))
+
+
+@pytest.mark.parametrize(
+    'names', [('generator', 'step_embedding'), ('net_g',), ('generator',), ('params',), ('generator', 'teacher_x', 'd')]
+)
+def test_a_network_of_ones_own_is_saved_and_loaded_whole(tmp_path, names):
+    network, again = Owned(*names), Owned(*names)
+    assert bare_weights(network.state_dict()).keys() == network.state_dict().keys()
+    compiled = before('_orig_mod.', network.state_dict())
+    for content in (network.state_dict(), {'params': compiled}, {'params': before('module.', network.state_dict())}):
+        torch.save(content, tmp_path / 'net.pth')
+        load_weights(again, read_checkpoint(tmp_path / 'net.pth'), 'net.pth', 'params')
+        assert all(torch.equal(value, again.state_dict()[name]) for name, value in network.state_dict().items())
+
+
 @pytest.mark.parametrize(
     'name', ['net.pth', 'NET.SAFETENSORS', 'net', 'net.ckpt', b'caf\xe9.pth', b'caf\xe9.safetensors']
 )
@@ -228,6 +255,14 @@ def looped() -> dict:
     return loop
 
 
+def shared() -> dict:
+    """Sections within sections, each under every name that there is."""
+    section: dict = {f'k{index}': index for index in range(2000)}
+    for _ in range(4):
+        section = dict.fromkeys(WRAPPERS, section)
+    return section
+
+
 def deep() -> dict:
     content: dict = {'params': plain()}
     for _ in range(300):
@@ -239,7 +274,10 @@ def deep() -> dict:
     'content',
     [
         looped(),
+        shared(),
         deep(),
+        {'params': {'a.weight': np.zeros(3)}},
+        {'params': {'a.weight': torch.zeros(3), 'b.weight': np.zeros(3)}},
         {'params': {'params': None}},
         {'params': []},
         {'params_ema': 3, 'params': 'x'},
@@ -352,6 +390,14 @@ class Dictionary(dict):
     """As a trainer's options are one."""
 
 
+class Marked(dict):
+    """A dictionary with attributes, as EasyDict and yacs make them."""
+
+    def __init__(self):
+        super().__init__(lr=1e-3)
+        self.frozen = True
+
+
 class Note:
     """A value of a class of the trainer's own."""
 
@@ -372,6 +418,7 @@ class Note:
         Path('data'),
         defaultdict(list, {'psnr': [1.0]}),
         Dictionary(lr=1e-3),
+        Marked(),
         Note(),
         [Note(), argparse.Namespace(), {'best': np.float32(3)}, Dictionary(a=Dictionary())],
     ],

@@ -418,3 +418,27 @@ def test_mps_gets_contiguous_tensors():
     """Of slices of channels-last tensors it computes wrong values (pytorch issue 180984)."""
     formats = [deployed_module._memory_format(torch.device(kind)) for kind in ('cpu', 'cuda', 'mps')]
     assert formats == [torch.channels_last, torch.channels_last, torch.contiguous_format]
+
+
+class Views(torch.nn.Module):
+    """Written for tensors in rows, as spandrel's IPT is; and with a parameter of five dimensions, as FFTformer has."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, padding=1)
+        self.gains = torch.nn.Parameter(torch.rand(1, 4, 1, 1, 1))
+
+    def forward(self, image):
+        features = self.conv(image)
+        batch, channels, height, width = features.shape
+        features = features.view(batch, channels, height * width, 1) * self.gains[..., 0]
+        return features[:, :3].view(batch, 3, height, width)
+
+
+def test_views_of_rows_are_given_rows():
+    network = Views().eval()
+    fast = lora_sr.optimize(network)
+    for height, width in ((16, 24), (17, 9)):
+        image = torch.rand(2, 3, height, width)
+        assert torch.allclose(fast(image), network(image), atol=1e-6)
+    assert torch.allclose(copy.deepcopy(fast)(image), network(image), atol=1e-6)

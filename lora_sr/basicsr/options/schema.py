@@ -206,7 +206,7 @@ GPUS = replace(
     holds=lambda value: value == 'auto' or whole(0).holds(value),
     json={'anyOf': [{'const': 'auto'}, whole(0).json]},
 )
-PARAM_KEY = replace(optional(TEXT), text='params, params_ema or ~')
+PARAM_KEY = replace(optional(TEXT), text='a key, keys joined by dots, or ~')
 ROOTS = Kind(
     'a folder or a database, or a list of them',
     _is_roots,
@@ -296,8 +296,8 @@ def of_network(letter: str, which: str) -> dict[str, Key]:
         f'pretrain_network_{letter}': Key(optional(PATH), f'The checkpoint that {which} starts from.'),
         f'param_key_{letter}': Key(
             PARAM_KEY,
-            'The entry of that file with the weights; ~ for a plain state dict.'
-            + (' By default params_ema, else params, else the file itself.' if letter == 't' else ''),
+            'The entry of that file with the weights.'
+            + (' By default wherever they are, the average first.' if letter == 't' else ''),
             default=None if letter == 't' else 'params',
         ),
         f'strict_load_{letter}': Key(FLAG, 'Whether all keys and shapes have to fit.', default=True),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_sr.archs import fold
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints import NetworkLike, load_network
 from lora_sr.checkpoints.families import is_for_chainner
+from lora_sr.checkpoints.layouts import in_layout, layout_of
 from lora_sr.checkpoints.writing import SUFFIXES, writing
 from lora_sr.deploy.exports.deployed import FLOAT32_TOLERANCE, Deployed, ExportReport, deployed_network
 from lora_sr.errors import InputError
@@ -36,7 +38,8 @@ def export_chainner(
     Args:
         source: Whatever :func:`lora_sr.load_network` takes; LoRA is merged and branches folded.
         output: The file to write, ``.pth`` (state dict under ``params``) or ``.safetensors``.
-        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``.
+        param_key: Where the state dict is in a file; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
         overwrite: Replace ``output`` where it exists.
 
     Raises:
@@ -62,10 +65,10 @@ def export_chainner(
             f'{deployed.name} belongs to {deployed.family}, and whether chaiNNer loads that is for spandrel to say: '
             'pip install spandrel.'
         )
-    state = deployed.network.state_dict()
+    state = in_layout(deployed.network.state_dict(), layout_of(deployed.network))
     with writing(as_branches(state) if is_span else state, output, deployed.origin) as partial:
-        network = _load_by_spandrel(partial, deployed) if has_spandrel else fold(load_network(partial))
-        difference = deployed.difference(network)
+        run = _load_by_spandrel(partial, deployed) if has_spandrel else fold(load_network(partial))
+        difference = deployed.difference(run)
         if not difference.largest <= FLOAT32_TOLERANCE:
             raise InputError(
                 f"{deployed.name} cannot be exported for chaiNNer: its images differ from the network's by "
@@ -76,7 +79,7 @@ def export_chainner(
 
 
 @torch.no_grad()
-def as_branches(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_branches(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a SPAN in deploy form as one of its training form, with the deploy form beside.
 
     Every sum that folds the branches has one term that is not zero, so in any precision they fold to the same kernel.
@@ -100,7 +103,7 @@ def as_branches(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return branches
 
 
-def _load_by_spandrel(partial: Path, deployed: Deployed) -> nn.Module:
+def _load_by_spandrel(partial: Path, deployed: Deployed) -> Callable[[Tensor], Tensor]:
     import spandrel
 
     try:
@@ -112,7 +115,12 @@ def _load_by_spandrel(partial: Path, deployed: Deployed) -> nn.Module:
             f'{deployed.name} cannot be exported for chaiNNer: it is of scale {deployed.info.scale}, and spandrel '
             f'{spandrel.__version__} takes it for one of scale {descriptor.scale}.'
         )
-    return descriptor.model.eval()
+    descriptor.eval()
+
+    def run(images: Tensor) -> Tensor:  # as spandrel does, but for its clipping: one at a time, in a copy
+        return torch.cat([descriptor._call_fn(descriptor.model, image.clone()) for image in torch.split(images, 1)])
+
+    return run
 
 
 def _unknown(deployed: Deployed) -> InputError:

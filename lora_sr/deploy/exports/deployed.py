@@ -21,11 +21,12 @@ from lora_sr.archs.info import refusal
 from lora_sr.archs.reparam import deploy_form
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints import NetworkLike, Origin, open_network
+from lora_sr.checkpoints.community import architecture_name
 from lora_sr.checkpoints.networks import PathLike, input_files
 from lora_sr.checkpoints.origin import KEY
 from lora_sr.deploy.exports.attention import use_plain_attention
 from lora_sr.deploy.merge import merged_origin
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
 from lora_sr.runtime.float16 import fit_float16
 from lora_sr.runtime.synthetic import synthetic_image
 
@@ -33,6 +34,8 @@ from lora_sr.runtime.synthetic import synthetic_image
 CHECKED_SIZES = ((1, 24, 32), (1, 33, 47), (2, 41, 25))
 TRACED_SIZE = (1, 20, 28)  # none of those, so that nothing that was traced can be right by chance
 FLOAT32_TOLERANCE = 1e-4  # of the range of values
+LONGEST_REASON = 160  # letters of what torch or onnxruntime says
+ENDS_TRACER = ('GRL',)  # by a fault in its memory, as of torch 2.14
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ class Deployed:
     @property
     def family(self) -> str:
         """The name of the network; that of a merged DSCLoRA is SPAN."""
-        return SPAN.__name__ if isinstance(self.network, SPAN) else type(self.network).__name__
+        if isinstance(self.network, SPAN):
+            return SPAN.__name__
+        return architecture_name(self.network) or type(self.network).__name__
 
     def metadata(self) -> dict[str, str]:
         """What a program that runs the file may want to know."""
@@ -80,12 +85,12 @@ class Deployed:
         """One image of each of the sizes that a file is tried on."""
         return [self.image(*size) for size in CHECKED_SIZES]
 
-    def difference(self, run: Callable[[Tensor], Tensor]) -> Difference:
-        """How far the images of ``run`` are from the network's."""
+    def difference(self, run: Callable[[Tensor], Tensor], images: Sequence[Tensor] | None = None) -> Difference:
+        """How far the images of ``run`` are from the network's, of those that are checked or of others."""
         largest, psnr = 0.0, math.inf
         with torch.no_grad():
-            for image in self.checked_images():
-                expected, given = self.reference(image), run(image)
+            for image in self.checked_images() if images is None else images:
+                expected, given = (_run_seeded(one, image) for one in (self.reference, run))
                 if given.shape != expected.shape or given.dtype != expected.dtype:
                     return Difference(math.inf, -math.inf)
                 # An untrained network gives values far outside the range.
@@ -96,6 +101,23 @@ class Deployed:
                 if error.any():
                     psnr = min(psnr, -10 * math.log10(error.pow(2).mean().item()))
         return Difference(largest, psnr)
+
+    def limits(self, run: Callable[[Tensor], Tensor]) -> str | None:
+        """To which images what was traced is limited, as a part of a sentence; ``None`` where it is right for none."""
+        for batch, limit in ((1, 'one image at a time alone'), (0, 'one size alone, of which it makes constants')):
+            images = [self.image(*TRACED_SIZE), *(image for image in self.checked_images() if len(image) <= batch)]
+            try:
+                if self.difference(run, images).largest <= FLOAT32_TOLERANCE:
+                    return f'what torch traces of its {self.family} is right for {limit}'
+            except Exception:  # whatever a file makes of an image that it does not take
+                continue
+        return None
+
+
+def _run_seeded(run: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # AuraSR adds noise to its images
+        return run(image)
 
 
 @dataclass(frozen=True)
@@ -137,7 +159,8 @@ def deployed_network(source: NetworkLike, param_key: str | None = None) -> Deplo
 
     Args:
         source: See :func:`lora_sr.load_network`; with LoRA or branches, or plain.
-        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``, else the top.
+        param_key: Where the state dict is in a file; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
 
     Raises:
         InputError: The checkpoint cannot be read or folded, or its network takes images of one size alone, or gives
@@ -172,6 +195,25 @@ def deployed_network(source: NetworkLike, param_key: str | None = None) -> Deplo
             )
     fit_float16(network, images)
     return deployed
+
+
+def reason_of(error: Exception) -> str:
+    """What an exporter or a runtime says, in a line; torch puts a stack before it, or behind."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    said = [line for line in lines if 'Error: ' in line] or lines
+    return shown(said[-1 if said is not lines else 0].rstrip('.: '), LONGEST_REASON)
+
+
+def check_traceable(deployed: Deployed, form: str) -> None:
+    """Check that torch survives the tracing of a network.
+
+    Raises:
+        InputError: It does not.
+    """
+    if architecture_name(deployed.network) in ENDS_TRACER:
+        raise InputError(
+            f'{deployed.name} cannot be exported as {form}: torch ends the process when it traces a {deployed.family}.'
+        )
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ import inspect
 import io
 import os
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Callable
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from lora_sr.deploy.exports.deployed import (
     FLOAT32_TOLERANCE,
     TRACED_SIZE,
     Deployed,
-    Difference,
     ExportReport,
+    check_traceable,
     deployed_network,
+    reason_of,
     tracing,
 )
 from lora_sr.errors import InputError
@@ -51,7 +53,8 @@ def export_onnx(
         output: The file to write, ``.onnx``.
         dtype: ``float32``, or ``float16`` for weights and features; the images stay float32. A runtime may also
             lower a float32 file itself: LKDN's values fit float16 in both.
-        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``.
+        param_key: Where the state dict is in a file; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
         overwrite: Replace ``output`` where it exists.
 
     Raises:
@@ -69,28 +72,28 @@ def export_onnx(
     except ImportError as error:
         raise InputError(f'The export to ONNX needs {error.name}: pip install "lora-sr[onnx]".') from error
     deployed = deployed_network(source, param_key)
-    model = onnx.load_from_string(_trace(deployed))
+    check_traceable(deployed, 'ONNX')
+    model, run = onnx.load_from_string(_trace(deployed)), None
     try:
         if dtype == 'float16':
             model = _to_float16(model)
         onnx.helper.set_model_props(model, {**deployed.metadata(), 'dtype': dtype})
         onnx.checker.check_model(model, full_check=True)
         data = model.SerializeToString()
-        difference = _run_and_compare(data, deployed)
+        run = _runner(data)
+        difference = deployed.difference(run)
     except Exception as error:  # whatever converter, checker and runtime make of a graph that is wrong
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f'{deployed.name} cannot be exported as ONNX: onnxruntime does not run it: {reason}'
-        ) from error
+        limits = None if run is None or dtype != 'float32' else deployed.limits(run)
+        reason = limits or f'onnxruntime does not run it: {reason_of(error)}'
+        raise InputError(f'{deployed.name} cannot be exported as ONNX: {reason}.') from error
     if dtype == 'float16' and not difference.psnr >= FLOAT16_PSNR:
         raise InputError(
             f'{deployed.name} is not exact enough in float16: its images have a PSNR of {difference.psnr:.1f} dB to '
             f'those in float32, where {FLOAT16_PSNR:.0f} dB are right; export it in float32.'
         )
     if dtype == 'float32' and not difference.largest <= FLOAT32_TOLERANCE:
-        raise InputError(
-            f"{deployed.name} cannot be exported as ONNX: the file's images differ from the network's by {difference}."
-        )
+        reason = deployed.limits(run) or f"the file's images differ from the network's by {difference}"
+        raise InputError(f'{deployed.name} cannot be exported as ONNX: {reason}.')
     write_whole(output, data)
     inside = '' if dtype == 'float32' else ', images in and out float32'
     return ExportReport(deployed, f'ONNX, opset {OPSET}, {dtype}{inside}', difference, 'onnxruntime')
@@ -103,7 +106,7 @@ def _trace(deployed: Deployed) -> bytes:
     )
     buffer = io.BytesIO()
     try:
-        with tracing(), contextlib.redirect_stdout(io.StringIO()):  # on which torch shows graphs that it refuses
+        with tracing(), _without_log(), contextlib.redirect_stdout(io.StringIO()):  # on which older torch shows graphs
             torch.onnx.export(
                 deployed.network,
                 (deployed.image(*TRACED_SIZE),),
@@ -118,9 +121,23 @@ def _trace(deployed: Deployed) -> bytes:
                 **by_tracing,
             )
     except Exception as error:  # whatever an exporter makes of a network that it cannot trace
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f'{deployed.name} cannot be exported as ONNX: {deployed.family}: {reason}') from error
+        raise InputError(
+            f'{deployed.name} cannot be exported as ONNX: {deployed.family}: {reason_of(error)}.'
+        ) from error
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """torch shows the whole graph of what it cannot export, past Python's own output."""
+    log = getattr(torch._C, '_jit_onnx_log', None)
+    if log is not None:
+        torch._C._jit_onnx_log = lambda *values: None
+    try:
+        yield
+    finally:
+        if log is not None:
+            torch._C._jit_onnx_log = log
 
 
 def _to_float16(model: ModelProto) -> ModelProto:
@@ -148,15 +165,17 @@ def _sort(graph: GraphProto) -> None:
         waiting = [node for node in waiting if not known.issuperset(node.output)]
 
 
-def _run_and_compare(data: bytes, deployed: Deployed) -> Difference:
+def _runner(data: bytes) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 4  # fatal; what a run fails of is told by its exception
     session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+    silent = onnxruntime.RunOptions()
+    silent.log_severity_level = 4
 
     def run(image: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(['output'], {'input': image.numpy()})[0])
+        return torch.from_numpy(session.run(['output'], {'input': image.numpy()}, silent)[0])
 
-    return deployed.difference(run)
+    return run

@@ -9,7 +9,15 @@ import os
 import torch
 
 from lora_sr.checkpoints import NetworkLike
-from lora_sr.deploy.exports.deployed import FLOAT32_TOLERANCE, TRACED_SIZE, ExportReport, deployed_network, tracing
+from lora_sr.deploy.exports.deployed import (
+    FLOAT32_TOLERANCE,
+    TRACED_SIZE,
+    ExportReport,
+    check_traceable,
+    deployed_network,
+    reason_of,
+    tracing,
+)
 from lora_sr.errors import InputError
 from lora_sr.files import check_output, write_whole
 
@@ -29,7 +37,8 @@ def export_torchscript(
     Args:
         source: Whatever :func:`lora_sr.load_network` takes; LoRA is merged and branches folded.
         output: The file to write, ``.pt``.
-        param_key: Where the state dict is in a file; by default ``params_ema``, else ``params``.
+        param_key: Where the state dict is in a file; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
         overwrite: Replace ``output`` where it exists.
 
     Raises:
@@ -39,7 +48,8 @@ def export_torchscript(
     """
     check_output(output, ('.pt',), overwrite)
     deployed = deployed_network(source, param_key)
-    buffer = io.BytesIO()
+    check_traceable(deployed, 'TorchScript')
+    buffer, loaded = io.BytesIO(), None
     try:
         with tracing():
             traced = torch.jit.trace(deployed.network, deployed.image(*TRACED_SIZE), check_trace=False)
@@ -48,12 +58,11 @@ def export_torchscript(
             loaded = torch.jit.load(buffer)
         difference = deployed.difference(loaded)
     except Exception as error:  # whatever the tracer, or what it traced, makes of a network
-        reason = str(error).strip().splitlines()[-1]
-        raise InputError(f'{deployed.name} cannot be exported as TorchScript: {deployed.family}: {reason}') from error
+        limits = None if loaded is None else deployed.limits(loaded)
+        reason = limits or f'{deployed.family}: {reason_of(error)}'
+        raise InputError(f'{deployed.name} cannot be exported as TorchScript: {reason}.') from error
     if not difference.largest <= FLOAT32_TOLERANCE:
-        raise InputError(
-            f"{deployed.name} cannot be exported as TorchScript: the file's images differ from the network's by "
-            f'{difference}.'
-        )
+        reason = deployed.limits(loaded) or f"the file's images differ from the network's by {difference}"
+        raise InputError(f'{deployed.name} cannot be exported as TorchScript: {reason}.')
     write_whole(output, buffer.getvalue())
     return ExportReport(deployed, 'TorchScript, float32', difference, 'the file, loaded again,')

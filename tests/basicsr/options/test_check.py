@@ -361,7 +361,7 @@ def test_values_of_the_wrong_kind(options, tmp_path, path, value, sentence):
     [
         ('network_t', ..., 'network_t, the teacher of a DistillationModel, is missing'),
         ('path.pretrain_network_t', None, 'path.pretrain_network_t, the trained weights of the teacher, is missing'),
-        ('path.param_key_t', ['params'], "path.param_key_t has to be params, params_ema or ~, not ['params']"),
+        ('path.param_key_t', ['params'], "path.param_key_t has to be a key, keys joined by dots, or ~, not ['params']"),
         ('network_t.feature_channels', 12, 'path.pretrain_network_t: '),
         ('train.total_iters', 6, 'train.total_iters is not a known key; the keys here are pixel_opt'),
         ('train.perceptual_opt', None, 'train.perceptual_opt is not a known key; the keys here are pixel_opt'),

@@ -349,6 +349,22 @@ def test_base_in_training_form_is_sent_to_merge(tmp_path, capsys):
     assert Checkpoint.read(tmp_path / 'rest.pth').state.keys() == branched.state_dict().keys()
 
 
+def test_an_option_file_tells_what_stands_before_the_names_of_a_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    base = OfOnesOwn().eval()
+    torch.save({'params': {f'mine.{key}': value for key, value in base.state_dict().items()}}, 'base.pth')
+    options = option_file(tmp_path, base)
+    expected = {key: value.clone() for key, value in base.state_dict().items()}
+    save_adapter(adapt(base, LoRAConfig(['last'], rank=2, alpha=3), 0), 'a.safetensors')
+    assert run('merge', 'base.pth', 'a.safetensors', '-o', 'm.pth', *options) == 0
+    lora_A, lora_B, _ = (value.double() for value in read_adapter('a.safetensors').update_of('last'))
+    updated = expected['last.weight'].double() + 1.5 * (lora_B @ lora_A).reshape(12, 8, 3, 3)
+    merged = load(OfOnesOwn(), 'm.pth').state_dict()
+    assert (merged.pop('last.weight') - updated).abs().max() <= 1e-6 * updated.abs().max()
+    assert all(torch.equal(value, expected[key]) for key, value in merged.items())
+
+
 def test_a_file_in_an_older_layout_keeps_its_names_and_its_precision(tmp_path, monkeypatch):
     """RRDBNet as BSRGAN's authors name it, in float16."""
     monkeypatch.chdir(tmp_path)

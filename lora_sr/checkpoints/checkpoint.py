@@ -62,6 +62,7 @@ class Checkpoint:
     def of(cls, path: str | os.PathLike[str], content: Content, param_key: str | None = None) -> Checkpoint:
         """The same of a file that has been read already."""
         found = find_weights(content, path, param_key, _is_known)
+        found.warn(path)
         state, layout = as_rrdbnet(found.state) or (found.state, {})
         if not layout and content.origin is not None:
             layout = content.origin.layout or {}

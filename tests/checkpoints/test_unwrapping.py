@@ -578,3 +578,12 @@ def test_the_odd_layer_of_a_span_is_the_one_that_is_blamed(tmp_path):
             InputError, match=rf'does not fit SPAN: {odd} has shape \(7, [^)]*\) instead of \(4, [^)]*\)\.?$'
         ):
             load_network(tmp_path / 'net.pth')
+
+
+def test_an_option_file_finds_what_a_run_finds(tmp_path):
+    """Also under keys within sections, and whatever the names of its network."""
+    torch.save({'params': other(), 'model': {'net_g': before('module.', plain())}}, tmp_path / 'net.pth')
+    section = 'network_g: {type: SPAN, feature_channels: 4, upscale: 2, deploy: true}\n'
+    path = f'path: {{pretrain_network_g: {tmp_path / "net.pth"}, param_key_g: model.net_g}}\n'
+    (tmp_path / 'net.yml').write_text(section + path)
+    assert_equal(load_network(tmp_path / 'net.yml').state_dict())

@@ -62,6 +62,7 @@ class Checkpoint:
     def of(cls, path: str | os.PathLike[str], content: Content, param_key: str | None = None) -> Checkpoint:
         """The same of a file that has been read already."""
         found = find_weights(content, path, param_key, _is_known)
+        found.warn(path)
         state, layout = as_rrdbnet(found.state) or (found.state, {})
         if not layout and content.origin is not None:
             layout = content.origin.layout or {}
@@ -79,14 +80,8 @@ class Checkpoint:
 
     @property
     def form(self) -> str:
-        """``base``; ``adapted``, i.e. a base with LoRA beside; or ``adapter``, LoRA alone. The keys tell.
-
-        What PEFT, kohya's scripts and LyCORIS write is an ``adapter``.
-        """
-        if is_foreign(self.state):
-            return ADAPTER
-        is_lora = [is_lora_key(key) for key in self.state]
-        return ADAPTER if all(is_lora) else ADAPTED if any(is_lora) else BASE
+        """``base``; ``adapted``, i.e. a base with LoRA beside; or ``adapter``, LoRA alone. See :func:`form_of`."""
+        return form_of(self.state)
 
     @cached_property
     def family(self) -> str | None:
@@ -129,6 +124,14 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """That of its base, see :func:`lora_sr.checkpoints.origin.fingerprint`."""
         return fingerprint(self.state)
+
+
+def form_of(state: Mapping[str, Tensor]) -> str:
+    """The form of a state dict, which its keys tell; what PEFT, kohya's scripts and LyCORIS write is an ``adapter``."""
+    if is_foreign(state):
+        return ADAPTER
+    is_lora = [is_lora_key(key) for key in state]
+    return ADAPTER if all(is_lora) else ADAPTED if any(is_lora) else BASE
 
 
 def _is_known(state: Mapping[str, Tensor]) -> bool:

@@ -33,9 +33,14 @@ PARAM_KEYS = ('params_ema', 'params')
 SHOWN = 3  # tensors of another shape
 BEGINNING = 64  # bytes, by which formats are told
 OTHERS = {
+    b'version https://git-lfs': 'a pointer of Git LFS, which `git lfs pull` replaces by the file',
+    b'<': 'a web page, as a download that failed leaves it',
+    b'{': 'a text in JSON',
+    b'\x1f\x8b': 'a gzip archive',
+    b'\x93NUMPY': 'an array of numpy',
     b'\x89HDF': 'an HDF5 file, as Keras writes it',
     b'GGUF': 'a GGUF file',
-    b'7767517': 'the text of an ncnn network',
+    b'7767517': 'the text of an ncnn network: give the checkpoint that it was made of',
     b'\x89PNG': 'a PNG image',
     b'\xff\xd8\xff': 'a JPEG image',
 }
@@ -167,12 +172,11 @@ def _refuse_others(beginning: bytes, path: object) -> None:
     """
     kind = next((kind for start, kind in OTHERS.items() if beginning.startswith(start)), None)
     if kind is None and beginning[:1] == b'\x08' and beginning[2:3] in (b'\x12', b'\x1a', b'\x3a'):
-        kind = 'an ONNX model'  # a message of protobuf: the version of its format, then its producer, or its graph
+        # A message of protobuf: the version of its format, then its producer, or its graph.
+        kind = 'an ONNX model: give the checkpoint that it was made of'
+    kind = 'an empty file' if not beginning else kind
     if kind is not None:
-        raise InputError(
-            f'the checkpoint {path} must be in the format of torch or of safetensors, got {kind}: give the checkpoint '
-            'that it was made of'
-        )
+        raise InputError(f'the checkpoint {path} must be in the format of torch or of safetensors, got {kind}')
 
 
 def load_weights(

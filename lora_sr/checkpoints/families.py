@@ -35,12 +35,23 @@ FAMILIES: dict[str, tuple[Recognizer, Builder]] = {
 }
 
 OURS = ('DSCLoRA', 'SPAN', 'LKDN', 'SPANF', 'SPANV2', 'DISP', 'DSCFFused')
+# Discriminators of BasicSR -> keys by which they are told.
+DISCRIMINATORS = {
+    'UNetDiscriminatorSN': {'conv0.weight', 'conv1.weight_orig', 'conv8.weight_orig', 'conv9.weight'},
+    'VGGStyleDiscriminator': {'conv0_0.weight', 'bn0_1.weight', 'linear1.weight', 'linear2.weight'},
+    'StyleGAN2Discriminator': {'conv_body.0.0.weight', 'final_conv.0.weight', 'final_linear.1.weight'},
+}
 GROWTH = 32  # channels that each convolution of a dense block of RRDBNet adds, as spandrel builds them
 
 
 def family_of(state: Mapping[str, Tensor]) -> str | None:
     """The name of the network that a state dict belongs to, or ``None`` where no family knows it."""
     return next((name for name, (recognize, _) in FAMILIES.items() if recognize(state)), None)
+
+
+def discriminator_of(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the discriminator of BasicSR that a state dict belongs to, or ``None``."""
+    return next((name for name, keys in DISCRIMINATORS.items() if keys <= state.keys()), None)
 
 
 def family_name(network: nn.Module) -> str:

@@ -30,7 +30,7 @@ from lora_sr.checkpoints.by_file import spandrel
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
 from lora_sr.checkpoints.community import build_community
 from lora_sr.checkpoints.content import DamagedWeights, key_in, load_weights, read_checkpoint
-from lora_sr.checkpoints.families import FAMILIES, OURS
+from lora_sr.checkpoints.families import FAMILIES, OURS, discriminator_of
 from lora_sr.checkpoints.imports import import_modules
 from lora_sr.checkpoints.layouts import set_layout
 from lora_sr.checkpoints.nearest import nearest_family
@@ -245,6 +245,13 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
     if checkpoint.architecture is not None:
         return _open_community(checkpoint)
     if checkpoint.family is None:
+        discriminator = discriminator_of(state)
+        if discriminator is not None:
+            raise UnknownNetwork(
+                f'{path} must be a network that gives images, got a discriminator ({discriminator}): give its '
+                'generator.',
+                checkpoint,
+            )
         near = nearest_family(state)
         raise UnknownNetwork(
             f'{path} belongs to no network known here: its first keys are '

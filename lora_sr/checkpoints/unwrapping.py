@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,31 +15,27 @@ from lora_sr.adapters import is_lora_key
 from lora_sr.checkpoints.ignoring import Ignored
 from lora_sr.errors import InputError, shown
 
-# Keys under which trainers keep the generator, as BasicSR, Lightning, timm, KAIR, StyleGAN and others name it. The
-# moving average comes first, as it is what people publish.
-AVERAGES = (
-    *('params_ema', 'params-ema', 'ema', 'state_dict_ema', 'ema_state_dict', 'model_ema', 'ema_model'),
-    *('net_g_ema', 'generator_ema', 'g_ema', 'G_ema', 'netG_ema'),
-)
+LOG = logging.getLogger('lora_sr')
+
+# Keys under which trainers keep the network that is run, the first of them before the others.
 WRAPPERS = (
-    *AVERAGES,
     *('params', 'state_dict', 'model_state_dict', 'net_g', 'generator', 'netG', 'g', 'G'),
     *('model', 'module', 'net', 'network', 'weights', 'shadow'),
 )
 # What compilers and parallel wrappers put into names, wherever they wrapped a module, and before all of them.
-ADDED = re.compile(r'^module\.|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.')
-GENERATORS = (
-    *('params_ema.', 'net_g_ema.', 'generator_ema.', 'ema_model.'),
-    *('params.', 'net_g.', 'generator.', 'netG.'),
-)
-NETWORKS = ('model.', 'net.', 'network.')  # as trainers also call it, and parts of networks are called
-# Beside the generator in the state dict of a whole trainer: networks that judge or teach, averages, and counters.
-COMPANION = re.compile(
-    r'd|params|initted|(net_?[dD]|discriminator|vgg|perceptual|lpips|dists|teacher|net_t|criterion|cri|loss(es)?|'
-    r'metrics?|psnr|ssim|net_?[gG]|generator|ema|model_ema|ema_model|online_model|g_ema|step)(_\w+)?'
-)
+ADDED = re.compile(r'^module\.|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
+GENERATORS = ('params_ema.', 'net_g_ema.', 'generator_ema.', 'ema_model.', 'params.', 'net_g.', 'generator.', 'netG.')
+WORDS = re.compile(r'[A-Z]+(?![a-z])|[A-Z]?[a-z]+')
+AVERAGE = {'ema', 'swa'}  # words in the names of moving averages
+# Likewise of what is beside the network that is run: networks that judge or teach it, and what counts and scales.
+BESIDE = {
+    *('d', 'netd', 'disc', 'discriminator', 'teacher', 'vgg', 'perceptual', 'lpips', 'dists', 'cri', 'criterion'),
+    *('loss', 'losses', 'metric', 'metrics', 'psnr', 'ssim', 'fid', 'optim', 'optimizer', 'optimizers', 'scheduler'),
+    *('preprocessor', 'normalizer', 'scaler', 'step', 'steps', 'counter', 'epoch', 'updates', 'decay', 'initted'),
+}
 COUNTER = 'n_averaged'  # of torch's AveragedModel
-DEEPEST = 4  # sections within sections, and parts before all names
+DEEPEST = 8  # sections within sections, and parts before all names
+LEAST_SHARE = 0.5  # of the tensors beside it that an average has
 SHOWN = 4
 
 
@@ -50,11 +47,21 @@ class Found:
         param_key: Where they are: the keys of the sections around them, joined by dots; ``None`` for the file itself.
         prefix: What was taken from before their names, or out of the middle of them; empty where nothing was.
         state: The weights by name, on the CPU.
+        unread: A moving average in the file that is not what was found, as it has no names or others.
     """
 
     param_key: str | None
     prefix: str
     state: OrderedDict[str, Tensor]
+    unread: str | None = None
+
+    def warn(self, path: object) -> None:
+        """Log that there is a moving average that is not read."""
+        if self.unread is not None:
+            LOG.warning(
+                f'{path} has a moving average, {shown(self.unread)}, that has no names, or other than the network: '
+                'the weights of the last iteration are read.'
+            )
 
 
 def find_weights(
@@ -65,13 +72,15 @@ def find_weights(
 ) -> Found:
     """Find the weights of a network in what a file holds.
 
-    - Of the sections of a file the one of the generator counts: its moving average, if there is one and it is not
-      empty, else ``params``, ``state_dict`` and the like (:data:`WRAPPERS`), else the only one with weights. Sections
-      may stand within sections.
+    - Of the sections of a file the one of the generator counts: its moving average, if there is one with names and
+      with as many tensors or so, else ``params``, ``state_dict`` and the like (:data:`WRAPPERS`), else the only one
+      with weights that is not of a discriminator, a loss and the like (:data:`BESIDE`). Sections may stand within
+      sections.
     - From the names goes what ``torch.compile`` and ``DataParallel`` put there, ``_orig_mod.`` and ``module.``.
     - A network that is known by these names keeps them. From all others goes what trainers put before all of them,
       ``net_g.``, ``generator.`` and the like (:data:`GENERATORS`), and anything else if the network is known without
-      it. Where a whole trainer was saved, what stands beside its generator is left out if the generator is known.
+      it. Where a whole trainer was saved, what stands beside its generator is left out if the generator is known, and
+      its moving average comes first.
 
     Args:
         content: What the file holds.
@@ -100,7 +109,12 @@ def find_weights(
             for name, value in versions.items()
             if isinstance(value, Mapping) and isinstance(value.get('version'), int)
         }
-    return Found('.'.join(names) or None, prefix, state)
+    unread = None
+    if not any(map(is_average, (*prefix.split('.'), *'.'.join(names).split('.')))):
+        firsts = (name.partition('.')[0] for name in value if name not in state)
+        unread = next(filter(is_average, firsts), None) if len(state) < len(weights_of(value)) else None
+        unread = unread or _unread_average(content)
+    return Found('.'.join(names) or None, prefix, state, unread)
 
 
 def bare_weights(state: Mapping[str, Tensor], path: object = 'a state dict') -> OrderedDict[str, Tensor]:
@@ -142,25 +156,62 @@ def _walk(content: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Mapping
         for key, value in section.items() if len(keys) < DEEPEST else ():
             if isinstance(key, str) and isinstance(value, Mapping) and id(value) not in seen:
                 seen.add(id(value))
-                if 'optim' not in key.lower() and not {'state', 'param_groups'} <= value.keys():
+                if not _is_optimizer(value):
                     sections.append(((*keys, key), value))
+
+
+def _is_optimizer(section: Mapping[Any, Any]) -> bool:
+    return {'state', 'param_groups'} <= section.keys()
+
+
+def is_average(name: str) -> bool:
+    """Whether a key is that of a moving average of weights."""
+    return not AVERAGE.isdisjoint(map(str.lower, WORDS.findall(name)))
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a key is that of something beside the network that is run."""
+    return not BESIDE.isdisjoint(map(str.lower, WORDS.findall(name)))
 
 
 def _find(content: Mapping[str, Any], seen: set[int] | None = None, depth: int = 0) -> list[str] | None:
     """The keys that lead to the weights; ``None`` where there are none, or several may be meant."""
+    if is_state_dict(content):
+        return []
+    if _is_optimizer(content):
+        return None
     seen = {id(content)} if seen is None else seen
-    for key in WRAPPERS if depth < DEEPEST else ():
-        value = content.get(key)
-        if isinstance(value, Mapping) and id(value) not in seen:
+    found: dict[str, list[str]] = {}
+    for key, value in content.items() if depth < DEEPEST else ():
+        if isinstance(key, str) and isinstance(value, Mapping) and id(value) not in seen and not _is_beside(key):
             seen.add(id(value))
             inner = _find(value, seen, depth + 1)
             if inner is not None:
-                return [key, *inner]
-    if is_state_dict(content):
-        return []
-    found = [keys for keys, section in _walk(content) if is_state_dict(section)] if depth == 0 else []
-    generators = [keys for keys in found if not any(map(COMPANION.fullmatch, keys))]
-    return list(generators[0]) if len(generators) == 1 else None
+                found[key] = [key, *inner]
+    averages = [key for key, keys in found.items() if any(map(is_average, keys))]
+    others = [key for key in found if key not in averages]
+    main = next((key for key in WRAPPERS if key in others), others[0] if len(others) == 1 else None)
+    least = 0.0 if main is None else LEAST_SHARE * _count(content, found[main])
+    averages = [key for key in averages if _count(content, found[key]) >= least]
+    if averages:
+        return found[averages[0]]
+    return None if main is None else found[main]
+
+
+def _count(content: Mapping[str, Any], keys: Sequence[str]) -> int:
+    for key in keys:
+        content = content[key]
+    return len(weights_of(content))
+
+
+def _unread_average(content: Mapping[str, Any]) -> str | None:
+    """The key of a moving average in a file that has more than a number or two."""
+    for keys, section in _walk(content):
+        for key, value in section.items():
+            has_more = isinstance(value, (Mapping, list, tuple)) and len(value) > 1
+            if isinstance(key, str) and is_average(key) and has_more and not _is_beside(key):
+                return '.'.join([*keys, key])
+    return None
 
 
 def _section(content: Mapping[str, Any], param_key: str, path: object) -> Mapping[str, Any]:
@@ -215,11 +266,13 @@ def _without_prefix(
 
 def _starts(names: Collection[str]) -> list[str]:
     """What may stand before the names of a network: before all of them, or beside what is no network to be run."""
-    firsts = dict.fromkeys(name.partition('.')[0] for name in names)
-    if len(firsts) == 1:
-        return [f'{first}.' for first in firsts if all(name.startswith(f'{first}.') for name in names)]
-    starts = [start for start in (*GENERATORS, *NETWORKS) if start[:-1] in firsts]
-    return [start for start in starts if all(COMPANION.fullmatch(first) for first in firsts if first != start[:-1])]
+    firsts = [first for first in dict.fromkeys(name.partition('.')[0] for name in names)]
+    if len(firsts) > 1:
+        averages = [first for first in firsts if is_average(first) and not _is_beside(first)]
+        others = [first for first in firsts if not is_average(first) and not _is_beside(first)]
+        firsts = [*averages, *others] if len(others) <= 1 else []
+    starts = [f'{first}.' for first in firsts]
+    return starts if all('.' in name for name in names if f'{name}.' in starts) else []
 
 
 def _without_added(names: Iterable[str], path: object) -> tuple[dict[str, str], str]:

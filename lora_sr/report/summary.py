@@ -30,20 +30,14 @@ from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkLike, NetworkSou
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
 from lora_sr.checkpoints.community import architecture_name
 from lora_sr.checkpoints.content import PARAM_KEYS, Content, read_checkpoint
-from lora_sr.checkpoints.families import FAMILIES, family_name, is_for_chainner
+from lora_sr.checkpoints.families import FAMILIES, discriminator_of, family_name, is_for_chainner
 from lora_sr.checkpoints.nearest import nearest_family
 from lora_sr.checkpoints.networks import OPTION_SUFFIXES, UnknownNetwork, network_of_options
 from lora_sr.checkpoints.origin import KEY
-from lora_sr.checkpoints.unwrapping import AVERAGES, state_dicts
+from lora_sr.checkpoints.unwrapping import is_average, state_dicts
 from lora_sr.errors import InputError, printable, shown
 from lora_sr.report.inspection import format_inspection, inspect_network
 
-# Discriminators of BasicSR -> keys by which they are told.
-DISCRIMINATORS = {
-    'UNetDiscriminatorSN': {'conv0.weight', 'conv1.weight_orig', 'conv8.weight_orig', 'conv9.weight'},
-    'VGGStyleDiscriminator': {'conv0_0.weight', 'bn0_1.weight', 'linear1.weight', 'linear2.weight'},
-    'StyleGAN2Discriminator': {'conv_body.0.0.weight', 'final_conv.0.weight', 'final_linear.1.weight'},
-}
 SHOWN_TENSORS = 8  # of a network that is not known
 SHOWN_NAMES = 5  # of what else there is
 LONGEST_LINE = 400  # of what a file says, and not of commands
@@ -158,7 +152,7 @@ def _holding(checkpoint: Checkpoint) -> dict[str, str]:
     there = state_dicts(content)
     tops = {name.partition('.')[0] for name in there}
     optimizers = [key for key in content if 'optim' in key.lower() and isinstance(content[key], (Mapping, list, tuple))]
-    empty = [key for key in (*AVERAGES, *PARAM_KEYS) if key in content and content[key] in (None, {})]
+    empty = [key for key in content if (is_average(key) or key in PARAM_KEYS) and content[key] in (None, {})]
     others = _some([shown(key) for key in content if key not in (*tops, *optimizers, *empty, KEY)])
     if param_key is None:
         rows = {'state dicts': f'the file itself ({len(checkpoint.state)} tensors)'}
@@ -178,7 +172,7 @@ def _holding(checkpoint: Checkpoint) -> dict[str, str]:
     types = Counter(str(value.dtype).replace('torch.', '') for value in checkpoint.state.values())
     counts = types.most_common()
     rows['precision'] = counts[0][0] if len(counts) == 1 else ', '.join(f'{name} ({count})' for name, count in counts)
-    if param_key is not None and any(part in AVERAGES for part in param_key.split('.')):
+    if any(map(is_average, f'{param_key or ""}.{checkpoint.prefix}'.split('.'))):
         rows['average'] = 'these are a moving average (EMA)'
     if optimizers:
         rows['optimizer'] = f'inside, under {_some([shown(key) for key in optimizers])}'
@@ -247,7 +241,7 @@ def _summarize_unknown(
     path, state = checkpoint.path, checkpoint.state
     rows = {'file': rows.pop('file'), **rows}
     values = sum(value.numel() for value in state.values())
-    discriminator = next((name for name, keys in DISCRIMINATORS.items() if keys <= state.keys()), None)
+    discriminator = discriminator_of(state)
     if discriminator or path.name.startswith('net_d_'):
         described = {
             'family': f'{discriminator or "unknown, by its name"}, a discriminator',

@@ -115,6 +115,73 @@ FILES = {
     'a loop of one page': ({'model': plain(), 'optimizer': OPTIMIZER, 'epoch': 3}, 'model', ''),
     'a loop with two networks': ({'generator': plain(), 'discriminator': D}, 'generator', ''),
     'flattened': ({**before('params.', other()), **before('params_ema.', plain())}, None, 'params_ema.'),
+    'weights_ema': ({'weights': other(), 'weights_ema': plain()}, 'weights_ema', ''),
+    'an average before its name': (
+        {'model_state_dict': other(), 'ema_model_state_dict': plain()},
+        'ema_model_state_dict',
+        '',
+    ),
+    'of generators': (
+        {'generator': other(), 'ema_generator': plain(), 'discriminator': D, 'ema_discriminator': D},
+        'ema_generator',
+        '',
+    ),
+    'SWA': (
+        {'model': other(), 'swa_model': {**before('module.', plain()), 'n_averaged': torch.tensor(3)}},
+        'swa_model',
+        'module.',
+    ),
+    'a callback': (
+        {'state_dict': other(), 'callbacks': {'EMA': {'ema_state_dict': plain()}, 'Timer': {'x': 3}}},
+        'callbacks.EMA.ema_state_dict',
+        '',
+    ),
+    'an average within Lightning': (
+        {
+            'state_dict': {
+                **before('model.', other()),
+                **before('ema_model.module.', plain()),
+                'ema_model.n_averaged': torch.tensor(3),
+            }
+        },
+        'state_dict',
+        'ema_model.module.',
+    ),
+    'another within Lightning': (
+        {'state_dict': {**before('model.', other()), **before('model_ema.', plain()), 'val_psnr.sum': torch.ones(1)}},
+        'state_dict',
+        'model_ema.',
+    ),
+    'flattened otherwise': ({**before('model.', other()), **before('ema.', plain())}, None, 'ema.'),
+    'numbers of an average': ({'params': plain(), 'ema': {'decay': torch.tensor(0.999)}}, 'params', ''),
+    'MMagic': (
+        {
+            'state_dict': {
+                **before('generator.', plain()),
+                'data_preprocessor.mean': torch.zeros(3, 1, 1),
+                'data_preprocessor.std': torch.ones(3, 1, 1),
+            }
+        },
+        'state_dict',
+        'generator.',
+    ),
+    'another name beside its judge': (
+        {'state_dict': {**before('sr_model.', plain()), **before('discriminator.', D)}},
+        'state_dict',
+        'sr_model.',
+    ),
+    'letters': ({**before('G.', plain()), **before('D.', D)}, None, 'G.'),
+    'student and teacher': ({**before('student.', plain()), **before('teacher.', other())}, None, 'student.'),
+    'checkpointed blocks': (
+        {name.replace('block_3.', 'block_3._checkpoint_wrapped_module.'): value for name, value in plain().items()},
+        None,
+        '_checkpoint_wrapped_module.',
+    ),
+    'state dicts of two': ({'G_state_dict': plain(), 'D_state_dict': D}, 'G_state_dict', ''),
+    'gen and disc': ({'gen': plain(), 'disc': D}, 'gen', ''),
+    'a scaler': ({'sr': plain(), 'scaler': {'_scale': torch.ones(1)}}, 'sr', ''),
+    'deep': ({'checkpoint': {'state_dict': {'params': plain()}}}, 'checkpoint.state_dict.params', ''),
+    'deeper': ({'a': {'b': {'c': {'f': {'e': plain()}}}}}, 'a.b.c.f.e', ''),
     'KAIR': ({'netG': before('netG.', plain())}, 'netG', 'netG.'),
     'an average with its rate': ({'ema': {'decay': 0.999, 'params': plain()}, 'model': other()}, 'ema.params', ''),
     'nested': ({'model': {'net_g': {'params': before('module.', plain())}}}, 'model.net_g.params', 'module.'),
@@ -234,6 +301,24 @@ def test_an_exported_onnx_is_named(tmp_path, capsys):
     for name in ('net.onnx', 'renamed.pth'):
         assert main(['inspect', str(tmp_path / name)]) == 2
         assert 'got an ONNX model' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'content, unread',
+    [
+        ({'model': plain(), 'ema': {'decay': 0.999, 'shadow_params': list(other().values())}}, 'ema'),
+        ({'model': plain(), 'callbacks': {'EMACallback': {'ema_weights': [torch.zeros(3), torch.zeros(2)]}}},
+         'callbacks.EMACallback.ema_weights'),
+        ({'state_dict': {**before('model.', plain()),
+                         **{f'model_ema.{name.replace(".", "")}': value for name, value in other().items()},
+                         'model_ema.decay': torch.ones(())}}, 'model_ema'),
+        ({'params': plain(), 'params_ema': dict(list(other().items())[:3])}, 'params_ema'),
+    ],
+)  # fmt: skip
+def test_an_average_that_is_not_read_is_told(tmp_path, caplog, content, unread):
+    torch.save(content, tmp_path / 'net.pth')
+    assert_equal(load_network(tmp_path / 'net.pth').state_dict())
+    assert f'net.pth has a moving average, {unread},' in caplog.text
 
 
 def test_what_is_several_things_has_to_be_named(tmp_path):
@@ -493,3 +578,12 @@ def test_the_odd_layer_of_a_span_is_the_one_that_is_blamed(tmp_path):
             InputError, match=rf'does not fit SPAN: {odd} has shape \(7, [^)]*\) instead of \(4, [^)]*\)\.?$'
         ):
             load_network(tmp_path / 'net.pth')
+
+
+def test_an_option_file_finds_what_a_run_finds(tmp_path):
+    """Also under keys within sections, and whatever the names of its network."""
+    torch.save({'params': other(), 'model': {'net_g': before('module.', plain())}}, tmp_path / 'net.pth')
+    section = 'network_g: {type: SPAN, feature_channels: 4, upscale: 2, deploy: true}\n'
+    path = f'path: {{pretrain_network_g: {tmp_path / "net.pth"}, param_key_g: model.net_g}}\n'
+    (tmp_path / 'net.yml').write_text(section + path)
+    assert_equal(load_network(tmp_path / 'net.yml').state_dict())

@@ -12,13 +12,13 @@ from typing import Any
 from basicsr.archs.swinir_arch import SwinIR
 from torch import nn
 
-from lora_sr.adapters import is_lora_key
 from lora_sr.archs import AdaptSR, fold
 from lora_sr.archs.span import NO_NORM, SPAN, is_span
 from lora_sr.basicsr.options import schema
 from lora_sr.basicsr.options.check import Check
 from lora_sr.checkpoints.building import base_section
 from lora_sr.checkpoints.by_file import spandrel
+from lora_sr.checkpoints.checkpoint import ADAPTER, form_of
 from lora_sr.checkpoints.content import load_weights, read_checkpoint, weights_for
 from lora_sr.checkpoints.families import FAMILIES, family_of
 from lora_sr.errors import InputError
@@ -68,11 +68,11 @@ def _check_checkpoint(check: Check, path: dict, key: str, network: str) -> None:
         return
     try:
         content = read_checkpoint(file)
-        if all(map(is_lora_key, content)):
-            raise InputError(f'{file} is an adapter; `lora-sr adapter apply` puts it onto its base')
         if net is None:
             return
         weights = weights_for(net, content, file, param_key).state
+        if form_of(weights) == ADAPTER:
+            raise InputError(f'{file} is an adapter; `lora-sr adapter apply` puts it onto its base')
         other_norm = _other_norm(net, weights, file, network)
         if other_norm:  # which loads where it is not strict
             raise InputError(other_norm)

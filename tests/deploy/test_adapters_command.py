@@ -657,7 +657,7 @@ def test_export_gives_what_peft_reads(foreign, capsys):
             'PEFT has no LoRA for 1 of its updates: conv_hr.bias is no weight',
         ),
         ('export odd.pth kohya.safetensors -o out', 'odd.pth belongs to no network known here'),
-        ('info bare/adapter_config.json', 'is damaged, or holds more than tensors'),
+        ('info bare/adapter_config.json', 'must be in the format of torch or of safetensors, got a text in JSON'),
     ],
 )
 def test_mistakes_with_adapters_of_others_are_one_sentence(foreign, capsys, arguments, message):

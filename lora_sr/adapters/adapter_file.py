@@ -233,6 +233,25 @@ def adapter_for(adapter: Adapter | ForeignAdapter, base: Mapping[str, Tensor]) -
     return adapter
 
 
+def renamed(adapter: Adapter, layout: Mapping[str, str]) -> Adapter:
+    """An adapter for the layers of a network, of one for their names in a file.
+
+    Args:
+        adapter: The latter.
+        layout: Name of a parameter in the network -> name in the file, of those that differ.
+    """
+    layers = {old.rpartition('.')[0]: new.rpartition('.')[0] for new, old in layout.items()}
+
+    def rename(key: str) -> str:
+        name, _, last = key.rpartition('.')
+        return join(layers.get(name, name), last)
+
+    tensors = {rename(key): value for key, value in adapter.tensors.items()}
+    return _adapter_of(
+        tensors, {layers.get(name, name): (adapter.rank_of(name), adapter.alpha_of(name)) for name in adapter.layers}
+    )
+
+
 def _check_values(adapter: Adapter) -> None:
     for key, value in adapter.tensors.items():
         if key.rpartition('.')[2] == 'lora_alpha':

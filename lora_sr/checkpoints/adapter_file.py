@@ -11,10 +11,12 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_sr.adapters import Adapter, ForeignAdapter, adapter_for, parse_adapter
+from lora_sr.adapters.adapter_file import renamed
 from lora_sr.adapters.foreign import Misfit
 from lora_sr.adapters.foreign_files import PEFT_WEIGHTS, weights_file
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
 from lora_sr.checkpoints.content import Content
+from lora_sr.checkpoints.layouts import in_layout
 from lora_sr.checkpoints.origin import SHOWN, Origin, adapter_fingerprint, fingerprint
 from lora_sr.checkpoints.unwrapping import state_dicts
 from lora_sr.errors import InputError, shown
@@ -69,18 +71,28 @@ class AdapterFile:
         digest = adapter_fingerprint(state) if isinstance(adapter, Adapter) else fingerprint(state)
         return cls(path, adapter, digest, content.origin)
 
-    def adapter_for(self, base: Mapping[str, Tensor], name: object, has_branches: bool = False) -> Adapter:
+    def adapter_for(
+        self,
+        base: Mapping[str, Tensor],
+        name: object,
+        has_branches: bool = False,
+        layout: Mapping[str, str] | None = None,
+    ) -> Adapter:
         """The adapter for a base, of whose layers it has the shapes, and whose values are finite.
 
         Args:
             base: The state dict of the base.
             name: What the base is called in the message.
             has_branches: Whether the base is in training form, which may be why an adapter does not fit.
+            layout: Name in the base -> name in its file, of those that differ: other programs know the latter.
 
         Raises:
             InputError: It does not fit, or cannot be put onto any base.
         """
         try:
+            if layout and isinstance(self.adapter, ForeignAdapter):
+                with contextlib.suppress(Misfit):  # which is told by the names of the network
+                    return renamed(adapter_for(self.adapter, in_layout(base, layout)), layout)
             return adapter_for(self.adapter, base)
         except Misfit as error:
             hint = ' (the base has branches, which `lora-sr merge` folds)' if has_branches else ''

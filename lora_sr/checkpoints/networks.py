@@ -32,7 +32,7 @@ from lora_sr.checkpoints.community import build_community
 from lora_sr.checkpoints.content import DamagedWeights, key_in, load_weights, read_checkpoint
 from lora_sr.checkpoints.families import FAMILIES, OURS, discriminator_of
 from lora_sr.checkpoints.imports import import_modules
-from lora_sr.checkpoints.layouts import set_layout
+from lora_sr.checkpoints.layouts import layout_of, set_layout
 from lora_sr.checkpoints.nearest import nearest_family
 from lora_sr.checkpoints.origin import Origin
 from lora_sr.checkpoints.stated import check_stated
@@ -427,7 +427,7 @@ def _with_adapters(opened: OpenedNetwork, source: NetworkSource) -> OpenedNetwor
     state = network.state_dict()
     adapters = []
     for file, weight in files:
-        adapters.append((file.adapter_for(state, opened.name, is_training_form(network)), weight))
+        adapters.append((file.adapter_for(state, opened.name, is_training_form(network), layout_of(network)), weight))
         content = None if opened.checkpoint is None else opened.checkpoint.content
         file.check_base(state, opened.origin, opened.name, source.force, content)
     load_adapter(network, mix_adapters(adapters))

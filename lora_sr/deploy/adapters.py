@@ -296,7 +296,7 @@ def _fitted(
     """What the files are for a base, given by its checkpoint and by the state dict of its network."""
     parts = []
     for file in files:
-        parts.append(file.adapter_for(state, checkpoint.path, has_branches))
+        parts.append(file.adapter_for(state, checkpoint.path, has_branches, checkpoint.layout))
         file.check_base(state, checkpoint.origin, checkpoint.path, source.force, checkpoint.content)
     return parts
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from lora_sr.adapters import LoRAConfig, add_lora, save_adapter
 from lora_sr.archs import SPAN
-from lora_sr.checkpoints import Checkpoint, load_network
+from lora_sr.checkpoints import Checkpoint, NetworkSource, load_network
 from lora_sr.checkpoints.content import load_weights, read_checkpoint
 from lora_sr.checkpoints.unwrapping import WRAPPERS, bare_weights, find_weights
 from lora_sr.cli.main import main
@@ -587,3 +587,25 @@ def test_an_option_file_finds_what_a_run_finds(tmp_path):
     path = f'path: {{pretrain_network_g: {tmp_path / "net.pth"}, param_key_g: model.net_g}}\n'
     (tmp_path / 'net.yml').write_text(section + path)
     assert_equal(load_network(tmp_path / 'net.yml').state_dict())
+
+
+def test_an_adapter_of_others_knows_the_names_of_the_file(tmp_path):
+    """Whoever trained it had the file, and not BasicSR's network."""
+    torch.manual_seed(0)
+    network = RRDBNet(3, 3, scale=4, num_feat=8, num_block=1, num_grow_ch=32)
+    file = {name.replace('.sub.2.', '.sub.1.'): value for name, value in old_layout(network.state_dict()).items()}
+    torch.save(file, tmp_path / 'old.pth')
+    down, up = torch.randn(2, 3, 3, 3), torch.randn(8, 2, 1, 1)
+    kohya = {'lora_unet_model_0.lora_down.weight': down, 'lora_unet_model_0.lora_up.weight': up}
+    save_file({**kohya, 'lora_unet_model_0.alpha': torch.tensor(1.0)}, tmp_path / 'kohya.safetensors')
+    arguments = [str(tmp_path / name) for name in ('old.pth', 'kohya.safetensors')]
+    assert main(['adapter', 'merge', *arguments, '-o', str(tmp_path / 'merged.pth')]) == 0
+    merged = torch.load(tmp_path / 'merged.pth')['params']
+    update = torch.einsum('or,rihw->oihw', up[..., 0, 0].double(), down.double()) / 2
+    expected = {**file, 'model.0.weight': (file['model.0.weight'].double() + update).float()}
+    assert merged.keys() == file.keys()
+    assert all(torch.allclose(merged[name], value, atol=1e-6) for name, value in expected.items())
+    source = NetworkSource(arguments[0], adapters=[(arguments[1], 1.0)])
+    image = torch.rand(1, 3, 12, 16)
+    with torch.no_grad():
+        assert torch.allclose(load_network(source)(image), load_network(tmp_path / 'merged.pth')(image), atol=1e-5)

@@ -18,7 +18,7 @@ V5_SIZE = INFO_HEADER.size + V5_REST.size
 BITFIELDS = 3  # a compression: pixels as the masks say
 SRGB, EMBEDDED = b'BGRs', b'DEBM'  # color spaces, as they stand in a file: 'sRGB' and 'MBED' with the last letter first
 FOR_PICTURES = 4  # an intent: perceptual
-MASKS = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)  # of B, G, R and alpha in this order
+MASKS = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)  # of R, G, B and alpha, which are stored as B, G, R and alpha
 
 
 def read_bmp(data: bytes) -> tuple[bytes | None, Metadata]:

@@ -500,6 +500,7 @@ def _write_webp_or_avif(
         options.update(quality=quality, subsampling='4:4:4' if picture.pixels.shape[2] > 1 else '4:0:0')
     else:
         options.update({'lossless': True} if quality == LOSSLESS else {'quality': quality})
+        options['exact'] = True  # the colors under alpha 0 as well
     if picture.metadata.xmp:
         options['xmp'] = picture.metadata.xmp
     file.write(_encode_by_pillow(np.concatenate(list(bands)), file_format, options))

@@ -20,7 +20,7 @@ from lora_sr.images import metadata as extras
 from lora_sr.images import tga, tiff
 from lora_sr.images.avif import is_box_file, read_avif
 from lora_sr.images.bmp import BMP_SIGNATURE, read_bmp
-from lora_sr.images.jpeg2000 import CODESTREAM_SIGNATURE, JP2_SIGNATURE, JPEG2000, read_jpeg2000
+from lora_sr.images.jpeg2000 import CODESTREAM_SIGNATURE, JP2_SIGNATURE, JPEG2000, plain_jp2, read_jpeg2000
 from lora_sr.images.metadata import Metadata, split_chunks
 from lora_sr.images.modes import ALPHA_MODES, GRAY_MODES, MODES_OF_8_BITS
 from lora_sr.images.png import PNG_SIGNATURE, read_chunks, write_chunks
@@ -159,7 +159,7 @@ def _read(data: bytes, path: str | os.PathLike[str]) -> Picture:
     if data.startswith(PNG_SIGNATURE):
         return _decode_png(data, path)
     if data.startswith((JP2_SIGNATURE, CODESTREAM_SIGNATURE)):
-        return _decode_jpeg2000(data, path)
+        return _decode_jpeg2000(data)
     if tga.is_tga(data):
         return _decode_tga(data)
     is_avif = is_box_file(data)
@@ -186,7 +186,7 @@ def _decode_png(data: bytes, path: str | os.PathLike[str]) -> Picture:
         if ORIENTATION not in exif:
             orientation = extras.xmp_orientation(metadata.xmp)
         if depth == 16:
-            pixels = _decode_16_bits(data, path)
+            pixels = _decode_16_bits(data)
             if color_type == 4:  # gray and alpha, which OpenCV gives as BGR and alpha
                 pixels = pixels[:, :, [0, 3]]
         else:
@@ -263,21 +263,23 @@ def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folde
     return Picture(np.ascontiguousarray(pixels), icc_profile, _turn_exif(exif, orientation), metadata, has_alpha)
 
 
-def _decode_jpeg2000(data: bytes, path: str | os.PathLike[str]) -> Picture:
+def _decode_jpeg2000(data: bytes) -> Picture:
     described = read_jpeg2000(data)
-    with Image.open(io.BytesIO(data), formats=('JPEG2000',)) as image:
+    # Of the codestream alone: Pillow knows nothing of the order of channels, and of palettes not all.
+    with Image.open(io.BytesIO(described.codestream), formats=('JPEG2000',)) as image:
         if described.exif:
             image.info['exif'] = b'Exif\0\0' + described.exif
         orientation, exif, lost = _read_exif(image)
         if described.depth > 8:
-            pixels = _decode_deep_jpeg2000(data, path, described)
-        elif image.mode in MODES_OF_8_BITS:
-            pixels = _decode_8_bits(image)
-            if described.depth < 8 and not described.has_palette:  # which Pillow moves up
-                pixels = _over_whole_range(pixels >> (8 - described.depth), described.depth, np.uint8)
+            pixels = _decode_deep_jpeg2000(described)
         else:
-            raise InputError(f'{path} must be gray or RGB, got pixels of the kind {image.mode}: convert it first.')
-    if described.is_premultiplied and pixels.shape[2] in (2, 4):
+            pixels = _decode_8_bit_jpeg2000(image, described)
+    if described.order is not None:
+        pixels = pixels[:, :, described.order]
+    if described.is_ycc and pixels.shape[2] > 2:
+        colors = Image.fromarray(np.ascontiguousarray(pixels[:, :, :3]), 'YCbCr').convert('RGB')
+        pixels = np.concatenate([colors, pixels[:, :, 3:]], 2)
+    if described.is_premultiplied:
         pixels = _divided_by_alpha(pixels)
     metadata = described.metadata
     metadata = replace(
@@ -288,13 +290,35 @@ def _decode_jpeg2000(data: bytes, path: str | os.PathLike[str]) -> Picture:
     return Picture(np.ascontiguousarray(pixels), described.icc_profile, exif, metadata, described.has_alpha)
 
 
-def _decode_deep_jpeg2000(data: bytes, path: str | os.PathLike[str], described: JPEG2000) -> np.ndarray:
-    """uint16 (H, W, C); Pillow has 8 bits for each of several channels, and OpenCV reads sYCC as other colors."""
-    kinds = {'a palette': described.has_palette, 'sYCC': described.is_ycc, 'gray and alpha': described.channels == 2}
+def _decode_8_bit_jpeg2000(image: Image.Image, described: JPEG2000) -> np.ndarray:
+    """uint8 (H, W, C), the channels as they come."""
+    values = _decode_8_bits(image) >> (8 - described.depth)  # Pillow moves up what has fewer bits
+    pixels = _over_whole_range(values, described.depth, np.uint8)
+    if described.palette is None:
+        return pixels
+    colors = described.palette.colors
+    indices = np.minimum(values, len(colors) - 1)
+    return np.stack(
+        [
+            colors[indices[:, :, component], column] if is_mapped else pixels[:, :, component]
+            for component, is_mapped, column in described.palette.mapping
+        ],
+        2,
+    )
+
+
+def _decode_deep_jpeg2000(described: JPEG2000) -> np.ndarray:
+    """uint16 (H, W, C), the channels as they come; Pillow has 8 bits for each of several."""
+    kinds = {
+        'a palette': described.palette is not None,
+        'sYCC': described.is_ycc,
+        'gray and alpha': described.components == 2,
+    }
     kind = next((kind for kind, is_there in kinds.items() if is_there), None)
     if kind is not None:
-        raise InputError(f'{path} must be gray or RGB of more than 8 bits, as JPEG 2000, got {kind}: convert it first.')
-    return _over_whole_range(_decode_16_bits(data, path), described.depth, np.uint16)
+        raise UnreadableImage(f'must be gray or RGB of more than 8 bits, as JPEG 2000, got {kind}: convert it first')
+    # OpenCV warns on stderr where colors are not told to be sRGB, and has no switch that threads do not share.
+    return _over_whole_range(_decode_16_bits(plain_jp2(described.codestream)), described.depth, np.uint16)
 
 
 def _over_whole_range(values: np.ndarray, depth: int, dtype: type[np.unsignedinteger]) -> np.ndarray:
@@ -362,11 +386,11 @@ def _divided_by_alpha(pixels: np.ndarray) -> np.ndarray:
     return np.concatenate([colors, pixels[:, :, -1:]], 2)
 
 
-def _decode_16_bits(data: bytes, path: str | os.PathLike[str]) -> np.ndarray:
+def _decode_16_bits(data: bytes) -> np.ndarray:
     """uint16 (H, W, C), RGB; Pillow has 8 bits for each of three colors alone."""
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16:
-        raise InputError(f'{path} is damaged, or has pixels of another kind than whole numbers of 16 bits.')
+        raise UnreadableImage('is damaged, or has pixels of another kind than whole numbers of 16 bits')
     if pixels.ndim == 2:
         return pixels[:, :, None]
     return pixels[:, :, [2, 1, 0, 3][: pixels.shape[2]]]

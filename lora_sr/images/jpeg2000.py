@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from lora_sr.errors import shown
-from lora_sr.images.boxes import boxes_in, make_box
+from lora_sr.images.boxes import Box, boxes_in, make_box
 from lora_sr.images.metadata import Metadata, Resolution, resolution_of
 from lora_sr.images.unreadable import UnreadableImage
 
 JP2_SIGNATURE, CODESTREAM_SIGNATURE = b'\0\0\0\x0cjP  \r\n\x87\n', b'\xff\x4f\xff\x51'
 # Of int32 each while they are decoded: three or four times as much as in other formats.
 MOST_SAMPLES = 3 << 26
-SYCC = 18
-COLOR_SPACES = {16: 'sRGB', 17: 'gray', SYCC: 'sYCC'}
+SRGB, GRAY, SYCC = 16, 17, 18
+COLOR_SPACES = {SRGB: 'sRGB', GRAY: 'gray', SYCC: 'sYCC'}
 ENUMERATED, PROFILES = 1, (2, 3)  # methods of a color specification
-ALPHA_TYPES = OPACITY, PREMULTIPLIED_OPACITY = (1, 2)  # of a channel
+COLOR = 0  # a type of a channel
+ALPHA_TYPES = OPACITY, PREMULTIPLIED_OPACITY = (1, 2)  # others
+BITS_OF_PALETTE = 8
 START_OF_TILE_PART = 0xFF90
 EXIF_UUID = b'JpgTiffExif->JP2'
 XMP_UUID = bytes.fromhex('be7acfcb97a942e89c71999491e3afac')
@@ -29,9 +34,11 @@ class JPEG2000:
     """What a file says of its pixels and besides.
 
     Args:
-        channels: 1 to 4.
-        depth: Bits of each channel, 1 to 16.
-        has_palette: Whether the channel has indices of colors.
+        codestream: The pixels, which are a file as well.
+        components: Of the codestream, 1 to 4.
+        depth: Bits of each component, 1 to 16.
+        palette: What makes channels of components; ``None`` where these are the channels.
+        order: The channel that each of gray or of R, G and B is, and then what is beside them; ``None`` as they come.
         is_ycc: Whether the channels are luma and chroma.
         has_alpha: Whether a second or fourth channel is alpha; where nothing tells, it is taken for it.
         is_premultiplied: Whether the colors are multiplied by alpha.
@@ -40,15 +47,30 @@ class JPEG2000:
         metadata: The rest.
     """
 
-    channels: int
+    codestream: bytes
+    components: int
     depth: int
-    has_palette: bool = False
+    palette: Palette | None = None
+    order: tuple[int, ...] | None = None
     is_ycc: bool = False
     has_alpha: bool = True
     is_premultiplied: bool = False
     icc_profile: bytes | None = None
     exif: bytes = b''
     metadata: Metadata = Metadata()
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colors, and what becomes a channel.
+
+    Args:
+        colors: uint8 (indices, columns).
+        mapping: For each channel its component, whether that has indices, and if so the column of their colors.
+    """
+
+    colors: np.ndarray
+    mapping: tuple[tuple[int, bool, int], ...]
 
 
 def read_jpeg2000(data: bytes) -> JPEG2000:
@@ -58,37 +80,104 @@ def read_jpeg2000(data: bytes) -> JPEG2000:
         UnreadableImage: It has pixels of a kind that is not read, several pictures, or is damaged.
     """
     if data.startswith(CODESTREAM_SIGNATURE):
-        described = JPEG2000(*_sizes(data, 0))
-        _check_tiles(data, 0, len(data))
-        return described
+        return _read_codestream(data)
     boxes = list(boxes_in(data))
     codestreams = [box for box in boxes if box.kind == b'jp2c']
     if not codestreams:
         raise UnreadableImage('is damaged: it has no pixels, or its boxes do not fit')
     if len(codestreams) > 1:
         raise UnreadableImage(f'must hold one picture, got {len(codestreams)}: take them apart first')
-    _, start, stop = codestreams[0]
-    channels, depth = _sizes(data, start)
-    _check_tiles(data, start, stop)
-    icc_profile, exif, lost = None, b'', set()
-    resolutions: dict[bytes, Resolution | None] = {}
-    xmp = iptc = alpha_type = color_space = None
-    has_palette = False
-    for header in (box for box in boxes if box.kind == b'jp2h'):
-        for box in boxes_in(data, header.start, header.stop):
-            content = data[box.start : box.stop]
-            if box.kind == b'colr' and color_space is None and icc_profile is None:
-                if content[:1] == bytes([ENUMERATED]) and len(content) >= 7:
-                    (color_space,) = struct.unpack_from('>I', content, 3)
-                elif content and content[0] in PROFILES:
-                    icc_profile = content[3:]
-            elif box.kind == b'cdef':
-                alpha_type = _alpha_type(content)
-            elif box.kind == b'pclr':
-                has_palette = True
-            elif box.kind == b'res ':
-                for inner in boxes_in(data, box.start, box.stop):
-                    resolutions[inner.kind] = _resolution(data[inner.start : inner.stop])
+    described = _read_codestream(data[codestreams[0].start : codestreams[0].stop])
+    headers: list[tuple[bytes, bytes]] = [
+        (box.kind, data[box.start : box.stop])
+        for header in boxes
+        if header.kind == b'jp2h'
+        for box in boxes_in(data, header.start, header.stop)
+    ]
+    last = dict(headers)
+    color_space, icc_profile = _colors_of(content for kind, content in headers if kind == b'colr')
+    palette = _palette(last[b'pclr'], last.get(b'cmap'), described.components) if b'pclr' in last else None
+    order = alpha_type = None
+    if b'cdef' in last:
+        channels = described.components if palette is None else len(palette.mapping)
+        order, alpha_type = _channel_definitions(last[b'cdef'], channels)
+    exif, metadata = _read_uuids(data, boxes)
+    return replace(
+        described,
+        palette=palette,
+        order=order,
+        is_ycc=color_space == SYCC,
+        has_alpha=alpha_type in (None, *ALPHA_TYPES),
+        is_premultiplied=alpha_type == PREMULTIPLIED_OPACITY,
+        icc_profile=icc_profile,
+        exif=exif,
+        metadata=replace(metadata, resolution=_resolution(last.get(b'res ', b''))),
+    )
+
+
+def _read_codestream(codestream: bytes) -> JPEG2000:
+    described = JPEG2000(codestream, *_sizes(codestream))
+    _check_tiles(codestream)
+    return described
+
+
+def _colors_of(specifications: Iterable[bytes]) -> tuple[int | None, bytes | None]:
+    """The color space or the profile of the first color specification (I.5.3.3) that is understood."""
+    color_space, icc_profile = None, None
+    for content in specifications:
+        if content[:1] == bytes([ENUMERATED]) and len(content) >= 7:
+            (color_space,) = struct.unpack_from('>I', content, 3)
+            break
+        if content and content[0] in PROFILES:
+            icc_profile = content[3:]
+            break
+    profile_space = icc_profile and shown(icc_profile[16:20].decode('latin-1').strip())
+    if color_space not in (None, *COLOR_SPACES) or profile_space not in (None, '', 'RGB', 'GRAY'):
+        kind = profile_space or f'the color space {color_space}'
+        raise UnreadableImage(f'must be {", ".join(COLOR_SPACES.values())}, or have a profile of RGB, got {kind}')
+    return color_space, icc_profile
+
+
+def _palette(colors: bytes, mapping: bytes | None, components: int) -> Palette:
+    """A palette (I.5.3.4) and what is mapped to it (I.5.3.5)."""
+    try:
+        count, columns = struct.unpack_from('>HB', colors)
+        depths = set(colors[3 : 3 + columns])
+        table = np.frombuffer(colors, np.uint8, count * columns, 3 + columns).reshape(count, columns)
+        # Where nothing is told, each column is a channel, as for Pillow.
+        entries = tuple(struct.iter_unpack('>HBB', mapping)) if mapping else tuple((0, 1, i) for i in range(columns))
+    except (struct.error, ValueError):
+        raise UnreadableImage('is damaged: its palette is cut short') from None
+    if depths != {BITS_OF_PALETTE - 1}:  # of one less than its bits
+        raise UnreadableImage(f'must have a palette of {BITS_OF_PALETTE} bits, got another')
+    if (
+        not 1 <= len(entries) <= 4
+        or not count
+        or any(component >= components or way > 1 or way * column >= columns for component, way, column in entries)
+    ):
+        raise UnreadableImage('is damaged: its palette makes no sense')
+    return Palette(table, tuple((component, bool(way), column) for component, way, column in entries))
+
+
+def _channel_definitions(content: bytes, channels: int) -> tuple[tuple[int, ...], int | None]:
+    """The order of channels (I.5.3.6) and the type of the one beside the colors, if there is one."""
+    try:
+        entries = list(struct.iter_unpack('>3H', content[2:]))
+    except struct.error:
+        raise UnreadableImage('is damaged: its channel definitions are cut short') from None
+    colors = {association: channel for channel, kind, association in entries if kind == COLOR}
+    others = [(channel, kind) for channel, kind, _ in entries if kind != COLOR]
+    order = tuple([colors[association] for association in sorted(colors)] + [channel for channel, _ in others])
+    expected = range(1, 4 if channels > 2 else 2)
+    if sorted(order) != list(range(channels)) or sorted(colors) != list(expected):
+        got = shown(', '.join(map(str, entries[: channels + 1])))
+        raise UnreadableImage(f'must define its channels as gray or RGB and one more at most, got {got or "none"}')
+    return order, others[0][1] if others else None
+
+
+def _read_uuids(data: bytes, boxes: Iterable[Box]) -> tuple[bytes, Metadata]:
+    """EXIF, without ``Exif``, and what else stands beside the header and the pixels."""
+    exif, xmp, iptc, lost = b'', None, None, set()
     for box in boxes:
         content = data[box.start : box.stop] if box.kind == b'uuid' else b''
         if content.startswith(EXIF_UUID):
@@ -99,31 +188,16 @@ def read_jpeg2000(data: bytes) -> JPEG2000:
             iptc = content[16:]
         elif box.kind in (b'uuid', b'xml '):
             lost.add(f'JPEG 2000 {box.kind.decode().strip()}')
-    profile_space = icc_profile and shown(icc_profile[16:20].decode('latin-1').strip())
-    if color_space not in (None, *COLOR_SPACES) or profile_space not in (None, '', 'RGB', 'GRAY'):
-        kind = profile_space or f'the color space {color_space}'
-        raise UnreadableImage(f'must be {", ".join(COLOR_SPACES.values())}, or have a profile of RGB, got {kind}')
-    resolution = resolutions.get(b'resc') or resolutions.get(b'resd')
-    return JPEG2000(
-        channels,
-        depth,
-        has_palette,
-        color_space == SYCC,
-        alpha_type in (None, *ALPHA_TYPES),
-        alpha_type == PREMULTIPLIED_OPACITY,
-        icc_profile,
-        exif,
-        Metadata(resolution, xmp, iptc, lost=frozenset(lost)),
-    )
+    return exif, Metadata(None, xmp, iptc, lost=frozenset(lost))
 
 
-def _sizes(data: bytes, start: int) -> tuple[int, int]:
-    """Channels and bits of a codestream, from its first marker segment (A.5.1)."""
+def _sizes(codestream: bytes) -> tuple[int, int]:
+    """Components and their bits, from the first marker segment (A.5.1)."""
     try:
-        if not data.startswith(CODESTREAM_SIGNATURE, start):
+        if not codestream.startswith(CODESTREAM_SIGNATURE):
             raise UnreadableImage('is damaged: its codestream does not begin with its sizes')
-        x, y, left, top, *_, channels = struct.unpack_from('>8IH', data, start + 8)
-        components = list(struct.iter_unpack('3B', data[start + 42 : start + 42 + 3 * channels]))
+        x, y, left, top, *_, channels = struct.unpack_from('>8IH', codestream, 8)
+        components = list(struct.iter_unpack('3B', codestream[42 : 42 + 3 * channels]))
     except struct.error:
         raise UnreadableImage('is damaged: it is cut short') from None
     if not 1 <= channels <= 4:
@@ -140,7 +214,7 @@ def _sizes(data: bytes, start: int) -> tuple[int, int]:
     return channels, max(depths) + 1
 
 
-def _check_tiles(data: bytes, start: int, stop: int) -> None:
+def _check_tiles(codestream: bytes) -> None:
     """See that each tile of a codestream has a part, as its size tells where the next part begins (A.4.2).
 
     OpenJPEG leaves those that are missing black.
@@ -148,16 +222,16 @@ def _check_tiles(data: bytes, start: int, stop: int) -> None:
     Raises:
         UnreadableImage: One has none.
     """
-    x, y, _, _, width, height, left, top = struct.unpack_from('>8I', data, start + 8)
+    x, y, _, _, width, height, left, top = struct.unpack_from('>8I', codestream, 8)
     tiles = -(-(x - left) // width) * -(-(y - top) // height) if width and height else 0
-    found, place = set(), start + 2
+    found, place = set(), 2
     try:
-        while place < stop:
-            marker, length = struct.unpack_from('>2H', data, place)
+        while place < len(codestream):
+            marker, length = struct.unpack_from('>2H', codestream, place)
             if marker == START_OF_TILE_PART:
-                number, size = struct.unpack_from('>HI', data, place + 4)
+                number, size = struct.unpack_from('>HI', codestream, place + 4)
                 found.add(number)
-                place += size or stop  # the last one may reach to the end
+                place += size or len(codestream)  # the last one may reach to the end
             elif found:  # the end of the codestream
                 break
             else:
@@ -168,18 +242,33 @@ def _check_tiles(data: bytes, start: int, stop: int) -> None:
         raise UnreadableImage(f'is damaged: it has {len(found)} of {tiles} tiles')
 
 
-def _alpha_type(content: bytes) -> int:
-    """What of a channel definition (I.5.3.6) says which kind of alpha there is; 65535 where none is."""
-    entries = list(struct.iter_unpack('>3H', content[2 : 2 + (len(content) - 2) // 6 * 6]))
-    return next((kind for _, kind, _ in entries if kind in ALPHA_TYPES), 65535)
-
-
 def _resolution(content: bytes) -> Resolution | None:
+    """That of a resolution superbox (I.5.3.7), of capture before that of display."""
+    found = {box.kind: _read_resolution(content[box.start : box.stop]) for box in boxes_in(content)}
+    return found.get(b'resc') or found.get(b'resd')
+
+
+def _read_resolution(content: bytes) -> Resolution | None:
     try:
         y, y_over, x, x_over, y_power, x_power = struct.unpack('>4H2b', content)
         return resolution_of(x / x_over * 10.0**x_power, y / y_over * 10.0**y_power, 'm')
     except (struct.error, ZeroDivisionError):
         return None
+
+
+def plain_jp2(codestream: bytes) -> bytes:
+    """A JP2 file of a codestream, whose components are gray, or R, G and B first."""
+    x, y, left, top, *_, components = struct.unpack_from('>8IH', codestream, 8)
+    size = struct.pack('>2IH4B', y - top, x - left, components, codestream[42], 7, 0, 0)  # 7: the compression
+    color = struct.pack('>3BI', ENUMERATED, 0, 0, SRGB if components > 2 else GRAY)
+    return b''.join(
+        (
+            JP2_SIGNATURE,
+            make_box(b'ftyp', b'jp2 ' + bytes(4) + b'jp2 '),
+            make_box(b'jp2h', make_box(b'ihdr', size) + make_box(b'colr', color)),
+            make_box(b'jp2c', codestream),
+        )
+    )
 
 
 def codestream_of(jp2: bytes) -> bytes:

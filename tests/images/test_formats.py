@@ -134,6 +134,17 @@ def test_webp_and_jpeg(tmp_path):
     assert sizes == sorted(set(sizes))
 
 
+@pytest.mark.parametrize('channels', [2, 4])
+@pytest.mark.parametrize('file_format, quality, levels', [('webp', 100, 0), ('webp', 95, 8), ('jp2', 100, 0)])
+def test_colors_under_alpha_0_are_written(file_format, quality, levels, channels):
+    """Encoders like to put others there, that take fewer bytes."""
+    image = cv2.GaussianBlur(pixels(channels=4, height=40, width=48), (0, 0), 3)[:, :, [0, 1, 2, 3][-channels:]]
+    image[10:, :40, -1] = 0
+    with Image.open(io.BytesIO(encode_picture(Picture(image), file_format, quality))) as other:
+        read = np.asarray(other)[:, :, [0, 3] if other.mode == 'RGBA' and channels == 2 else slice(None)].astype(int)
+    assert np.abs(read - image).max() <= levels and (read[10:, :40, -1] == 0).all()
+
+
 def test_a_gray_profile_goes_where_gray_goes(tmp_path):
     for file_format, dtype, channels, profile, kept in (
         ('webp', np.uint8, 1, GRAY_ICC, None),
@@ -144,7 +155,7 @@ def test_a_gray_profile_goes_where_gray_goes(tmp_path):
         ('jpeg', np.uint8, 1, GRAY_ICC, GRAY_ICC),
         ('png', np.uint16, 2, GRAY_ICC, GRAY_ICC),
     ):
-        image = pixels(dtype, channels) | 1  # nothing is transparent: there WebP changes colors
+        image = pixels(dtype, channels)
         (tmp_path / 'image').write_bytes(encode_picture(Picture(image, profile), file_format, 100))
         picture = read_picture(tmp_path / 'image')
         assert picture.icc_profile == kept, (file_format, channels)

@@ -2,6 +2,7 @@
 
 import io
 import struct
+from itertools import permutations
 
 import cv2
 import numpy as np
@@ -29,8 +30,8 @@ def read(tmp_path):
     return read
 
 
-def by_opencv(data):
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+def by_opencv(data, flag=cv2.IMREAD_UNCHANGED):
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
     return image[:, :, None] if image.ndim == 2 else image[:, :, [2, 1, 0, 3][: image.shape[2]]]
 
 
@@ -122,20 +123,148 @@ def test_fewer_than_8_bits(read, depth):
     assert np.abs(image - values * 255 / ((1 << depth) - 1)).max() <= 0.5
 
 
-def test_a_palette(read):
-    """Indices, and in the header their colors (I.5.3.4) and what they are mapped to (I.5.3.5)."""
-    colors = np.random.default_rng(0).integers(0, 256, (5, 3), np.uint8)
-    values = np.random.default_rng(1).integers(0, 5, (12, 9), np.uint8)
+def with_palette(data, colors, mapping, depth=8):
+    """Colors in a header (I.5.3.4) and what of components is mapped to them (I.5.3.5)."""
 
     def change(kind, content):
         if kind == b'colr':
             yield kind, content[:3] + struct.pack('>I', 16)
-            yield b'pclr', struct.pack('>HB3B', 5, 3, 7, 7, 7) + colors.tobytes()
-            yield b'cmap', b''.join(struct.pack('>HBB', 0, 1, channel) for channel in range(3))
-        else:
+            count, columns = colors.shape
+            yield b'pclr', struct.pack('>HB', count, columns) + bytes([depth - 1]) * columns + colors.tobytes()
+            if mapping is not None:
+                yield b'cmap', b''.join(struct.pack('>HBB', *entry) for entry in mapping)
+        elif kind != b'cdef':
             yield kind, content
 
-    assert np.array_equal(read(with_header(by_pillow(values), change)).pixels, colors[values])
+    return with_header(data, change)
+
+
+@pytest.mark.parametrize('depth', [3, 8])
+@pytest.mark.parametrize('columns', [(0, 1, 2), (2, 1, 0), (1, 1, 1), (0, 1, 2, 3), (3, 0, 2, 1)])
+def test_a_palette(read, columns, depth):
+    """Also of colors that are there twice, and of columns in another order."""
+    colors = np.random.default_rng(0).integers(0, 256, (6, 1 + max(columns)), np.uint8)
+    colors[2] = colors[0]
+    values = np.random.default_rng(1).integers(0, 6, (33, 40), np.uint8)
+    stored = values + (1 << 7) - (1 << depth - 1)
+    data = with_depth(by_pillow(stored.astype(np.uint8)), depth)
+    data = with_palette(data, colors, [(0, 1, column) for column in columns])
+    expected = colors[values][:, :, list(columns)]
+    assert np.array_equal(read(data).pixels, expected)
+    if (columns, depth) == ((0, 1, 2), 8):  # OpenCV takes colors for as few bits, and refuses other orders
+        assert np.array_equal(by_opencv(data, cv2.IMREAD_COLOR), expected)
+
+
+@pytest.mark.parametrize('mapping', [None, [(0, 1, 0)]])
+def test_a_palette_of_gray(read, mapping):
+    values = np.random.default_rng(1).integers(0, 5, (12, 9), np.uint8)
+    colors = np.uint8([[200], [3], [90], [3], [255]])
+    assert np.array_equal(read(with_palette(by_pillow(values), colors, mapping)).pixels, colors[values])
+
+
+def test_a_palette_beside_alpha(read):
+    """Indices, of which those beyond the last color are the last one, and a component that has none."""
+    colors = np.random.default_rng(0).integers(0, 256, (5, 3), np.uint8)
+    values = np.random.default_rng(1).integers(0, 9, (33, 40, 2), np.uint8)
+    data = with_palette(by_pillow(values), colors, [(0, 1, 0), (0, 1, 1), (0, 1, 2), (1, 0, 0)])
+    expected = np.dstack([colors[values[:, :, 0].clip(max=4)], values[:, :, 1]])
+    assert np.array_equal(read(data).pixels, expected)
+
+
+def with_definitions(data, definitions):
+    """Channels, their types, and the colors that they are (I.5.3.6)."""
+    content = struct.pack('>H', len(definitions)) + b''.join(struct.pack('>3H', *entry) for entry in definitions)
+    return with_header(
+        data,
+        lambda kind, old: (
+            [] if kind == b'cdef' else [(kind, old)] + [(b'cdef', content)] * (kind == b'colr' and bool(definitions))
+        ),
+    )
+
+
+def orders(channels):
+    """Which channel each component is; a second or fourth channel is alpha."""
+    return list(permutations(range(channels)))
+
+
+def definitions_of(order):
+    is_alpha = [len(order) in (2, 4) and channel == len(order) - 1 for channel in order]
+    entries = [(number, int(alpha), 0 if alpha else order[number] + 1) for number, alpha in enumerate(is_alpha)]
+    return entries[::-1]  # the entries have no order of their own
+
+
+def written(image):
+    """A JP2 file without loss, the components as they are."""
+    if image.dtype == np.uint8:
+        return by_pillow(image, mct=0)
+    image = image[:, :, [2, 1, 0, 3][: image.shape[2]]]
+    return cv2.imencode('.jp2', image, (cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000))[1].tobytes()
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+@pytest.mark.parametrize('order', orders(3) + orders(4))
+def test_channels_in_any_order(read, order, dtype):
+    """As OpenCV reads them, which leaves it to OpenJPEG; Pillow heeds no order."""
+    image = pixels(dtype, len(order), **LARGE)
+    data = with_definitions(written(np.ascontiguousarray(image[:, :, order])), definitions_of(order))
+    assert np.array_equal(by_opencv(data), image)
+    assert np.array_equal(read(data).pixels, image)
+
+
+@pytest.mark.parametrize('order', orders(2))
+def test_gray_and_alpha_in_any_order(read, order):
+    image = pixels(channels=2)
+    picture = read(with_definitions(written(np.ascontiguousarray(image[:, :, order])), definitions_of(order)))
+    assert np.array_equal(picture.pixels, image) and picture.has_alpha
+
+
+@pytest.mark.parametrize('order', [(0, 1, 2), (2, 0, 1), (2, 1, 0)])
+def test_luma_and_chroma_in_any_order(read, order):
+    image = pixels()
+    data = with_definitions(written(np.ascontiguousarray(image[:, :, order])), definitions_of(order))
+    expected = Image.fromarray(image, 'YCbCr').convert('RGB')
+    assert np.array_equal(read(with_header(data, with_color_space(18))).pixels, expected)
+
+
+def test_a_palette_in_another_order(read):
+    """The channels are those that the palette makes."""
+    colors = np.random.default_rng(0).integers(0, 256, (5, 3), np.uint8)
+    values = np.random.default_rng(1).integers(0, 5, (33, 40), np.uint8)
+    data = with_palette(by_pillow(values), colors, [(0, 1, column) for column in range(3)])
+    data = with_definitions(data, definitions_of((2, 1, 0)))
+    assert np.array_equal(by_opencv(data, cv2.IMREAD_COLOR), colors[values][:, :, ::-1])
+    assert np.array_equal(read(data).pixels, colors[values][:, :, ::-1])
+
+
+@pytest.mark.parametrize(
+    'definitions',
+    [
+        [(0, 0, 1), (1, 0, 2)],
+        [(0, 0, 1), (1, 0, 2), (2, 0, 2)],
+        [(0, 0, 1), (1, 0, 2), (3, 0, 3)],
+        [(0, 0, 1), (1, 0, 2), (1, 0, 3)],
+        [(0, 0, 1), (1, 0, 2), (2, 0, 4)],
+        [(0, 0, 1), (1, 0, 2), (2, 1, 0)],
+        [(0, 0, 0), (1, 0, 0), (2, 0, 0)],
+        [(0, 0, 1), (1, 0, 2), (2, 0, 3), (2, 1, 0)],
+        [(0, 65535, 65535)] * 10000,
+    ],
+)
+def test_channels_that_make_no_sense(read, definitions):
+    with pytest.raises(
+        InputError, match='must define its channels as gray or RGB and one more at most, got '
+    ) as caught:
+        read(with_definitions(by_pillow(pixels()), definitions))
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize('file_format', ['jp2', 'j2k'])
+@pytest.mark.parametrize('profile', [None, ICC])
+def test_opencv_has_nothing_to_tell(read, capfd, file_format, profile):
+    """Neither of a file without a color space, nor of one whose color space is a profile."""
+    data = encode_picture(Picture(pixels(np.uint16, **LARGE), profile), file_format, 100)
+    assert read(data).pixels.dtype == np.uint16
+    assert capfd.readouterr() == ('', '')
 
 
 @pytest.mark.parametrize('kind, has_alpha', [(1, True), (2, True), (65535, False)])
@@ -220,7 +349,10 @@ def test_what_is_refused(read):
         return plain[: start + place] + content + plain[start + place + len(content) :]
 
     deep = cv2.imencode('.jp2', pixels(np.uint16, **LARGE))[1].tobytes()
-    deep_palette = with_header(deep, lambda kind, content: [(b'pclr' if kind == b'colr' else kind, content)])
+    colors = np.zeros((5, 3), np.uint8)
+    mapping = [(0, 1, 0), (0, 1, 1), (0, 1, 2)]
+    deep_palette = with_palette(deep, colors, mapping)
+    gray = by_pillow(pixels(channels=1))
     for data, words in (
         (
             with_header(plain, with_color_space(12)),
@@ -243,6 +375,20 @@ def test_what_is_refused(read):
         (plain[: start - 8], 'is damaged: it has no pixels'),
         (with_header(deep, with_color_space(18)), 'of more than 8 bits, as JPEG 2000, got sYCC'),
         (deep_palette, 'of more than 8 bits, as JPEG 2000, got a palette'),
+        (with_palette(gray, colors, mapping, depth=16), 'must have a palette of 8 bits'),
+        (with_palette(gray, colors[:0], mapping), 'is damaged: its palette makes no sense'),
+        (with_palette(gray, colors, [(0, 1, 3)]), 'is damaged: its palette makes no sense'),
+        (with_palette(gray, colors, [(1, 1, 0)]), 'is damaged: its palette makes no sense'),
+        (with_palette(gray, colors, [(0, 2, 0)]), 'is damaged: its palette makes no sense'),
+        (with_palette(gray, colors, [(0, 1, 0)] * 5), 'is damaged: its palette makes no sense'),
+        (
+            with_header(gray, lambda kind, content: [(kind, content), (b'pclr', b'\0\5\3\7\7\7\0')]),
+            'is damaged: its palette is cut short',
+        ),
+        (
+            with_header(gray, lambda kind, content: [(kind, content), (b'cdef', b'\0\1\0\0\0')]),
+            'is damaged: its channel definitions are cut short',
+        ),
     ):
         with pytest.raises(InputError, match=words) as caught:
             read(data)

@@ -266,7 +266,10 @@ def entries_of(image: np.ndarray, content: bytes, **changed) -> bytes:
         ({'_278': 4}, 'it does not say where all of its pixels are'),
         ({'_273': None}, 'it does not say where all of its pixels are'),
         ({'_284': 2}, 'it does not say where all of its pixels are'),
-        ({'_322': 1 << 30, '_323': 1 << 30}, 'its sizes are impossible'),
+        (
+            {'_322': 1 << 30, '_323': 1 << 30},
+            'must be stored in smaller tiles, got 1073741824 x 1073741824 for 37',
+        ),
         ({'_322': 16, '_323': 0}, 'its sizes are impossible'),
         ({'_259': 8}, 'is damaged: Error -3'),
         ({'_259': 5}, 'is damaged'),
@@ -313,6 +316,79 @@ def test_more_strips_than_are_read(tmp_path, monkeypatch):
     write(tmp_path / 'image', values(np.float32, 3), rowsperstrip=4)
     with pytest.raises(InputError, match='image must be stored in 5 strips or tiles or fewer, got 6'):
         read_picture(tmp_path / 'image')
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.float64])
+@pytest.mark.parametrize('planar', ['contig', 'separate'])
+@pytest.mark.parametrize('compression', [None, 'zlib'])
+def test_tiles_far_larger_than_the_image(tmp_path, compression, planar, dtype):
+    """What is beside the image is decompressed as well: of one pixel across, thousands of times as much."""
+    image = np.zeros((64, 64, 4), dtype)
+    options = {'tile': (64, 64), 'compression': compression, 'extrasamples': ['unassalpha']}
+    stored = np.moveaxis(image, 2, 0) if planar == 'separate' else image
+    tifffile.imwrite(tmp_path / 'image', stored, photometric='rgb', planarconfig=planar, **options)
+    with tifffile.TiffFile(tmp_path / 'image', mode='r+b') as file:
+        tags = file.pages[0].tags
+        pieces = 1 if planar == 'contig' else 4
+        offsets, lengths = tags['TileOffsets'].value, tags['TileByteCounts'].value
+        assert len(offsets) == pieces
+        tags['ImageWidth'].overwrite(1)
+        tags['ImageLength'].overwrite(16 * 4000)
+        tags['TileWidth'].overwrite(16384)
+        tags['TileLength'].overwrite(16)
+        tags['TileOffsets'].overwrite(offsets * 4000)
+        tags['TileByteCounts'].overwrite(lengths * 4000)
+    with pytest.raises(InputError, match='must be stored in smaller tiles, got 16384 x 16 for 1 x 64000 pixels'):
+        read_picture(tmp_path / 'image')
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.float64])
+def test_tiles_larger_than_the_image(tmp_path, dtype):
+    image = np.resize(values(dtype, 3), (300, 1, 3))
+    tifffile.imwrite(tmp_path / 'image', image, photometric='rgb', tile=(512, 1024), compression='zlib')
+    assert np.array_equal(read_picture(tmp_path / 'image').pixels, as_read(image))
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.float32])
+def test_strips_that_are_one_and_the_same_place(tmp_path, monkeypatch, dtype):
+    """Each is as long as the file, and takes as long to read."""
+    monkeypatch.setattr(tiff, 'MOST_SAMPLE_BYTES', 1 << 20)
+    image = values(dtype, 3)
+    write(tmp_path / 'image', image, rowsperstrip=1, compression='zlib')
+    with tifffile.TiffFile(tmp_path / 'image', mode='r+b') as file:
+        tags = file.pages[0].tags
+        tags['StripByteCounts'].overwrite([1 << 20] * HEIGHT, dtype='I')
+    with pytest.raises(InputError, match='is damaged: its strips or tiles are larger than the file'):
+        read_picture(tmp_path / 'image')
+
+
+@pytest.mark.parametrize('tag', [256, 257, 258, 277, 278])
+def test_two_sizes(tmp_path, tag):
+    """Of which every program takes another."""
+    image = values(np.uint16, 3)
+    data = bytearray(entries_of(image, image.tobytes()))
+    start, entry = struct.unpack_from('<I', data, 4)[0], struct.pack('<HHII', tag, 4, 1, 5)
+    (count,) = struct.unpack_from('<H', data, start)
+    struct.pack_into('<H', data, start, count + 1)
+    (tmp_path / 'image').write_bytes(bytes(data[:-4]) + entry + bytes(4))
+    with pytest.raises(InputError, match='is damaged: its directory has several sizes'):
+        read_picture(tmp_path / 'image')
+
+
+def test_a_directory_of_too_many_entries(tmp_path):
+    data = struct.pack('<2sHHHQQ', b'II', 43, 8, 0, 16, 70000) + 70000 * struct.pack('<HHQQ', 305, 4, 1, 0)
+    (tmp_path / 'image').write_bytes(data + bytes(8))
+    with pytest.raises(InputError, match='must have 65535 entries or fewer in its directory, got 70000'):
+        read_picture(tmp_path / 'image')
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('planar', ['contig', 'separate'])
+def test_long_rows_one_by_one(tmp_path, monkeypatch, planar, layout):
+    monkeypatch.setattr(tiff, 'BAND_BYTES', 1)
+    image = values(np.float64, 4)
+    write(tmp_path / 'image', image, planar, **LAYOUTS[layout])
+    assert np.array_equal(read_picture(tmp_path / 'image').pixels, as_read(image))
 
 
 @pytest.mark.parametrize('compression', [1, 8])

@@ -6,6 +6,10 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lora_sr.images.unreadable import UnreadableImage
+
+MOST_BOXES = 1 << 16  # beside each other: a file of nothing else would have more of them than memory holds
+
 
 class Box(NamedTuple):
     """Its type, and where its content begins and ends in the file."""
@@ -16,9 +20,17 @@ class Box(NamedTuple):
 
 
 def boxes_in(data: bytes, start: int = 0, stop: int | None = None) -> Iterator[Box]:
-    """The boxes in a part of a file, up to one that does not fit into it."""
+    """The boxes in a part of a file, up to one that does not fit into it.
+
+    Raises:
+        UnreadableImage: There are far too many.
+    """
     stop = len(data) if stop is None else stop
+    found = 0
     while start + 8 <= stop:
+        found += 1
+        if found > MOST_BOXES:
+            raise UnreadableImage(f'must have {MOST_BOXES} boxes or fewer beside each other, got more')
         length, kind = struct.unpack_from('>I4s', data, start)
         content = start + 8
         if length == 1 and content + 8 <= stop:

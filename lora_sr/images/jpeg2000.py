@@ -88,18 +88,14 @@ def read_jpeg2000(data: bytes) -> JPEG2000:
     if len(codestreams) > 1:
         raise UnreadableImage(f'must hold one picture, got {len(codestreams)}: take them apart first')
     described = _read_codestream(data[codestreams[0].start : codestreams[0].stop])
-    headers: list[tuple[bytes, bytes]] = [
-        (box.kind, data[box.start : box.stop])
-        for header in boxes
-        if header.kind == b'jp2h'
-        for box in boxes_in(data, header.start, header.stop)
-    ]
-    last = dict(headers)
-    color_space, icc_profile = _colors_of(content for kind, content in headers if kind == b'colr')
+    header = next((box for box in boxes if box.kind == b'jp2h'), None)
+    inner = list(boxes_in(data, header.start, header.stop)) if header is not None else []
+    last = {box.kind: data[box.start : box.stop] for box in inner}
+    color_space, icc_profile = _colors_of(data[box.start : box.stop] for box in inner if box.kind == b'colr')
     palette = _palette(last[b'pclr'], last.get(b'cmap'), described.components) if b'pclr' in last else None
+    channels = described.components if palette is None else len(palette.mapping)
     order = alpha_type = None
-    if b'cdef' in last:
-        channels = described.components if palette is None else len(palette.mapping)
+    if b'cdef' in last and channels > 1:
         order, alpha_type = _channel_definitions(last[b'cdef'], channels)
     exif, metadata = _read_uuids(data, boxes)
     return replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -278,16 +279,20 @@ class Upscaler:
         whole = max(height, width) + self.info.size_multiple, 0, self.info.size_multiple
         free = MEMORY_SHARE * free_memory(self.device)
         enough = min(free, ENOUGH_MEMORY[self.device.type])
-        if height * width * self._bytes_per_pixel <= enough:
+        seen = math.prod(self.info.size(height, width))  # pixels, with those that pad the image
+        if seen * self._bytes_per_pixel <= enough:
             return whole
         overlap = self.overlap
         tile = largest_tile(self._bytes_per_pixel, free)
         if not self.looks_everywhere:
             tile = min(tile, max(largest_tile(self._bytes_per_pixel, enough), ENOUGH_OVERLAPS * overlap))
-        if height * width <= tile**2:
+        if seen <= tile**2:
             return whole
-        # Below this the overlaps would be most of the work.
-        return max(tile, 2 * smallest_tile(overlap, self.multiple)), overlap, self.multiple
+        # Below this the overlaps, or what pads a tile, would be most of the work.
+        least = max(2 * smallest_tile(overlap, self.multiple), self.info.side(1))
+        if self.info.is_square:  # and tiles longer than the image is high or wide are padded to their length
+            tile = min(tile, self.info.side(min(height, width)))
+        return max(tile, least), overlap, self.multiple
 
     def _check_tile(self, tile: int) -> None:
         smallest = smallest_tile(self.overlap, self.multiple)

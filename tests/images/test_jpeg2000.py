@@ -218,6 +218,12 @@ def test_gray_and_alpha_in_any_order(read, order):
     assert np.array_equal(picture.pixels, image) and picture.has_alpha
 
 
+@pytest.mark.parametrize('definition', [(0, 0, 1), (0, 0, 0), (0, 65535, 65535)])
+def test_one_channel_has_no_order(read, definition):
+    image = pixels(channels=1)
+    assert np.array_equal(read(with_definitions(by_pillow(image), [definition])).pixels, image)
+
+
 @pytest.mark.parametrize('order', [(0, 1, 2), (2, 0, 1), (2, 1, 0)])
 def test_luma_and_chroma_in_any_order(read, order):
     image = pixels()
@@ -373,6 +379,7 @@ def test_what_is_refused(read):
         (patched(24, struct.pack('>2I', 0, 0)), 'is damaged: it has 1 of 0 tiles'),
         (plain + make_box(b'jp2c', plain[start:]), 'must hold one picture, got 2'),
         (plain[: start - 8], 'is damaged: it has no pixels'),
+        (plain + make_box(b'free', b'') * 70000, 'must have 65536 boxes or fewer beside each other'),
         (with_header(deep, with_color_space(18)), 'of more than 8 bits, as JPEG 2000, got sYCC'),
         (deep_palette, 'of more than 8 bits, as JPEG 2000, got a palette'),
         (with_palette(gray, colors, mapping, depth=16), 'must have a palette of 8 bits'),
@@ -386,7 +393,7 @@ def test_what_is_refused(read):
             'is damaged: its palette is cut short',
         ),
         (
-            with_header(gray, lambda kind, content: [(kind, content), (b'cdef', b'\0\1\0\0\0')]),
+            with_header(plain, lambda kind, content: [(kind, content), (b'cdef', b'\0\1\0\0\0')]),
             'is damaged: its channel definitions are cut short',
         ),
     ):

@@ -17,6 +17,7 @@ from torch import nn
 
 from lora_sr import load_network
 from lora_sr.archs import NetworkInfo, take_any_size
+from lora_sr.archs.info import set_info
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.receptive_field import find_alignment, receptive_radius
 from lora_sr.archs.span import SPAN
@@ -289,6 +290,54 @@ def test_tiles_are_no_larger_than_pays(monkeypatch):
     assert upscaler._tiling(700, 700)[0] == 480
     upscaler.looks_everywhere = True
     assert upscaler._tiling(4000, 6000)[0] > 6000
+
+
+class Recording(nn.Sequential):
+    """Notes the sizes that it runs with: those of images that were padded."""
+
+    sizes: list[tuple[int, ...]] = []
+
+    def forward(self, x):
+        Recording.sizes.append(tuple(x.shape[2:]))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize('size', [(20, 900), (900, 20), (150, 700), (300, 300)])
+@pytest.mark.parametrize(
+    'wishes', [{'is_square': True}, {'is_square': True, 'size_multiple': 8}, {'smallest': 120}, {'size_multiple': 16}]
+)
+def test_padding_counts(monkeypatch, wishes, size):
+    """A network that wants squares, or large images, takes memory for what it gets, and not for what is given."""
+    torch.manual_seed(0)
+    network = Recording(*convolutions((1, 1), (2, 1)))
+    set_info(network, NetworkInfo(3, 3, 1, **wishes))
+    upscaler = Upscaler(take_any_size(network))
+    image = np.tile(photograph(50, 70), (18, 13, 1))[: size[0], : size[1]]
+    whole = upscaler(image)
+    assert upscaler.overlap == 3
+    enough = upscaler._bytes_per_pixel * 160**2
+    monkeypatch.setattr('lora_sr.runtime.upscaler.ENOUGH_MEMORY', {'cpu': enough})
+    Recording.sizes.clear()
+    # What pads a square is next to the lower and right borders, or is not.
+    inner = slice(-upscaler.overlap if 'is_square' in wishes else None)
+    assert np.abs(upscaler(image).astype(int) - whole)[inner, inner].max() <= 1
+    seen = [height * width for height, width in Recording.sizes]
+    assert len(seen) > 1 and max(seen) <= 160**2
+    if 'is_square' in wishes:
+        assert all(height == width for height, width in Recording.sizes)
+        # Of the image itself twice as much, and some overlaps.
+        assert sum(seen) < 2.5 * max(min(size), 32) * max(size)
+
+
+def test_tiles_are_no_smaller_than_a_network_takes(monkeypatch):
+    network = Recording(*convolutions((1, 1)))
+    set_info(network, NetworkInfo(3, 3, 1, smallest=120))
+    upscaler = Upscaler(take_any_size(network))
+    assert upscaler.overlap == 1
+    monkeypatch.setattr('lora_sr.runtime.upscaler.free_memory', lambda device: 0)
+    Recording.sizes.clear()
+    upscaler(photograph(240, 230))
+    assert set(Recording.sizes) == {(120, 120)} and len(Recording.sizes) == 3 * 2
 
 
 def test_files_that_were_read_do_not_fill_a_container(tmp_path, monkeypatch):

@@ -208,7 +208,7 @@ def test_alignment_beside_the_multiple_of_sizes(multiple, window, expected):
     assert found == (expected, True)
 
 
-def test_no_alignment_is_told(tmp_path):
+def test_no_alignment_is_told():
     """Of windows beyond 64 pixels, and of pixels that look at all others."""
 
     class Transposed(nn.Module):

@@ -294,15 +294,17 @@ def join(module: str, name: str) -> str:
 def is_adaptable(module: nn.Module) -> bool:
     """Whether a module carries LoRA or can.
 
-    What cannot: a subclass of a layer, a weight that is computed (``weight_norm``) or carries a delta, attention with
-    separate widths of keys and values, and an embedding that renormalizes its table or has sparse gradients.
+    What cannot: a subclass of a layer, a weight that is computed (``weight_norm``), has no values or carries a delta,
+    attention with separate widths of keys and values, and an embedding that renormalizes its table or has sparse
+    gradients.
     """
     kind = base_class_of(module)
     if isinstance(module, LoRALayer) or kind not in LORA_LAYERS:
         return isinstance(module, LoRALayer)
     name, own = weight_name(module), module._parameters
     is_special = getattr(module, 'sparse', False) or getattr(module, 'max_norm', None) is not None
-    return own.get(name) is not None and DELTA_PREFIX + name not in own and not is_special
+    weight = own.get(name)
+    return weight is not None and weight.numel() > 0 and DELTA_PREFIX + name not in own and not is_special
 
 
 def is_depthwise(module: nn.Module) -> bool:

@@ -6,6 +6,8 @@ Source: https://github.com/chaiNNer-org/spandrel, which is imported when such a 
 from __future__ import annotations
 
 import math
+import os
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from lora_sr.adapters import is_lora_key
 from lora_sr.archs.info import NetworkInfo, set_info
 from lora_sr.checkpoints.bounds import bounded, check_numbers, little_memory
-from lora_sr.checkpoints.content import DamagedWeights, check_finite
+from lora_sr.checkpoints.content import DamagedWeights, check_finite, counted, misfit
 from lora_sr.checkpoints.layouts import layout_of, set_layout
 from lora_sr.errors import InputError, shown
 
@@ -91,7 +93,7 @@ def build_community(state: Mapping[str, Tensor], path: object) -> nn.Module:
     _check_purpose(OTHERS.get(architecture.id, PURPOSES[0]), architecture, path)
     names: dict[int, str] = {}
     wrong: list[str] = []
-    traced = {name: _Traced.of(value, name, names, wrong) for name, value in base.items()}
+    traced = _Given({name: _Traced.of(value, name, names, wrong) for name, value in base.items()})
     held = sum(value.numel() * value.element_size() for value in base.values())
     try:
         check_numbers(base)
@@ -102,12 +104,16 @@ def build_community(state: Mapping[str, Tensor], path: object) -> nn.Module:
     except InputError as error:
         raise InputError(f'{path} cannot be used: {error}') from None
     except Exception as error:  # whatever a constructor makes of wrong names and shapes
-        reason = shown(' '.join(str(error).split()), 200)
-        raise InputError(f'{path} does not fit the {architecture.name} of its names: {reason}') from error
+        raise InputError(f'{path} {_reason(error, base, architecture)}.') from error
     if wrong:
         raise DamagedWeights(f'{path} is damaged: {wrong[0]}.')
     _check_purpose(described.purpose, architecture, path)
     network: nn.Module = described.model.eval()
+    left = _left(base, traced, set(names.values()), network)
+    if left:
+        raise InputError(
+            f'{path} does not fit the {architecture.name} of its names: {counted("not known to it", left)}.'
+        )
     check_finite(network, network.state_dict(), path)
     _freeze_what_freezes_itself(network)
     _keep_buffers(network, base)
@@ -145,6 +151,47 @@ def _find(base: dict[str, Tensor]) -> Any:
 def _check_purpose(purpose: str, architecture: Any, path: object) -> None:
     if purpose not in PURPOSES:
         raise InputError(f'{path} is a {architecture.name}, for {purpose}, where SR and restoration are right.')
+
+
+def _reason(error: Exception, base: Mapping[str, Tensor], architecture: Any) -> str:
+    """Why a state dict is of no network, from what its constructor, or torch, made of it."""
+    if isinstance(error, KeyError) and error.args and error.args[0] not in base:
+        return f'is incomplete: it lacks {shown(str(error.args[0]))}'
+    reason = shown(' '.join(str(error).split()).rstrip('.'), 200)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code is nn.Module.load_state_dict.__code__:
+            network, weights = frame.f_locals['self'], frame.f_locals['state_dict']
+            own = network.state_dict()
+            in_file = {
+                key if key in own else getattr(value, 'name_in_file', key): value for key, value in weights.items()
+            }
+            reason = misfit(network, in_file) or reason
+    return f'does not fit the {architecture.name} of its names: {reason}'
+
+
+def _left(base: Mapping[str, Tensor], given: _Given, copied: set[str], network: nn.Module) -> list[str]:
+    """The names of a file that its network does not take, and should.
+
+    It need not take what its architecture removes, nor tables that it makes by itself, nor what stands beside it in the
+    file: where the names of a network have a prefix, others are of something else, as a discriminator is.
+    """
+    own = dict(network.named_buffers())
+    prefix = os.path.commonprefix([*copied]).rpartition('.')[0]
+    beside = {name for name in base if prefix and not name.startswith(f'{prefix}.')}
+    tables = {name for name in base if name[len(prefix) :].lstrip('.') in own}
+    return [name for name in base if name not in copied | given.removed | beside | tables]
+
+
+class _Given(dict[str, Tensor]):
+    """A state dict that notes which of its names an architecture removes."""
+
+    def __init__(self, state: Mapping[str, Tensor]):
+        super().__init__(state)
+        self.removed: set[str] = set()
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.removed.add(name)
 
 
 class _Traced(Tensor):

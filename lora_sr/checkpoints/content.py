@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,8 +223,8 @@ def load_weights(
     try:
         net.load_state_dict(weights, strict=strict)
     except (RuntimeError, KeyError) as error:  # the latter of branches that are to be folded, and are not all there
-        misfit = _misfit(net, weights) or shown(' '.join(str(error).split()), 200)
-        raise InputError(f'{path} does not fit {type(net).__name__}: {misfit}') from error
+        reason = misfit(net, weights) or shown(' '.join(str(error).split()), 200)
+        raise InputError(f'{path} does not fit {type(net).__name__}: {reason}') from error
     if layout:
         set_layout(net, layout)
     check_finite(net, weights, path)
@@ -293,21 +293,27 @@ def weights_for(net: nn.Module, content: Mapping[str, Any], path: object, param_
     return Weights(found.state, (origin and origin.layout) or {}, found.param_key)
 
 
-def _misfit(net: nn.Module, weights: Mapping[str, Tensor]) -> str:
+def misfit(net: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """In which names and shapes weights are not those of a network, as a part of a sentence; empty where they are."""
     own = net.state_dict()
     has_lora = any(map(is_lora_key, weights))
-    parts = []
-    for what, keys in (
+    parts = [
         # A base checkpoint may lack every LoRA tensor of an adapted network.
-        ('missing', [key for key in own if key not in weights and (has_lora or not is_lora_key(key))]),
-        ('not known to it', [key for key in weights if key not in own]),
-    ):
-        if keys:
-            parts.append(f'{len(keys)} keys are {what} (the first is {shown(keys[0])})')
+        counted('missing', [key for key in own if key not in weights and (has_lora or not is_lora_key(key))]),
+        counted('not known to it', [key for key in weights if key not in own]),
+    ]
     others = [key for key in own if key in weights and own[key].shape != weights[key].shape]
     for key in others[:SHOWN]:
         shape = shown(str(tuple(weights[key].shape)), 40)
         parts.append(f'{shown(key)} has shape {shape} instead of {tuple(own[key].shape)}')
     if len(others) > SHOWN:
         parts.append(f'{len(others) - SHOWN} more have other shapes')
-    return ', '.join(parts)
+    return ', '.join(filter(None, parts))
+
+
+def counted(what: str, keys: Sequence[str]) -> str:
+    """How many keys are so, and the first of them; empty where none is."""
+    if not keys:
+        return ''
+    few = f'1 key is {what} ({shown(keys[0])})'
+    return few if len(keys) == 1 else f'{len(keys):,} keys are {what} (the first is {shown(keys[0])})'

@@ -339,19 +339,22 @@ def _open_by_options(
     opt = _load(options)
     section = _section_of(options, opt)
     paths = opt['path'] if isinstance(opt.get('path'), Mapping) else {}
-    strict, or_params = True, False
-    if named is None:
-        named = paths.get('pretrain_network_g')
+    where, strict, or_params = f'{options}: network_g', True, False
+    if named is None and paths.get('pretrain_network_g') is not None:
+        named = paths['pretrain_network_g']
         # As for any other file, its average comes first; a key that is written down counts.
         or_params = param_key is None
         param_key = param_key or paths.get('param_key_g')
         strict = paths.get('strict_load_g', True)
+    elif named is None and needs_weights and base_section(section).get('type') == spandrel.__name__:
+        build_network(section, where)  # which tells what is wrong with its keys, and with its file
+        named = base_section(section)['path']
     if named is None:
         if needs_weights:
             raise InputError(f'{options} names no weights in path.pretrain_network_g: give a checkpoint beside it.')
         network = take_any_size(build_network(section).eval())
         return OpenedNetwork(network, os.fspath(options), None, section, Origin(network=dict(section)))
-    return _open_by_section(_read(named, param_key, or_params), section, f'{options}: network_g', strict)
+    return _open_by_section(_read(named, param_key, or_params), section, where, strict)
 
 
 def _open_by_section(

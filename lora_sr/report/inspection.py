@@ -186,7 +186,7 @@ def format_inspection(inspection: Inspection, fold: bool = True) -> str:
     if rest:
         trained = inspection.trainable - sum(row.trainable for row in inspection.rows)
         sums.append((OTHER, '', f'{rest:,}', f'{trained:,}', f'{trained / base:.2%}'))
-    share = f'{inspection.trainable:,} of {base:,} parameters train ({inspection.trainable / base:.1%})'
+    share = f'{inspection.trainable:,} of {base:,} parameters train ({inspection.trainable / max(base, 1):.1%})'
     marked = '\n'.join(f'* {text}: {", ".join(names)}' for text, names in notes.items())
     untouched = ', '.join(f'{one.name} ({one.kind}, {one.parameters:,})' for one in inspection.left_alone)
     alone = f'left alone, as neither LoRA nor a delta can be there: {untouched}' if untouched else ''

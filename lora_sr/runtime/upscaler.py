@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_sr.archs.info import NetworkInfo, network_info, refusal
-from lora_sr.archs.receptive_field import receptive_radius
+from lora_sr.archs.receptive_field import find_alignment, receptive_radius
 from lora_sr.archs.reparam import deploy_form
 from lora_sr.errors import InputError
 from lora_sr.runtime.deployed import optimize
@@ -66,7 +66,7 @@ class Upscaler:
                 f'{self.name} does not take RGB or gray images of any size, as upscaling needs it{reason}.'
             )
         self.info = info
-        self.channels, self.multiple, self.scale = info.in_channels, info.size_multiple, info.scale
+        self.channels, self.scale = info.in_channels, info.scale
         if info.out_channels != self.channels:
             raise InputError(
                 f'{self.name} makes {info.out_channels} channels of {self.channels}, where equally many are right.'
@@ -87,7 +87,7 @@ class Upscaler:
         # What is written is made of it as well: float32 of all channels, and what is rounded from it.
         batch = 3 if self.channels == 1 else 1
         self._bytes_per_pixel = batch * (bytes_per_pixel(self.network, image) + 8 * self.channels * self.scale**2)
-        self._overlap: int | None = None
+        self._cut: tuple[int, int] | None = None
         self.looks_everywhere = False
         self.tile = tile
         if tile is not None:
@@ -103,13 +103,24 @@ class Upscaler:
     @property
     def overlap(self) -> int:
         """LR pixels on each inner side of a tile that are not kept, measured when they are first needed."""
-        if self._overlap is None:
+        return self._how_to_cut()[0]
+
+    @property
+    def multiple(self) -> int:
+        """LR pixels of which tiles begin at multiples, likewise: as sizes have to be, and as windows stand."""
+        return self._how_to_cut()[1]
+
+    def _how_to_cut(self) -> tuple[int, int]:
+        """Overlap and multiple."""
+        if self._cut is None:
             # Measured in float64, which MPS does not have.
             network = deepcopy(self.network).cpu() if self.device.type == 'mps' else self.network
-            found = receptive_radius(network, replace(self.info, value_range=1))
-            self.looks_everywhere = found is None
-            self._overlap = BLIND_OVERLAP if found is None else found
-        return self._overlap
+            info = replace(self.info, value_range=1)
+            multiple, is_exact = find_alignment(network, info)
+            radius = receptive_radius(network, replace(info, size_multiple=multiple)) if is_exact else None
+            self.looks_everywhere = radius is None
+            self._cut = BLIND_OVERLAP if radius is None else radius, multiple
+        return self._cut
 
     def __call__(
         self,
@@ -265,7 +276,7 @@ class Upscaler:
         """Tile, overlap and multiple for an image, as :func:`lora_sr.runtime.tiling.cut_axis` takes them."""
         if self.tile is not None:
             return self.tile, self.overlap, self.multiple
-        whole = max(height, width) + self.multiple, 0, self.multiple
+        whole = max(height, width) + self.info.size_multiple, 0, self.info.size_multiple
         free = MEMORY_SHARE * free_memory(self.device)
         enough = min(free, ENOUGH_MEMORY[self.device.type])
         seen = math.prod(self.info.size(height, width))  # pixels, with those that pad the image

@@ -15,6 +15,7 @@ from lora_sr.adapters import (
     add_lora,
     count_parameters,
     describe_lora,
+    left_alone,
     load_adapter,
     lora_layers,
     mark_trainable,
@@ -257,6 +258,22 @@ def test_computed_weights_cannot_carry_lora():
     with pytest.raises(InputError, match='"1" matches "1", a Conv2d, which cannot carry LoRA'):
         add_lora(network, LoRAConfig(['1']))
     assert [name for name, _ in lora_layers(add_lora(network, LoRAConfig(['.*'])))] == ['0']
+
+
+def test_layers_of_no_values_are_passed_over():
+    """As in an RGT that is too narrow for the divisions of its width."""
+
+    class Narrow(nn.Sequential):
+        def forward(self, x):
+            return self[0](x)
+
+    empty = [nn.Conv2d(4, 0, 1), nn.Linear(0, 4), nn.Linear(0, 0), nn.ConvTranspose2d(0, 2, 3), nn.Embedding(0, 3)]
+    network = add_lora(Narrow(nn.Conv2d(4, 4, 3), *empty), LoRAConfig(groups=['all'], rank=2))
+    assert [name for name, _ in lora_layers(network)] == ['0']
+    assert left_alone(network) == [('2', 'Linear', 4), ('4', 'ConvTranspose2d', 2)]  # their biases
+    merge_lora(network)
+    with pytest.raises(InputError, match='matches "1", a Conv2d, which cannot carry LoRA'):
+        add_lora(network, LoRAConfig(['1'], rank=2))
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])

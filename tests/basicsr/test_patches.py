@@ -294,7 +294,7 @@ def test_wrong_checkpoints(tmp_path):
     with pytest.raises(InputError, match=r'does not fit Linear: weight has shape \(2, 3\) instead of \(2, 2\)'):
         model().load_network(net, str(path))
     torch.save({'params': {'bias': net.bias.data, 'w': net.bias.data}}, path)
-    with pytest.raises(InputError, match=r'1 keys are missing \(the first is weight\), 1 keys are not known to it'):
+    with pytest.raises(InputError, match=r'1 key is missing \(weight\), 1 key is not known to it'):
         model().load_network(net, str(path))
 
 

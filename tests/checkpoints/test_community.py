@@ -1,5 +1,6 @@
 """Networks of the community: what spandrel builds is loaded, adapted, merged and given back as its file was."""
 
+import json
 import random
 import re
 import resource
@@ -21,6 +22,7 @@ from lora_sr.checkpoints import Checkpoint, load_network
 from lora_sr.checkpoints.building import build_network
 from lora_sr.checkpoints.community import architecture_name
 from lora_sr.checkpoints.layouts import layout_of
+from lora_sr.checkpoints.networks import open_network
 from lora_sr.checkpoints.origin import Origin, fingerprint
 from lora_sr.cli.main import main
 from lora_sr.errors import InputError, import_basicsr
@@ -215,14 +217,7 @@ def test_grl_keeps_the_tables_that_tell_the_size_of_its_windows(tmp_path):
 
 def test_older_layouts_of_esrgan_come_back(tmp_path):
     """Through spandrel where BasicSR's class does not fit: here x2 in the names of BSRGAN."""
-    names = {'model.0.': 'conv_first.', 'model.3.': 'upconv1.', 'model.5.': 'HRconv.', 'model.7.': 'conv_last.'}
-    state = {}
-    for name, value in SMALL['ESRGAN-x2'].state().items():
-        name = re.sub(r'^model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.', r'RRDB_trunk.\1.RDB\2.conv\3.', name)
-        name = re.sub(r'^model\.1\.sub\.\d+\.', 'trunk_conv.', name)
-        for old, new in names.items():
-            name = name.replace(old, new) if name.startswith(old) else name
-        state[name] = value
+    state = bsrgan(SMALL['ESRGAN-x2'])
     torch.save(state, tmp_path / 'bsrgan_x2.pth')
     network = add_lora(load_network(tmp_path / 'bsrgan_x2.pth'), LoRAConfig(groups=['conv'], rank=1))
     images = image(3, 24, 32)
@@ -231,6 +226,85 @@ def test_older_layouts_of_esrgan_come_back(tmp_path):
     torch.save({'params': network.state_dict(), 'lora_sr': written}, tmp_path / 'trained.pth')
     assert main(['merge', str(tmp_path / 'trained.pth'), '-o', str(tmp_path / 'merged.pth')]) == 0
     assert torch.load(tmp_path / 'merged.pth', weights_only=True)['params'].keys() == state.keys()
+
+
+def bsrgan(small):
+    """The state dict of an ESRGAN in the names of BSRGAN."""
+    names = {'model.0.': 'conv_first.', 'model.3.': 'upconv1.', 'model.5.': 'HRconv.', 'model.7.': 'conv_last.'}
+    state = {}
+    for name, value in small.state().items():
+        name = re.sub(r'^model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.', r'RRDB_trunk.\1.RDB\2.conv\3.', name)
+        name = re.sub(r'^model\.1\.sub\.\d+\.', 'trunk_conv.', name)
+        for old, new in names.items():
+            name = name.replace(old, new) if name.startswith(old) else name
+        state[name] = value
+    return state
+
+
+def refused(folder, state):
+    torch.save(state, folder / 'net.pth')
+    with pytest.raises(InputError) as caught:
+        load_network(folder / 'net.pth')
+    return str(caught.value).replace(f'{folder}/', '')
+
+
+@pytest.mark.parametrize('name', ['ESRGAN-x2', 'PLKSR', 'HAT', 'SwinIR-unshuffle'])
+def test_a_tensor_that_the_network_does_not_take_is_told(tmp_path, name):
+    state = bsrgan(SMALL[name]) if name == 'ESRGAN-x2' else SMALL[name].state()
+    sentence = refused(tmp_path, {**state, 'extra.weight': torch.zeros(3)})
+    architecture = SMALL[name].architecture
+    assert sentence == f'net.pth does not fit the {architecture} of its names: 1 key is not known to it (extra.weight).'
+
+
+def test_what_spandrel_throws_away_is_no_mistake(tmp_path):
+    counts = {'total_ops': torch.zeros(1), 'up.total_params': torch.zeros(1)}
+    tables = {name: value for name, value in SMALL['GRL'].build().named_buffers() if name.startswith(('table', 'mask'))}
+    grl = {**SMALL['GRL'].state(), **tables}
+    for number, state in enumerate(
+        (
+            {**SMALL['OmniSR'].state(), **counts},
+            grl,
+            {f'model.{name}': value for name, value in grl.items()},
+            {**{f'model_g.{name}': value for name, value in grl.items()}, 'model_d.conv.weight': torch.zeros(3)},
+        )
+    ):
+        torch.save(state, tmp_path / f'{number}.pth')
+        load_network(tmp_path / f'{number}.pth')
+
+
+def test_misfits_are_said_in_our_words(tmp_path):
+    state = SMALL['PLKSR'].state()
+    key = 'feats.1.lk.conv.bias'
+    start = 'net.pth does not fit the PLKSR of its names: '
+    without = {name: value for name, value in state.items() if name != key}
+    assert refused(tmp_path, without) == f'{start}1 key is missing ({key}).'
+    shapes = refused(tmp_path, {**state, key: torch.zeros(5)})
+    assert shapes == f'{start}{key} has shape (5,) instead of (4,).'
+    lacking = {name: value for name, value in state.items() if name != 'feats.1.channe_mixer.2.weight'}
+    assert refused(tmp_path, lacking) == 'net.pth is incomplete: it lacks feats.1.channe_mixer.2.weight.'
+
+
+@pytest.mark.parametrize('name', ['PLKSR', 'SwinIR-unshuffle'])
+def test_an_option_file_whose_base_names_its_file_has_its_weights(write, tmp_path, capsys, name):
+    file, options = write(name, 'lightning'), tmp_path / 'net.yml'
+    base, images = {'type': 'spandrel', 'path': str(file)}, image(3, 24, 32)
+    expected = run(described(SMALL[name].state()), images)
+    for section in (base, {'type': 'AdaptSR', 'base': base, 'lora': {'groups': ['all'], 'rank': 2}}):
+        options.write_text(json.dumps({'network_g': section}))
+        opened = open_network(options)
+        assert (run(opened.network, images).clamp(0, 1) - expected).abs().max() <= 1e-5
+        assert opened.checkpoint.path == file and layout_of(opened.network) == layout_of(load_network(file))
+        assert main(['export', 'chainner', str(options), '-o', str(tmp_path / 'o.pth'), '--overwrite']) == 0
+        assert torch.load(tmp_path / 'o.pth', weights_only=True)['params'].keys() == SMALL[name].state().keys()
+    for section, sentence in (
+        ({'type': 'spandrel'}, 'network_g.path is missing'),
+        ({**base, 'path': str(tmp_path / 'none.pth')}, 'none.pth cannot be read: No such file or directory'),
+        ({**base, 'path': 3}, 'network_g: path must be a file of weights, got 3.'),
+        ({**base, 'pth': 3}, 'network_g.pth is not a known key; '),
+        ({'type': 'AdaptSR', 'base': {'type': 'spandrel'}, 'lora': {}}, 'network_g.base.path is missing'),
+    ):
+        options.write_text(json.dumps({'network_g': section}))
+        assert sentence in assert_refused(capsys, 'export', 'onnx', options, '-o', tmp_path / 'o.onnx')
 
 
 def test_windows_behind_an_unshuffled_image_are_filled(tmp_path):

@@ -256,8 +256,8 @@ def test_an_incomplete_checkpoint_is_one_sentence(tmp_path, arch, arguments):
             'layers.1.residual_group.blocks.0.attn.relative_position_bias_table',
             'is incomplete: it lacks {key}.',
         ),
-        (SwinIR, 'conv_first.bias', 'does not fit SwinIR: 1 keys are missing (the first is {key})'),
-        (RRDBNet, 'body.0.rdb2.conv3.weight', 'does not fit RRDBNet: 1 keys are missing (the first is {key})'),
+        (SwinIR, 'conv_first.bias', 'does not fit SwinIR: 1 key is missing ({key})'),
+        (RRDBNet, 'body.0.rdb2.conv3.weight', 'does not fit RRDBNet: 1 key is missing ({key})'),
         (ECBSR, 'backbone.3.conv3x3.weight', 'is incomplete: it lacks {key}.'),
     ],
 )

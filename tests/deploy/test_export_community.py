@@ -5,6 +5,7 @@ import torch
 from community_networks import SMALL
 
 from lora_sr.deploy.exports import export_chainner, export_onnx, export_torchscript
+from lora_sr.deploy.exports.deployed import reason_of
 from lora_sr.errors import InputError
 
 pytest.importorskip('onnxruntime')
@@ -46,7 +47,8 @@ def test_chainner_is_given_what_spandrel_runs(export, name):
         ('DITN', '.pt', 'of its DITN is right for one size alone, of which it makes constants.'),
         ('SAFMN', '.onnx', 'as ONNX: SAFMN: Unsupported: ONNX export of operator adaptive pooling'),
         ('FFTformer', '.onnx', "as ONNX: FFTformer: Exporting the operator 'aten::fft_rfft2' to ONNX"),
-        ('NAFNet', '.pt', "as TorchScript: NAFNet: Could not export Python function call 'LayerNormFunction'"),
+        ('NAFNet', '.pt', 'as TorchScript: NAFNet: its LayerNormFunction is Python code, which no file can hold.'),
+        ('OmniSR', '.pt', 'as TorchScript: OmniSR: its LayerNormFunction is Python code, which no file can hold.'),
         ('GRL', '.onnx', 'as ONNX: torch ends the process when it traces a GRL.'),
         ('GRL', '.pt', 'as TorchScript: torch ends the process when it traces a GRL.'),
     ],
@@ -56,3 +58,19 @@ def test_a_refusal_says_why(export, tmp_path, name, suffix, message):
         export(name, suffix)
     assert message in str(caught.value) and len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / f'exported{suffix}').exists()
+
+
+def test_onnxruntime_shows_nothing_of_what_it_refuses(tmp_path, capfd):
+    """Layers of no channels, as of an RGT that is too narrow, which it checks while it runs."""
+    small = SMALL['RGT']
+    narrow = type(small)(small.architecture, small.kind, {**small.arguments, 'embed_dim': 12})
+    torch.save(narrow.state(), tmp_path / 'net.pth')
+    with pytest.raises(InputError, match='as ONNX: onnxruntime does not run it: '):
+        export_onnx(tmp_path / 'net.pth', tmp_path / 'exported.onnx')
+    assert capfd.readouterr() == ('', '')
+
+
+def test_a_stack_is_no_reason():
+    stack = 'Could not do it.\n/a/module.py(3): forward\n<frozen runpy>(198): _run_module_as_main\nValueError: bad\n'
+    assert reason_of(RuntimeError(stack)) == 'ValueError: bad'
+    assert reason_of(RuntimeError('Could not do it.\n/a/Error: b.py(3): forward\n')) == 'Could not do it'

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from basicsr.archs import build_network
+from torch import nn
 
 import lora_sr
 from lora_sr.adapters import LoRAConfig, add_lora, mark_trainable
@@ -199,3 +200,7 @@ def test_no_weights_and_no_data_are_needed(tmp_path):
         'path: {pretrain_network_g: nowhere.pth}\ndatasets: {train: {dataroot_gt: nowhere}}\nscale: 2\n'
     )
     assert len(inspect_network(network_of_options(file)).rows) == 6
+
+
+def test_a_network_without_parameters():
+    assert '0 of 0 parameters train (0.0%)' in format_inspection(inspect_network(nn.Upsample(scale_factor=2)))

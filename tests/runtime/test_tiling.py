@@ -1,5 +1,6 @@
 """Tiles: they cover an image, overlap as they should, and give what the whole image gives."""
 
+import math
 import random
 import re
 
@@ -10,6 +11,7 @@ from basicsr.archs.edsr_arch import EDSR
 from basicsr.archs.rcan_arch import RCAN
 from basicsr.archs.rrdbnet_arch import RRDBNet
 from basicsr.archs.swinir_arch import SwinIR
+from community_networks import SMALL
 from skimage import data
 from torch import nn
 
@@ -17,7 +19,7 @@ from lora_sr import load_network
 from lora_sr.archs import NetworkInfo, take_any_size
 from lora_sr.archs.info import set_info
 from lora_sr.archs.lkdn import LKDN
-from lora_sr.archs.receptive_field import receptive_radius
+from lora_sr.archs.receptive_field import find_alignment, receptive_radius
 from lora_sr.archs.span import SPAN
 from lora_sr.errors import InputError
 from lora_sr.runtime import tiling
@@ -151,11 +153,78 @@ def test_official_networks_tiled(shared, name):
     assert largest_difference(upscaler, page(91, 91))[0] <= 1
 
 
+@pytest.mark.parametrize(
+    'name',
+    [
+        *('DRCT', 'MoESR', 'Swin2SR', 'SwinIR', 'SwinIR-unshuffle'),
+        # Which take means over the image, too, and have windows or pad.
+        *('DAT', 'HAT', 'KBNet-s', 'MixDehazeNet', 'NAFNet'),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ('GRL', 'SwinIR-real-x2', 'SwinIR-real-x4')),
+    ],
+)
+def test_tiles_of_networks_with_windows(tmp_path, name):
+    """They stand on the windows, whether the network wants whole ones or pads images to them by itself."""
+    torch.save(SMALL[name].state(), tmp_path / 'net.pth')
+    upscaler, runs = Upscaler(load_network(tmp_path / 'net.pth')), []
+    upscaler.network.register_forward_pre_hook(lambda *args: runs.append(args))
+    upscaler.multiple  # noqa: B018
+    assert len(runs) <= 40
+    side = smallest_tile(upscaler.overlap, upscaler.multiple)
+    assert largest_difference(upscaler, photograph(side + 24, side + 37))[0] <= 1
+
+
+class Windows(nn.Module):
+    """Takes the mean of each window; what is no whole window is padded at the end, as in many a transformer."""
+
+    def __init__(self, height, width, takes_mean=False):
+        super().__init__()
+        self.sides, self.takes_mean = (height, width), takes_mean
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        high, wide = (-(-length // side) * side for length, side in zip((height, width), self.sides))
+        padded = nn.functional.pad(x, (0, wide - width, 0, high - height))
+        means = nn.functional.avg_pool2d(padded, self.sides)
+        means = means.repeat_interleave(self.sides[0], 2).repeat_interleave(self.sides[1], 3)
+        result = x / 2 + means[:, :, :height, :width] / 2
+        return result + x.mean((2, 3), keepdim=True) / 64 if self.takes_mean else result
+
+
+@pytest.mark.parametrize('takes_mean', [False, True])
+@pytest.mark.parametrize(
+    'height, width', [(1, 1), (2, 2), (7, 7), (8, 8), (12, 12), (4, 10), (8, 32), (64, 1), (9, 18)]
+)
+def test_alignment_is_the_windows(height, width, takes_mean):
+    runs = []
+    network = Windows(height, width, takes_mean)
+    network.register_forward_pre_hook(lambda *args: runs.append(args))
+    assert find_alignment(network, NetworkInfo(3, 3, 1)) == (math.lcm(height, width), True)
+    assert len(runs) <= 40
+
+
+@pytest.mark.parametrize('multiple, window, expected', [(4, 8, 8), (8, 8, 8), (6, 4, 12), (50, 50, 50), (64, 64, 64)])
+def test_alignment_beside_the_multiple_of_sizes(multiple, window, expected):
+    found = find_alignment(Windows(window, window), NetworkInfo(3, 3, 1, multiple))
+    assert found == (expected, True)
+
+
+def test_no_alignment_is_told():
+    """Of windows beyond 64 pixels, and of pixels that look at all others."""
+
+    class Transposed(nn.Module):
+        def forward(self, x):
+            return x + x.flip(3)
+
+    for network in (Windows(72, 72), Transposed()):
+        assert not find_alignment(network, NetworkInfo(3, 3, 1)).is_exact
+        assert Upscaler(nn.Sequential(nn.Identity(), network), tile=100).looks_everywhere
+
+
 def test_less_overlap_would_show(shared):
     upscaler = Upscaler(load_network(shared / 'weights/SPAN/spantiny_ch26_x4.pth'))
     image = page(101, 111)
     whole = upscaler(image)
-    upscaler._overlap, upscaler.tile = 3, 36
+    upscaler._cut, upscaler.tile = (3, 1), 36
     assert np.abs(upscaler(image).astype(int) - whole).max() > 1
 
 
@@ -217,7 +286,7 @@ def test_tiles_are_no_larger_than_pays(monkeypatch):
     monkeypatch.setattr('lora_sr.runtime.upscaler.ENOUGH_MEMORY', {'cpu': upscaler._bytes_per_pixel * 400**2})
     assert upscaler._tiling(400, 400)[0] > 400
     assert upscaler._tiling(401, 400)[0] == 400
-    upscaler._overlap = 30  # as of a network that looks further
+    upscaler._cut = (30, 1)  # as of a network that looks further
     assert upscaler._tiling(700, 700)[0] == 480
     upscaler.looks_everywhere = True
     assert upscaler._tiling(4000, 6000)[0] > 6000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,8 @@ CHECKED_SIZES = ((1, 24, 32), (1, 33, 47), (2, 41, 25))
 TRACED_SIZE = (1, 20, 28)  # none of those, so that nothing that was traced can be right by chance
 FLOAT32_TOLERANCE = 1e-4  # of the range of values
 LONGEST_REASON = 160  # letters of what torch or onnxruntime says
+FRAME = re.compile(r'.+\(\d+\): [\w<>]+$')  # of a stack, as the tracer writes it
+PYTHON_CALL = re.compile(r"Could not export Python function call '(\w+)'")
 ENDS_TRACER = ('GRL',)  # by a fault in its memory, as of torch 2.14
 
 
@@ -199,7 +202,10 @@ def deployed_network(source: NetworkLike, param_key: str | None = None) -> Deplo
 
 def reason_of(error: Exception) -> str:
     """What an exporter or a runtime says, in a line; torch puts a stack before it, or behind."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = [line for line in str(error).strip().splitlines() if not FRAME.match(line)] or [type(error).__name__]
+    python = PYTHON_CALL.search(lines[0])
+    if python:
+        return f'its {shown(python[1])} is Python code, which no file can hold'
     said = [line for line in lines if 'Error: ' in line] or lines
     return shown(said[-1 if said is not lines else 0].rstrip('.: '), LONGEST_REASON)
 

@@ -112,11 +112,11 @@ def take_any_size(network: Network, multiple: int | None = None) -> Network:
     Returns:
         ``network`` itself.
     """
-    info = network_info(network) if multiple is None else None
-    if info is not None:
-        pad_to_multiple(network, info.size_multiple, info.smallest, info.is_square)
-    else:
+    info = None if multiple == 1 else network_info(network)
+    if info is None:
         pad_to_multiple(network, multiple or 1)
+    else:
+        pad_to_multiple(network, multiple or info.size_multiple, info.smallest, info.is_square)
     return network
 
 

@@ -76,6 +76,8 @@ class Deployed:
             'channels': str(self.info.in_channels),
             'value_range': f'[0, {self.info.value_range}]',
             'size_multiple': str(self.info.size_multiple),
+            **({'smallest_side': str(self.info.smallest)} if self.info.smallest > 1 else {}),
+            **({'is_square': 'true'} if self.info.is_square else {}),
             'lora_sr_version': lora_sr.__version__,
             KEY: self.origin.to_json(),
         }
@@ -146,7 +148,7 @@ class ExportReport:
     def __str__(self) -> str:
         deployed = self.deployed
         info = deployed.info
-        sizes = 'any' if info.size_multiple == 1 else f'height and width in multiples of {info.size_multiple}'
+        sizes = _sizes(info)
         tried = ', '.join('x'.join(map(str, image.shape)) for image in deployed.checked_images())
         return (
             f'network               {deployed.family} x{info.scale}, '
@@ -256,3 +258,15 @@ def _window_reverse(windows: Tensor, window_size: int, height: int, width: int) 
     rows, columns = height // window_size, width // window_size
     grid = windows.view(-1, rows, columns, window_size, window_size, channels)
     return grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, height, width, channels)
+
+
+def _sizes(info: NetworkInfo) -> str:
+    """Which sizes of images a file takes: what :func:`lora_sr.archs.take_any_size` does is not in it."""
+    words = []
+    if info.size_multiple > 1:
+        words.append(f'in multiples of {info.size_multiple}')
+    if info.smallest > info.size_multiple:
+        words.append(f'of at least {info.smallest}')
+    if info.is_square:
+        words.append('equal')
+    return f'height and width {", ".join(words)}' if words else 'any'

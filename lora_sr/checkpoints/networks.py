@@ -349,6 +349,7 @@ def _open_by_options(
     elif named is None and needs_weights and base_section(section).get('type') == spandrel.__name__:
         build_network(section, where)  # which tells what is wrong with its keys, and with its file
         named = base_section(section)['path']
+        param_key = param_key or base_section(section).get('param_key')
     if named is None:
         if needs_weights:
             raise InputError(f'{options} names no weights in path.pretrain_network_g: give a checkpoint beside it.')

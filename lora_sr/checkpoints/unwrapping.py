@@ -47,7 +47,8 @@ class Found:
         param_key: Where they are: the keys of the sections around them, joined by dots; ``None`` for the file itself.
         prefix: What was taken from before their names, or out of the middle of them; empty where nothing was.
         state: The weights by name, on the CPU.
-        unread: A moving average in the file that is not what was found, as it has no names or others.
+        unread: A moving average in the file that is not what was found, as it has no names or others; ``None`` where
+            a section was named.
     """
 
     param_key: str | None
@@ -110,7 +111,7 @@ def find_weights(
             if isinstance(value, Mapping) and isinstance(value.get('version'), int)
         }
     unread = None
-    if not any(map(is_average, (*prefix.split('.'), *'.'.join(names).split('.')))):
+    if param_key is None and not any(map(is_average, (*prefix.split('.'), *'.'.join(names).split('.')))):
         firsts = (name.partition('.')[0] for name in value if name not in state)
         unread = next(filter(is_average, firsts), None) if len(state) < len(weights_of(value)) else None
         unread = unread or _unread_average(content)

@@ -83,7 +83,7 @@ def check_format(file_format: str, dtype: np.dtype, height: int, width: int, cha
     if stored == np.uint16 and file_format not in DEEP_FORMATS:
         raise InputError(f'{NAMES[file_format]} cannot hold 16 bits: PNG, TIFF and JPEG 2000 can.')
     if file_format == 'jpeg' and channels in (2, 4):
-        raise InputError('JPEG cannot hold an alpha channel: PNG, WebP and TIFF can.')
+        raise InputError('JPEG cannot hold an alpha channel: PNG, for one, can.')
     if file_format == 'avif' and not has_avif():
         raise InputError(f'AVIF must be written by Pillow 11.3 or later, with AVIF, got {pillow_version}.')
     if (

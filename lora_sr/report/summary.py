@@ -409,8 +409,9 @@ def _spread(what: str, values: Iterable[float]) -> str:
 
 
 def _iteration(path: Path, content: dict) -> str:
-    if isinstance(content.get('iter'), int):
-        return f'{content["iter"]:,}, as the file says'
+    for key in ('iter', 'global_step'):
+        if isinstance(content.get(key), int):
+            return f'{content[key]:,}, as the file says'
     name = re.fullmatch(r'net_\w+?_([0-9]{1,18}|latest)', path.stem)
     if name is None:
         return 'unknown: neither the file nor its name says'

@@ -33,6 +33,7 @@ from lora_sr.runtime.tiling import (
 
 BICUBIC_REACH = 2  # pixels on each side that an interpolated one depends on
 LUMA = (0.299, 0.587, 0.114)  # of R, G and B in gray (BT.601)
+FLAT_REACH = 8  # LR pixels around one of alpha: some networks look further than sprites are large
 BLIND_OVERLAP = 32  # LR pixels, for networks that look at the whole image
 ALPHAS = ('bicubic', 'network')  # what enlarges alpha
 
@@ -133,8 +134,8 @@ class Upscaler:
 
         Gray goes into a network for RGB as three equal channels, and what comes out becomes gray by BT.601's weights.
         Each channel of RGB goes through a network for gray by itself. Alpha is enlarged by bicubic interpolation, or by
-        the network as a gray image. Either way what is opaque stays so to the last level, and what is transparent as
-        well: no network promises that, so the one pixel value that is all it sees around a pixel is kept there. Before
+        the network as a gray image. Bicubic keeps what is opaque to the last level. No network promises that, so where
+        alpha is one value within 8 pixels around, or as far as the network looks if that is less, it is kept. Before
         the network runs, each pixel of alpha 0 gets the color of a visible one nearby, and has what becomes of it in
         the result: whatever is hidden there does not bleed into what is seen. An image without a visible pixel keeps
         its colors.
@@ -234,10 +235,10 @@ class Upscaler:
         return _stored(enlarged[:, kept].clamp(0, 1) if has_alpha else enlarged[:, kept], alpha.dtype)
 
     def _alpha_by_network(self, alpha: np.ndarray, has_alpha: bool) -> Tensor:
-        """What the network makes of (h, w, 1), but for where it sees a single value, which stays: (1, s * h, s * w)."""
+        """What the network makes of (h, w, 1), but for where all around is a single value, which stays: (1, sh, sw)."""
         tensor = self._tensor(alpha)
         enlarged = self._run(tensor)
-        reach = 2 * self.overlap + 1
+        reach = 2 * min(self.overlap, FLAT_REACH) + 1
         lowest, highest = -_highest(-tensor, reach), _highest(tensor, reach)
         is_flat, flat = (
             plane.repeat_interleave(self.scale, 1).repeat_interleave(self.scale, 2)

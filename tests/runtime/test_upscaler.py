@@ -213,6 +213,21 @@ def test_alpha_through_the_network(channels, network_channels, dtype, tile):
     assert np.array_equal(upscaler(image, alpha='network')[..., :-1], upscaler(image)[..., :-1])
 
 
+def test_alpha_keeps_the_inside_of_a_sprite_through_a_network_that_looks_far():
+    """As RRDBNet does, whose field of view is larger than most sprites."""
+    image = np.full((100, 100, 4), 255, np.uint8)
+    y, x = np.mgrid[:100, :100]
+    image[..., 3] = 255 * (np.hypot(x - 50, y - 50) < 30)
+    upscaler = Upscaler(Soft(2, 3))
+    upscaler._overlap = 60
+    result = upscaler(image, alpha='network')[..., 3]
+    kernel = np.ones((17, 17), np.uint8)  # 8 pixels around
+    inside, outside = (
+        repeated(one) for one in (cv2.erode(image[..., 3], kernel), 255 - cv2.dilate(image[..., 3], kernel))
+    )
+    assert (result[inside == 255] == 255).all() and (result[outside == 255] == 0).all()
+
+
 def test_flat_alpha_does_not_run(monkeypatch):
     """An opaque image costs what one without alpha does."""
     image = pixels(13, 18, 4)

@@ -100,8 +100,8 @@ def _check_section(section: object, where: str) -> tuple[Arch, Mapping[str, Any]
         near = difflib.get_close_matches(name, known, n=1)
         hint = did_you_mean(name, known) if near else f'known are {_some(sorted(known))}'
         raise InputError(
-            f"{where}.type: there is no network '{shown(name, 40)}'; {hint} (--import, or imports in the option file, "
-            'teaches a network of your own; {type: spandrel, path: FILE} is one of spandrel)'
+            f"{where}.type: there is no network '{shown(name, 40)}'; {hint} (--import teaches a network of "
+            'your own, {type: spandrel, path: FILE} is one of spandrel)'
         )
     _check_arguments(where, arch, {key: value for key, value in section.items() if key != 'type'})
     if arch is AdaptSR:

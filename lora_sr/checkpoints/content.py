@@ -174,7 +174,8 @@ def _refuse_others(beginning: bytes, path: object) -> None:
     if kind is None and beginning[:1] == b'\x08' and beginning[2:3] in (b'\x12', b'\x1a', b'\x3a'):
         # A message of protobuf: the version of its format, then its producer, or its graph.
         kind = 'an ONNX model: give the checkpoint that it was made of'
-    kind = 'an empty file' if not beginning else kind
+    if not beginning:
+        raise InputError(f'the checkpoint {path} is damaged: it is empty')
     if kind is not None:
         raise InputError(f'the checkpoint {path} must be in the format of torch or of safetensors, got {kind}')
 

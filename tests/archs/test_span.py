@@ -245,7 +245,7 @@ def test_spandrel_gives_the_same(tmp_path, norm, num_in_ch, num_out_ch, upscale)
 
 def test_normalization_is_not_taken_from_another_file():
     with_norm, without = SPAN(feature_channels=6), SPAN(feature_channels=6, norm=False)
-    with pytest.raises(InputError, match='the first is no_norm'):
+    with pytest.raises(InputError, match=r'not known to it \(no_norm\)'):
         load_weights(with_norm, without.state_dict(), 'net.pth')
     with pytest.raises(InputError, match='no_norm'):
         load_weights(without, with_norm.state_dict(), 'net.pth')

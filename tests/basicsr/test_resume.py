@@ -273,7 +273,9 @@ def test_a_damaged_state_is_told_with_the_one_before(options, monkeypatch):
     folder = Path(options['path']['training_states'])
     opt = {**options, 'auto_resume': True}
     (folder / '10.state').write_bytes(b'')
-    with pytest.raises(InputError, match=r'is damaged, .* Without .*/10.state the run goes on from iteration 4\.$'):
+    with pytest.raises(
+        InputError, match=r'is damaged: it is empty. Without .*/10.state the run goes on from iteration 4\.$'
+    ):
         load_resume_state(copy.deepcopy(opt))
     (folder / '10.state').unlink()
     with pytest.raises(InputError) as told:  # the one before is of the same options

@@ -12,20 +12,11 @@ from PIL import Image, ImageCms, features
 from lora_sr.errors import InputError
 from lora_sr.images import formats
 from lora_sr.images.encoding import encode_picture, kinds_left_out
-from lora_sr.images.formats import Picture, read_picture
+from lora_sr.images.formats import Picture
 from lora_sr.images.metadata import Metadata, Resolution
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 needs_avif = pytest.mark.skipif(not features.check('avif'), reason='this Pillow has no AVIF')
-
-
-@pytest.fixture
-def read(tmp_path):
-    def read(data: bytes) -> Picture:
-        (tmp_path / 'image').write_bytes(data)
-        return read_picture(tmp_path / 'image')
-
-    return read
 
 
 def smooth(channels=3, height=40, width=48):

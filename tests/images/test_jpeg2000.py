@@ -13,21 +13,12 @@ from PIL import Image, ImageCms
 from lora_sr.errors import InputError
 from lora_sr.images.boxes import boxes_in, make_box
 from lora_sr.images.encoding import encode_picture, kinds_left_out
-from lora_sr.images.formats import Picture, read_picture
+from lora_sr.images.formats import Picture
 from lora_sr.images.metadata import Metadata, Resolution
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 XMP = bytes.fromhex('be7acfcb97a942e89c71999491e3afac')
 LARGE = {'height': 33, 'width': 40}  # OpenCV takes no smaller ones
-
-
-@pytest.fixture
-def read(tmp_path):
-    def read(data: bytes) -> Picture:
-        (tmp_path / 'image').write_bytes(data)
-        return read_picture(tmp_path / 'image')
-
-    return read
 
 
 def by_opencv(data, flag=cv2.IMREAD_UNCHANGED):

@@ -30,15 +30,6 @@ def with_extension(data: bytes, alpha_kind: int, author=b'', gamma=(0, 0)) -> by
     return data + bytes(area) + struct.pack('<LL', len(data), 0) + FOOTER
 
 
-@pytest.fixture
-def read(tmp_path):
-    def read(data: bytes) -> Picture:
-        (tmp_path / 'image').write_bytes(data)
-        return read_picture(tmp_path / 'image')
-
-    return read
-
-
 @pytest.mark.parametrize('channels', [1, 2, 3, 4])
 def test_what_is_written_is_read_by_others(tmp_path, channels):
     image = pixels(channels=channels)

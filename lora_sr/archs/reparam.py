@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 
 import torch
@@ -102,6 +103,18 @@ def deploy_form(network: nn.Module) -> nn.Module:
     if any(True for _ in adapted_modules(network)):
         merge_lora(network)
     return fold(network).eval().requires_grad_(False)
+
+
+def run_seeded(run: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """What a network makes of an image on the CPU, with the same noise each time: AuraSR adds some.
+
+    Args:
+        run: The network.
+        image: (N, C, H, W).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return run(image)
 
 
 def _difference(branched: Foldable, plain: nn.Module) -> float:

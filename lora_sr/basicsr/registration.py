@@ -18,17 +18,16 @@ def register_all() -> None:
     """
     from basicsr.utils import registry
 
-    from lora_sr.archs import AdaptSR
     from lora_sr.archs.registry import OWN
     from lora_sr.basicsr import datasets, metrics, models
     from lora_sr.basicsr.patches.optimizers import optimizer_registry
-    from lora_sr.checkpoints.by_file import spandrel
+    from lora_sr.checkpoints.building import DESCRIBED
     from lora_sr.losses import PSNRLoss, SpatialAffinityLoss
     from lora_sr.optim import Adan
 
     taken = []
     for target, entries in (
-        (registry.ARCH_REGISTRY, (*OWN.values(), spandrel, AdaptSR)),
+        (registry.ARCH_REGISTRY, (*OWN.values(), *DESCRIBED.values())),
         (registry.LOSS_REGISTRY, (PSNRLoss, SpatialAffinityLoss)),
         (registry.DATASET_REGISTRY, (datasets.LRImageDataset,)),
         (registry.METRIC_REGISTRY, (metrics.calculate_lpips, metrics.calculate_dists)),

@@ -92,7 +92,7 @@ def run(sources: Mapping[str, NetworkLike], sizes: Sequence[tuple[int, int]] = (
     for name, network in networks.items():
         network = _measurable(deploy_form(network).to(device))
         for height, width in sizes:
-            channels = network.num_in_ch if isinstance(network, SPAN) else 3
+            channels = network.num_in_ch
             image = synthetic_image(1, channels, height, width).to(device)
             forms, preparing = make_forms(network, image)
             measured = measure(network, forms, image)

@@ -21,6 +21,8 @@ from lora_sr.errors import InputError, MissingBasicSR, did_you_mean, shown
 
 # Long before it fills the memory, or takes for ever.
 MOST_VALUES, MOST_TENSORS = 2 * 10**9, 100_000
+# Networks that are made of others, or of a file, found without BasicSR.
+DESCRIBED: dict[str, Arch] = {arch.__name__: arch for arch in (AdaptSR, spandrel)}
 SHOWN = 80  # letters of a list of names
 TOO_LARGE = f'the network must have at most {MOST_VALUES:,} values in {MOST_TENSORS:,} tensors, got more'
 
@@ -81,12 +83,6 @@ def refused_key(build: Callable[..., object], arguments: Mapping[str, Any]) -> s
     return None
 
 
-def base_section(section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The section of the network that an AdaptSR adapts; of any other network its own."""
-    base = section.get('base')
-    return base if section.get('type') == AdaptSR.__name__ and isinstance(base, Mapping) else section
-
-
 def _check_section(section: object, where: str) -> tuple[Arch, Mapping[str, Any]]:
     """Check the type and the keys of a section. Returns what it names, and the section."""
     if not isinstance(section, Mapping):
@@ -111,8 +107,8 @@ def _check_section(section: object, where: str) -> tuple[Arch, Mapping[str, Any]
 
 def find_known(name: str) -> tuple[Arch | None, Mapping[str, Arch]]:
     """The network of that name, and all that there are: without BasicSR, this package's and imported modules'."""
-    if name in (AdaptSR.__name__, spandrel.__name__):
-        return (AdaptSR if name == AdaptSR.__name__ else spandrel), {}
+    if name in DESCRIBED:
+        return DESCRIBED[name], {}
     try:
         arch = find_arch(name)
         known = {} if arch is not None else known_archs()

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lora_sr.adapters import is_lora_key
 from lora_sr.adapters.foreign_files import is_foreign
-from lora_sr.checkpoints.community import BY_FILE, architecture_of, names_in_network
+from lora_sr.checkpoints.community import architecture_of, names_in_network
 from lora_sr.checkpoints.content import Content, read_checkpoint, weights_for
 from lora_sr.checkpoints.families import family_of
 from lora_sr.checkpoints.layouts import as_rrdbnet, in_layout
 from lora_sr.checkpoints.origin import Origin, fingerprint
+from lora_sr.checkpoints.sections import names_file
 from lora_sr.checkpoints.unwrapping import find_weights
 
 BASE, ADAPTED, ADAPTER = 'base', 'adapted', 'adapter'
@@ -101,9 +102,7 @@ class Checkpoint:
     @cached_property
     def _is_of_spandrel(self) -> bool:
         """Whether spandrel has built its network, which may then have the names of a family."""
-        network = None if self.origin is None else self.origin.network
-        base = network.get('base', network) if isinstance(network, dict) else None
-        if isinstance(base, dict) and base.get('type') == BY_FILE:
+        if self.origin is not None and names_file(self.origin.network):
             return True
         if not self.layout:
             return False

@@ -23,7 +23,6 @@ from lora_sr.checkpoints.layouts import layout_of, set_layout
 from lora_sr.errors import InputError, shown
 
 ARCHITECTURE = '_spandrel_architecture'
-BY_FILE = 'spandrel'  # the type by which option files name a network of a file
 # Architectures of which spandrel knows several layouts, and whether a state dict is in one that its network has not.
 RENAMED: dict[str, Callable[[Mapping[str, Tensor]], bool]] = {
     'GRL': lambda state: any(name.startswith(('model.', 'model_g.')) for name in state),
@@ -70,7 +69,7 @@ def names_in_network(state: Mapping[str, Tensor]) -> dict[str, str] | None:
 
 
 def architecture_name(network: nn.Module) -> str | None:
-    """The same of a network that :func:`build_community` gave; ``None`` for all others."""
+    """The name of the architecture of a network that :func:`build_community` gave; ``None`` for all others."""
     return cast('str | None', vars(network).get(ARCHITECTURE))
 
 

@@ -23,7 +23,7 @@ Recognizer = Callable[[Mapping[str, Tensor]], bool]
 Builder = Callable[[Mapping[str, Tensor]], nn.Module]
 
 # Family -> how it recognizes its state dict, and the network that it builds for it; the first match counts.
-FAMILIES: dict[str, tuple[Recognizer, Builder]] = {
+_OWN: dict[str, tuple[Recognizer, Builder]] = {
     'DSCLoRA': (is_dsclora, build_dsclora),
     'SPAN': (is_span, build_span),
     'LKDN': (is_lkdn, build_lkdn),
@@ -31,10 +31,9 @@ FAMILIES: dict[str, tuple[Recognizer, Builder]] = {
     'SPANV2': (is_spanv2, build_spanv2),
     'DISP': (is_disp, build_disp),
     'DSCFFused': (is_dscf_fused, build_dscf_fused),
-    **{network.name: (network.recognize, network.build) for network in STOCK_NETWORKS},
 }
-
-OURS = ('DSCLoRA', 'SPAN', 'LKDN', 'SPANF', 'SPANV2', 'DISP', 'DSCFFused')
+OURS = tuple(_OWN)
+FAMILIES = {**_OWN, **{network.name: (network.recognize, network.build) for network in STOCK_NETWORKS}}
 # Discriminators of BasicSR -> keys by which they are told.
 DISCRIMINATORS = {
     'UNetDiscriminatorSN': {'conv0.weight', 'conv1.weight_orig', 'conv8.weight_orig', 'conv9.weight'},

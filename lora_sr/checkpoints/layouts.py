@@ -53,7 +53,7 @@ def as_rrdbnet(state: Mapping[str, Tensor]) -> tuple[OrderedDict[str, Tensor], d
     """A state dict of RRDBNet in one of its older layouts under the names of BasicSR, and its layout.
 
     Returns:
-        ``None`` where it is not in such a layout, or has layers that BasicSR's network has not.
+        ``None`` where it is not in such a layout, or has layers that BasicSR's network does not have.
     """
     for patterns in RRDBNET_NAMES:
         layout: dict[str, str] = {}

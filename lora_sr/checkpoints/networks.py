@@ -25,8 +25,7 @@ from lora_sr.adapters.verbs import attach_updates
 from lora_sr.archs import deploy_form, fold, is_training_form, network_info, take_any_size
 from lora_sr.checkpoints.adapter_file import AdapterFile, check_once
 from lora_sr.checkpoints.bounds import bounded
-from lora_sr.checkpoints.building import base_section, build_network, without_old_calls
-from lora_sr.checkpoints.by_file import spandrel
+from lora_sr.checkpoints.building import build_network, without_old_calls
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
 from lora_sr.checkpoints.community import build_community
 from lora_sr.checkpoints.content import DamagedWeights, key_in, load_weights, read_checkpoint
@@ -35,6 +34,7 @@ from lora_sr.checkpoints.imports import import_modules
 from lora_sr.checkpoints.layouts import layout_of, set_layout
 from lora_sr.checkpoints.nearest import nearest_family
 from lora_sr.checkpoints.origin import Origin
+from lora_sr.checkpoints.sections import base_section, names_file
 from lora_sr.checkpoints.stated import check_stated
 from lora_sr.checkpoints.stock import STOCK_NETWORKS
 from lora_sr.errors import InputError, MissingBasicSR, shown
@@ -61,7 +61,8 @@ class NetworkSource:
             family by its keys, or its network by what its run has written into it.
         imports: Modules to import first, see :func:`lora_sr.checkpoints.imports.import_modules`.
         adapters: Adapter files, each with its weight, to put on top; see :func:`lora_sr.adapters.mix_adapters`.
-        param_key: Where the state dict is in the checkpoint; by default ``params_ema``, else ``params``, else the top.
+        param_key: Where the state dict is in the checkpoint; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
         force: Put adapters on a base that is not the one that they were trained on.
     """
 
@@ -141,7 +142,8 @@ def load_network(source: NetworkLike, param_key: str | None = None) -> nn.Module
     Args:
         source: A checkpoint file; an option file that names one; a live network, which is given back; or a
             :class:`NetworkSource`.
-        param_key: Where the state dict is in the file; by default ``params_ema``, else ``params``, else the top.
+        param_key: Where the state dict is in the file; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
 
     Returns:
         The network, on the CPU, in eval mode.
@@ -227,7 +229,7 @@ def open_checkpoint(checkpoint: Checkpoint) -> OpenedNetwork:
         raise InputError(f'{path} is an adapter, not a network: put it onto its base with `lora-sr adapter merge`.')
     # Of networks that are not ours the keys do not tell everything; what their run has written down does.
     stated = None if origin is None or checkpoint.family in OURS else origin.network
-    if stated is not None and base_section(stated).get('type') != spandrel.__name__:  # which names a file
+    if stated is not None and not names_file(stated):
         try:
             check_stated(stated, 'network_g')
             with bounded(state, SECTION_FACTOR):
@@ -346,7 +348,7 @@ def _open_by_options(
         or_params = param_key is None
         param_key = param_key or paths.get('param_key_g')
         strict = paths.get('strict_load_g', True)
-    elif named is None and needs_weights and base_section(section).get('type') == spandrel.__name__:
+    elif named is None and needs_weights and names_file(section):
         build_network(section, where)  # which tells what is wrong with its keys, and with its file
         named = base_section(section)['path']
         param_key = param_key or base_section(section).get('param_key')
@@ -409,8 +411,6 @@ def _load_some(network: nn.Module, checkpoint: Checkpoint) -> None:
     """Load what fits, as ``strict_load_g: false`` asks for, and say what does not."""
     own, state = network.state_dict(), checkpoint.state
     fitting = [key for key in own if key in state and state[key].shape == own[key].shape]
-    if not fitting:
-        raise InputError(f'{checkpoint.path} does not fit {type(network).__name__}: none of its tensors does.')
     load_weights(network, state, checkpoint.path, strict=False)
     rest = [key for key in own if key not in fitting]
     if rest:

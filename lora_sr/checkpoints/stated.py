@@ -9,7 +9,8 @@ from itertools import islice
 from typing import Any
 
 from lora_sr.archs import AdaptSR
-from lora_sr.checkpoints.building import base_section, find_known
+from lora_sr.checkpoints.building import find_known
+from lora_sr.checkpoints.sections import base_section
 from lora_sr.checkpoints.stock import check_swinir
 from lora_sr.errors import InputError, shown
 

@@ -248,8 +248,8 @@ def _without_prefix(
     weights: Mapping[str, Tensor], is_known: Callable[[Mapping[str, Tensor]], bool], path: object, depth: int = 0
 ) -> tuple[OrderedDict[str, Tensor], str]:
     """Weights without what is not of their names in the network, and that."""
-    is_average = COUNTER in weights and all(name.startswith('module.') for name in weights if name != COUNTER)
-    names, added = _without_added([name for name in weights if not is_average or name != COUNTER], path)
+    is_averaged_model = COUNTER in weights and all(name.startswith('module.') for name in weights if name != COUNTER)
+    names, added = _without_added([name for name in weights if not is_averaged_model or name != COUNTER], path)
     state = OrderedDict((name, _plain(weights[old])) for name, old in names.items())
     starts = _starts(state) if depth < DEEPEST and not all(map(is_lora_key, state)) else []
     if not starts or is_known(state):
@@ -267,7 +267,7 @@ def _without_prefix(
 
 def _starts(names: Collection[str]) -> list[str]:
     """What may stand before the names of a network: before all of them, or beside what is no network to be run."""
-    firsts = [first for first in dict.fromkeys(name.partition('.')[0] for name in names)]
+    firsts = list(dict.fromkeys(name.partition('.')[0] for name in names))
     if len(firsts) > 1:
         averages = [first for first in firsts if is_average(first) and not _is_beside(first)]
         others = [first for first in firsts if not is_average(first) and not _is_beside(first)]

@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         '--tile',
         type=int,
         metavar='N',
-        help='run tiles of N x N input pixels (default: the whole image, or tiles of some 512 MiB; by CUDA 8 GiB)',
+        help='run tiles of N x N input pixels (default: the whole image, or tiles of some 512 MiB, 8 GiB on CUDA)',
     )
     parser.add_argument(
         '--dtype',

@@ -45,9 +45,9 @@ def degrade_folder(
 ) -> Degraded:
     """Write ``NAME.png``, the camera's LR image, for each image ``NAME`` of a folder; see ``camera_degradation``.
 
-    An HR image is cropped at its right and bottom edges to a multiple of the scale. One of 16 bits counts with all of
-    them; its LR image has 8 bits, as what went through JPEG has. LR images come into their places
-    when all are made. Those that are there already stay if they are the same, as after a run that was killed.
+    An HR image is cropped at its right and bottom edges to a multiple of the scale. All bits of a 16-bit image are
+    used; its LR image has 8, since it went through JPEG. LR images come into their places when all are made. Those that
+    are there already stay if they are the same, as after a run that was killed.
 
     Args:
         folder: HR images, or the root of the published DIV2K or Flickr2K.

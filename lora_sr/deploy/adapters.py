@@ -82,7 +82,8 @@ def extract_to_file(
     Args:
         checkpoint: A checkpoint of a base with LoRA.
         output: The ``.safetensors`` file to write.
-        param_key: Where the state dict is in ``checkpoint``; by default ``params_ema``, else ``params``.
+        param_key: Where the state dict is in ``checkpoint``; by default where
+            :func:`lora_sr.checkpoints.unwrapping.find_weights` finds it.
         overwrite: Replace ``output`` where it exists.
 
     Returns:

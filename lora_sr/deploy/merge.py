@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from lora_sr.adapters import adapted_modules, count_parameters, is_lora_key, lora_layers, merge_state_dict
 from lora_sr.archs import NetworkInfo, deploy_form, network_info
-from lora_sr.archs.reparam import TOLERANCE, Foldable, relative_difference
+from lora_sr.archs.reparam import TOLERANCE, Foldable, relative_difference, run_seeded
 from lora_sr.checkpoints import Checkpoint, NetworkLike, OpenedNetwork, Origin, open_network
-from lora_sr.checkpoints.building import base_section
-from lora_sr.checkpoints.by_file import spandrel
 from lora_sr.checkpoints.checkpoint import ADAPTED
 from lora_sr.checkpoints.families import OURS
 from lora_sr.checkpoints.layouts import in_layout, layout_of
 from lora_sr.checkpoints.networks import UnknownNetwork, input_files, reopen
 from lora_sr.checkpoints.origin import adapter_fingerprint
+from lora_sr.checkpoints.sections import base_section, names_file
 from lora_sr.checkpoints.writing import SUFFIXES, write_state, writing
 from lora_sr.errors import InputError, shown
 from lora_sr.files import check_not_input, check_output
@@ -140,7 +139,7 @@ def merged_origin(opened: OpenedNetwork) -> Origin:
     if any(map(is_lora_key, state)) and not opened.has_adapters:
         origin = _with_own_adapter(origin, state)
     origin = replace(origin, layout=None)
-    if network is None or base_section(network).get('type') == spandrel.__name__:  # a file, which need not be there
+    if network is None or names_file(network):  # which need not be there
         return replace(origin, network=None)
     return replace(origin, network=dict(base_section(network)))
 
@@ -180,16 +179,9 @@ def _difference(trained: nn.Module, written: nn.Module, dtype: torch.dtype) -> f
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, info.in_channels, *info.size(32, 40), generator=generator).to(dtype) * info.value_range
     try:
-        with torch.random.fork_rng():
-            return relative_difference(*(_run(network.to(dtype), images) for network in (trained, written)))
+        return relative_difference(*(run_seeded(network.to(dtype), images) for network in (trained, written)))
     except (TypeError, IndexError) as error:  # of a constructor's values, which a file may state
         reason = shown(' '.join(str(error).split()))
         raise InputError(
             f'{type(trained).__name__} does not run with the values that it was built with: {reason}.'
         ) from error
-
-
-def _run(network: nn.Module, images: Tensor) -> Tensor:
-    torch.manual_seed(0)  # AuraSR adds noise to images
-    output: Tensor = network(images)
-    return output

@@ -16,11 +16,10 @@ from lora_sr.archs import AdaptSR, fold
 from lora_sr.archs.span import NO_NORM, SPAN, is_span
 from lora_sr.basicsr.options import schema
 from lora_sr.basicsr.options.check import Check
-from lora_sr.checkpoints.building import base_section
-from lora_sr.checkpoints.by_file import spandrel
 from lora_sr.checkpoints.checkpoint import ADAPTER, form_of
 from lora_sr.checkpoints.content import load_weights, read_checkpoint, weights_for
 from lora_sr.checkpoints.families import FAMILIES, family_of
+from lora_sr.checkpoints.sections import names_file
 from lora_sr.errors import InputError
 
 
@@ -45,8 +44,7 @@ def check_path(check: Check) -> None:
                 _check_checkpoint(check, path, key, network)
     if check.is_train and path.get('pretrain_network_g') is None and not _resumes(check):
         section = check.opt.get('network_g')
-        has_weights = isinstance(section, dict) and base_section(section).get('type') == spandrel.__name__
-        if isinstance(section, dict) and section.get('type') == AdaptSR.__name__ and not has_weights:
+        if isinstance(section, dict) and section.get('type') == AdaptSR.__name__ and not names_file(section):
             key = 'path.pretrain_network_g'
             check.add_missing(f'{key}, the weights of the network that AdaptSR adapts, is missing', key)
     if check.is_train and schema.PATH.holds(resume):

@@ -19,7 +19,7 @@ import lora_sr
 from lora_sr.adapters import count_parameters
 from lora_sr.archs import NetworkInfo, network_info, take_any_size
 from lora_sr.archs.info import refusal
-from lora_sr.archs.reparam import deploy_form
+from lora_sr.archs.reparam import deploy_form, run_seeded
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints import NetworkLike, Origin, open_network
 from lora_sr.checkpoints.community import architecture_name
@@ -95,7 +95,7 @@ class Deployed:
         largest, psnr = 0.0, math.inf
         with torch.no_grad():
             for image in self.checked_images() if images is None else images:
-                expected, given = (_run_seeded(one, image) for one in (self.reference, run))
+                expected, given = (run_seeded(one, image) for one in (self.reference, run))
                 if given.shape != expected.shape or given.dtype != expected.dtype:
                     return Difference(math.inf, -math.inf)
                 # An untrained network gives values far outside the range.
@@ -117,12 +117,6 @@ class Deployed:
             except Exception:  # whatever a file makes of an image that it does not take
                 continue
         return None
-
-
-def _run_seeded(run: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # AuraSR adds noise to its images
-        return run(image)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from torch.utils.data import Dataset
 from lora_sr.errors import InputError
 
 
+PAIRED_KEYS = ('dataroot_gt', 'dataroot_lq', 'meta_info_file')  # of a PairedImageDataset: one of each, or lists
+
+
 def roots_of(value: Any) -> list[Any]:
     """The folders or databases that an option ``dataroot_…`` names, one or a list."""
     return list(value) if isinstance(value, (list, tuple)) else [value]

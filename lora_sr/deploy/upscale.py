@@ -27,7 +27,7 @@ from lora_sr.errors import InputError
 from lora_sr.files import identity, replacing, write_errors
 from lora_sr.images.encoding import Run, check_format, kinds_left_out, write_picture
 from lora_sr.images.formats import FORMATS, SUFFIXES, Picture, format_of, read_picture
-from lora_sr.runtime.upscaler import ALPHAS, Upscaler
+from lora_sr.runtime.upscaler import Upscaler, check_alpha
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 DEFAULT_QUALITY = 95
@@ -124,8 +124,7 @@ def upscale(
         raise InputError('Outputs that exist can be replaced with --overwrite or kept with --skip-existing, not both.')
     if not 1 <= quality <= 100:
         raise InputError(f'The quality is {quality}, where a whole number from 1 to 100 is right.')
-    if alpha not in ALPHAS:
-        raise InputError(f'alpha must be {" or ".join(ALPHAS)}, got {alpha}.')
+    check_alpha(alpha)
     if not os.fspath(output):
         raise InputError('The output is empty, where a folder, or a file for one image, is right.')
     output = Path(output)

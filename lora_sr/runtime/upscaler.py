@@ -89,7 +89,7 @@ class Upscaler:
         batch = 3 if self.channels == 1 else 1
         self._bytes_per_pixel = batch * (bytes_per_pixel(self.network, image) + 8 * self.channels * self.scale**2)
         self._cut: tuple[int, int] | None = None
-        self.looks_everywhere = False
+        self.looks_everywhere = False  # until tiles are needed, and it is measured
         self.tile = tile
         if tile is not None:
             self._check_tile(tile)
@@ -188,8 +188,7 @@ class Upscaler:
         Raises:
             InputError: As a call does.
         """
-        if alpha not in ALPHAS:
-            raise InputError(f'alpha must be {" or ".join(ALPHAS)}, got {alpha}.')
+        check_alpha(alpha)
         planes = _planes(image)
         height, width, channels = planes.shape
         colors = 3 if channels > 2 else 1
@@ -302,6 +301,16 @@ class Upscaler:
                 f'A tile of {tile} is too small for {self.name}, which needs an overlap of {self.overlap} on each '
                 f'side: the smallest that works is {smallest}, and {2 * smallest} or more is many times as fast.'
             )
+
+
+def check_alpha(alpha: str) -> None:
+    """Check what is to enlarge alpha.
+
+    Raises:
+        InputError: It is none of :data:`ALPHAS`.
+    """
+    if alpha not in ALPHAS:
+        raise InputError(f'alpha must be {" or ".join(ALPHAS)}, got {alpha}.')
 
 
 def upscale_image(

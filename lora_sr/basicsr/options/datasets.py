@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from basicsr.utils.registry import DATASET_REGISTRY
 
-from lora_sr.basicsr.datasets import roots_of
+from lora_sr.basicsr.datasets import PAIRED_KEYS, roots_of
 from lora_sr.basicsr.options import degradations, schema
 from lora_sr.basicsr.options.check import Check
 from lora_sr.basicsr.options.dataset_content import check_lr_images, check_pairs
 
 # Which keys of a dataset may be lists.
 ROOTS_IN_LISTS = {
-    'PairedImageDataset': ('dataroot_gt', 'dataroot_lq', 'meta_info_file'),
+    'PairedImageDataset': PAIRED_KEYS,
     'LRImageDataset': ('dataroot_lq',),
 }
 LONGEST_EPOCH = 10**8  # patches: BasicSR shuffles all of them in memory
@@ -132,7 +132,7 @@ def _check_dataset(check: Check, where: str, dataset: Any, training: bool) -> No
 
 
 def _refuse_lists(check: Check, where: str, dataset: dict, taken: tuple[str, ...]) -> None:
-    for key in ('dataroot_gt', 'dataroot_lq', 'meta_info_file'):
+    for key in PAIRED_KEYS:
         if isinstance(dataset.get(key), (list, tuple)) and key not in taken:
             check.add(f'{where}.{key} of a {dataset["type"]} must be one path, got a list')
 

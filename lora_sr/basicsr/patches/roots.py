@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from lora_sr.basicsr.datasets import paired_roots
+from lora_sr.basicsr.datasets import PAIRED_KEYS, paired_roots
 from lora_sr.basicsr.patches.tools import is_defective, patch
 
 SUFFIX = '.lmdb'  # of each database
@@ -26,7 +26,7 @@ def patch_paired_image_dataset() -> None:
     @patch
     @functools.wraps(original)
     def __init__(self: Any, opt: dict[str, Any]) -> None:
-        if any(isinstance(opt.get(key), (list, tuple)) for key in ('dataroot_gt', 'dataroot_lq', 'meta_info_file')):
+        if any(isinstance(opt.get(key), (list, tuple)) for key in PAIRED_KEYS):
             _set_up_roots(self, opt, original)
         else:
             original(self, opt)

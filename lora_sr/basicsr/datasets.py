@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 
 from lora_sr.errors import InputError
 
-
 PAIRED_KEYS = ('dataroot_gt', 'dataroot_lq', 'meta_info_file')  # of a PairedImageDataset: one of each, or lists
 
 

@@ -37,8 +37,10 @@ _UNKNOWN = {
     'oft_blocks': 'OFT',
     'oft_diag': 'OFT',
     'on_input': '(IA)^3',
-    **dict.fromkeys(('diff', 'diff_b'), 'whole differences'),
-    **dict.fromkeys(('w_norm', 'b_norm'), 'normalizations'),
+    'diff': 'whole differences',
+    'diff_b': 'whole differences',
+    'w_norm': 'normalizations',
+    'b_norm': 'normalizations',
 }
 
 # Options of PEFT under which an update is not that of LoRA, or the base is not the one that is named.
@@ -236,7 +238,7 @@ def _parse_kohya(tensors: Mapping[str, Tensor]) -> ForeignAdapter:
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         match = _KOHYA_KEY.fullmatch(key)
-        kind = 'none of' if match is None else _UNKNOWN.get(match['part'])
+        kind = None if match is None else _UNKNOWN.get(match['part'])
         if match is None or kind:
             what = '' if match is None else f', i.e. {kind}'
             raise InputError(f'it must hold LoRA, LoHa or LoKr alone, got {shown(key)}{what}')

@@ -26,7 +26,7 @@ from lora_sr.adapters.checkpoint import (
     merge_state_dict,
 )
 from lora_sr.adapters.config import LARGEST_ALPHA, LoRAConfig
-from lora_sr.adapters.foreign import ForeignAdapter, Misfit, describe_differing, text_of
+from lora_sr.adapters.foreign import ForeignAdapter
 from lora_sr.adapters.foreign_files import is_foreign, read_foreign, weights_file
 from lora_sr.adapters.layers import (
     DELTA_PREFIX,
@@ -36,8 +36,10 @@ from lora_sr.adapters.layers import (
     join,
     low_rank_update,
     matrix_shape,
+    shape_text,
     weight_key,
 )
+from lora_sr.adapters.misfit import Misfit, describe_differing
 from lora_sr.adapters.verbs import attach_updates, remove_lora
 from lora_sr.errors import InputError, shown
 from lora_sr.files import check_output, write_whole
@@ -82,8 +84,8 @@ class Adapter:
             ):
                 kinds = '' if lora_A.dtype == lora_B.dtype in DTYPES else f' of {lora_A.dtype} and {lora_B.dtype}'
                 raise InputError(
-                    f'The adapter is damaged: "{shown(name)}" has lora_A {text_of(lora_A.shape)} and lora_B '
-                    f'{text_of(lora_B.shape)}{kinds}, which do not go with rank {rank}.'
+                    f'The adapter is damaged: "{shown(name)}" has lora_A {shape_text(lora_A.shape)} and lora_B '
+                    f'{shape_text(lora_B.shape)}{kinds}, which do not go with rank {rank}.'
                 )
         for name, delta in self.deltas.items():
             if delta.dtype not in DTYPES:
@@ -302,7 +304,7 @@ def describe_misfit(adapter: Adapter, base: Mapping[str, Tensor]) -> str | None:
         if here is None:
             differing.setdefault(key.rpartition('.')[0], f'{shown(what)} is not there')
         elif here.shape != shape:
-            how = f'{shown(what)} is {text_of(here.shape)} here, the adapter is for {text_of(shape)}'
+            how = f'{shown(what)} is {shape_text(here.shape)} here, the adapter is for {shape_text(shape)}'
             differing.setdefault(key.rpartition('.')[0], how)
     if not differing:
         return None

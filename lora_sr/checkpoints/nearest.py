@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lora_sr.adapters import is_lora_key
-from lora_sr.adapters.foreign import text_of
+from lora_sr.adapters.layers import shape_text
 from lora_sr.checkpoints.bounds import bounded
 from lora_sr.checkpoints.families import FAMILIES, OURS
 from lora_sr.checkpoints.stock import STOCK_NETWORKS
@@ -76,7 +76,7 @@ def _of_shapes(family: str, base: Mapping[str, Tensor]) -> Nearest | None:
         if name not in own:
             differing.append(shown(name))
         elif own[name].shape != value.shape:
-            differing.append(f'{shown(name)} of {text_of(value.shape)} rather than {text_of(own[name].shape)}')
+            differing.append(f'{shown(name)} of {shape_text(value.shape)} rather than {shape_text(own[name].shape)}')
         else:
             agreeing += 1
     missing = [f'{name}, which is missing' for name in own if name not in base]

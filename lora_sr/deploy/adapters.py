@@ -24,8 +24,8 @@ from lora_sr.adapters import (
     save_adapter,
 )
 from lora_sr.adapters.adapter_file import SUFFIX
-from lora_sr.adapters.foreign import text_of
 from lora_sr.adapters.foreign_files import PEFT_CONFIG, PEFT_WEIGHTS, weights_file
+from lora_sr.adapters.layers import shape_text
 from lora_sr.archs import is_training_form
 from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkSource, Origin, open_network
 from lora_sr.checkpoints.adapter_file import check_once
@@ -208,11 +208,11 @@ def describe_file(path: str | os.PathLike) -> str:
     for name in adapter.layers:
         factors, alpha = adapter.factors_of(name), adapter.alpha_of(name)
         size = sum(factor.numel() for factor in factors)
-        shapes = ', '.join(text_of(factor.shape) for factor in factors)
+        shapes = ', '.join(shape_text(factor.shape) for factor in factors)
         kind = shapes, adapter.rank_of(name), 'unknown' if math.isnan(alpha) else f'{alpha:g}'
         rows.setdefault((re.sub(r'\d+', '*', name), *kind, size), []).append(name)
     for name, delta in adapter.deltas.items():
-        rows.setdefault((re.sub(r'\d+', '*', name), text_of(delta.shape), '-', '-', delta.numel()), []).append(name)
+        rows.setdefault((re.sub(r'\d+', '*', name), shape_text(delta.shape), '-', '-', delta.numel()), []).append(name)
     table = [('layer, or parameter with a delta', 'count', 'tensors', 'rank', 'alpha', 'parameters')]
     for (_, shapes, rank, alpha, size), names in rows.items():
         table.append((shown(_pattern(names)), str(len(names)), shapes, str(rank), alpha, f'{size * len(names):,}'))

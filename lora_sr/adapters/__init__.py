@@ -3,19 +3,16 @@
 Of other packages these modules import torch and safetensors only; they work on any network.
 """
 
-from lora_sr.adapters.adapter_file import (
+from lora_sr.adapters.adapter import (
     Adapter,
     adapter_for,
     apply_adapter,
     describe_misfit,
     extract_adapter,
-    load_adapter,
     merge_adapter,
     mix_adapters,
-    parse_adapter,
-    read_adapter,
-    save_adapter,
 )
+from lora_sr.adapters.adapter_file import load_adapter, parse_adapter, read_adapter, save_adapter
 from lora_sr.adapters.allocation import LayerImportance, allocate_ranks, base_weight, layer_importance
 from lora_sr.adapters.checkpoint import (
     describe_lora,

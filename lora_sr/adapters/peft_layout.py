@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_sr.adapters.adapter_file import Adapter, describe_misfit
+from lora_sr.adapters.adapter import Adapter, describe_misfit
 from lora_sr.adapters.foreign_files import PEFT_PREFIX
 from lora_sr.adapters.layers import join, low_rank_update
 from lora_sr.errors import InputError, shown

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_sr.adapters import Adapter, ForeignAdapter, adapter_for, parse_adapter
-from lora_sr.adapters.adapter_file import renamed
+from lora_sr.adapters.adapter import renamed
 from lora_sr.adapters.foreign_files import PEFT_WEIGHTS, weights_file
 from lora_sr.adapters.misfit import Misfit
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint

@@ -20,6 +20,8 @@ from lora_sr.adapters.checkpoint import (
     is_lora_key,
     lora_state_dict,
     merge_state_dict,
+    only_lora,
+    without_lora,
 )
 from lora_sr.adapters.config import LoRAConfig
 from lora_sr.adapters.foreign import ForeignAdapter
@@ -96,10 +98,12 @@ __all__ = [
     'merge_lora',
     'merge_state_dict',
     'mix_adapters',
+    'only_lora',
     'parse_adapter',
     'peft_layout',
     'read_adapter',
     'remove_lora',
     'save_adapter',
     'set_lora_scale',
+    'without_lora',
 ]

@@ -16,6 +16,7 @@ from lora_sr.adapters.checkpoint import (
     is_lora_key,
     key_of_base,
     merge_state_dict,
+    only_lora,
 )
 from lora_sr.adapters.config import LARGEST_ALPHA, LoRAConfig
 from lora_sr.adapters.foreign import ForeignAdapter
@@ -113,8 +114,7 @@ def extract_adapter(adapted: nn.Module | Mapping[str, Tensor]) -> Adapter:
     state = adapted.state_dict() if isinstance(adapted, nn.Module) else adapted
     tensors = {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in state.items()
-        if is_lora_key(key)
+        for key, value in only_lora(state).items()
     }
     if not tensors:
         raise InputError('There is no adapter to take out: no layer carries LoRA.')

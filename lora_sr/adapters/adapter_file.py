@@ -20,6 +20,7 @@ from lora_sr.adapters.checkpoint import (
     is_delta_key,
     is_lora_key,
     lora_state_dict,
+    without_lora,
 )
 from lora_sr.adapters.config import LoRAConfig
 from lora_sr.adapters.foreign import ForeignAdapter
@@ -152,7 +153,7 @@ def load_adapter(model: nn.Module, adapter: Adapter | str | os.PathLike[str]) ->
             named. Then ``model`` is unchanged.
     """
     what = 'The adapter' if isinstance(adapter, Adapter) else f'The adapter {adapter}'
-    name, base = type(model).__name__, {k: v for k, v in model.state_dict().items() if not is_lora_key(k)}
+    name, base = type(model).__name__, without_lora(model.state_dict())
     if isinstance(adapter, Adapter):
         misfit = describe_misfit(adapter, base)
         if misfit:

@@ -27,7 +27,7 @@ from lora_sr.adapters.foreign import ForeignAdapter
 from lora_sr.adapters.foreign_files import is_foreign, read_foreign, weights_file
 from lora_sr.adapters.misfit import Misfit
 from lora_sr.adapters.verbs import attach_updates, remove_lora
-from lora_sr.errors import InputError, shown
+from lora_sr.errors import InputError, in_a_line, shown
 from lora_sr.files import check_output, write_whole
 
 CONFIG_KEY = 'lora_config'
@@ -91,7 +91,7 @@ def _read(path: str | os.PathLike[str]) -> Adapter | ForeignAdapter:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         hint = '; lora_sr.checkpoints.AdapterFile reads those of torch' if path.suffix == '.bin' else ''
-        reason = shown(' '.join(str(error).split()), SHOWN_REASON).rstrip('.')  # which may quote the file
+        reason = in_a_line(error, SHOWN_REASON).rstrip('.')  # which may quote the file
         raise InputError(f'{path} cannot be read as a safetensors file: {reason}{hint}.') from None
     for key in tensors:
         if len(key) > LONGEST_NAME or not key.isprintable():

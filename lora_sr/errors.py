@@ -39,6 +39,11 @@ def shown(text: str, most: int = 80) -> str:
     return printable(text if len(text) <= most else f'{text[: most - 20]}…{text[-19:]}')
 
 
+def in_a_line(error: BaseException, most: int = 80) -> str:
+    """What an error of somebody else's code says, in one line for a message, as :func:`shown` gives it."""
+    return shown(' '.join(str(error).split()), most)
+
+
 def sentences(message: str, given: Iterable[str]) -> str:
     """A message of a sentence a line, without what a name would make a line or a color of its own, or far too long.
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import lora_sr
-from lora_sr.adapters import LoRAConfig, add_lora, mark_trainable
+from lora_sr.adapters import LoRAConfig, add_lora, is_lora_key, mark_trainable, without_lora
 from lora_sr.archs import network_info
 from lora_sr.checkpoints import load_network
 from lora_sr.checkpoints.building import build_network
@@ -137,7 +137,7 @@ def _try(state: dict[str, torch.Tensor], folder: Path) -> dict[str, str]:
     ):
         cells[column] = _tried(lambda export=export, suffix=suffix: export(file, folder / f'exported{suffix}'))
 
-    if not any('.lora_' in key for key in state):
+    if not any(map(is_lora_key, state)):
         add_lora(network, LoRAConfig(groups=['all'], rank=2))
     mark_trainable(network)
     values = [value for value in network.parameters() if value.requires_grad]
@@ -153,7 +153,7 @@ def _try(state: dict[str, torch.Tensor], folder: Path) -> dict[str, str]:
     torch.save({'params': network.eval().state_dict(), 'lora_sr': Origin(layout=layout).to_dict()}, trained)
     merge_checkpoint(trained, merged)
     written = torch.load(merged, weights_only=True)['params']
-    plain = {key: value.shape for key, value in state.items() if '.lora_' not in key}
+    plain = {key: value.shape for key, value in without_lora(state).items()}
     is_same = {key: value.shape for key, value in written.items()} == plain
     cells['merges back'] = 'yes' if is_same else 'folded' if len(written) < len(plain) else 'no'
     return cells

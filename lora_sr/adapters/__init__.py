@@ -3,19 +3,16 @@
 Of other packages these modules import torch and safetensors only; they work on any network.
 """
 
-from lora_sr.adapters.adapter_file import (
+from lora_sr.adapters.adapter import (
     Adapter,
     adapter_for,
     apply_adapter,
     describe_misfit,
     extract_adapter,
-    load_adapter,
     merge_adapter,
     mix_adapters,
-    parse_adapter,
-    read_adapter,
-    save_adapter,
 )
+from lora_sr.adapters.adapter_file import load_adapter, parse_adapter, read_adapter, save_adapter
 from lora_sr.adapters.allocation import LayerImportance, allocate_ranks, base_weight, layer_importance
 from lora_sr.adapters.checkpoint import (
     describe_lora,
@@ -23,6 +20,8 @@ from lora_sr.adapters.checkpoint import (
     is_lora_key,
     lora_state_dict,
     merge_state_dict,
+    only_lora,
+    without_lora,
 )
 from lora_sr.adapters.config import LoRAConfig
 from lora_sr.adapters.foreign import ForeignAdapter
@@ -99,10 +98,12 @@ __all__ = [
     'merge_lora',
     'merge_state_dict',
     'mix_adapters',
+    'only_lora',
     'parse_adapter',
     'peft_layout',
     'read_adapter',
     'remove_lora',
     'save_adapter',
     'set_lora_scale',
+    'without_lora',
 ]

@@ -21,6 +21,16 @@ def is_lora_key(key: str) -> bool:
     return key.rpartition('.')[2] in LORA_TENSORS or is_delta_key(key)
 
 
+def only_lora(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The LoRA tensors and the deltas of a state dict."""
+    return {key: value for key, value in state.items() if is_lora_key(key)}
+
+
+def without_lora(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without its LoRA tensors and deltas."""
+    return {key: value for key, value in state.items() if not is_lora_key(key)}
+
+
 def is_delta_key(key: str) -> bool:
     """Whether a state dict's key names the delta of a parameter."""
     return key.rpartition('.')[2].startswith(DELTA_PREFIX)
@@ -34,7 +44,7 @@ def key_of_base(delta: str) -> str:
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The LoRA tensors and the deltas of ``model`` alone, under their names in its state dict."""
-    return {key: value for key, value in model.state_dict().items() if is_lora_key(key)}
+    return only_lora(model.state_dict())
 
 
 def describe_lora(model: nn.Module) -> LoRAConfig:
@@ -125,7 +135,7 @@ def merge_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     _check_adapted(state)
     _check_deltas(state)
-    merged = {key: value for key, value in state.items() if not is_lora_key(key)}
+    merged = without_lora(state)
     ties = _tied_keys(merged)
     updates: dict[str, tuple[Tensor, ...]] = {}
     for name, rank in _layers_with_lora(state).items():

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from lora_sr.adapters.config import LARGEST_ALPHA
-from lora_sr.adapters.foreign import MAGNITUDES, ForeignAdapter, Update, text_of
-from lora_sr.adapters.layers import DTYPES
+from lora_sr.adapters.foreign import ForeignAdapter
+from lora_sr.adapters.foreign_products import MAGNITUDES, Update
+from lora_sr.adapters.layers import DTYPES, shape_text
 from lora_sr.adapters.patterns import MOST_STEPS, Patterns, check_simple
 from lora_sr.errors import InputError, shown
 from lora_sr.files import check_regular
@@ -37,8 +38,10 @@ _UNKNOWN = {
     'oft_blocks': 'OFT',
     'oft_diag': 'OFT',
     'on_input': '(IA)^3',
-    **dict.fromkeys(('diff', 'diff_b'), 'whole differences'),
-    **dict.fromkeys(('w_norm', 'b_norm'), 'normalizations'),
+    'diff': 'whole differences',
+    'diff_b': 'whole differences',
+    'w_norm': 'normalizations',
+    'b_norm': 'normalizations',
 }
 
 # Options of PEFT under which an update is not that of LoRA, or the base is not the one that is named.
@@ -236,7 +239,7 @@ def _parse_kohya(tensors: Mapping[str, Tensor]) -> ForeignAdapter:
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         match = _KOHYA_KEY.fullmatch(key)
-        kind = 'none of' if match is None else _UNKNOWN.get(match['part'])
+        kind = None if match is None else _UNKNOWN.get(match['part'])
         if match is None or kind:
             what = '' if match is None else f', i.e. {kind}'
             raise InputError(f'it must hold LoRA, LoHa or LoKr alone, got {shown(key)}{what}')
@@ -287,10 +290,10 @@ def _check_factors(layer: str, parts: Mapping[str, Tensor], may_have_groups: boo
     elif goes:
         goes = down.shape[0] == up.shape[1] or (may_have_groups and down.shape[0] % up.shape[1] == 0)
     if not goes:
-        between = '' if mid is None else f', {text_of(mid.shape)}'
+        between = '' if mid is None else f', {shape_text(mid.shape)}'
         raise InputError(
-            f'the update of {shown(layer)} is damaged: {text_of(down.shape)}{between} and {text_of(up.shape)} do not '
-            'go with each other'
+            f'the update of {shown(layer)} is damaged: {shape_text(down.shape)}{between} and {shape_text(up.shape)} do '
+            'not go with each other'
         )
     for value in parts.values():
         if value.dtype not in DTYPES:
@@ -298,7 +301,7 @@ def _check_factors(layer: str, parts: Mapping[str, Tensor], may_have_groups: boo
 
 
 def _kind(value: Tensor) -> str:
-    return f'{value.dtype} of {text_of(value.shape)}'
+    return f'{value.dtype} of {shape_text(value.shape)}'
 
 
 def _alpha(value: Tensor, layer: str) -> float:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
 
 LORA_TENSORS = ('lora_A', 'lora_B', 'lora_alpha')
 DELTA_PREFIX = 'lora_shift_'  # deltas were called shifts when the first checkpoints were written
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of updates
 POSITION = re.compile('rel(ative)?_pos|absolute_pos')  # parameters that are tables of positions
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """A shape as people write it: ``30x3x3x3``."""
+    return shown('x'.join(map(str, shape)) or 'a number', 40)
 
 
 def rows_of_unit(shape: Sequence[int]) -> int:

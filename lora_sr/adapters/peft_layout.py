@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_sr.adapters.adapter_file import Adapter, describe_misfit
+from lora_sr.adapters.adapter import Adapter, describe_misfit
 from lora_sr.adapters.foreign_files import PEFT_PREFIX
 from lora_sr.adapters.layers import join, low_rank_update
 from lora_sr.errors import InputError, shown
 
 SHOWN = 3  # of what cannot be written
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # PEFT has no LoRA for transposed convolutions, and counts attention's twice or once, depending on its version.
-_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.Linear)
+_KINDS = (*_CONVOLUTIONS, nn.Embedding, nn.Linear)
 
 
 @torch.no_grad()
@@ -92,7 +93,7 @@ def _obstacle(layer: nn.Module) -> str | None:
     """Why PEFT has no LoRA for a layer that is the same as ours."""
     if type(layer) not in _KINDS:
         return f'is a {type(layer).__name__}'
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if isinstance(layer, _CONVOLUTIONS):
         # PEFT runs the update as a convolution of its own, to which it hands neither on.
         if set(layer.dilation) != {1}:
             return 'is dilated'
@@ -102,7 +103,7 @@ def _obstacle(layer: nn.Module) -> str | None:
 
 
 def _has_our_factors(layer: nn.Module) -> bool:
-    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if not isinstance(layer, _CONVOLUTIONS):
         return True
     return layer.groups == 1 and (not isinstance(layer, nn.Conv2d) or layer.kernel_size[0] == 1)
 
@@ -139,7 +140,7 @@ def _named(name: str, layer: nn.Module, down: Tensor, up: Tensor) -> dict[str, T
         parts = {'lora_embedding_A': up.T, 'lora_embedding_B': down.T}
     else:
         parts = {'lora_A.weight': down, 'lora_B.weight': up}
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if isinstance(layer, _CONVOLUTIONS):
         kernel = layer.kernel_size
         parts['lora_A.weight'] = down.reshape(down.shape[0], layer.in_channels, *kernel)
         parts['lora_B.weight'] = up.reshape(*up.shape, *[1] * len(kernel))

@@ -347,11 +347,6 @@ class ParameterCount:
     trainable: int
     lora: int
 
-    @property
-    def trainable_share(self) -> float:
-        """Share of the parameters that train, 0 to 1."""
-        return self.trainable / self.total if self.total else 0.0
-
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the parameters of a network, shared ones once. LoRA tensors are part of the total."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from lora_sr.adapters import Adapter, ForeignAdapter, adapter_for, parse_adapter
-from lora_sr.adapters.adapter_file import renamed
-from lora_sr.adapters.foreign import Misfit
+from lora_sr.adapters.adapter import renamed
 from lora_sr.adapters.foreign_files import PEFT_WEIGHTS, weights_file
+from lora_sr.adapters.misfit import Misfit
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
 from lora_sr.checkpoints.content import Content
 from lora_sr.checkpoints.layouts import in_layout
@@ -165,3 +165,27 @@ def check_once(files: Sequence[AdapterFile], force: bool) -> None:
             other = seen[file.fingerprint]
             raise InputError(f'{other} and {file.path} are one adapter: put it on twice with --force.')
         seen[file.fingerprint] = file.path
+
+
+def fitted(
+    files: Iterable[AdapterFile],
+    base: Mapping[str, Tensor],
+    origin: Origin | None,
+    name: object,
+    has_branches: bool,
+    layout: Mapping[str, str] | None,
+    content: Content | None,
+    force: bool,
+) -> list[Adapter]:
+    """What the adapters of files are for a base, once each is known to be for it.
+
+    The arguments are those of :meth:`AdapterFile.adapter_for` and :meth:`AdapterFile.check_base`.
+
+    Raises:
+        InputError: An adapter does not fit, cannot be used, was trained on another base, or is on this one already.
+    """
+    adapters = []
+    for file in files:
+        adapters.append(file.adapter_for(base, name, has_branches, layout))
+        file.check_base(base, origin, name, force, content)
+    return adapters

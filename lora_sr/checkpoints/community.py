@@ -20,7 +20,7 @@ from lora_sr.archs.info import NetworkInfo, set_info
 from lora_sr.checkpoints.bounds import bounded, check_numbers, little_memory
 from lora_sr.checkpoints.content import DamagedWeights, check_finite, counted, misfit
 from lora_sr.checkpoints.layouts import layout_of, set_layout
-from lora_sr.errors import InputError, shown
+from lora_sr.errors import InputError, in_a_line, shown
 
 ARCHITECTURE = '_spandrel_architecture'
 # Architectures of which spandrel knows several layouts, and whether a state dict is in one that its network has not.
@@ -156,7 +156,7 @@ def _reason(error: Exception, base: Mapping[str, Tensor], architecture: Any) -> 
     """Why a state dict is of no network, from what its constructor, or torch, made of it."""
     if isinstance(error, KeyError) and error.args and error.args[0] not in base:
         return f'is incomplete: it lacks {shown(str(error.args[0]))}'
-    reason = shown(' '.join(str(error).split()).rstrip('.'), 200)
+    reason = in_a_line(error, 200).rstrip('.')
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code is nn.Module.load_state_dict.__code__:
             network, weights = frame.f_locals['self'], frame.f_locals['state_dict']

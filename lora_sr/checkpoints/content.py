@@ -24,7 +24,7 @@ from lora_sr.checkpoints.ignoring import Ignored, load_values
 from lora_sr.checkpoints.layouts import as_rrdbnet, in_layout, layout_of, set_layout
 from lora_sr.checkpoints.origin import KEY, Origin
 from lora_sr.checkpoints.unwrapping import find_weights
-from lora_sr.errors import InputError, shown
+from lora_sr.errors import InputError, in_a_line, shown
 from lora_sr.files import check_regular
 
 LOG = logging.getLogger('basicsr')
@@ -224,7 +224,7 @@ def load_weights(
     try:
         net.load_state_dict(weights, strict=strict)
     except (RuntimeError, KeyError) as error:  # the latter of branches that are to be folded, and are not all there
-        reason = misfit(net, weights) or shown(' '.join(str(error).split()), 200)
+        reason = misfit(net, weights) or in_a_line(error, 200)
         raise InputError(f'{path} does not fit {type(net).__name__}: {reason}') from error
     if layout:
         set_layout(net, layout)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lora_sr.adapters import is_lora_key
-from lora_sr.adapters.foreign import text_of
+from lora_sr.adapters import without_lora
+from lora_sr.adapters.layers import shape_text
 from lora_sr.checkpoints.bounds import bounded
 from lora_sr.checkpoints.families import FAMILIES, OURS
 from lora_sr.checkpoints.stock import STOCK_NETWORKS
@@ -47,7 +47,7 @@ def nearest_family(state: Mapping[str, Tensor]) -> Nearest | None:
     LoRA in the state dict is left out of account. Networks of this package are compared by names and shapes, those of
     BasicSR, which are recognized by their names, by these.
     """
-    base = {name: value for name, value in state.items() if not is_lora_key(name)}
+    base = without_lora(state)
     found = [
         *(_of_names(stock.name, stock.has_name, stock.needed, base) for stock in STOCK_NETWORKS),
         *(_of_shapes(family, base) for family in OURS),
@@ -67,16 +67,15 @@ def _of_names(
 def _of_shapes(family: str, base: Mapping[str, Tensor]) -> Nearest | None:
     try:
         with bounded(base, FACTOR):
-            own = FAMILIES[family][1](base).state_dict()
+            own = without_lora(FAMILIES[family][1](base).state_dict())
     except Exception:  # whatever a constructor makes of names and shapes that are not its own
         return None
-    own = {name: value for name, value in own.items() if not is_lora_key(name)}
     differing, agreeing = [], 0
     for name, value in base.items():
         if name not in own:
             differing.append(shown(name))
         elif own[name].shape != value.shape:
-            differing.append(f'{shown(name)} of {text_of(value.shape)} rather than {text_of(own[name].shape)}')
+            differing.append(f'{shown(name)} of {shape_text(value.shape)} rather than {shape_text(own[name].shape)}')
         else:
             agreeing += 1
     missing = [f'{name}, which is missing' for name in own if name not in base]

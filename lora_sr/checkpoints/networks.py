@@ -23,7 +23,7 @@ from lora_sr.adapters import (
 from lora_sr.adapters.foreign_files import weights_file
 from lora_sr.adapters.verbs import attach_updates
 from lora_sr.archs import deploy_form, fold, is_training_form, network_info, take_any_size
-from lora_sr.checkpoints.adapter_file import AdapterFile, check_once
+from lora_sr.checkpoints.adapter_file import AdapterFile, check_once, fitted
 from lora_sr.checkpoints.bounds import bounded
 from lora_sr.checkpoints.building import build_network, without_old_calls
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER, Checkpoint
@@ -426,14 +426,12 @@ def _with_adapters(opened: OpenedNetwork, source: NetworkSource) -> OpenedNetwor
         raise InputError(
             f'{opened.name} carries LoRA already, where adapters need a base: merge it with `lora-sr merge`.'
         )
-    files = [(AdapterFile.read(path), weight) for path, weight in source.adapters]
-    check_once([file for file, _ in files], source.force)
-    state = network.state_dict()
-    adapters = []
-    for file, weight in files:
-        adapters.append((file.adapter_for(state, opened.name, is_training_form(network), layout_of(network)), weight))
-        content = None if opened.checkpoint is None else opened.checkpoint.content
-        file.check_base(state, opened.origin, opened.name, source.force, content)
-    load_adapter(network, mix_adapters(adapters))
-    origin = opened.origin.with_adapters(state, (file.fingerprint for file, weight in files if weight))
+    files = [AdapterFile.read(path) for path, _ in source.adapters]
+    weights = [weight for _, weight in source.adapters]
+    check_once(files, source.force)
+    state, has_branches, layout = network.state_dict(), is_training_form(network), layout_of(network)
+    content = None if opened.checkpoint is None else opened.checkpoint.content
+    adapters = fitted(files, state, opened.origin, opened.name, has_branches, layout, content, source.force)
+    load_adapter(network, mix_adapters(zip(adapters, weights)))
+    origin = opened.origin.with_adapters(state, (file.fingerprint for file, weight in zip(files, weights) if weight))
     return replace(opened, network=network, origin=origin, has_adapters=True)

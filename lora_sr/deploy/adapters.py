@@ -24,11 +24,11 @@ from lora_sr.adapters import (
     save_adapter,
 )
 from lora_sr.adapters.adapter_file import SUFFIX
-from lora_sr.adapters.foreign import text_of
 from lora_sr.adapters.foreign_files import PEFT_CONFIG, PEFT_WEIGHTS, weights_file
+from lora_sr.adapters.layers import shape_text
 from lora_sr.archs import is_training_form
 from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkSource, Origin, open_network
-from lora_sr.checkpoints.adapter_file import check_once
+from lora_sr.checkpoints.adapter_file import check_once, fitted
 from lora_sr.checkpoints.checkpoint import ADAPTED, ADAPTER
 from lora_sr.checkpoints.families import OURS
 from lora_sr.checkpoints.layouts import in_layout
@@ -175,7 +175,7 @@ def export_adapters(
     files = _read_adapters(adapters, source)
     network = open_network(replace(source, checkpoint=checkpoint, adapters=())).network
     state = network.state_dict()
-    parts = _fitted(files, source, checkpoint, state, is_training_form(network))
+    parts = _parts(files, source, checkpoint, state, is_training_form(network))
     mixed = mix_adapters((part, 1.0 if weight is None else weight) for part, (_, weight) in zip(parts, adapters))
     tensors, config = peft_layout(mixed, network)
     origin = replace(checkpoint.origin or Origin(), base=fingerprint(state))
@@ -209,11 +209,11 @@ def describe_file(path: str | os.PathLike) -> str:
     for name in adapter.layers:
         factors, alpha = adapter.factors_of(name), adapter.alpha_of(name)
         size = sum(factor.numel() for factor in factors)
-        shapes = ', '.join(text_of(factor.shape) for factor in factors)
+        shapes = ', '.join(shape_text(factor.shape) for factor in factors)
         kind = shapes, adapter.rank_of(name), 'unknown' if math.isnan(alpha) else f'{alpha:g}'
         rows.setdefault((re.sub(r'\d+', '*', name), *kind, size), []).append(name)
     for name, delta in adapter.deltas.items():
-        rows.setdefault((re.sub(r'\d+', '*', name), text_of(delta.shape), '-', '-', delta.numel()), []).append(name)
+        rows.setdefault((re.sub(r'\d+', '*', name), shape_text(delta.shape), '-', '-', delta.numel()), []).append(name)
     table = [('layer, or parameter with a delta', 'count', 'tensors', 'rank', 'alpha', 'parameters')]
     for (_, shapes, rank, alpha, size), names in rows.items():
         table.append((shown(_pattern(names)), str(len(names)), shapes, str(rank), alpha, f'{size * len(names):,}'))
@@ -254,14 +254,14 @@ def _mix(
     files = _read_adapters(adapters, source)
     network = _network(source, checkpoint, pairs)
     state = _state_of(checkpoint, network)
-    parts = _fitted(files, source, checkpoint, state, network is not None and is_training_form(network))
+    parts = _parts(files, source, checkpoint, state, network is not None and is_training_form(network))
     unsaid = 1 / len(adapters) if pairs else 1.0
     weights = [unsaid if weight is None else weight for _, weight in adapters]
-    fitted = None
+    fit = None
     if pairs:
         assert network is not None
-        fitted = fit_mix(network, parts, weights, pairs.gt, pairs.lr, pairs.scale)
-        weights = fitted.weights
+        fit = fit_mix(network, parts, weights, pairs.gt, pairs.lr, pairs.scale)
+        weights = fit.weights
     mixed = mix_adapters(zip(parts, weights))
     is_merged = finish is merge_adapter  # else the file carries them beside its base
     origin = (checkpoint.origin or Origin()).with_adapters(
@@ -276,7 +276,7 @@ def _mix(
     if is_merged:  # under the names of the file of the base, which an adapted one only notes
         written = in_layout(written, checkpoint.layout)
     write_state(written, Path(output), replace(origin, layout=None if is_merged else checkpoint.layout or None))
-    return MixReport([os.fspath(path) for path, _ in adapters], weights, len(mixed.layers), fitted)
+    return MixReport([os.fspath(path) for path, _ in adapters], weights, len(mixed.layers), fit)
 
 
 def _read_adapters(
@@ -287,7 +287,7 @@ def _read_adapters(
     return files
 
 
-def _fitted(
+def _parts(
     files: Sequence[AdapterFile],
     source: NetworkSource,
     checkpoint: Checkpoint,
@@ -295,11 +295,8 @@ def _fitted(
     has_branches: bool,
 ) -> list[Adapter]:
     """What the files are for a base, given by its checkpoint and by the state dict of its network."""
-    parts = []
-    for file in files:
-        parts.append(file.adapter_for(state, checkpoint.path, has_branches, checkpoint.layout))
-        file.check_base(state, checkpoint.origin, checkpoint.path, source.force, checkpoint.content)
-    return parts
+    origin, layout, content = checkpoint.origin, checkpoint.layout, checkpoint.content
+    return fitted(files, state, origin, checkpoint.path, has_branches, layout, content, source.force)
 
 
 def _read_base(source: NetworkSource) -> Checkpoint:

@@ -22,7 +22,7 @@ from lora_sr.checkpoints.networks import UnknownNetwork, input_files, reopen
 from lora_sr.checkpoints.origin import adapter_fingerprint
 from lora_sr.checkpoints.sections import base_section, names_file
 from lora_sr.checkpoints.writing import SUFFIXES, write_state, writing
-from lora_sr.errors import InputError, shown
+from lora_sr.errors import InputError, in_a_line, shown
 from lora_sr.files import check_not_input, check_output
 
 
@@ -181,7 +181,6 @@ def _difference(trained: nn.Module, written: nn.Module, dtype: torch.dtype) -> f
     try:
         return relative_difference(*(run_seeded(network.to(dtype), images) for network in (trained, written)))
     except (TypeError, IndexError) as error:  # of a constructor's values, which a file may state
-        reason = shown(' '.join(str(error).split()))
         raise InputError(
-            f'{type(trained).__name__} does not run with the values that it was built with: {reason}.'
+            f'{type(trained).__name__} does not run with the values that it was built with: {in_a_line(error)}.'
         ) from error

@@ -23,6 +23,7 @@ from lora_sr.adapters import (
     is_lora_key,
 )
 from lora_sr.adapters.foreign_files import weights_file
+from lora_sr.adapters.layers import shape_text
 from lora_sr.archs import LKDN, SPAN, DSCLoRA, NetworkInfo, is_training_form, network_info
 from lora_sr.archs.registry import is_ours
 from lora_sr.archs.reparam import Foldable
@@ -270,7 +271,7 @@ def _summarize_unknown(
         except InputError as error:
             described['LoRA'] = f'incomplete: {error}'
     described['values'] = f'{values:,}'
-    tensors = [f'{shown(key)}  {shown(_shape(value))}' for key, value in list(state.items())[:SHOWN_TENSORS]]
+    tensors = [f'{shown(key)}  {shape_text(value.shape)}' for key, value in list(state.items())[:SHOWN_TENSORS]]
     if len(state) > SHOWN_TENSORS:
         tensors.append(f'… and {len(state) - SHOWN_TENSORS} more')
     return CheckpointSummary({'file': rows.pop('file'), **described, **rows, 'tensors': '\n'.join(tensors)}, commands)
@@ -433,7 +434,3 @@ def _command(name: str, *arguments: str | os.PathLike, param_key: str | None = N
     if param_key is not None:
         arguments = (*arguments, '--param-key', param_key)
     return ' '.join([name, *(shlex.quote(os.fspath(argument)) for argument in arguments)])
-
-
-def _shape(value: Tensor) -> str:
-    return 'x'.join(map(str, value.shape)) or 'a number'

@@ -5,7 +5,7 @@ import torch
 from community_networks import SMALL
 
 from lora_sr.deploy.exports import export_chainner, export_onnx, export_torchscript
-from lora_sr.deploy.exports.deployed import reason_of
+from lora_sr.deploy.exports.deployed import exporter_reason
 from lora_sr.errors import InputError
 
 pytest.importorskip('onnxruntime')
@@ -72,5 +72,5 @@ def test_onnxruntime_shows_nothing_of_what_it_refuses(tmp_path, capfd):
 
 def test_a_stack_is_no_reason():
     stack = 'Could not do it.\n/a/module.py(3): forward\n<frozen runpy>(198): _run_module_as_main\nValueError: bad\n'
-    assert reason_of(RuntimeError(stack)) == 'ValueError: bad'
-    assert reason_of(RuntimeError('Could not do it.\n/a/Error: b.py(3): forward\n')) == 'Could not do it'
+    assert exporter_reason(RuntimeError(stack)) == 'ValueError: bad'
+    assert exporter_reason(RuntimeError('Could not do it.\n/a/Error: b.py(3): forward\n')) == 'Could not do it'

@@ -196,7 +196,7 @@ def deployed_network(source: NetworkLike, param_key: str | None = None) -> Deplo
     return deployed
 
 
-def reason_of(error: Exception) -> str:
+def exporter_reason(error: Exception) -> str:
     """What an exporter or a runtime says, in a line; torch puts a stack before it, or behind."""
     lines = [line for line in str(error).strip().splitlines() if not FRAME.match(line)] or [type(error).__name__]
     python = PYTHON_CALL.search(lines[0])

@@ -21,7 +21,7 @@ from lora_sr.deploy.exports.deployed import (
     ExportReport,
     check_traceable,
     deployed_network,
-    reason_of,
+    exporter_reason,
     tracing,
 )
 from lora_sr.errors import InputError
@@ -84,7 +84,7 @@ def export_onnx(
         difference = deployed.difference(run)
     except Exception as error:  # whatever converter, checker and runtime make of a graph that is wrong
         limits = None if run is None or dtype != 'float32' else deployed.limits(run)
-        reason = limits or f'onnxruntime does not run it: {reason_of(error)}'
+        reason = limits or f'onnxruntime does not run it: {exporter_reason(error)}'
         raise InputError(f'{deployed.name} cannot be exported as ONNX: {reason}.') from error
     if dtype == 'float16' and not difference.psnr >= FLOAT16_PSNR:
         raise InputError(
@@ -122,7 +122,7 @@ def _trace(deployed: Deployed) -> bytes:
             )
     except Exception as error:  # whatever an exporter makes of a network that it cannot trace
         raise InputError(
-            f'{deployed.name} cannot be exported as ONNX: {deployed.family}: {reason_of(error)}.'
+            f'{deployed.name} cannot be exported as ONNX: {deployed.family}: {exporter_reason(error)}.'
         ) from error
     return buffer.getvalue()
 

@@ -15,7 +15,7 @@ from lora_sr.deploy.exports.deployed import (
     ExportReport,
     check_traceable,
     deployed_network,
-    reason_of,
+    exporter_reason,
     tracing,
 )
 from lora_sr.errors import InputError
@@ -59,7 +59,7 @@ def export_torchscript(
         difference = deployed.difference(loaded)
     except Exception as error:  # whatever the tracer, or what it traced, makes of a network
         limits = None if loaded is None else deployed.limits(loaded)
-        reason = limits or f'{deployed.family}: {reason_of(error)}'
+        reason = limits or f'{deployed.family}: {exporter_reason(error)}'
         raise InputError(f'{deployed.name} cannot be exported as TorchScript: {reason}.') from error
     if not difference.largest <= FLOAT32_TOLERANCE:
         reason = deployed.limits(loaded) or f"the file's images differ from the network's by {difference}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_sr.adapters import is_lora_key
+from lora_sr.adapters import is_lora_key, only_lora, without_lora
 from lora_sr.adapters.foreign_files import is_foreign
 from lora_sr.checkpoints.community import architecture_of, names_in_network
 from lora_sr.checkpoints.content import Content, read_checkpoint, weights_for
@@ -70,7 +70,7 @@ class Checkpoint:
         names = names_in_network(state) if not layout and family_of(state) is None else None
         if names is not None:
             layout = {name: old for name, old in names.items() if old != name}
-            updates = {name: value for name, value in state.items() if is_lora_key(name)}
+            updates = only_lora(state)
             state = OrderedDict({**{name: state[old] for name, old in names.items()}, **updates})
         return cls(Path(path), content, found.param_key, found.prefix, state, layout)
 
@@ -106,7 +106,7 @@ class Checkpoint:
             return True
         if not self.layout:
             return False
-        base = {name: value for name, value in self.in_file.items() if not is_lora_key(name)}
+        base = without_lora(self.in_file)
         return as_rrdbnet(base) is None and architecture_of(base) is not None
 
     @property

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_sr.adapters import is_lora_key
+from lora_sr.adapters import without_lora
 from lora_sr.archs.info import NetworkInfo, set_info
 from lora_sr.checkpoints.bounds import bounded, check_numbers, little_memory
 from lora_sr.checkpoints.content import DamagedWeights, check_finite, counted, misfit
@@ -44,7 +44,7 @@ def architecture_of(state: Mapping[str, Tensor]) -> str | None:
     Raises:
         InputError: spandrel is not installed.
     """
-    base = {name: value for name, value in state.items() if not is_lora_key(name)}
+    base = without_lora(state)
     found = _find(base) if base else None
     return None if found is None else str(found.name)
 
@@ -55,7 +55,7 @@ def names_in_network(state: Mapping[str, Tensor]) -> dict[str, str] | None:
     Returns:
         ``None`` where spandrel does not know the state dict, or changes no names.
     """
-    base = {name: value for name, value in state.items() if not is_lora_key(name)}
+    base = without_lora(state)
     architecture = _find(base) if any(has_others(base) for has_others in RENAMED.values()) else None
     if architecture is None or architecture.id not in RENAMED or not RENAMED[architecture.id](base):
         return None
@@ -85,7 +85,7 @@ def build_community(state: Mapping[str, Tensor], path: object) -> nn.Module:
     Raises:
         InputError: The state dict fits no network of its architecture, or one that needs more than an image.
     """
-    base = {name: value for name, value in state.items() if not is_lora_key(name)}
+    base = without_lora(state)
     architecture = _find(base)
     if architecture is None:
         raise InputError(f'{path} is of no architecture that spandrel knows.')

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lora_sr.adapters import (
     adapted_modules,
     infer_lora_config,
-    is_lora_key,
     load_adapter,
     mix_adapters,
+    only_lora,
     remove_lora,
 )
 from lora_sr.adapters.foreign_files import weights_file
@@ -284,7 +284,7 @@ def _open_community(checkpoint: Checkpoint) -> OpenedNetwork:
         network = build_community(checkpoint.in_file, path)
         if checkpoint.form == ADAPTED:
             attach_updates(network, infer_lora_config(checkpoint.state))
-        updates = {name: value for name, value in checkpoint.state.items() if is_lora_key(name)}
+        updates = only_lora(checkpoint.state)
         load_weights(network, {**network.state_dict(), **updates}, path)
     except DamagedWeights:
         raise

@@ -131,14 +131,12 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
                 if is_image and size <= MOST_BYTES:  # what is no image may be of any size
                     data = beginning + file.read()
         except OSError as error:
-            raise InputError(f'{path} cannot be read: {error.strerror}.') from None
+            raise UnreadableImage(f'cannot be read: {error.strerror}') from None
         if not is_image:
             raise UnidentifiedImageError
         if not data:
-            raise InputError(f'{path} must be an image of less than 2 GiB, got {size / (1 << 30):.1f} GiB.')
-        return _read(data, path)
-    except InputError:
-        raise
+            raise UnreadableImage(f'must be an image of less than 2 GiB, got {size / (1 << 30):.1f} GiB')
+        return _read(data)
     except UnreadableImage as error:
         raise InputError(f'{path} {error}.') from None
     except Image.DecompressionBombError:
@@ -155,9 +153,9 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
         raise InputError(f'{path} is damaged: {str(error).rstrip(".") or type(error).__name__}.') from None
 
 
-def _read(data: bytes, path: str | os.PathLike[str]) -> Picture:
+def _read(data: bytes) -> Picture:
     if data.startswith(PNG_SIGNATURE):
-        return _decode_png(data, path)
+        return _decode_png(data)
     if data.startswith((JP2_SIGNATURE, CODESTREAM_SIGNATURE)):
         return _decode_jpeg2000(data)
     if tga.is_tga(data):
@@ -168,10 +166,10 @@ def _read(data: bytes, path: str | os.PathLike[str]) -> Picture:
     folded = tiff.fold(data)
     formats = ('AVIF',) if is_avif else READABLE  # which an earlier Pillow does not know by name
     with Image.open(io.BytesIO(data if folded is None else folded.data), formats=formats) as image:
-        return _decode(image, data, path, folded)
+        return _decode(image, data, folded)
 
 
-def _decode_png(data: bytes, path: str | os.PathLike[str]) -> Picture:
+def _decode_png(data: bytes) -> Picture:
     chunks = read_chunks(data)
     metadata, icc_profile, chunks = split_chunks(chunks)
     depth, color_type = chunks[0][1][8:10]
@@ -181,7 +179,7 @@ def _decode_png(data: bytes, path: str | os.PathLike[str]) -> Picture:
         chunks = [chunk for chunk in chunks if chunk[0] != b'tRNS']
     data = write_chunks(chunks)
     with Image.open(io.BytesIO(data), formats=('PNG',)) as image:
-        _refuse_several(image, path)
+        _refuse_several(image)
         orientation, exif, lost = _read_exif(image)
         if ORIENTATION not in exif:
             orientation = extras.xmp_orientation(metadata.xmp)
@@ -222,14 +220,14 @@ def _with_alpha(pixels: np.ndarray, transparent: bytes, depth: int) -> np.ndarra
     return np.concatenate([pixels, is_seen * pixels.dtype.type(peak)], 2)
 
 
-def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folded: tiff.Folded | None) -> Picture:
+def _decode(image: Image.Image, data: bytes, folded: tiff.Folded | None) -> Picture:
     """A JPEG, WebP, TIFF, BMP or AVIF."""
-    _refuse_several(image, path)
+    _refuse_several(image)
     if image.format == 'AVIF' and image.width * image.height > MOST_AVIF_PIXELS:
-        raise InputError(f'{path} must have {MOST_AVIF_PIXELS} pixels or fewer, as AVIF.')
+        raise UnreadableImage(f'must have {MOST_AVIF_PIXELS} pixels or fewer, as AVIF')
     # A block of 64 pixels takes a bit at least; what is missing libjpeg makes up.
     if image.format == 'JPEG' and len(data) * 8 * 64 < image.width * image.height:
-        raise InputError(f'{path} is damaged: it is far too short for {image.width} x {image.height} pixels.')
+        raise UnreadableImage(f'is damaged: it is far too short for {image.width} x {image.height} pixels')
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     icc_profile = image.info.get('icc_profile')
     if not isinstance(icc_profile, bytes):  # a tag of a TIFF may be of any type
@@ -243,7 +241,7 @@ def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folde
             lost |= read_avif(data, has_profile=icc_profile is not None)
     extra_samples = tags.get(EXTRA_SAMPLES, ())
     if SIGNED in tags.get(SAMPLE_FORMAT, ()):
-        raise InputError(f'{path} must be gray or RGB of 8 or 16 bits, got {tiff.describe(data)}: convert it first.')
+        raise UnreadableImage(f'must be gray or RGB of 8 or 16 bits, got {tiff.describe(data)}: convert it first')
     if folded is not None:
         extra_samples = folded.extra_samples
         orientation = folded.orientation if ORIENTATION in tags else orientation  # where XMP alone tells it
@@ -253,8 +251,8 @@ def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folde
     elif image.mode in MODES_OF_8_BITS:
         pixels = _decode_8_bits(image, is_turned=True)
     else:
-        raise InputError(
-            f'{path} must be gray or RGB of 8 or 16 bits, got pixels of the kind {image.mode}: convert it first.'
+        raise UnreadableImage(
+            f'must be gray or RGB of 8 or 16 bits, got pixels of the kind {image.mode}: convert it first'
         )
     if len(extra_samples) > (pixels.shape[2] in (2, 4)):
         lost |= {'channels that are not alpha'}
@@ -352,10 +350,10 @@ def _decode_tga_pixels(data: bytes) -> tuple[np.ndarray, bool]:
         return _decode_8_bits(image), image.mode == 'P'
 
 
-def _refuse_several(image: Image.Image, path: str | os.PathLike[str]) -> None:
+def _refuse_several(image: Image.Image) -> None:
     frames = getattr(image, 'n_frames', 1)
     if frames > 1 and image.format != 'MPO':  # a JPEG with previews, or both eyes' views
-        raise InputError(f'{path} must hold one picture, got {frames}: take them apart first.')
+        raise UnreadableImage(f'must hold one picture, got {frames}: take them apart first')
 
 
 def _decode_8_bits(image: Image.Image, is_turned: bool = False) -> np.ndarray:

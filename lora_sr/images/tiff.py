@@ -236,7 +236,6 @@ class _Layout:
         pixel_bytes: Of a plane.
         offsets: Where the pieces are.
         lengths: How many bytes they have.
-        is_tiled: Whether they are tiles, which are whole also at the ends.
     """
 
     planes: int
@@ -249,7 +248,6 @@ class _Layout:
     pixel_bytes: int
     offsets: tuple[int, ...]
     lengths: tuple[int, ...]
-    is_tiled: bool
 
     def blocks(self, data: bytes, plane: int, height: int) -> Iterator[tuple[int, np.ndarray]]:
         """A plane from top to bottom, some rows at a time: the first row, and bytes (rows, pieces across, bytes)."""
@@ -447,9 +445,7 @@ def _layout(directory: _Directory, dtype: np.dtype, stored: int, planes: int) ->
     if any(offset + length > len(directory.data) for offset, length in zip(*places)):
         raise UnreadableImage('is damaged: it is cut short')
     channels = stored // planes
-    return _Layout(
-        planes, channels, compression, predictor, across, rows, columns, channels * dtype.itemsize, *places, is_tiled
-    )
+    return _Layout(planes, channels, compression, predictor, across, rows, columns, channels * dtype.itemsize, *places)
 
 
 def _as_gray(directory: _Directory) -> bytes:

@@ -365,12 +365,12 @@ def _write_tiff(
     directory[tags.IMAGE_WIDTH], directory[tags.IMAGE_LENGTH] = width, height
     directory[tags.BITS_PER_SAMPLE] = (8 * itemsize,) * channels
     directory[tags.COMPRESSION] = tags.DEFLATE
-    directory[tags.PHOTOMETRIC] = 2 if channels > 2 else 1
+    directory[tags.PHOTOMETRIC] = tags.RGB if channels > 2 else tags.BLACK_IS_ZERO
     directory[tags.SAMPLES_PER_PIXEL] = channels
     directory[tags.ROWS_PER_STRIP] = min(rows, height)
     directory.tagtype[tags.STRIP_BYTE_COUNTS] = tags.LONG
     directory[tags.STRIP_BYTE_COUNTS] = tuple(lengths)
-    directory[tags.PLANAR_CONFIGURATION] = 1
+    directory[tags.PLANAR_CONFIGURATION] = tags.CONTIGUOUS
     if is_real:
         directory[tags.SAMPLE_FORMAT] = (tags.FLOATING_POINT,) * channels
     else:

@@ -25,14 +25,22 @@ from lora_sr.images.metadata import Metadata, split_chunks
 from lora_sr.images.modes import ALPHA_MODES, GRAY_MODES, MODES_OF_8_BITS
 from lora_sr.images.png import PNG_SIGNATURE, read_chunks, write_chunks
 from lora_sr.images.tags import (
+    ARTIST,
     ASSOCIATED,
+    COPYRIGHT,
+    DATE_TIME,
     EXIF_IFD,
     EXTRA_SAMPLES,
     GPS_IFD,
+    IMAGE_DESCRIPTION,
     INTEROPERABILITY_IFD,
+    MAKE,
+    MODEL,
     ORIENTATION,
+    RESOLUTION_UNIT,
     SAMPLE_FORMAT,
     SIGNED,
+    SOFTWARE,
     UNSPECIFIED,
     X_RESOLUTION,
     Y_RESOLUTION,
@@ -72,9 +80,11 @@ NO_IMAGE = 'is not a PNG, JPEG, WebP, TIFF, BMP, TGA, JPEG 2000 or AVIF image, o
 MOST_BYTES = (1 << 31) - 1  # of a file, as many as OpenCV takes
 MOST_AVIF_PIXELS = 1 << 27  # which take 2 GB while they are decoded
 READABLE = ('JPEG', 'WEBP', 'TIFF', 'BMP')
-# What a TIFF says of a picture, and not of how its pixels are stored: description, make, model, orientation,
-# resolution (X, Y and unit), software, date and time, artist, copyright.
-DESCRIPTIVE_TAGS = (270, 271, 272, ORIENTATION, 282, 283, 296, 305, 306, 315, 33432, EXIF_IFD, GPS_IFD)
+# What a TIFF says of a picture, and not of how its pixels are stored.
+DESCRIPTIVE_TAGS = (
+    *(IMAGE_DESCRIPTION, MAKE, MODEL, ORIENTATION, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, SOFTWARE, DATE_TIME),
+    *(ARTIST, COPYRIGHT, EXIF_IFD, GPS_IFD),
+)
 
 
 @dataclass(frozen=True)

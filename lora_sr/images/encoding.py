@@ -21,7 +21,8 @@ from lora_sr.errors import InputError
 from lora_sr.images import jpeg2000, tags
 from lora_sr.images import metadata as extras
 from lora_sr.images.bmp import bmp_header
-from lora_sr.images.formats import NAMES, Picture, exif_block, has_avif
+from lora_sr.images.formats import NAMES, Picture, bare_exif_block, exif_block, has_avif
+from lora_sr.images.modes import swap_red_and_blue
 from lora_sr.images.png import PNG_SIGNATURE, write_chunk
 from lora_sr.images.tga import tga_footer, tga_header
 
@@ -306,7 +307,7 @@ def _write_png(file: IO[bytes], picture: Picture, bands: Iterable[np.ndarray], s
     if picture.icc_profile:
         chunks.append((b'iCCP', b'ICC profile\0\0' + zlib.compress(picture.icc_profile)))
     if picture.exif:
-        chunks.append((b'eXIf', exif_block(picture.exif)[len(b'Exif\0\0') :]))
+        chunks.append((b'eXIf', bare_exif_block(picture.exif)))
     chunks += extras.png_chunks(picture.metadata)
     file.write(PNG_SIGNATURE)
     for name, content in chunks:
@@ -431,7 +432,7 @@ def _write_from_below(file: IO[bytes], bands: Iterable[np.ndarray], height: int,
     below = end
     for band in bands:
         rows = np.zeros((len(band), row_bytes), np.uint8)
-        colors = band[::-1, :, [2, 1, 0, 3][: band.shape[2]]] if band.shape[2] > 2 else band[::-1]
+        colors = swap_red_and_blue(band[::-1]) if band.shape[2] > 2 else band[::-1]
         rows[:, : colors[0].size] = colors.reshape(len(band), -1)
         below -= rows.size
         file.seek(below)
@@ -512,7 +513,7 @@ def _write_jpeg2000(
     """A JP2 file, or of it the pixels alone. Pillow writes no colors of 16 bits, and OpenCV no gray with alpha."""
     pixels = np.concatenate(list(bands))
     if pixels.dtype == np.uint16 and pixels.shape[2] > 1:
-        encoded = _encode_by_opencv(pixels[:, :, [2, 1, 0, 3][: pixels.shape[2]]])
+        encoded = _encode_by_opencv(swap_red_and_blue(pixels))
     else:
         options: dict[str, Any] = {}
         if quality != LOSSLESS and pixels.dtype == np.uint8:
@@ -523,7 +524,7 @@ def _write_jpeg2000(
     if file_format == 'j2k':
         file.write(jpeg2000.codestream_of(encoded))
         return
-    exif = exif_block(picture.exif)[len(b'Exif\0\0') :] if picture.exif else b''
+    exif = bare_exif_block(picture.exif)
     file.write(jpeg2000.with_boxes(encoded, picture.icc_profile, exif, picture.metadata))
 
 

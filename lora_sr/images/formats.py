@@ -21,8 +21,8 @@ from lora_sr.images import tga, tiff
 from lora_sr.images.avif import is_box_file, read_avif
 from lora_sr.images.bmp import BMP_SIGNATURE, read_bmp
 from lora_sr.images.jpeg2000 import CODESTREAM_SIGNATURE, JP2_SIGNATURE, JPEG2000, plain_jp2, read_jpeg2000
-from lora_sr.images.metadata import Metadata, split_chunks
-from lora_sr.images.modes import ALPHA_MODES, GRAY_MODES, MODES_OF_8_BITS
+from lora_sr.images.metadata import EXIF_HEADER, Metadata, split_chunks
+from lora_sr.images.modes import ALPHA_MODES, GRAY_MODES, MODES_OF_8_BITS, swap_red_and_blue
 from lora_sr.images.png import PNG_SIGNATURE, read_chunks, write_chunks
 from lora_sr.images.tags import (
     ARTIST,
@@ -276,7 +276,7 @@ def _decode_jpeg2000(data: bytes) -> Picture:
     # Of the codestream alone: Pillow knows nothing of the order of channels, and of palettes not all.
     with Image.open(io.BytesIO(described.codestream), formats=('JPEG2000',)) as image:
         if described.exif:
-            image.info['exif'] = b'Exif\0\0' + described.exif
+            image.info['exif'] = EXIF_HEADER + described.exif
         orientation, exif, lost = _read_exif(image)
         if described.depth > 8:
             pixels = _decode_deep_jpeg2000(described)
@@ -399,9 +399,7 @@ def _decode_16_bits(data: bytes) -> np.ndarray:
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16:
         raise UnreadableImage('is damaged, or has pixels of another kind than whole numbers of 16 bits')
-    if pixels.ndim == 2:
-        return pixels[:, :, None]
-    return pixels[:, :, [2, 1, 0, 3][: pixels.shape[2]]]
+    return pixels[:, :, None] if pixels.ndim == 2 else swap_red_and_blue(pixels)
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -451,3 +449,8 @@ def exif_block(tags: Mapping[int, Any]) -> bytes:
     for tag, value in tags.items():
         exif[tag] = value
     return exif.tobytes()
+
+
+def bare_exif_block(tags: Mapping[int, Any]) -> bytes:
+    """EXIF as PNG and JPEG 2000 hold it, without ``Exif``; empty where there are no tags."""
+    return exif_block(tags).removeprefix(EXIF_HEADER) if tags else b''

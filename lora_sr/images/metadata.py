@@ -46,6 +46,7 @@ HELD = {
 }
 XMP_KEYWORD, EXIF_KEYWORDS = b'XML:com.adobe.xmp', (b'Raw profile type exif', b'Raw profile type APP1')
 
+EXIF_HEADER = b'Exif\0\0'  # of JPEG's segment
 XMP_HEADER, LONG_XMP_HEADER = b'http://ns.adobe.com/xap/1.0/\0', b'http://ns.adobe.com/xmp/extension/\0'
 IPTC_RESOURCE = 0x0404  # of Photoshop's
 LARGEST_RESOLUTION = 1e9  # beyond all that can be meant
@@ -128,8 +129,8 @@ def split_chunks(chunks: Sequence[tuple[bytes, bytes]]) -> PNGMetadata:
                 metadata = replace(metadata, xmp=text)
                 continue
             block = _raw_profile(text) if keyword in EXIF_KEYWORDS and text else b''
-            if block.startswith(b'Exif\0\0'):
-                raw_exif = block[len(b'Exif\0\0') :]
+            if block.startswith(EXIF_HEADER):
+                raw_exif = block[len(EXIF_HEADER) :]
             else:
                 kept.append((name, content))
         elif name == b'pHYs' and len(content) == 9:

@@ -201,13 +201,8 @@ def _decode_png(data: bytes) -> Picture:
             pixels = _decode_8_bits(image)
     if transparent is not None:
         pixels = _with_alpha(pixels, transparent, depth)
-    metadata = replace(
-        metadata,
-        resolution=metadata.resolution or extras.exif_resolution(exif),
-        lost=metadata.lost | lost,
-    )
-    pixels, metadata = _turn(pixels, orientation), extras.upright(metadata, orientation)
-    return Picture(np.ascontiguousarray(pixels), icc_profile, _turn_exif(exif, orientation), metadata)
+    metadata = replace(metadata, lost=metadata.lost | lost)
+    return _upright(Picture(_turn(pixels, orientation), icc_profile, exif, metadata), orientation)
 
 
 def _with_alpha(pixels: np.ndarray, transparent: bytes, depth: int) -> np.ndarray:
@@ -246,7 +241,7 @@ def _decode(image: Image.Image, data: bytes, folded: tiff.Folded | None) -> Pict
     if image.format == 'BMP':
         icc_profile, metadata = read_bmp(data)
     else:
-        metadata = extras.read_metadata(image, exif)
+        metadata = extras.read_metadata(image)
         if image.format == 'AVIF':
             lost |= read_avif(data, has_profile=icc_profile is not None)
     extra_samples = tags.get(EXTRA_SAMPLES, ())
@@ -266,9 +261,9 @@ def _decode(image: Image.Image, data: bytes, folded: tiff.Folded | None) -> Pict
         )
     if len(extra_samples) > (pixels.shape[2] in (2, 4)):
         lost |= {'channels that are not alpha'}
-    metadata = extras.upright(replace(metadata, lost=metadata.lost | lost), orientation)
+    metadata = replace(metadata, lost=metadata.lost | lost)
     has_alpha = extra_samples[:1] != (UNSPECIFIED,)
-    return Picture(np.ascontiguousarray(pixels), icc_profile, _turn_exif(exif, orientation), metadata, has_alpha)
+    return _upright(Picture(pixels, icc_profile, exif, metadata, has_alpha), orientation)
 
 
 def _decode_jpeg2000(data: bytes) -> Picture:
@@ -289,13 +284,8 @@ def _decode_jpeg2000(data: bytes) -> Picture:
         pixels = np.concatenate([colors, pixels[:, :, 3:]], 2)
     if described.is_premultiplied:
         pixels = _divided_by_alpha(pixels)
-    metadata = described.metadata
-    metadata = replace(
-        metadata, resolution=metadata.resolution or extras.exif_resolution(exif), lost=metadata.lost | lost
-    )
-    pixels, metadata = _turn(pixels, orientation), extras.upright(metadata, orientation)
-    exif = _turn_exif(exif, orientation)
-    return Picture(np.ascontiguousarray(pixels), described.icc_profile, exif, metadata, described.has_alpha)
+    pixels, metadata = _turn(pixels, orientation), replace(described.metadata, lost=described.metadata.lost | lost)
+    return _upright(Picture(pixels, described.icc_profile, exif, metadata, described.has_alpha), orientation)
 
 
 def _decode_8_bit_jpeg2000(image: Image.Image, described: JPEG2000) -> np.ndarray:
@@ -414,6 +404,19 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels if orientation == 1 else pixels.copy()
 
 
+def _upright(picture: Picture, orientation: int) -> Picture:
+    """A picture whose pixels were turned by an EXIF orientation: what describes them turns with them.
+
+    The resolution is that of EXIF where the file has none of its own.
+    """
+    resolution = picture.metadata.resolution or extras.exif_resolution(picture.exif)
+    exif = dict(picture.exif)
+    if orientation in (5, 6, 7, 8) and {X_RESOLUTION, Y_RESOLUTION} <= exif.keys():
+        exif[X_RESOLUTION], exif[Y_RESOLUTION] = exif[Y_RESOLUTION], exif[X_RESOLUTION]
+    metadata = extras.upright(replace(picture.metadata, resolution=resolution), orientation)
+    return replace(picture, pixels=np.ascontiguousarray(picture.pixels), exif=exif, metadata=metadata)
+
+
 def _read_exif(image: Image.Image) -> tuple[int, dict[int, Any], frozenset[str]]:
     """The orientation, the tags as :class:`Picture` has them, and what is lost: all where they are damaged."""
     try:
@@ -433,14 +436,6 @@ def _read_exif(image: Image.Image) -> tuple[int, dict[int, Any], frozenset[str]]
     except Exception:  # EXIF is often damaged, in ways that concern nothing but EXIF
         return 1, {}, frozenset({'damaged EXIF'})
     return orientation, tags, frozenset()
-
-
-def _turn_exif(exif: Mapping[int, Any], orientation: int) -> dict[int, Any]:
-    """The tags of pixels that were turned: the resolution changes sides with them."""
-    exif = dict(exif)
-    if orientation in (5, 6, 7, 8) and {X_RESOLUTION, Y_RESOLUTION} <= exif.keys():
-        exif[X_RESOLUTION], exif[Y_RESOLUTION] = exif[Y_RESOLUTION], exif[X_RESOLUTION]
-    return exif
 
 
 def exif_block(tags: Mapping[int, Any]) -> bytes:

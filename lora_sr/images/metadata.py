@@ -177,23 +177,22 @@ def resolution_of(x: Any, y: Any, unit: str | None) -> Resolution | None:
     return Resolution(x, y, unit)
 
 
-def read_metadata(image: Image.Image, exif: Mapping[int, Any]) -> Metadata:
-    """That of an opened JPEG, WebP, AVIF or TIFF, as it is stored: nothing is turned.
+def read_metadata(image: Image.Image) -> Metadata:
+    """That of an opened JPEG, WebP, AVIF or TIFF, as it is stored: nothing is turned, and no EXIF is looked at.
 
     Args:
         image: As Pillow opened it, not loaded yet.
-        exif: Its tags.
     """
     if isinstance(image, TiffImageFile):
-        return Metadata(exif_resolution(exif), _bytes_of(image, XMP), _bytes_of(image, IPTC))
+        return Metadata(None, _bytes_of(image, XMP), _bytes_of(image, IPTC))
     segments = getattr(image, 'applist', [])
     if not segments:  # WebP and AVIF
-        return Metadata(exif_resolution(exif), image.info.get('xmp'))
+        return Metadata(None, image.info.get('xmp'))
     x, y = image.info.get('jfif_density', (0, 0))
     xmp = next((block[len(XMP_HEADER) :] for _, block in segments if block.startswith(XMP_HEADER)), None)
     iptc = image.info.get('photoshop', {}).get(IPTC_RESOURCE)
     return Metadata(
-        resolution_of(x, y, JFIF_UNITS.get(image.info.get('jfif_unit', 0))) or exif_resolution(exif),
+        resolution_of(x, y, JFIF_UNITS.get(image.info.get('jfif_unit', 0))),
         xmp,
         iptc or None,
         image.info.get('comment') or None,

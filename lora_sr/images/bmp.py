@@ -16,7 +16,8 @@ INFO_HEADER = struct.Struct('<LllHHLLllLL')
 V5_REST = struct.Struct('<4LL36x12xLLLL')
 V5_SIZE = INFO_HEADER.size + V5_REST.size
 BITFIELDS = 3  # a compression: pixels as the masks say
-SRGB, EMBEDDED = b'BGRs', b'DEBM'  # color spaces, as they stand in a file: 'sRGB' and 'MBED' with the last letter first
+# Color spaces, as they stand in a file: 'sRGB', 'MBED' and 'LINK' with the last letter first.
+SRGB, EMBEDDED, LINKED = b'BGRs', b'DEBM', b'KNIL'
 FOR_PICTURES = 4  # an intent: perceptual
 MASKS = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)  # of R, G, B and alpha, which are stored as B, G, R and alpha
 
@@ -32,7 +33,7 @@ def read_bmp(data: bytes) -> tuple[bytes | None, Metadata]:
             offset, length = struct.unpack_from('<LL', data, start + 112)
             if color_space == EMBEDDED:
                 icc_profile = data[start + offset : start + offset + length]
-            if color_space == b'KNIL' or (icc_profile is not None and len(icc_profile) != length):
+            if color_space == LINKED or (icc_profile is not None and len(icc_profile) != length):
                 icc_profile, lost = None, frozenset({'a damaged color profile'})
     except struct.error:  # OS/2's header, which is shorter
         return None, Metadata()

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from lora_sr.images.modes import ALPHA_MODES, MODES_OF_8_BITS
+from lora_sr.images.modes import ALPHA_MODES, MODES_OF_8_BITS, swap_red_and_blue
 
 PILLOW_MODES = {cv2.IMREAD_COLOR: 'RGB', cv2.IMREAD_GRAYSCALE: 'L'}
 OPENCV_MODES = ('L', 'RGB', 'RGBA')
@@ -44,4 +44,4 @@ def _decode_by_pillow(content: bytes, flag: int) -> np.ndarray | None:
         raise
     except Exception:  # decoders raise what they like: OSError, SyntaxError, ValueError, struct.error, ...
         return None
-    return pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., [2, 1, 0, 3][: pixels.shape[2]]])
+    return pixels if pixels.ndim == 2 else np.ascontiguousarray(swap_red_and_blue(pixels))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import io
-
 import cv2
 import numpy as np
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from lora_sr.images.decoding import decode
 from lora_sr.images.png import PNG_SIGNATURE
 from lora_sr.images.tags import (
     BITS_PER_SAMPLE,
+    BLACK_IS_ZERO,
+    CONTIGUOUS,
     PHOTOMETRIC,
     PLANAR_CONFIGURATION,
+    RGB,
     SAMPLE_FORMAT,
     SAMPLES_PER_PIXEL,
+    WHITE_IS_ZERO,
 )
-from lora_sr.images.tiff import BIG_SIGNATURES, TIFF_SIGNATURES
+from lora_sr.images.tiff import open_directory
 
-WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = range(3)  # of PHOTOMETRIC
 SAMPLES = {WHITE_IS_ZERO: (1,), BLACK_IS_ZERO: (1,), RGB: (3, 4)}
 
 
@@ -58,23 +58,19 @@ def _is_deep_png(content: bytes) -> bool:
 
 def _photometric_of_deep_tiff(content: bytes) -> int | None:
     """PHOTOMETRIC of a TIFF of 16 bits, if OpenCV reads its form; ``None`` of all else."""
-    head = bytes(content[:4])
-    if head not in (*TIFF_SIGNATURES, *BIG_SIGNATURES):
-        return None
-    file = io.BytesIO(content)
     try:
-        directory = ImageFileDirectory_v2(file.read(16 if head in BIG_SIGNATURES else 8))
-        file.seek(directory.next)
-        directory.load(file)
+        directory = open_directory(content)
+        if directory is None:
+            return None
         photometric: int = directory[PHOTOMETRIC]
         samples = directory.get(SAMPLES_PER_PIXEL, 1)
         is_known = (
             samples in SAMPLES[photometric]
             and set(directory[BITS_PER_SAMPLE]) == {16}
             and set(directory.get(SAMPLE_FORMAT, (1,))) == {1}
-            and (samples == 1 or directory.get(PLANAR_CONFIGURATION, 1) == 1)
+            and (samples == 1 or directory.get(PLANAR_CONFIGURATION, CONTIGUOUS) == CONTIGUOUS)
         )
-    except Exception:  # Pillow raises what it likes for damaged directories
+    except Exception:  # of a damaged directory
         return None
     return photometric if is_known else None
 

@@ -6,24 +6,25 @@ import io
 import os
 import struct
 import tempfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import IO, Any, Callable, NamedTuple
+from typing import IO, Any
 
 import cv2
 import numpy as np
 from PIL import Image
 from PIL import __version__ as pillow_version
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from lora_sr.errors import InputError
 from lora_sr.images import jpeg2000, tags
 from lora_sr.images import metadata as extras
+from lora_sr.images.blocks import Block, Run, encoded
 from lora_sr.images.bmp import bmp_header
-from lora_sr.images.formats import NAMES, Picture, exif_block, has_avif
-from lora_sr.images.png import PNG_SIGNATURE, write_chunk
+from lora_sr.images.formats import NAMES, Picture, bare_exif_block, exif_block, has_avif
+from lora_sr.images.modes import swap_red_and_blue
+from lora_sr.images.png_writing import write_png
 from lora_sr.images.tga import tga_footer, tga_header
+from lora_sr.images.tiff_writing import write_tiff
 
 # Pixels: of libjpeg, of WebP's 14 bits, of TGA's 16 bits, and of what AVIF is read by.
 LARGEST_SIDE = {'jpeg': 65500, 'webp': 16383, 'tga': 65535, 'avif': 32768}
@@ -35,35 +36,11 @@ LOSSLESS = 100  # the quality at which WebP and JPEG 2000 are lossless
 PSNR_AT_ZERO, PSNR_PER_STEP = 18, 0.3
 OPENCV_LOSSLESS = (cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000)
 SMALLEST_OF_OPENCV = 32  # pixels a side of JPEG 2000: it halves five times
-# Level 1 of zlib: on photographs higher ones take 2 to 7 times as long for files 9 to 16% smaller.
-ZLIB_LEVEL = 1
-BLOCK_BYTES = 1 << 23  # of pixels that zlib gets at once, and which threads share out
 JPEG_BLOCK = 8  # pixels a side, without subsampling
 LONGEST_RESTART_INTERVAL = (1 << 16) - 1  # in such blocks (ITU-T T.81, B.2.4.4)
 FRAME, RESTART, START_OF_SCAN, RESTART_INTERVAL = 0xC0, 0xD0, 0xDA, 0xDD  # markers; of restart the first of eight
 
-# Each entry of a directory: tag, type, count, and the value or where it is.
-TIFF_HEADER, TIFF_ENTRY = struct.Struct('<2sHL'), struct.Struct('<HHLL')
-
 RESOLUTION_TAGS = (tags.X_RESOLUTION, tags.Y_RESOLUTION, tags.RESOLUTION_UNIT)
-
-Run = Callable[[Callable[['Block'], Any], Iterable['Block']], Iterable[Any]]
-
-
-class Block(NamedTuple):
-    """Rows that are compressed by themselves.
-
-    Args:
-        pixels: (rows, width, channels).
-        above: The row before, (width, channels); zeros for the first.
-        is_first: Whether no rows come before.
-        is_last: Whether no rows follow.
-    """
-
-    pixels: np.ndarray
-    above: np.ndarray
-    is_first: bool
-    is_last: bool
 
 
 def check_format(file_format: str, dtype: np.dtype, height: int, width: int, channels: int) -> None:
@@ -159,9 +136,9 @@ def write_picture(
     picture = Picture(as_stored(picture.pixels[:1]), icc_profile, exif, metadata, picture.has_alpha)
     bands = map(as_stored, bands)
     if file_format == 'png':
-        _write_png(file, picture, bands, size, run)
+        write_png(file, picture, bands, size, run)
     elif file_format == 'tiff':
-        _write_tiff(file, picture, bands, size, run)
+        write_tiff(file, picture, bands, size, run)
     elif file_format == 'jpeg':
         _write_jpeg(file, picture, bands, size, quality, run)
     elif file_format == 'bmp':
@@ -232,177 +209,6 @@ def _with_size(exif: Mapping[int, Any], height: int, width: int) -> dict[int, An
     return exif
 
 
-def _blocks(bands: Iterable[np.ndarray], height: int, rows: int) -> Iterator[list[Block]]:
-    """Cut the rows of bands into blocks of so many, the last of fewer: for each band those that it completes."""
-    start, above = 0, None
-    held: list[np.ndarray] = []
-    for band in bands:
-        complete = []
-        while len(band):
-            wanted = min(rows, height - start) - sum(len(part) for part in held)
-            held.append(band[:wanted])
-            if len(band) < wanted:
-                break
-            pixels = held[0] if len(held) == 1 else np.concatenate(held)
-            above = np.zeros_like(pixels[0]) if above is None else above
-            complete.append(Block(pixels, above, start == 0, start + len(pixels) == height))
-            # Copies, for else whole bands stay in memory.
-            start, held, above, band = start + len(pixels), [], pixels[-1].copy(), band[wanted:]
-        held = [part.copy() for part in held]
-        yield complete
-
-
-def _encoded(
-    encode: Callable[[Block], Any], bands: Iterable[np.ndarray], height: int, rows: int, run: Run
-) -> Iterator[Any]:
-    """What a function makes of blocks of so many rows, in their order; those that a band completes at once."""
-    return (part for blocks in _blocks(bands, height, rows) for part in run(encode, blocks))
-
-
-def _rows_of_block(row_bytes: int) -> int:
-    return max(1, BLOCK_BYTES // row_bytes)
-
-
-# --- PNG ---
-
-
-class _Deflated(NamedTuple):
-    data: bytes
-    checksum: int
-    length: int  # before it was deflated
-
-
-def _deflate(content: np.ndarray, is_last: bool) -> _Deflated:
-    """A part of a zlib stream that refers to none before it; it ends at a byte."""
-    deflater = zlib.compressobj(ZLIB_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
-    data = deflater.compress(content.data)
-    data += deflater.flush(zlib.Z_FINISH if is_last else zlib.Z_SYNC_FLUSH)
-    return _Deflated(data, zlib.adler32(content.data), content.nbytes)
-
-
-def _zlib_stream(parts: Iterable[_Deflated]) -> Iterator[bytes]:
-    """Make one stream of parts (RFC 1950), a piece of it for each; the last has the checksum of all."""
-    low, high, prefix, before = 1, 0, zlib.compress(b'', ZLIB_LEVEL)[:2], None
-    for part in parts:
-        if before is not None:
-            yield prefix + before
-            prefix = b''
-        before = part.data
-        # Adler-32 of what is joined: two sums modulo the largest prime below 2 ** 16, which begin at 1 and 0.
-        high = (high + (part.checksum >> 16) + part.length * (low - 1)) % 65521
-        low = (low + (part.checksum & 0xFFFF) - 1) % 65521
-    yield prefix + (before or b'') + struct.pack('>HH', high, low)
-
-
-def _write_png(file: IO[bytes], picture: Picture, bands: Iterable[np.ndarray], size: tuple[int, int], run: Run) -> None:
-    """A PNG (W3C recommendation, third edition) with the filter "up" in each row.
-
-    OpenCV writes no metadata and no gray with alpha, Pillow no colors of 16 bits and four times as slowly.
-    """
-    height, width = size
-    channels, itemsize = picture.pixels.shape[2], picture.pixels.itemsize
-    header = struct.pack('>IIBBBBB', width, height, 8 * itemsize, (0, 4, 2, 6)[channels - 1], 0, 0, 0)
-    chunks = [(b'IHDR', header)]
-    if picture.icc_profile:
-        chunks.append((b'iCCP', b'ICC profile\0\0' + zlib.compress(picture.icc_profile)))
-    if picture.exif:
-        chunks.append((b'eXIf', exif_block(picture.exif)[len(b'Exif\0\0') :]))
-    chunks += extras.png_chunks(picture.metadata)
-    file.write(PNG_SIGNATURE)
-    for name, content in chunks:
-        file.write(write_chunk(name, content))
-
-    def encode(block: Block) -> _Deflated:
-        rows, above = (
-            np.ascontiguousarray(pixels, pixels.dtype.newbyteorder('>')).view(np.uint8).reshape(len(pixels), -1)
-            for pixels in (block.pixels, block.above[None])
-        )
-        filtered = np.empty((len(rows), rows.shape[1] + 1), np.uint8)
-        filtered[:, 0] = 2
-        np.subtract(rows[0], above[0], out=filtered[0, 1:])
-        np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-        return _deflate(filtered, block.is_last)
-
-    rows = _rows_of_block(width * channels * itemsize)
-    for piece in _zlib_stream(_encoded(encode, bands, height, rows, run)):
-        file.write(write_chunk(b'IDAT', piece))
-    file.write(write_chunk(b'IEND', b''))
-
-
-# --- TIFF ---
-
-
-def _write_tiff(
-    file: IO[bytes], picture: Picture, bands: Iterable[np.ndarray], size: tuple[int, int], run: Run
-) -> None:
-    """A TIFF 6.0, a strip a block, each deflated after horizontal differencing (predictor 2); its directory is the end.
-
-    Floating point is deflated as it is, since not every program undoes the predictor that is made for it. Pillow writes
-    no colors of 16 bits, OpenCV no metadata, and tifffile no EXIF.
-    """
-    height, width = size
-    itemsize, channels = picture.pixels.itemsize, picture.pixels.shape[2]
-    is_real = picture.pixels.dtype == np.float32
-
-    def encode(block: Block) -> bytes:
-        stored = block.pixels
-        if not is_real:
-            stored = stored.copy()
-            np.subtract(block.pixels[:, 1:], block.pixels[:, :-1], out=stored[:, 1:])
-        return zlib.compress(np.ascontiguousarray(stored, stored.dtype.newbyteorder('<')).data, ZLIB_LEVEL)
-
-    rows = _rows_of_block(width * channels * itemsize)
-    starts, lengths = [], []
-    file.write(TIFF_HEADER.pack(b'II', 42, 0))  # once more when it is known where the directory is
-    for strip in _encoded(encode, bands, height, rows, run):
-        starts.append(file.tell())
-        lengths.append(file.write(strip))
-        _check_offset(file.tell())
-    directory = ImageFileDirectory_v2()
-    for tag, value in picture.exif.items():
-        directory[tag] = value
-    extras.add_tags(directory, picture.metadata)
-    directory[tags.IMAGE_WIDTH], directory[tags.IMAGE_LENGTH] = width, height
-    directory[tags.BITS_PER_SAMPLE] = (8 * itemsize,) * channels
-    directory[tags.COMPRESSION] = tags.DEFLATE
-    directory[tags.PHOTOMETRIC] = 2 if channels > 2 else 1
-    directory[tags.SAMPLES_PER_PIXEL] = channels
-    directory[tags.ROWS_PER_STRIP] = min(rows, height)
-    directory.tagtype[tags.STRIP_BYTE_COUNTS] = tags.LONG
-    directory[tags.STRIP_BYTE_COUNTS] = tuple(lengths)
-    directory[tags.PLANAR_CONFIGURATION] = 1
-    if is_real:
-        directory[tags.SAMPLE_FORMAT] = (tags.FLOATING_POINT,) * channels
-    else:
-        directory[tags.PREDICTOR] = tags.HORIZONTAL_DIFFERENCES
-    if channels in (2, 4):
-        directory[tags.EXTRA_SAMPLES] = tags.UNASSOCIATED if picture.has_alpha else tags.UNSPECIFIED
-    if picture.icc_profile:
-        directory.tagtype[tags.ICC_PROFILE] = tags.UNDEFINED
-        directory[tags.ICC_PROFILE] = picture.icc_profile
-    _finish_tiff(file, directory, starts)
-
-
-def _finish_tiff(file: IO[bytes], directory: ImageFileDirectory_v2, starts: Sequence[int]) -> None:
-    """Write where the strips start, then the directory: Pillow knows one strip, or counts them from there."""
-    file.write(b'\0' * (file.tell() % 2))
-    table = file.tell()
-    offset = table + 4 * len(starts)
-    directory[tags.STRIP_OFFSETS] = 0
-    _check_offset(offset + len(directory.tobytes()))
-    written = bytearray(directory.tobytes(offset))
-    entry = (tags.STRIP_OFFSETS, tags.LONG, len(starts), starts[0] if len(starts) == 1 else table)
-    TIFF_ENTRY.pack_into(written, 2 + TIFF_ENTRY.size * sorted(directory).index(tags.STRIP_OFFSETS), *entry)
-    file.write(struct.pack(f'<{len(starts)}L', *starts) + written)
-    file.seek(0)
-    file.write(TIFF_HEADER.pack(b'II', 42, offset))
-
-
-def _check_offset(offset: int) -> None:
-    if offset >= 1 << 32:
-        raise InputError('TIFF cannot hold it: it has 4 GiB or more.')
-
-
 # --- BMP and TGA ---
 
 
@@ -431,7 +237,7 @@ def _write_from_below(file: IO[bytes], bands: Iterable[np.ndarray], height: int,
     below = end
     for band in bands:
         rows = np.zeros((len(band), row_bytes), np.uint8)
-        colors = band[::-1, :, [2, 1, 0, 3][: band.shape[2]]] if band.shape[2] > 2 else band[::-1]
+        colors = swap_red_and_blue(band[::-1]) if band.shape[2] > 2 else band[::-1]
         rows[:, : colors[0].size] = colors.reshape(len(band), -1)
         below -= rows.size
         file.seek(below)
@@ -464,7 +270,7 @@ def _write_jpeg(
             _encode_by_pillow(block.pixels, 'jpeg', {**options, **_described(picture)}), picture.metadata
         )
 
-    for number, jpeg in enumerate(_encoded(encode, bands, height, rows, run)):
+    for number, jpeg in enumerate(encoded(encode, bands, height, rows, run)):
         starts = _segments(jpeg)
         scan = starts[START_OF_SCAN] + 2 + struct.unpack_from('>H', jpeg, starts[START_OF_SCAN] + 2)[0]
         if number:
@@ -512,7 +318,7 @@ def _write_jpeg2000(
     """A JP2 file, or of it the pixels alone. Pillow writes no colors of 16 bits, and OpenCV no gray with alpha."""
     pixels = np.concatenate(list(bands))
     if pixels.dtype == np.uint16 and pixels.shape[2] > 1:
-        encoded = _encode_by_opencv(pixels[:, :, [2, 1, 0, 3][: pixels.shape[2]]])
+        encoded = _encode_by_opencv(swap_red_and_blue(pixels))
     else:
         options: dict[str, Any] = {}
         if quality != LOSSLESS and pixels.dtype == np.uint8:
@@ -523,7 +329,7 @@ def _write_jpeg2000(
     if file_format == 'j2k':
         file.write(jpeg2000.codestream_of(encoded))
         return
-    exif = exif_block(picture.exif)[len(b'Exif\0\0') :] if picture.exif else b''
+    exif = bare_exif_block(picture.exif)
     file.write(jpeg2000.with_boxes(encoded, picture.icc_profile, exif, picture.metadata))
 
 

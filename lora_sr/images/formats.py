@@ -21,18 +21,26 @@ from lora_sr.images import tga, tiff
 from lora_sr.images.avif import is_box_file, read_avif
 from lora_sr.images.bmp import BMP_SIGNATURE, read_bmp
 from lora_sr.images.jpeg2000 import CODESTREAM_SIGNATURE, JP2_SIGNATURE, JPEG2000, plain_jp2, read_jpeg2000
-from lora_sr.images.metadata import Metadata, split_chunks
-from lora_sr.images.modes import ALPHA_MODES, GRAY_MODES, MODES_OF_8_BITS
+from lora_sr.images.metadata import EXIF_HEADER, Metadata, split_chunks
+from lora_sr.images.modes import ALPHA_MODES, GRAY_MODES, MODES_OF_8_BITS, swap_red_and_blue
 from lora_sr.images.png import PNG_SIGNATURE, read_chunks, write_chunks
 from lora_sr.images.tags import (
+    ARTIST,
     ASSOCIATED,
+    COPYRIGHT,
+    DATE_TIME,
     EXIF_IFD,
     EXTRA_SAMPLES,
     GPS_IFD,
+    IMAGE_DESCRIPTION,
     INTEROPERABILITY_IFD,
+    MAKE,
+    MODEL,
     ORIENTATION,
+    RESOLUTION_UNIT,
     SAMPLE_FORMAT,
     SIGNED,
+    SOFTWARE,
     UNSPECIFIED,
     X_RESOLUTION,
     Y_RESOLUTION,
@@ -72,9 +80,11 @@ NO_IMAGE = 'is not a PNG, JPEG, WebP, TIFF, BMP, TGA, JPEG 2000 or AVIF image, o
 MOST_BYTES = (1 << 31) - 1  # of a file, as many as OpenCV takes
 MOST_AVIF_PIXELS = 1 << 27  # which take 2 GB while they are decoded
 READABLE = ('JPEG', 'WEBP', 'TIFF', 'BMP')
-# What a TIFF says of a picture, and not of how its pixels are stored: description, make, model, orientation,
-# resolution (X, Y and unit), software, date and time, artist, copyright.
-DESCRIPTIVE_TAGS = (270, 271, 272, ORIENTATION, 282, 283, 296, 305, 306, 315, 33432, EXIF_IFD, GPS_IFD)
+# What a TIFF says of a picture, and not of how its pixels are stored.
+DESCRIPTIVE_TAGS = (
+    *(IMAGE_DESCRIPTION, MAKE, MODEL, ORIENTATION, X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT, SOFTWARE, DATE_TIME),
+    *(ARTIST, COPYRIGHT, EXIF_IFD, GPS_IFD),
+)
 
 
 @dataclass(frozen=True)
@@ -131,14 +141,12 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
                 if is_image and size <= MOST_BYTES:  # what is no image may be of any size
                     data = beginning + file.read()
         except OSError as error:
-            raise InputError(f'{path} cannot be read: {error.strerror}.') from None
+            raise UnreadableImage(f'cannot be read: {error.strerror}') from None
         if not is_image:
             raise UnidentifiedImageError
         if not data:
-            raise InputError(f'{path} must be an image of less than 2 GiB, got {size / (1 << 30):.1f} GiB.')
-        return _read(data, path)
-    except InputError:
-        raise
+            raise UnreadableImage(f'must be an image of less than 2 GiB, got {size / (1 << 30):.1f} GiB')
+        return _read(data)
     except UnreadableImage as error:
         raise InputError(f'{path} {error}.') from None
     except Image.DecompressionBombError:
@@ -155,9 +163,9 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
         raise InputError(f'{path} is damaged: {str(error).rstrip(".") or type(error).__name__}.') from None
 
 
-def _read(data: bytes, path: str | os.PathLike[str]) -> Picture:
+def _read(data: bytes) -> Picture:
     if data.startswith(PNG_SIGNATURE):
-        return _decode_png(data, path)
+        return _decode_png(data)
     if data.startswith((JP2_SIGNATURE, CODESTREAM_SIGNATURE)):
         return _decode_jpeg2000(data)
     if tga.is_tga(data):
@@ -168,10 +176,10 @@ def _read(data: bytes, path: str | os.PathLike[str]) -> Picture:
     folded = tiff.fold(data)
     formats = ('AVIF',) if is_avif else READABLE  # which an earlier Pillow does not know by name
     with Image.open(io.BytesIO(data if folded is None else folded.data), formats=formats) as image:
-        return _decode(image, data, path, folded)
+        return _decode(image, data, folded)
 
 
-def _decode_png(data: bytes, path: str | os.PathLike[str]) -> Picture:
+def _decode_png(data: bytes) -> Picture:
     chunks = read_chunks(data)
     metadata, icc_profile, chunks = split_chunks(chunks)
     depth, color_type = chunks[0][1][8:10]
@@ -181,7 +189,7 @@ def _decode_png(data: bytes, path: str | os.PathLike[str]) -> Picture:
         chunks = [chunk for chunk in chunks if chunk[0] != b'tRNS']
     data = write_chunks(chunks)
     with Image.open(io.BytesIO(data), formats=('PNG',)) as image:
-        _refuse_several(image, path)
+        _refuse_several(image)
         orientation, exif, lost = _read_exif(image)
         if ORIENTATION not in exif:
             orientation = extras.xmp_orientation(metadata.xmp)
@@ -193,13 +201,8 @@ def _decode_png(data: bytes, path: str | os.PathLike[str]) -> Picture:
             pixels = _decode_8_bits(image)
     if transparent is not None:
         pixels = _with_alpha(pixels, transparent, depth)
-    metadata = replace(
-        metadata,
-        resolution=metadata.resolution or extras.exif_resolution(exif),
-        lost=metadata.lost | lost,
-    )
-    pixels, metadata = _turn(pixels, orientation), extras.upright(metadata, orientation)
-    return Picture(np.ascontiguousarray(pixels), icc_profile, _turn_exif(exif, orientation), metadata)
+    metadata = replace(metadata, lost=metadata.lost | lost)
+    return _upright(Picture(_turn(pixels, orientation), icc_profile, exif, metadata), orientation)
 
 
 def _with_alpha(pixels: np.ndarray, transparent: bytes, depth: int) -> np.ndarray:
@@ -222,14 +225,14 @@ def _with_alpha(pixels: np.ndarray, transparent: bytes, depth: int) -> np.ndarra
     return np.concatenate([pixels, is_seen * pixels.dtype.type(peak)], 2)
 
 
-def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folded: tiff.Folded | None) -> Picture:
+def _decode(image: Image.Image, data: bytes, folded: tiff.Folded | None) -> Picture:
     """A JPEG, WebP, TIFF, BMP or AVIF."""
-    _refuse_several(image, path)
+    _refuse_several(image)
     if image.format == 'AVIF' and image.width * image.height > MOST_AVIF_PIXELS:
-        raise InputError(f'{path} must have {MOST_AVIF_PIXELS} pixels or fewer, as AVIF.')
+        raise UnreadableImage(f'must have {MOST_AVIF_PIXELS} pixels or fewer, as AVIF')
     # A block of 64 pixels takes a bit at least; what is missing libjpeg makes up.
     if image.format == 'JPEG' and len(data) * 8 * 64 < image.width * image.height:
-        raise InputError(f'{path} is damaged: it is far too short for {image.width} x {image.height} pixels.')
+        raise UnreadableImage(f'is damaged: it is far too short for {image.width} x {image.height} pixels')
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     icc_profile = image.info.get('icc_profile')
     if not isinstance(icc_profile, bytes):  # a tag of a TIFF may be of any type
@@ -238,12 +241,12 @@ def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folde
     if image.format == 'BMP':
         icc_profile, metadata = read_bmp(data)
     else:
-        metadata = extras.read_metadata(image, exif)
+        metadata = extras.read_metadata(image)
         if image.format == 'AVIF':
             lost |= read_avif(data, has_profile=icc_profile is not None)
     extra_samples = tags.get(EXTRA_SAMPLES, ())
     if SIGNED in tags.get(SAMPLE_FORMAT, ()):
-        raise InputError(f'{path} must be gray or RGB of 8 or 16 bits, got {tiff.describe(data)}: convert it first.')
+        raise UnreadableImage(f'must be gray or RGB of 8 or 16 bits, got {tiff.describe(data)}: convert it first')
     if folded is not None:
         extra_samples = folded.extra_samples
         orientation = folded.orientation if ORIENTATION in tags else orientation  # where XMP alone tells it
@@ -253,14 +256,14 @@ def _decode(image: Image.Image, data: bytes, path: str | os.PathLike[str], folde
     elif image.mode in MODES_OF_8_BITS:
         pixels = _decode_8_bits(image, is_turned=True)
     else:
-        raise InputError(
-            f'{path} must be gray or RGB of 8 or 16 bits, got pixels of the kind {image.mode}: convert it first.'
+        raise UnreadableImage(
+            f'must be gray or RGB of 8 or 16 bits, got pixels of the kind {image.mode}: convert it first'
         )
     if len(extra_samples) > (pixels.shape[2] in (2, 4)):
         lost |= {'channels that are not alpha'}
-    metadata = extras.upright(replace(metadata, lost=metadata.lost | lost), orientation)
+    metadata = replace(metadata, lost=metadata.lost | lost)
     has_alpha = extra_samples[:1] != (UNSPECIFIED,)
-    return Picture(np.ascontiguousarray(pixels), icc_profile, _turn_exif(exif, orientation), metadata, has_alpha)
+    return _upright(Picture(pixels, icc_profile, exif, metadata, has_alpha), orientation)
 
 
 def _decode_jpeg2000(data: bytes) -> Picture:
@@ -268,7 +271,7 @@ def _decode_jpeg2000(data: bytes) -> Picture:
     # Of the codestream alone: Pillow knows nothing of the order of channels, and of palettes not all.
     with Image.open(io.BytesIO(described.codestream), formats=('JPEG2000',)) as image:
         if described.exif:
-            image.info['exif'] = b'Exif\0\0' + described.exif
+            image.info['exif'] = EXIF_HEADER + described.exif
         orientation, exif, lost = _read_exif(image)
         if described.depth > 8:
             pixels = _decode_deep_jpeg2000(described)
@@ -281,13 +284,8 @@ def _decode_jpeg2000(data: bytes) -> Picture:
         pixels = np.concatenate([colors, pixels[:, :, 3:]], 2)
     if described.is_premultiplied:
         pixels = _divided_by_alpha(pixels)
-    metadata = described.metadata
-    metadata = replace(
-        metadata, resolution=metadata.resolution or extras.exif_resolution(exif), lost=metadata.lost | lost
-    )
-    pixels, metadata = _turn(pixels, orientation), extras.upright(metadata, orientation)
-    exif = _turn_exif(exif, orientation)
-    return Picture(np.ascontiguousarray(pixels), described.icc_profile, exif, metadata, described.has_alpha)
+    pixels, metadata = _turn(pixels, orientation), replace(described.metadata, lost=described.metadata.lost | lost)
+    return _upright(Picture(pixels, described.icc_profile, exif, metadata, described.has_alpha), orientation)
 
 
 def _decode_8_bit_jpeg2000(image: Image.Image, described: JPEG2000) -> np.ndarray:
@@ -352,10 +350,10 @@ def _decode_tga_pixels(data: bytes) -> tuple[np.ndarray, bool]:
         return _decode_8_bits(image), image.mode == 'P'
 
 
-def _refuse_several(image: Image.Image, path: str | os.PathLike[str]) -> None:
+def _refuse_several(image: Image.Image) -> None:
     frames = getattr(image, 'n_frames', 1)
     if frames > 1 and image.format != 'MPO':  # a JPEG with previews, or both eyes' views
-        raise InputError(f'{path} must hold one picture, got {frames}: take them apart first.')
+        raise UnreadableImage(f'must hold one picture, got {frames}: take them apart first')
 
 
 def _decode_8_bits(image: Image.Image, is_turned: bool = False) -> np.ndarray:
@@ -391,9 +389,7 @@ def _decode_16_bits(data: bytes) -> np.ndarray:
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16:
         raise UnreadableImage('is damaged, or has pixels of another kind than whole numbers of 16 bits')
-    if pixels.ndim == 2:
-        return pixels[:, :, None]
-    return pixels[:, :, [2, 1, 0, 3][: pixels.shape[2]]]
+    return pixels[:, :, None] if pixels.ndim == 2 else swap_red_and_blue(pixels)
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -406,6 +402,19 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
         pixels = pixels[:, ::-1]
     # A copy, since numpy calls an axis of one pixel contiguous in any direction, which torch does not.
     return pixels if orientation == 1 else pixels.copy()
+
+
+def _upright(picture: Picture, orientation: int) -> Picture:
+    """A picture whose pixels were turned by an EXIF orientation: what describes them turns with them.
+
+    The resolution is that of EXIF where the file has none of its own.
+    """
+    resolution = picture.metadata.resolution or extras.exif_resolution(picture.exif)
+    exif = dict(picture.exif)
+    if orientation in (5, 6, 7, 8) and {X_RESOLUTION, Y_RESOLUTION} <= exif.keys():
+        exif[X_RESOLUTION], exif[Y_RESOLUTION] = exif[Y_RESOLUTION], exif[X_RESOLUTION]
+    metadata = extras.upright(replace(picture.metadata, resolution=resolution), orientation)
+    return replace(picture, pixels=np.ascontiguousarray(picture.pixels), exif=exif, metadata=metadata)
 
 
 def _read_exif(image: Image.Image) -> tuple[int, dict[int, Any], frozenset[str]]:
@@ -429,17 +438,14 @@ def _read_exif(image: Image.Image) -> tuple[int, dict[int, Any], frozenset[str]]
     return orientation, tags, frozenset()
 
 
-def _turn_exif(exif: Mapping[int, Any], orientation: int) -> dict[int, Any]:
-    """The tags of pixels that were turned: the resolution changes sides with them."""
-    exif = dict(exif)
-    if orientation in (5, 6, 7, 8) and {X_RESOLUTION, Y_RESOLUTION} <= exif.keys():
-        exif[X_RESOLUTION], exif[Y_RESOLUTION] = exif[Y_RESOLUTION], exif[X_RESOLUTION]
-    return exif
-
-
 def exif_block(tags: Mapping[int, Any]) -> bytes:
     """EXIF as bytes, which begin with ``Exif``."""
     exif = Image.Exif()
     for tag, value in tags.items():
         exif[tag] = value
     return exif.tobytes()
+
+
+def bare_exif_block(tags: Mapping[int, Any]) -> bytes:
+    """EXIF as PNG and JPEG 2000 hold it, without ``Exif``; empty where there are no tags."""
+    return exif_block(tags).removeprefix(EXIF_HEADER) if tags else b''

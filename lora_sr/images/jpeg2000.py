@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_sr.errors import shown
 from lora_sr.images.boxes import Box, boxes_in, make_box
-from lora_sr.images.metadata import Metadata, Resolution, resolution_of
+from lora_sr.images.metadata import EXIF_HEADER, Metadata, Resolution, resolution_of
 from lora_sr.images.unreadable import UnreadableImage
 
 JP2_SIGNATURE, CODESTREAM_SIGNATURE = b'\0\0\0\x0cjP  \r\n\x87\n', b'\xff\x4f\xff\x51'
@@ -177,7 +177,7 @@ def _read_uuids(data: bytes, boxes: Iterable[Box]) -> tuple[bytes, Metadata]:
     for box in boxes:
         content = data[box.start : box.stop] if box.kind == b'uuid' else b''
         if content.startswith(EXIF_UUID):
-            exif = content[16:].removeprefix(b'Exif\0\0')
+            exif = content[16:].removeprefix(EXIF_HEADER)
         elif content.startswith(XMP_UUID):
             xmp = content[16:]
         elif content.startswith(IPTC_UUID):

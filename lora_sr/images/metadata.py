@@ -46,6 +46,7 @@ HELD = {
 }
 XMP_KEYWORD, EXIF_KEYWORDS = b'XML:com.adobe.xmp', (b'Raw profile type exif', b'Raw profile type APP1')
 
+EXIF_HEADER = b'Exif\0\0'  # of JPEG's segment
 XMP_HEADER, LONG_XMP_HEADER = b'http://ns.adobe.com/xap/1.0/\0', b'http://ns.adobe.com/xmp/extension/\0'
 IPTC_RESOURCE = 0x0404  # of Photoshop's
 LARGEST_RESOLUTION = 1e9  # beyond all that can be meant
@@ -128,8 +129,8 @@ def split_chunks(chunks: Sequence[tuple[bytes, bytes]]) -> PNGMetadata:
                 metadata = replace(metadata, xmp=text)
                 continue
             block = _raw_profile(text) if keyword in EXIF_KEYWORDS and text else b''
-            if block.startswith(b'Exif\0\0'):
-                raw_exif = block[len(b'Exif\0\0') :]
+            if block.startswith(EXIF_HEADER):
+                raw_exif = block[len(EXIF_HEADER) :]
             else:
                 kept.append((name, content))
         elif name == b'pHYs' and len(content) == 9:
@@ -176,23 +177,22 @@ def resolution_of(x: Any, y: Any, unit: str | None) -> Resolution | None:
     return Resolution(x, y, unit)
 
 
-def read_metadata(image: Image.Image, exif: Mapping[int, Any]) -> Metadata:
-    """That of an opened JPEG, WebP, AVIF or TIFF, as it is stored: nothing is turned.
+def read_metadata(image: Image.Image) -> Metadata:
+    """That of an opened JPEG, WebP, AVIF or TIFF, as it is stored: nothing is turned, and no EXIF is looked at.
 
     Args:
         image: As Pillow opened it, not loaded yet.
-        exif: Its tags.
     """
     if isinstance(image, TiffImageFile):
-        return Metadata(exif_resolution(exif), _bytes_of(image, XMP), _bytes_of(image, IPTC))
+        return Metadata(None, _bytes_of(image, XMP), _bytes_of(image, IPTC))
     segments = getattr(image, 'applist', [])
     if not segments:  # WebP and AVIF
-        return Metadata(exif_resolution(exif), image.info.get('xmp'))
+        return Metadata(None, image.info.get('xmp'))
     x, y = image.info.get('jfif_density', (0, 0))
     xmp = next((block[len(XMP_HEADER) :] for _, block in segments if block.startswith(XMP_HEADER)), None)
     iptc = image.info.get('photoshop', {}).get(IPTC_RESOURCE)
     return Metadata(
-        resolution_of(x, y, JFIF_UNITS.get(image.info.get('jfif_unit', 0))) or exif_resolution(exif),
+        resolution_of(x, y, JFIF_UNITS.get(image.info.get('jfif_unit', 0))),
         xmp,
         iptc or None,
         image.info.get('comment') or None,

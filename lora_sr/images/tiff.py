@@ -17,7 +17,9 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from lora_sr.images.tags import (
     BITS_PER_SAMPLE,
+    BLACK_IS_ZERO,
     COMPRESSION,
+    CONTIGUOUS,
     EXTRA_SAMPLES,
     FLOATING_POINT,
     FLOATING_POINT_DIFFERENCES,
@@ -30,9 +32,11 @@ from lora_sr.images.tags import (
     PHOTOMETRIC,
     PLANAR_CONFIGURATION,
     PREDICTOR,
+    RGB,
     ROWS_PER_STRIP,
     SAMPLE_FORMAT,
     SAMPLES_PER_PIXEL,
+    SEPARATE,
     SHORT,
     STRIP_BYTE_COUNTS,
     STRIP_OFFSETS,
@@ -40,6 +44,7 @@ from lora_sr.images.tags import (
     TILE_LENGTH,
     TILE_OFFSETS,
     TILE_WIDTH,
+    WHITE_IS_ZERO,
 )
 from lora_sr.images.unreadable import UnreadableImage
 
@@ -50,8 +55,6 @@ NONE, DEFLATES = 1, (8, 32946)
 BYTEWISE = (NONE, 5, *DEFLATES, 32773, 34925, 50000)
 WITHOUT_PREDICTOR = (NONE, 32773)  # whatever the tag says, to libtiff
 SAMPLE_FORMATS = {1: 'whole numbers', 2: 'whole numbers with signs', 3: 'floating point'}
-WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # of PHOTOMETRIC
-SEPARATE = 2  # of PLANAR_CONFIGURATION
 INPUT_BYTES = 1 << 20  # that are inflated at once
 MOST_PIECES = 1 << 15  # strips or tiles, each of which takes libtiff half a millisecond
 ROWS_AT_ONCE = 64  # whose samples are made of bytes
@@ -236,7 +239,6 @@ class _Layout:
         pixel_bytes: Of a plane.
         offsets: Where the pieces are.
         lengths: How many bytes they have.
-        is_tiled: Whether they are tiles, which are whole also at the ends.
     """
 
     planes: int
@@ -249,7 +251,6 @@ class _Layout:
     pixel_bytes: int
     offsets: tuple[int, ...]
     lengths: tuple[int, ...]
-    is_tiled: bool
 
     def blocks(self, data: bytes, plane: int, height: int) -> Iterator[tuple[int, np.ndarray]]:
         """A plane from top to bottom, some rows at a time: the first row, and bytes (rows, pieces across, bytes)."""
@@ -356,7 +357,7 @@ def fold(data: bytes) -> Folded | None:
     if directory is None:
         return None
     _check_pieces(directory)
-    is_apart = directory.value(PLANAR_CONFIGURATION, 1) == SEPARATE
+    is_apart = directory.value(PLANAR_CONFIGURATION, CONTIGUOUS) == SEPARATE
     if max(directory.values(BITS_PER_SAMPLE, (1,))) <= 8 and not (is_apart and directory.values(EXTRA_SAMPLES)):
         return None
     dtype, colors = _sample_type(directory)
@@ -447,9 +448,7 @@ def _layout(directory: _Directory, dtype: np.dtype, stored: int, planes: int) ->
     if any(offset + length > len(directory.data) for offset, length in zip(*places)):
         raise UnreadableImage('is damaged: it is cut short')
     channels = stored // planes
-    return _Layout(
-        planes, channels, compression, predictor, across, rows, columns, channels * dtype.itemsize, *places, is_tiled
-    )
+    return _Layout(planes, channels, compression, predictor, across, rows, columns, channels * dtype.itemsize, *places)
 
 
 def _as_gray(directory: _Directory) -> bytes:
@@ -461,7 +460,7 @@ def _as_gray(directory: _Directory) -> bytes:
         (BITS_PER_SAMPLE, 8),
         (SAMPLE_FORMAT, 1),
         (PHOTOMETRIC, BLACK_IS_ZERO),
-        (PLANAR_CONFIGURATION, 1),
+        (PLANAR_CONFIGURATION, CONTIGUOUS),
         (PREDICTOR, 1),
         (ORIENTATION, 1),
     ):
@@ -471,20 +470,33 @@ def _as_gray(directory: _Directory) -> bytes:
     return gray.in_place()
 
 
-def describe(data: bytes) -> str | None:
-    """The pixels of a TIFF in words; ``None`` for what is no TIFF, or damaged."""
-    if data[:4] not in (*TIFF_SIGNATURES, *BIG_SIGNATURES):
+def open_directory(data: bytes) -> ImageFileDirectory_v2 | None:
+    """The first directory as Pillow reads it; ``None`` for what is no TIFF.
+
+    Raises:
+        Exception: It is damaged: Pillow raises what it likes, also when a value is taken.
+    """
+    head = bytes(data[:4])
+    if head not in (*TIFF_SIGNATURES, *BIG_SIGNATURES):
         return None
     file = io.BytesIO(data)
+    directory = ImageFileDirectory_v2(file.read(16 if head in BIG_SIGNATURES else 8))
+    file.seek(directory.next)
+    directory.load(file)
+    return directory
+
+
+def describe(data: bytes) -> str | None:
+    """The pixels of a TIFF in words; ``None`` for what is no TIFF, or damaged."""
     try:
-        directory = ImageFileDirectory_v2(file.read(16 if data[:4] in BIG_SIGNATURES else 8))
-        file.seek(directory.next)
-        directory.load(file)
+        directory = open_directory(data)
+        if directory is None:
+            return None
         bits = directory[BITS_PER_SAMPLE]
         samples = directory.get(SAMPLES_PER_PIXEL, 1)
         sample_format = directory.get(SAMPLE_FORMAT, (1,))[0]
         numbers = f'{samples:d} channel{"s" if samples > 1 else ""} of {max(bits):d} bits'
-    except Exception:  # Pillow raises what it likes for damaged directories
+    except Exception:  # of a damaged directory
         return None
     kind = SAMPLE_FORMATS.get(sample_format, 'of a special format')
     apart = ', each apart' if directory.get(PLANAR_CONFIGURATION) == SEPARATE else ''

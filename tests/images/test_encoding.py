@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image
 
 from lora_sr.errors import InputError
-from lora_sr.images import encoding
+from lora_sr.images import blocks, encoding
 from lora_sr.images.encoding import encode_picture, write_picture
 from lora_sr.images.formats import FORMATS, Picture
 from lora_sr.images.metadata import Metadata
@@ -30,7 +30,7 @@ def bands_of(image, *lengths):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few rows, so that there are more of them than there are restart markers."""
-    monkeypatch.setattr(encoding, 'BLOCK_BYTES', 1000)
+    monkeypatch.setattr(blocks, 'BLOCK_BYTES', 1000)
     monkeypatch.setattr(encoding, 'LONGEST_RESTART_INTERVAL', 25)
 
 
@@ -125,7 +125,7 @@ def test_tiff_of_four_gigabytes_and_more(before):
 
 @pytest.mark.parametrize(('bytes_of_a_block', 'strips'), [(1000, 32), (1 << 23, 1)])
 def test_strips_of_tiff(monkeypatch, bytes_of_a_block, strips):
-    monkeypatch.setattr(encoding, 'BLOCK_BYTES', bytes_of_a_block)
+    monkeypatch.setattr(blocks, 'BLOCK_BYTES', bytes_of_a_block)
     image = photograph(157, 61)
     exif = {270: 'A photograph', 34665: {36867: '2026:01:01'}}
     data = encode_picture(Picture(image, exif=exif), 'tiff', 95)

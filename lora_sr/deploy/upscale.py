@@ -25,7 +25,8 @@ from tqdm import tqdm
 from lora_sr.checkpoints import NetworkLike, load_network
 from lora_sr.errors import InputError
 from lora_sr.files import identity, replacing, write_errors
-from lora_sr.images.encoding import Run, check_format, kinds_left_out, write_picture
+from lora_sr.images.blocks import Run
+from lora_sr.images.encoding import check_format, kinds_left_out, write_picture
 from lora_sr.images.formats import FORMATS, SUFFIXES, Picture, format_of, read_picture
 from lora_sr.runtime.upscaler import Upscaler, check_alpha
 

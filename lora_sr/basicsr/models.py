@@ -18,11 +18,9 @@ from torch.nn.parallel import DataParallel
 
 from lora_sr.archs import fold
 from lora_sr.basicsr.options.distillation import DATA_PARALLEL_REFUSED, affinity_layers, find_modules, option_faults
-from lora_sr.basicsr.options.schema import TRAIN
+from lora_sr.basicsr.step.settings import memory_format
 from lora_sr.checkpoints.content import load_weights, read_checkpoint
 from lora_sr.errors import InputError
-
-MEMORY_FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 
 class FeatureTap:
@@ -74,15 +72,9 @@ class DistillationModel(SRModel):
     """
 
     def __init__(self, opt: dict[str, Any]):
-        name = (opt.get('train') or {}).get('memory_format')
-        fault = TRAIN['memory_format'].kind.fault('train.memory_format', name)
-        if fault:
-            raise InputError(fault)
-        self.memory_format = MEMORY_FORMATS[name or 'contiguous']
+        self.lq: Tensor
+        self.memory_format = memory_format(opt.get('train') or {})
         super().__init__(opt)
-
-    def model_to_device(self, net: nn.Module) -> nn.Module:
-        return super().model_to_device(net.to(memory_format=self.memory_format))
 
     def init_training_settings(self) -> None:
         faults = option_faults(self.opt)
@@ -161,14 +153,11 @@ class DistillationModel(SRModel):
         if self.cri_affinity is not None:
             self.cri_affinity(self.student_tap.take(), self.teacher_tap.take())
 
-    def feed_data(self, data: dict[str, Any]) -> None:
-        super().feed_data(data)
-        self.lq: Tensor = self.lq.contiguous(memory_format=self.memory_format)
-
     def optimize_parameters(self, current_iter: int) -> None:
         self.optimizer_g.zero_grad()
-        with torch.no_grad():
+        with torch.inference_mode():
             taught = self.net_t(self.lq)
+        taught = taught.clone()  # one that a loss may keep for its backward pass
         self.output = self.net_g(self.lq)
 
         losses = OrderedDict()

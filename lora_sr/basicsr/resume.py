@@ -56,7 +56,8 @@ def record(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
 
     ``pool``: the training pairs from which Real-ESRGAN's models draw; of one process, for each has its own.
     ``samples``: see :meth:`lora_sr.basicsr.samples.SampleStream.record`. ``best``: the best value of each metric.
-    ``optimizer_types``: by section. ``trained``: the names of the tensors that each optimizer trains, by its number.
+    ``scaler``: the scale of the losses, with ``train.amp: fp16``. ``optimizer_types``: by section. ``trained``: the
+    names of the tensors that each optimizer trains, by its number.
     """
     stream = stream_of(model.opt)
     names = _names(model)
@@ -66,6 +67,7 @@ def record(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
         'best_of': {dataset: meanings(model.opt, dataset) for dataset in _best(model)},
         **({'pool': _pool(model)} if hasattr(model, 'queue_lr') and not model.opt['dist'] else {}),
         'optimizer_types': _optimizer_types(provenance.given('train')),
+        **({} if scaler_of(model) is None else {'scaler': scaler_of(model).state_dict()}),
         'trained': {
             str(number): [names.get(id(one), '') for one in _tensors(optimizer)]
             for number, optimizer in enumerate(model.optimizers)
@@ -184,9 +186,17 @@ def resume(model: Any, state: Mapping[str, Any], load: Callable[[], None]) -> No
             continue
         key = 'lr' if key == 'initial_lr' else key
         LOG.warning(f'{key} of the option file was {_text(before)} and is {_text(now)} now: applied to the whole run.')
+    scale = recorded_of(state, 'scaler', (int, float))
+    if scaler_of(model) is not None and scale:
+        scaler_of(model).load_state_dict(scale)
     model.resumed_best = _best_of_the_same(model.opt, state)
     if hasattr(model, 'queue_size') and not _take_pool(model, recorded_of(state, 'pool', (Tensor, int))):
         LOG.warning('The pool of training pairs begins empty: the run differs from one that was not interrupted.')
+
+
+def scaler_of(model: Any) -> Any:
+    """The scale of the losses of a model's step; ``None`` without one."""
+    return getattr(getattr(model, 'training_step', None), 'scaler', None)
 
 
 def moments_of(optimizer: Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:

@@ -19,6 +19,7 @@ from torch.fx import Proxy
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lora_sr.archs.info import network_info
+from lora_sr.archs.layout import lay_out
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.reparam import deploy_form
 from lora_sr.errors import InputError
@@ -112,7 +113,7 @@ class DeployedNetwork(nn.Module):
             if self.dtype != torch.float32:
                 _cast_masks(self.network)
             rows = self._in_rows or device.type == 'mps'
-            _lay_out(self.network.to(self.dtype), torch.contiguous_format if rows else torch.channels_last)
+            lay_out(self.network.to(self.dtype), torch.contiguous_format if rows else torch.channels_last)
         if device.type == 'cuda':
             self._graphs = _GraphPerSize(self.network, self.dtype)
         self._places = [
@@ -234,13 +235,6 @@ def _round_kernels(network: nn.Module) -> None:
 def _memory_format(device: torch.device) -> torch.memory_format:
     """The one that is fast; MPS computes wrong values of slices of channels-last tensors (pytorch issue 180984)."""
     return torch.contiguous_format if device.type == 'mps' else torch.channels_last
-
-
-def _lay_out(network: nn.Module, memory_format: torch.memory_format) -> None:
-    """As ``network.to(memory_format=...)`` does, which refuses parameters of five dimensions, as FFTformer's are."""
-    for value in chain(network.parameters(), network.buffers()):
-        if value.ndim == 4:
-            value.data = value.data.contiguous(memory_format=memory_format)
 
 
 def _take_in_rows(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -99,6 +99,12 @@ def number(least: float | None = 0, most: float | None = None, below: float | No
     return Kind(text, holds, {'type': 'number', **{key: value for key, value in limits.items() if value is not None}})
 
 
+def positive() -> Kind:
+    """A number more than 0."""
+    holds = lambda value: is_number(value) and value > 0  # noqa: E731
+    return Kind('a number more than 0', holds, {'type': 'number', 'exclusiveMinimum': 0})
+
+
 def whole(least: int, most: int | None = None) -> Kind:
     """A whole number of a range; 1e5 is one, too."""
 
@@ -221,6 +227,11 @@ BACKEND = Kind(
     '{type: disk} or {type: lmdb}',
     _is_backend,
     {'type': 'object', 'properties': {'type': {'enum': ['disk', 'lmdb', 'memcached']}}, 'required': ['type']},
+)
+COMPILE = Kind(
+    'true, false, or a section of arguments of torch.compile',
+    lambda value: isinstance(value, (bool, dict)),
+    {'type': ['boolean', 'object']},
 )
 BLURS = 'iso aniso generalized_iso generalized_aniso plateau_iso plateau_aniso'.split()
 SECTION_OR_NONE = replace(SECTION, text='a section or ~', json={'type': ['object', 'null']})
@@ -381,12 +392,31 @@ TRAIN = {
         SECTION_OR_NONE, 'The loss of artifacts, against the average of the weights.', only=f'{GAN} VideoGANModel'
     ),
     'feature_matching_opt': Key(SECTION_OR_NONE, "The loss of the discriminator's features.", only=FACE),
+    'amp': Key(
+        one_of('bf16', 'fp16', None),
+        'Automatic mixed precision of the networks: bfloat16, or float16 with scaled losses; ~ for float32.',
+    ),
     'memory_format': Key(
         one_of('contiguous', 'channels_last', None),
-        'The memory layout of both networks; channels_last is faster for some.',
+        'The memory layout of the networks; channels_last is faster for most.',
         default='contiguous',
-        only=DISTILLATION,
     ),
+    'compile': Key(
+        COMPILE, 'Whether the blocks of the networks are compiled; or arguments of `torch.compile`.', default=False
+    ),
+    'accumulate_iter': Key(
+        whole(1), 'Batches of which one iteration takes the mean gradient, one after the other.', default=1
+    ),
+    'clip_grad_norm': Key(
+        optional(positive()), "The largest norm of the gradients of an optimizer's parameters; ~ for any."
+    ),
+    'checkpointing': Key(
+        FLAG,
+        'Whether the blocks of the networks compute their activations anew in the backward pass, and keep none.',
+        default=False,
+    ),
+    'tf32': Key(optional(FLAG), "Whether products in float32 may use TF32 on a GPU; ~ for torch's own choice."),
+    'graph': Key(FLAG, 'Whether the whole iteration is one CUDA graph.', default=False),
     'ema_decay': Key(
         number(0, below=1),
         'The decay of the average of the weights, which is validated and saved as params_ema; 0 for none.',

@@ -6,6 +6,9 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch
 from lora_sr.checkpoints.content import PARAM_KEYS, read_checkpoint, weights_for
 
@@ -53,7 +56,10 @@ def key_of_average(content: Mapping[str, Any], path: Mapping[str, Any]) -> str |
 
 
 def patch_average_of_frozen() -> None:
-    """``model_ema`` rounds in every step, also what is frozen: the average's base drifts away from the network's."""
+    """``model_ema`` rounds in every step, also what is frozen: the average's base drifts away from the network's.
+
+    It also takes two small kernels for each tensor, where few for all of them do.
+    """
     from basicsr.models.base_model import BaseModel
 
     if not is_defective(BaseModel.model_ema, 'mul_', without='requires_grad'):
@@ -62,10 +68,14 @@ def patch_average_of_frozen() -> None:
     @patch
     def model_ema(self: Any, decay: float = 0.999) -> None:
         own = dict(self.get_bare_model(self.net_g).named_parameters())
+        trained: tuple[list[Tensor], list[Tensor]] = [], []
         for name, average in self.net_g_ema.named_parameters():
             if own[name].requires_grad:
-                average.data.mul_(decay).add_(own[name].data, alpha=1 - decay)
+                trained[0].append(average.data)
+                trained[1].append(own[name].data)
             else:
                 average.data.copy_(own[name].data)
+        if trained[0]:
+            torch._foreach_lerp_(*trained, 1 - decay)
 
     BaseModel.model_ema = model_ema

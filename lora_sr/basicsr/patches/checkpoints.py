@@ -17,6 +17,7 @@ from lora_sr.basicsr import provenance, resume
 from lora_sr.basicsr.patches.average import key_of_average
 from lora_sr.basicsr.patches.divergence import check_optimizers, check_weights
 from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch, replace_everywhere, swapped
+from lora_sr.basicsr.step.training_step import take_charge
 from lora_sr.checkpoints.content import forget, load_weights, read_checkpoint
 from lora_sr.checkpoints.origin import KEY, fingerprint
 from lora_sr.checkpoints.unwrapping import bare_weights
@@ -185,7 +186,10 @@ def patch_missing_lora_warnings() -> None:
 
 
 def patch_build_model() -> None:
-    """Checkpoints that were read for the check of the options are given to the model, and not kept any longer."""
+    """Checkpoints that were read for the check of the options are given to the model, and not kept any longer.
+
+    What ``train`` says of the step is read by no model of BasicSR's.
+    """
     from basicsr import models
 
     original = models.build_model
@@ -196,8 +200,11 @@ def patch_build_model() -> None:
     @functools.wraps(original)
     def build_model(opt: dict[str, Any]) -> Any:
         try:
-            return original(opt)
+            model = original(opt)
         finally:
             forget()
+        if opt['is_train']:
+            take_charge(model)
+        return model
 
     replace_everywhere(original, build_model)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lora_sr.archs.layout import lay_out
 from lora_sr.basicsr.patches.tools import is_defective, patch
+from lora_sr.basicsr.step.settings import memory_format
 from lora_sr.errors import InputError
 
 
@@ -77,6 +79,8 @@ def patch_model_to_device() -> None:
     @patch
     @functools.wraps(original)
     def model_to_device(self: Any, net: torch.nn.Module) -> torch.nn.Module:
+        if self.opt.get('train'):  # before a wrapper lays out its gradients
+            lay_out(net, memory_format(self.opt['train']))
         if self.opt['dist'] and self.device.type == 'cpu':
             find_unused = self.opt.get('find_unused_parameters', False)
             net = torch.nn.parallel.DistributedDataParallel(net.to('cpu'), find_unused_parameters=find_unused)

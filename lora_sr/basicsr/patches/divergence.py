@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,24 +18,39 @@ from lora_sr.errors import DivergenceError
 def patch_reduce_loss_dict() -> None:
     """``reduce_loss_dict`` hands on a loss of NaN or infinity, and the run goes on for days, and saves what it makes.
 
-    Every model logs its losses by it, in every iteration.
+    Every model logs its losses by it, in every iteration, and waits for a GPU there. On one they are read when they are
+    logged, in ``get_current_log``.
     """
     from basicsr.models.base_model import BaseModel
 
-    original = BaseModel.reduce_loss_dict
+    original, get_current_log = BaseModel.reduce_loss_dict, BaseModel.get_current_log
     if not is_defective(original, 'item', without='isfinite'):
         return
 
-    @patch
-    @functools.wraps(original)
-    def reduce_loss_dict(self: Any, loss_dict: dict[str, Tensor]) -> dict[str, float]:
-        log = original(self, loss_dict)
+    def read(self: Any, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        log = original(self, losses)
         for name, value in log.items():
             if not math.isfinite(value):
                 raise DivergenceError(_sentence(self, f'the loss {name} is {value}'))
         return log
 
+    @patch
+    @functools.wraps(original)
+    def reduce_loss_dict(self: Any, loss_dict: dict[str, Tensor]) -> Mapping[str, Any]:
+        if self.device.type == 'cpu':  # nothing is waited for
+            return read(self, loss_dict)
+        return {name: value.detach().mean() for name, value in loss_dict.items()}
+
+    @patch
+    @functools.wraps(get_current_log)
+    def get_logged(self: Any) -> Mapping[str, Any]:
+        log = get_current_log(self)
+        if any(isinstance(value, Tensor) for value in log.values()):
+            log = self.log_dict = read(self, log)
+        return log
+
     BaseModel.reduce_loss_dict = reduce_loss_dict
+    BaseModel.get_current_log = get_logged
 
 
 def check_weights(model: Any, label: str, networks: Iterable[nn.Module]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,6 +40,8 @@ def patch_get_optimizer() -> None:
     ) -> torch.optim.Optimizer:
         optimizer: Any = find_optimizer(optim_type)
         known = inspect.signature(optimizer).parameters
+        params = list(params)
+        kwargs = {**_fast_on_gpu(known, params, kwargs, self.opt['train']), **kwargs}
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         unknown = [] if takes_any else [key for key in kwargs if key not in known]
         if unknown:
@@ -51,6 +54,19 @@ def patch_get_optimizer() -> None:
             raise InputError(f'{optim_type} cannot be set up with lr={lr}, {kwargs}: {error}') from error
 
     BaseModel.get_optimizer = get_optimizer
+
+
+def _fast_on_gpu(
+    known: Mapping[str, Any], params: list[Any], given: Mapping[str, Any], train: Mapping[str, Any]
+) -> dict[str, bool]:
+    """The options with which an optimizer takes few kernels a step, or leaves a CUDA graph nothing to wait for."""
+    weights = [weight for one in params for weight in (one['params'] if isinstance(one, dict) else [one])]
+    if not weights or not all(weight.is_cuda and weight.is_floating_point() for weight in weights):
+        return {}
+    fast = {'fused': True} if not given.keys() & {'fused', 'foreach'} else {}
+    if train.get('graph'):
+        fast['capturable'] = True
+    return {key: value for key, value in fast.items() if key in known}
 
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:

@@ -13,6 +13,7 @@ from lora_sr.basicsr import provenance, signals
 from lora_sr.basicsr.patches.tools import is_patch, patch, replace_everywhere
 from lora_sr.basicsr.patches.validation import validate_again
 from lora_sr.basicsr.samples import NamedDataset, SampleStream, SeededDataset, seed_process, stream_of
+from lora_sr.basicsr.step.settings import batches_per_step
 from lora_sr.checkpoints.content import read_checkpoint
 
 
@@ -64,7 +65,7 @@ def _begun(original: Any) -> Any:
     @patch
     @functools.wraps(original)
     def create_train_val_dataloader(opt: dict[str, Any], logger: Any) -> Any:
-        made = original(opt, logger)
+        made = original(_with_batches_of_a_step(opt), logger)
         stream = getattr(made[0], 'sampler', None)
         if not isinstance(stream, SampleStream):
             return made
@@ -77,6 +78,16 @@ def _begun(original: Any) -> Any:
         return loader, sampler, val_loaders, last_epoch, iterations
 
     return create_train_val_dataloader
+
+
+def _with_batches_of_a_step(opt: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run whose loader gives the batches of a whole step at once, as ``accumulate_iter`` has it."""
+    count = batches_per_step(opt.get('train'))
+    if count == 1:
+        return opt
+    train = opt['datasets']['train']
+    train = {**train, 'batch_size_per_gpu': train['batch_size_per_gpu'] * count}
+    return {**opt, 'datasets': {**opt['datasets'], 'train': train}}
 
 
 def patch_update_learning_rate() -> None:

@@ -1,0 +1,125 @@
+"""How the networks of a model run within its step, and only there: a validation finds them as they were."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_sr.archs.layout import repeated_blocks
+from lora_sr.basicsr.step.settings import StepSettings
+from lora_sr.errors import InputError
+
+# How many variants of a block are compiled: the probability of DropPath, say, is another one in each.
+MOST_VARIANTS = 256
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)  # what autocast runs in half precision
+
+
+class StepNetworks:
+    """The networks of a model, which run by ``train.amp``, ``compile`` and ``checkpointing`` while :meth:`active`.
+
+    Args:
+        settings: What is to be done.
+        memory_format: Of the 4-dimensional inputs.
+    """
+
+    def __init__(self, settings: StepSettings, memory_format: torch.memory_format):
+        self.settings = settings
+        self.memory_format = memory_format
+        self._is_active = False
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """A step is under way."""
+        self._is_active = True
+        try:
+            yield
+        finally:
+            self._is_active = False
+
+    def add(self, name: str, network: nn.Module) -> None:
+        """Take charge of a network.
+
+        Args:
+            name: What it is called in the option file, for errors.
+            network: The bare network.
+
+        Raises:
+            InputError: ``train.checkpointing`` where ``network_g`` is not made of blocks. A discriminator without
+                any keeps its activations.
+        """
+        trains = any(value.requires_grad for value in network.parameters())
+        if self.settings.compile is not None or self.settings.checkpointing:
+            blocks = repeated_blocks(network)
+            if not blocks and self.settings.checkpointing and name == 'network_g':
+                raise InputError(
+                    f'train.checkpointing must be false for {name}: {type(network).__name__} is not made of blocks '
+                    'that repeat.'
+                )
+            for block in blocks or [network]:
+                self._add_block(block, trains and bool(blocks))
+        if self.settings.amp is not None and not trains:
+            _cast_layers(network, self.settings.amp)
+        network.forward = self._within_step(network.forward, self._run)
+
+    def _add_block(self, block: nn.Module, can_forget: bool) -> None:
+        run = plain = block.forward
+        if self.settings.compile is not None:
+            run = compiled(run, self.settings.compile)
+        if self.settings.checkpointing and can_forget:
+            run = functools.partial(checkpoint, run, use_reentrant=False)
+        block.forward = self._within_step(plain, lambda _, *args, **kwargs: run(*args, **kwargs))
+
+    def _within_step(self, forward: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def either(*args: Any, **kwargs: Any) -> Any:
+            return run(forward, *args, **kwargs) if self._is_active else forward(*args, **kwargs)
+
+        return either
+
+    def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        device = next((value.device.type for value in args if isinstance(value, Tensor)), 'cpu')
+        args = tuple(_map(self._laid_out, value) for value in args)
+        amp = self.settings.amp
+        if amp is None:
+            return forward(*args, **kwargs)
+        with torch.autocast(device, dtype=amp):
+            output = forward(*args, **kwargs)
+        return _map(_in_float32, output)
+
+    def _laid_out(self, value: Tensor) -> Tensor:
+        return value.contiguous(memory_format=self.memory_format) if value.ndim == 4 else value
+
+
+def compiled(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    """``torch.compile``, without the limit at which it silently leaves further variants uncompiled."""
+    config: Any = torch._dynamo.config
+    limit = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'  # before torch 2.7
+    setattr(config, limit, max(getattr(config, limit), MOST_VARIANTS))
+    return torch.compile(function, **arguments)
+
+
+def _cast_layers(network: nn.Module, dtype: torch.dtype) -> None:
+    """Round the layers of a frozen network once, as autocast would in each step; norms and tables stay in float32."""
+    for module in network.modules():
+        if type(module) in LAYERS:
+            module.to(dtype)
+
+
+def _in_float32(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)) and not hasattr(value, '_fields'):
+        return type(value)(_map(function, item) for item in value)
+    if isinstance(value, dict):
+        return {key: _map(function, item) for key, item in value.items()}
+    return value

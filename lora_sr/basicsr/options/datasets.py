@@ -170,4 +170,5 @@ def _batch(check: Check, dataset: dict) -> int:
     if check.processes == 1 and gpus != 0:
         there = torch.cuda.device_count()
         batch *= max(1, min(gpus, there) if isinstance(gpus, int) else there)
-    return batch
+    parts = check.subsection('train').get('accumulate_iter')
+    return batch * parts if isinstance(parts, int) and parts > 0 else batch

@@ -18,6 +18,7 @@ from basicsr.utils.registry import ARCH_REGISTRY, LOSS_REGISTRY
 
 from lora_sr.basicsr.options import distillation, schema
 from lora_sr.basicsr.options.check import Check, find
+from lora_sr.basicsr.options.step import check_step
 from lora_sr.basicsr.patches.optimizers import find_optimizer
 from lora_sr.checkpoints.building import construct, refused_key
 from lora_sr.checkpoints.content import read_checkpoint
@@ -38,6 +39,7 @@ def check_train(check: Check) -> None:
     if check.ours:
         _check_distillation_options(check)
     if isinstance(train, dict):
+        check_step(check, train)
         _check_parts(check, train)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_sr.archs.layout import repeated_blocks
+from lora_sr.basicsr.options.step import no_blocks
 from lora_sr.basicsr.step.settings import StepSettings
 from lora_sr.errors import InputError
 
@@ -57,10 +58,7 @@ class StepNetworks:
         if self.settings.compile is not None or self.settings.checkpointing:
             blocks = repeated_blocks(network)
             if not blocks and self.settings.checkpointing and name == 'network_g':
-                raise InputError(
-                    f'train.checkpointing must be false for {name}: {type(network).__name__} is not made of blocks '
-                    'that repeat.'
-                )
+                raise InputError(no_blocks(name, type(network).__name__))
             for block in blocks or [network]:
                 self._add_block(block, trains and bool(blocks))
         if self.settings.amp is not None and not trains:

@@ -14,15 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from lora_sr.basicsr.options.step import DATA_PARALLEL_REFUSED
 from lora_sr.basicsr.step.graph import GraphedStep
 from lora_sr.basicsr.step.networks import StepNetworks
 from lora_sr.basicsr.step.settings import StepSettings, memory_format
 from lora_sr.errors import InputError
 
-DATA_PARALLEL_REFUSED = (
-    'train.amp, compile, accumulate_iter, checkpointing and graph need a process for each GPU: start the run by '
-    'torchrun, or set num_gpu: 1.'
-)
 POOL = ('queue_lr', 'queue_gt')  # of Real-ESRGAN's models: pairs that wait, which are no batch
 
 

@@ -392,6 +392,26 @@ TRAIN = {
         SECTION_OR_NONE, 'The loss of artifacts, against the average of the weights.', only=f'{GAN} VideoGANModel'
     ),
     'feature_matching_opt': Key(SECTION_OR_NONE, "The loss of the discriminator's features.", only=FACE),
+    'ema_decay': Key(
+        number(0, below=1),
+        'The decay of the average of the weights, which is validated and saved as params_ema; 0 for none.',
+        default=0,
+        only=f'{_PIXELS} {DISTILLATION}',
+    ),
+    'optim_g': Key(SECTION, "The network's optimizer.", needed='train'),
+    'optim_d': Key(
+        SECTION,
+        "The discriminator's optimizer.",
+        needed=f'{_DISCRIMINATOR} {STYLE}',
+        only=f'{_DISCRIMINATOR} {STYLE}',
+    ),
+    'scheduler': Key(SECTION, 'The schedule of the learning rates.', needed='train'),
+    'total_iter': Key(whole(1), 'How many iterations the training has.', needed='train'),
+    'warmup_iter': Key(whole(-1), 'Iterations in which the learning rate rises to its value; -1 for none.', default=-1),
+    'net_d_iters': Key(whole(1), 'The network learns in each such iteration alone.', default=1, only=_DISCRIMINATOR),
+    'net_d_init_iters': Key(
+        whole(0), 'Iterations in which the discriminator learns alone first.', default=0, only=_DISCRIMINATOR
+    ),
     'amp': Key(
         one_of('bf16', 'fp16', None),
         'Automatic mixed precision of the networks: bfloat16, or float16 with scaled losses; ~ for float32.',
@@ -417,26 +437,6 @@ TRAIN = {
     ),
     'tf32': Key(optional(FLAG), "Whether products in float32 may use TF32 on a GPU; ~ for torch's own choice."),
     'graph': Key(FLAG, 'Whether the whole iteration is one CUDA graph.', default=False),
-    'ema_decay': Key(
-        number(0, below=1),
-        'The decay of the average of the weights, which is validated and saved as params_ema; 0 for none.',
-        default=0,
-        only=f'{_PIXELS} {DISTILLATION}',
-    ),
-    'optim_g': Key(SECTION, "The network's optimizer.", needed='train'),
-    'optim_d': Key(
-        SECTION,
-        "The discriminator's optimizer.",
-        needed=f'{_DISCRIMINATOR} {STYLE}',
-        only=f'{_DISCRIMINATOR} {STYLE}',
-    ),
-    'scheduler': Key(SECTION, 'The schedule of the learning rates.', needed='train'),
-    'total_iter': Key(whole(1), 'How many iterations the training has.', needed='train'),
-    'warmup_iter': Key(whole(-1), 'Iterations in which the learning rate rises to its value; -1 for none.', default=-1),
-    'net_d_iters': Key(whole(1), 'The network learns in each such iteration alone.', default=1, only=_DISCRIMINATOR),
-    'net_d_init_iters': Key(
-        whole(0), 'Iterations in which the discriminator learns alone first.', default=0, only=_DISCRIMINATOR
-    ),
     'tsa_iter': Key(optional(whole(1)), 'Iterations in which the fusion module trains alone first.', only='EDVRModel'),
     'dcn_lr_mul': Key(number(), 'By how much the deformable layers learn faster.', default=1, only='EDVRModel'),
     'flow_lr_mul': Key(number(), 'By how much the optical flow learns faster.', default=1, only=_RECURRENT),

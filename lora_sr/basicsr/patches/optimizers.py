@@ -41,7 +41,7 @@ def patch_get_optimizer() -> None:
         optimizer: Any = find_optimizer(optim_type)
         known = inspect.signature(optimizer).parameters
         params = list(params)
-        kwargs = {**_fast_on_gpu(known, params, kwargs, self.opt['train']), **kwargs}
+        kwargs = {**_fast_on_gpu(known, params, kwargs, self.opt.get('train') or {}), **kwargs}
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         unknown = [] if takes_any else [key for key in kwargs if key not in known]
         if unknown:

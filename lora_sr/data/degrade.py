@@ -18,6 +18,7 @@ from lora_sr.errors import InputError
 from lora_sr.files import check_output_folder, partial_folder
 from lora_sr.images.bicubic import MAX_SCALE
 from lora_sr.images.png import encode_png
+from lora_sr.share import Share
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def degrade_folder(
     overwrite: bool = False,
     progress: bool = True,
     skip_broken: bool = False,
+    share: Share | None = None,
 ) -> Degraded:
     """Write ``NAME.png``, the camera's LR image, for each image ``NAME`` of a folder; see ``camera_degradation``.
 
@@ -58,6 +60,7 @@ def degrade_folder(
         overwrite: replace images of these names.
         progress: show a progress bar, if stderr is a terminal.
         skip_broken: leave out images that cannot be read or are smaller than the scale.
+        share: make this process's images only, see :mod:`lora_sr.share`; what cannot be used is that of its own.
 
     Raises:
         InputError: if an option is out of range, some images cannot be read or are smaller than the scale (with
@@ -74,6 +77,7 @@ def degrade_folder(
     if any(os.path.realpath(source.hr.parent) == os.path.realpath(output) for source in sources):
         raise InputError(f'The output must be another folder than that of the HR images, got {output}.')
     pairs = [(source, output / f'{source.hr.stem}.png') for source in sources]
+    pairs = pairs if share is None else share.of(pairs)
     pairs.sort(key=lambda pair: not os.path.lexists(pair[1]))  # what is there is looked at first, to be refused early
 
     left_out: dict[str, str] = {}
@@ -114,7 +118,7 @@ def degrade_folder(
                 )
         path.write_bytes(data)
 
-    made = [path for path in (output, *output.parents) if not path.exists()]
+    made = [path for path in (output, *output.parents) if not path.exists()] if share is None else []
     try:
         output.mkdir(parents=True, exist_ok=True)
         with partial_folder(output, 'degrade') as partial, ThreadPoolExecutor(workers) as pool:

@@ -242,25 +242,23 @@ def compare(
     key = repr((job, sorted(runners), scale, rgb, picture is not None))
     words = [f'{key} {name} {state_of(piece)}' for name, piece in pieces]
     parts = Parts(first.parent / f'.{first.name}.parts', words, repr(skip_broken))
-    if parts.record() is not None:
-        if all(path.exists() for path in written):
-            return None
+    if parts.record() is not None and not all(path.exists() for path in written):
         parts.forget()
-    if not parts.made:
+    if parts.record() is None and not parts.made:
         for path, suffixes in written.items():
             check_output(path, suffixes, overwrite)
-    with write_errors(first):
-        for number in share.of(range(len(pieces))):
-            if not parts.paths[number].is_dir():
-                name, piece = pieces[number]
-                with parts.make(number) as folder:
-                    of_piece, misfits = _usable(name, piece, scale)
-                    measure(name, of_piece).write(folder, misfits)
+    for number in share.of(range(len(pieces))) if parts.record() is None else ():
+        if not parts.paths[number].is_dir():
+            name, piece = pieces[number]
+            of_piece, misfits = _usable(name, piece, scale)
+            measured_piece = measure(name, of_piece)
+            with write_errors(first), parts.make(number) as folder:
+                measured_piece.write(folder, misfits)
     try:
         with parts.joining():
             if parts.record() is not None:
                 return None
-            measured = {name: _Measured([], []) for name in sets}
+            measured: dict[str, _Measured] = {name: _Measured([], []) for name in sets}
             for (name, _), path in zip(pieces, parts.paths):
                 left_out[name] += measured[name].add(path)
             _check_left_out({name: of_set.measures for name, of_set in measured.items()}, left_out, skip_broken)

@@ -158,6 +158,22 @@ class Parts:
         is_ours = isinstance(record, dict) and record.get('job') == self._job and isinstance(record.get('done'), dict)
         return record['done'] if is_ours else None
 
+    def clear(self) -> None:
+        """Remove the parts of other jobs, and what was said of one: their result is about to be replaced.
+
+        Raises:
+            OSError: They cannot be removed.
+        """
+        self.forget()
+        self._remove_parts(but=self._names)
+        with contextlib.suppress(OSError):  # it holds this job's, or is not there
+            self.folder.rmdir()
+
+    def _remove_parts(self, but: Sequence[str] = ()) -> None:
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.is_dir() and not path.name.startswith('.') and path.name not in but:
+                shutil.rmtree(path)
+
     def forget(self) -> None:
         """Take back what :meth:`mark_joined` said, of this job or another: the result is gone, or will be another."""
         (self.folder / RECORD).unlink(missing_ok=True)
@@ -185,9 +201,7 @@ class Parts:
         try:
             yield
             if self.record() is not None:
-                for path in self.folder.iterdir():
-                    if path.is_dir() and not path.name.startswith('.'):
-                        shutil.rmtree(path)
+                self._remove_parts()
         finally:
             if lock is not None:
                 os.close(lock)

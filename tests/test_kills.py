@@ -28,6 +28,7 @@ COMMANDS = {
         'compare a=base.pth b=lora.pth --set s=images -o {out}/t.md --plot {out}/f.svg --picture {out}/p.png',
         ['t.md', 'f.svg', 'p.png'],
     ),
+    'degrade, shared': ('degrade images -o {new} --scale 2 --workers 1 --share', []),
     'prepare, shared': ('prepare images -o {new} --scale 2 --size 24 --step 12 --workers 1 --share', []),
     'compare, shared': (
         'compare a=base.pth --set s=images -o {out}/t.md --picture {out}/p.png --share',

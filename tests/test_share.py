@@ -16,6 +16,7 @@ from tiny_run import python_environment, run_python
 from lora_sr import share as module
 from lora_sr.archs.span import SPAN
 from lora_sr.cli.main import main
+from lora_sr.data import degrade as degrade_module
 from lora_sr.data import prepare as prepare_module
 from lora_sr.data.degrade import degrade_folder
 from lora_sr.data.prepare import prepare_databases
@@ -190,13 +191,56 @@ def test_a_process_that_fails_tells_its_own_failures(images, span, tmp_path):
     assert [report.images for report in reports] == [3, 3]
 
 
-def test_degraded_images_are_those_of_one_process(images, tmp_path):
-    degrade_folder(images, tmp_path / 'whole', 2, progress=False)
-    counts = [
-        degrade_folder(images, tmp_path / 'out', 2, progress=False, share=Share(rank, 2)).images for rank in (1, 0, 1)
-    ]
-    assert counts == [3, 4, 3] and files_in(tmp_path / 'out') == files_in(tmp_path / 'whole')
-    assert degrade_folder(images, tmp_path / 'out', 2, progress=False, share=Share(8, 9)).images == 0
+def degrade(images, out, share=None, **options):
+    return degrade_folder(images, out, 2, progress=False, share=share, **options)
+
+
+def shown_in(folder):
+    return {name: content for name, content in files_in(folder).items() if not name.startswith('.')}
+
+
+def test_degraded_images_are_those_of_one_process(images, tmp_path, monkeypatch):
+    degrade(images, tmp_path / 'whole')
+    made = []
+    make = degrade_module.camera_degradation
+    monkeypatch.setattr(degrade_module, 'camera_degradation', lambda *args: made.append(args) or make(*args))
+    out = tmp_path / 'out'
+    assert [degrade(images, out, Share(rank, 3)).images for rank in (0, 2)] == [3, 2]  # 1 has died
+    assert len(shown_in(out)) == len(made) == 5
+    assert [degrade(images, out, Share(rank, 5)).images for rank in range(5)] == [2, 2, 1, 1, 1] and len(made) == 7
+    assert shown_in(out) == files_in(tmp_path / 'whole')
+    assert degrade(images, out, Share(0, 1)).images == 7 and degrade(images, out, Share(8, 9)).images == 0
+    assert len(made) == 7 and [path.name for path in out.rglob('.*/*')] == [module.RECORD]
+    os.remove(out / '0003.png')
+    assert degrade(images, out, Share(0, 1)).images == 7 and len(made) == 8
+    assert shown_in(out) == files_in(tmp_path / 'whole')
+
+
+def test_degraded_images_of_another_seed_are_not_taken_for_these(images, tmp_path):
+    degrade(images, tmp_path / 'whole')
+    out = tmp_path / 'out'
+    for share in (None, Share(0, 1)):
+        degrade(images, out, Share(0, 1), overwrite=True)
+        degrade(images, out, share, seed=1, overwrite=True)
+        with pytest.raises(InputError, match='exists and is not the image that is made here'):
+            degrade(images, out, Share(0, 1))
+    degrade(images, out, Share(0, 1), overwrite=True)
+    assert shown_in(out) == files_in(tmp_path / 'whole')
+
+
+def test_a_process_tells_which_of_its_images_cannot_be_used(images, tmp_path):
+    for name in ('0002', '0004', '0005'):
+        (images / f'{name}.png').write_bytes(b'no image')
+    out = tmp_path / 'out'
+    assert degrade(images, out, Share(0, 2), skip_broken=True).images == 3  # 1, 3, 5, 7
+    with pytest.raises(InputError, match='2 of 3 images cannot be used, which --skip-broken leaves out'):
+        degrade(images, out, Share(1, 2))
+    assert len(shown_in(out)) == 4  # 6, which is not one of them, has come into its place
+    done = degrade(images, out, Share(1, 2), skip_broken=True)
+    assert [Path(path).stem for path in done.left_out] == ['0002', '0004'] and done.images == 1
+    assert len(degrade(images, out, Share(0, 1), skip_broken=True).left_out) == 3
+    degrade(images, tmp_path / 'whole', skip_broken=True)
+    assert shown_in(out) == files_in(tmp_path / 'whole')
 
 
 PREPARE = dict(scales=[2, 3], size=24, step=12, workers=1, progress=False)
@@ -226,7 +270,7 @@ def test_prepared_databases_are_those_of_one_process(images, tmp_path, monkeypat
     assert databases_in(out) == databases_in(tmp_path / 'whole')
     late = prepare(images, out, Share(7, 8))
     assert late == done and len(built) == 4
-    assert [str(path.relative_to(out)) for path in out.rglob('.*/*')] == [f'.prepare.parts/{module.RECORD}']
+    assert [str(path.relative_to(out)) for path in out.rglob('.*/*')] == [f'.HR_sub.lmdb.parts/{module.RECORD}']
 
 
 def test_what_one_process_makes_anew_is_not_taken_for_shared(images, tmp_path):
@@ -287,8 +331,7 @@ def test_a_comparison_is_that_of_one_process(images, span, tmp_path, monkeypatch
     assert compared(images, span, out, Share(1, 3)) is None and len(measured) == 10
     assert [path.name for path in out.iterdir()] == ['.table.csv.parts']
     assert compared(images, span, out, Share(0, 1)) == whole and len(measured) == 2 * COUNT
-    shared = {name: content for name, content in files_in(out).items() if not name.startswith('.')}
-    assert shared == files_in(tmp_path / 'whole') and len(shared) == 3
+    assert shown_in(out) == files_in(tmp_path / 'whole') and len(shown_in(out)) == 3
     assert compared(images, span, out, Share(4, 5)) is None and len(measured) == 2 * COUNT  # it comes late
     with pytest.raises(InputError, match='exists: choose another name'):
         compare({'span': span}, {'a': (images, None)}, outputs=[out / 'table.csv'], share=Share(0, 2))

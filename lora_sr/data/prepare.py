@@ -8,7 +8,7 @@ Everything is written to ``.prepare.partial`` in the output folder. When it is c
 so, and the databases are moved into place. A run that was stopped before that is done again from the start; one that
 was stopped between two moves is finished by the next run.
 
-Several processes first make databases of pieces of the job, in ``.prepare.parts``, which the last one puts together.
+Several processes first make databases of pieces of the job, in ``.HR_sub.lmdb.parts``; the last one puts them together.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ except ImportError:  # Windows: two runs at once into one folder go unnoticed th
     fcntl = None  # type: ignore[assignment]
 
 PARTIAL_FOLDER = '.prepare.partial'
-PARTS_FOLDER = '.prepare.parts'
 PART_FILE = 'part.json'
 COMPLETE_FILE = 'complete.json'
 REPLACED_FOLDER = 'replaced'
@@ -220,7 +219,7 @@ def prepare_databases(
     databases = {scale: output / name for scale, name in names.items()}
     job = _fingerprint(sources, cut, skip_broken, left_out)
     pieces = [] if share is None else [repr(cut) + state_of(piece) for piece in pieces_of(sources)]
-    parts = Parts(output / PARTS_FOLDER, pieces, job)
+    parts = Parts(output / f'.{names[1]}.parts', pieces, job)
     try:
         if share is not None:
             check_left_out(left_out.values(), total, skip_broken)
@@ -243,7 +242,7 @@ def prepare_databases(
                     _join(parts, paths, total, left_out, skip_broken)
                 images = total - len(left_out)
                 done = {'databases': list(names.values()), 'job': job, 'images': images, 'left_out': left_out}
-                parts.forget()
+                parts.clear()
                 _mark_complete(folder, done)
                 _move_into_place(folder, output, names.values())
             if share is not None:

@@ -233,15 +233,18 @@ def compare(
             raise left
         return comparison
 
+    first = Path(outputs[0]) if outputs else None
     if share is None:
+        if first is not None:
+            with write_errors(first):
+                Parts(_parts_folder(first), [], '').clear()
         return conclude({name: measure(name, of_set) for name, of_set in sources.items()})
     pieces = [(name, piece) for name, of_set in sources.items() for piece in pieces_of(of_set)]
-    assert outputs  # as has been checked
-    first = Path(outputs[0])
+    assert first is not None  # as has been checked
     job = [(name, repr(one.network), fingerprint(one.network.state_dict())) for name, one in contestants.items()]
     key = repr((job, sorted(runners), scale, rgb, picture is not None))
     words = [f'{key} {name} {state_of(piece)}' for name, piece in pieces]
-    parts = Parts(first.parent / f'.{first.name}.parts', words, repr(skip_broken))
+    parts = Parts(_parts_folder(first), words, repr(skip_broken))
     if parts.record() is not None and not all(path.exists() for path in written):
         parts.forget()
     if parts.record() is None and not parts.made:
@@ -377,6 +380,10 @@ def _check_share(
         raise InputError('--share must be left out with --runtime and --baseline: other processes would slow it down.')
     if not sets or not outputs:
         raise InputError('--share needs images, by --set, and a file for the table, by --output.')
+
+
+def _parts_folder(output: Path) -> Path:
+    return output.parent / f'.{output.name}.parts'
 
 
 def _check_left_out(usable: Mapping[str, Sized], left_out: Mapping[str, list[str]], skip_broken: bool) -> None:

@@ -226,6 +226,7 @@ def save_atomically(content: object, path: str | os.PathLike[str]) -> None:
         try:
             with _partial_file(folder, name, '') as unfinished:  # no suffix, by which states are looked for
                 torch.save(content, unfinished)
+                _flush(unfinished)
                 os.replace(unfinished, path)
             return
         except (OSError, RuntimeError) as error:
@@ -233,6 +234,12 @@ def save_atomically(content: object, path: str | os.PathLike[str]) -> None:
                 raise InputError(f'{path} cannot be written: {_reason(error)}.') from error
             LOG.warning(f'{path} cannot be written ({error}), remaining attempts: {SAVE_ATTEMPTS - attempt}')
             time.sleep(SAVE_PAUSE)
+
+
+def _flush(path: Path) -> None:
+    """Put a file on the disk: else a machine that goes down may leave its name without its content."""
+    with open(path, 'rb') as file:
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ import pytest
 from tiny_commands import write_inputs
 from tiny_run import python_environment
 
+from lora_sr.share import RECORD
+
 LAST, OTHERS = 4, 3  # operations before which a command is killed
 # {new} is a folder that the command makes, {out} one that is there; what it writes there by itself.
 COMMANDS = {
@@ -25,6 +27,12 @@ COMMANDS = {
     'compare': (
         'compare a=base.pth b=lora.pth --set s=images -o {out}/t.md --plot {out}/f.svg --picture {out}/p.png',
         ['t.md', 'f.svg', 'p.png'],
+    ),
+    'degrade, shared': ('degrade images -o {new} --scale 2 --workers 1 --share', []),
+    'prepare, shared': ('prepare images -o {new} --scale 2 --size 24 --step 12 --workers 1 --share', []),
+    'compare, shared': (
+        'compare a=base.pth --set s=images -o {out}/t.md --picture {out}/p.png --share',
+        ['t.md', 'p.png'],
     ),
     'curves': ('curves run=run -o {out}/c.png', ['c.png']),
     'allocate': (
@@ -42,6 +50,10 @@ COMMANDS = {
 }  # fmt: skip
 
 
+# One process of one, where a command has --share.
+ARRAY = {'SLURM_ARRAY_TASK_ID': '0', 'SLURM_ARRAY_TASK_MIN': '0', 'SLURM_ARRAY_TASK_COUNT': '1'}
+
+
 @pytest.fixture(scope='module')
 def inputs(tmp_path_factory):
     """The folder in which the commands run."""
@@ -53,7 +65,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope='module')
 def start(inputs):
     """A function: run a command in a process of its own, killed before a file operation under a folder or not."""
-    environment = python_environment()
+    environment = {**python_environment(), **ARRAY}
     command = [sys.executable, str(Path(__file__).with_name('kill_server.py'))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
 
@@ -78,7 +90,8 @@ def contents(folder):
 
 
 def is_hidden(name):
-    return any(part.startswith('.') for part in Path(name).parts)
+    """Whether something is unfinished; the record of a job that was shared stays."""
+    return any(part.startswith('.') for part in Path(name).parts) and Path(name).name != RECORD
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / 'lora_sr'
 
-BASE = {'errors', 'figures', 'files', 'option_file'}
+BASE = {'errors', 'figures', 'files', 'option_file', 'share'}
 FLOOR_0 = BASE | {'adapters', 'optim', 'losses', 'images'}
 FLOOR_1 = {'archs', 'checkpoints', 'data'}
 FLOOR_2 = {'runtime', 'basicsr'}
@@ -32,6 +32,7 @@ ALLOWED = {
     'figures': {'errors'},
     'files': {'errors'},
     'option_file': {'errors', 'files'},
+    'share': {'errors', 'files'},
     **dict.fromkeys(('adapters', 'optim', 'losses', 'images'), BASE),
     **dict.fromkeys(('archs', 'data'), FLOOR_0),
     'checkpoints': FLOOR_0 | FLOOR_1,
@@ -48,6 +49,7 @@ THIRD_PARTIES: dict[str, tuple[set[str], set[str]]] = {
     'figures': ({'matplotlib'}, set()),  # at its top for types alone
     'files': (set(), {'torch'}),
     'option_file': ({'yaml'}, set()),
+    'share': (set(), set()),
     'adapters': ({'torch', 'safetensors'}, set()),
     'optim': ({'torch', 'adan_pytorch'}, set()),
     'losses': ({'torch'}, set()),

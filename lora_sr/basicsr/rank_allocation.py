@@ -27,6 +27,7 @@ from lora_sr.adapters.allocation import allocate_ranks, base_weight, layer_impor
 from lora_sr.archs.adaptsr import AdaptSR
 from lora_sr.basicsr.options import check_options
 from lora_sr.basicsr.patches.options import mistakes
+from lora_sr.basicsr.step.settings import STEP_KEYS
 from lora_sr.checkpoints.imports import import_modules
 from lora_sr.checkpoints.networks import OPTION_SUFFIXES
 from lora_sr.errors import InputError
@@ -210,6 +211,8 @@ def _build(option_file: str | os.PathLike) -> tuple[Any, Iterator[dict[str, Any]
             opt, _ = parse_options(os.getcwd(), is_train=True)
     finally:
         sys.argv = argv
+    # Gradients are of whole batches, in float32, and not scaled.
+    opt['train'] = {key: value for key, value in opt['train'].items() if key not in STEP_KEYS}
     if not opt['train'].get('ldl_opt'):  # which compares with the average
         opt['train']['ema_decay'] = 0
     with _quiet_logger():

@@ -13,13 +13,18 @@ from lora_sr.errors import InputError
 from lora_sr.files import lock_path
 
 WAIT = 30.0  # seconds for another run that is just about to make its folder
+WAIT_FOR_LOST = 120.0  # seconds for a process that was given up: a server of files keeps its lock for up to 90
 _held: dict[str, int] = {}  # descriptors of locks, by what they are of
 
 
-def claim(folder: str | os.PathLike[str]) -> None:
+def claim(folder: str | os.PathLike[str], wait: float = 0.0) -> None:
     """Begin a run in a folder, which need not be there yet; :func:`hold` it once it is.
 
     Until then no other run begins beside it.
+
+    Args:
+        folder: The folder.
+        wait: Seconds to wait for one that is at work there.
 
     Raises:
         InputError: A run is at work there.
@@ -27,10 +32,8 @@ def claim(folder: str | os.PathLike[str]) -> None:
     release()
     folder = Path(os.path.realpath(folder))
     above = next(parent for parent in folder.parents if parent.is_dir())
-    start = time.monotonic()
-    while not _take('above', above) and time.monotonic() - start < WAIT:
-        time.sleep(0.05)
-    if folder.is_dir() and not _take('folder', folder):
+    _take_within(WAIT, 'above', above)
+    if folder.is_dir() and not _take_within(wait, 'folder', folder):
         release()
         raise InputError(f'A run is at work in {folder}: stop it, wait for it, or give this one another name.')
 
@@ -57,6 +60,15 @@ def release() -> None:
 if hasattr(os, 'register_at_fork'):
     # A worker that outlives a killed run must not keep its folder; closing a copy gives nothing back.
     os.register_at_fork(after_in_child=release)
+
+
+def _take_within(seconds: float, name: str, folder: Path) -> bool:
+    end = time.monotonic() + seconds
+    while not _take(name, folder):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _take(name: str, folder: Path) -> bool:

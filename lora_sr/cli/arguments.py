@@ -90,6 +90,15 @@ def add_force(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_share(parser: argparse.ArgumentParser) -> None:
+    """Add ``--share``; :func:`lora_sr.share.own_share` reads it."""
+    parser.add_argument(
+        '--share',
+        action='store_true',
+        help='share the images with the other processes of torchrun, of srun or of a job array of slurm',
+    )
+
+
 def tell_written(path: str | os.PathLike[str]) -> None:
     """Print the name of a file that a command has written."""
     print(f'wrote {printable(os.fspath(path))}')

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lora_sr.cli.arguments import add_network_options, by_name, named, network_source, tell_written
+from lora_sr.cli.arguments import add_network_options, add_share, by_name, named, network_source, tell_written
 
 if TYPE_CHECKING:
     from lora_sr.checkpoints import NetworkSource, OpenedNetwork
@@ -64,6 +64,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         '--skip-broken', action='store_true', help='leave out the images that cannot be used, and say how many'
     )
+    add_share(parser)
     add_network_options(parser)
     parser.set_defaults(run=run)
 
@@ -91,7 +92,9 @@ def run(args: argparse.Namespace) -> None:
     from lora_sr.option_file import load_options
     from lora_sr.report.comparison import compare
     from lora_sr.report.tables import format_table
+    from lora_sr.share import own_share
 
+    share = own_share(args.share)
     if args.options is not None:
         load_options(args.options)  # what is wrong with it must not look like a file that it does not fit
     comparison = compare(
@@ -107,7 +110,11 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         skip_broken=args.skip_broken,
         on_table=lambda comparison: print(format_table(comparison), flush=True),
+        share=share,
     )
+    if comparison is None:
+        print(f'{share} is done; the process that comes last writes the table')
+        return
     for file in (*(args.outputs or ()), args.plot, args.picture):
         if file:
             tell_written(file)

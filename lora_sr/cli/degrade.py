@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from lora_sr.cli.arguments import add_share
 from lora_sr.errors import printable
 
 EPILOG = """\
@@ -37,6 +38,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument('--workers', type=int, metavar='N', help='number of threads (default: the number of cores)')
     parser.add_argument('--overwrite', action='store_true', help='replace other images of the same names')
+    add_share(parser)
     parser.set_defaults(run=run)
 
 
@@ -44,7 +46,9 @@ def run(args: argparse.Namespace) -> None:
     """Make the images and say how many."""
     from lora_sr.data.degrade import degrade_folder
     from lora_sr.data.sources import name_images
+    from lora_sr.share import own_share
 
+    share = own_share(args.share)
     degraded = degrade_folder(
         args.folder,
         args.output,
@@ -53,8 +57,10 @@ def run(args: argparse.Namespace) -> None:
         args.workers,
         args.overwrite,
         skip_broken=args.skip_broken,
+        share=share,
     )
-    print(f'{printable(args.output)}: {degraded.images} images at scale {args.scale}')
+    of_share = '' if share is None else f', {share}'
+    print(f'{printable(args.output)}: {degraded.images} images at scale {args.scale}{of_share}')
     if degraded.left_out:
         total = degraded.images + len(degraded.left_out)
         print(f'lora-sr: note: {name_images(degraded.left_out.values(), total, "left out")}', file=sys.stderr)

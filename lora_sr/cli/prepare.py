@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+from lora_sr.cli.arguments import add_share
 from lora_sr.errors import printable
 
 EPILOG = """\
@@ -100,6 +101,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument('--workers', type=int, metavar='N', help='number of threads (default: the number of cores)')
     parser.add_argument('--overwrite', action='store_true', help='replace databases of the same names')
+    add_share(parser)
     parser.set_defaults(run=run)
 
 
@@ -107,7 +109,9 @@ def run(args: argparse.Namespace) -> None:
     """Prepare the databases and say what was made."""
     from lora_sr.data.prepare import prepare_databases
     from lora_sr.data.sources import left_out, name_images
+    from lora_sr.share import own_share
 
+    share = own_share(args.share)
     try:
         prepared = prepare_databases(
             args.folders,
@@ -123,6 +127,7 @@ def run(args: argparse.Namespace) -> None:
             border=args.border,
             skip_broken=args.skip_broken,
             crop=args.crop,
+            share=share,
         )
     except KeyboardInterrupt:
         print(
@@ -130,6 +135,9 @@ def run(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
         raise SystemExit(130) from None
+    if prepared is None:
+        print(f'{printable(args.output)}: {share} is done; the process that comes last puts all together')
+        return
     for folder in args.folders:
         others = left_out(folder)
         if others:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source
+from lora_sr.cli.arguments import CHECKPOINT, add_network_options, add_share, network_source
 from lora_sr.errors import printable
 
 EPILOG = """\
@@ -13,6 +13,7 @@ examples:
   lora-sr upscale photos -m SPAN_x4.pth -o photos_x4
   lora-sr upscale 'scans/*.tif' cover.png -m SPAN_x4.pth -o upscaled --format png
   lora-sr upscale photo.jpg -m SwinIR.pth --adapter phone.safetensors=0.7 -o photo_x4.png --tile 256
+  torchrun --nproc-per-node 4 -m lora_sr.cli.main upscale photos -m SPAN_x4.pth -o photos_x4 --share --skip-existing
 """
 
 
@@ -66,6 +67,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     existing.add_argument(
         '--skip-existing', action='store_true', help='leave out images whose outputs exist: go on after a stopped run'
     )
+    add_share(parser)
     add_network_options(parser)
     parser.set_defaults(run=run)
 
@@ -73,7 +75,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> None:
     """Upscale, print the speed, and name what failed. Exits with status 1 if something did."""
     from lora_sr.deploy.upscale import DTYPES, upscale
+    from lora_sr.share import own_share
 
+    share = own_share(args.share)
     try:
         report = upscale(
             args.inputs,
@@ -87,13 +91,14 @@ def run(args: argparse.Namespace) -> None:
             progress=True,
             skip_existing=args.skip_existing,
             alpha=args.alpha,
+            share=share,
         )
     except KeyboardInterrupt:
         print('interrupted; what was written is whole', file=sys.stderr)
         sys.exit(130)
     for note in report.notes:
         print(f'lora-sr: note: {printable(note)}', file=sys.stderr)
-    print(report)
+    print(report if share is None else f'{report}, {share}')
     for failure in report.failures.values():
         print(f'lora-sr: error: {printable(failure)}', file=sys.stderr)
     if report.failures:

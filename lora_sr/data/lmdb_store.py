@@ -92,6 +92,20 @@ class LmdbWriter:
         if self._batch_bytes >= BATCH_BYTES:
             self._commit()
 
+    def put_all(self, path: Path) -> None:
+        """Add all images of another database, which is whole."""
+        with (
+            lmdb.open(os.fsencode(path), readonly=True, lock=False) as env,
+            env.begin(buffers=True) as transaction,
+            open(path / 'meta_info.txt', encoding='ascii') as lines,
+        ):
+            self._meta.writelines(lines)
+            for key, value in transaction.cursor():
+                self._batch.append((bytes(key), np.array(value)))
+                self._batch_bytes += len(value)
+                if self._batch_bytes >= BATCH_BYTES:
+                    self._commit()
+
     def finish(self) -> None:
         """Commit, put everything on the disk, and only then give the meta file its name."""
         self._commit()

@@ -7,6 +7,8 @@ size of an image, not on their number. Results are written in the order of the k
 Everything is written to ``.prepare.partial`` in the output folder. When it is complete and checked, a file there says
 so, and the databases are moved into place. A run that was stopped before that is done again from the start; one that
 was stopped between two moves is finished by the next run.
+
+Several processes first make databases of pieces of the job, in ``.HR_sub.lmdb.parts``; the last one puts them together.
 """
 
 from __future__ import annotations
@@ -34,11 +36,12 @@ import numpy as np
 from tqdm import tqdm
 
 from lora_sr.data.lmdb_store import LmdbWriter, check_databases, read_meta_info
-from lora_sr.data.sources import Source, check_left_out, find_sources, memory_errors, read_image
+from lora_sr.data.sources import Source, check_left_out, find_sources, memory_errors, read_image, state_of
 from lora_sr.errors import InputError
 from lora_sr.files import check_output_folder
 from lora_sr.images.bicubic import BORDERS, MAX_SCALE, bicubic_downscale
 from lora_sr.images.png import encode_png
+from lora_sr.share import NotLastError, Parts, Share, pieces_of
 
 try:
     import fcntl
@@ -46,6 +49,7 @@ except ImportError:  # Windows: two runs at once into one folder go unnoticed th
     fcntl = None  # type: ignore[assignment]
 
 PARTIAL_FOLDER = '.prepare.partial'
+PART_FILE = 'part.json'
 COMPLETE_FILE = 'complete.json'
 REPLACED_FOLDER = 'replaced'
 COMPLETE_TYPES = {'databases': list, 'job': str, 'images': int, 'left_out': dict}
@@ -151,7 +155,8 @@ def prepare_databases(
     border: str | None = None,
     skip_broken: bool = False,
     crop: bool = False,
-) -> Prepared:
+    share: Share | None = None,
+) -> Prepared | None:
     """Make the LMDBs ``HR_sub.lmdb`` and ``LR_…_X{scale}_sub.lmdb`` from folders of images.
 
     Each image is cropped, at its right and bottom edges, to a multiple of all scales. Its LR images come from their
@@ -185,6 +190,12 @@ def prepare_databases(
             ``2 * scale`` pixels, to the largest size that they share: at the right and bottom. The top left corner
             stays, so they must show the same there. Without it they may differ by less than ``scale`` pixels, as where
             a size was rounded.
+        share: make this process's part of the databases, see :mod:`lora_sr.share`, and put all together if it is the
+            last one. Databases of this very job that are there are kept, also with ``overwrite``. Until they are in
+            place the disk holds everything twice.
+
+    Returns:
+        What has been made; None where other processes have still to do their share.
 
     Raises:
         InputError: if an option is out of range, the images cannot be found, some cannot be used (with ``skip_broken``:
@@ -207,27 +218,51 @@ def prepare_databases(
     )
     databases = {scale: output / name for scale, name in names.items()}
     job = _fingerprint(sources, cut, skip_broken, left_out)
+    pieces = [] if share is None else [repr(cut) + state_of(piece) for piece in pieces_of(sources)]
+    parts = Parts(output / f'.{names[1]}.parts', pieces, job)
     try:
-        with _partial_folder(output) as folder:
+        if share is not None:
+            check_left_out(left_out.values(), total, skip_broken)
+            if parts.record() is not None and not all(map(os.path.isdir, databases.values())):
+                parts.forget()
+            if parts.record() is None and not parts.made:
+                _check_free(databases.values(), overwrite)
+            _make_parts(parts, share, sources, cut, names, workers, progress)
+        with _last_of(parts, share), _partial_folder(output) as folder:
             done = _finish_interrupted(folder, output)
+            if done is None and share is not None:
+                done = parts.record()
             if done is None or done['job'] != job:
-                existing = [str(path) for path in databases.values() if os.path.lexists(path)]
-                if existing and not overwrite:
-                    raise InputError(
-                        f'{" and ".join(existing)} already exist: choose another output folder, or add '
-                        '--overwrite and name all the scales wanted in the one run.'
-                    )
+                if share is None or done is not None:  # an earlier run, of another job, has just been finished
+                    _check_free(databases.values(), overwrite)
                 paths = {scale: folder / Path(name).stem for scale, name in names.items()}
-                _build(sources, cut, paths, workers, progress, left_out, skip_broken)
+                if share is None:
+                    _build(sources, cut, paths, workers, progress, left_out, skip_broken)
+                else:
+                    _join(parts, paths, total, left_out, skip_broken)
                 images = total - len(left_out)
                 done = {'databases': list(names.values()), 'job': job, 'images': images, 'left_out': left_out}
+                parts.clear()
                 _mark_complete(folder, done)
                 _move_into_place(folder, output, names.values())
+            if share is not None:
+                parts.mark_joined(done)
+    except NotLastError:
+        return None
     except (OSError, lmdb.Error) as error:
         raise InputError(f'{output}: the databases cannot be written there ({error}).') from error
     shapes = read_meta_info(databases[1]).values()
     smallest = min(((height, width) for height, width, _ in shapes), key=lambda shape: (min(shape), max(shape)))
     return Prepared(databases, done['images'], len(shapes), smallest, done['left_out'])
+
+
+def _check_free(databases: Iterable[Path], overwrite: bool) -> None:
+    existing = [str(path) for path in databases if os.path.lexists(path)]
+    if existing and not overwrite:
+        raise InputError(
+            f'{" and ".join(existing)} already exist: choose another output folder, or add --overwrite and name all '
+            'the scales wanted in the one run.'
+        )
 
 
 def subimage_starts(length: int, size: int, step: int, threshold: int) -> list[int]:
@@ -253,10 +288,7 @@ def _is_bicubic(lr: Path | None) -> bool:
 def _fingerprint(sources: Sequence[Source], cut: Cut, skip_broken: bool, misfits: Collection[str]) -> str:
     """The same for two runs that make the same databases."""
     digest = hashlib.sha256(repr((cut, skip_broken, len(misfits))).encode())
-    for source in sources:
-        for path in (source.hr, *source.lr.values()):
-            state = path.stat()
-            digest.update(repr((str(path.resolve()), state.st_size, state.st_mtime_ns)).encode())
+    digest.update(state_of(sources).encode())
     return digest.hexdigest()
 
 
@@ -344,10 +376,12 @@ def _build(
     progress: bool,
     left_out: dict[str, str],
     skip_broken: bool,
+    may_be_empty: bool = False,
 ) -> None:
     """Write and check the databases at {scale: path}, names without ``.lmdb``, which BasicSR does not open.
 
-    ``left_out``, {path: why it cannot be used}, has the images that do not pair, and gets those that cannot be used.
+    ``left_out``, {path: why it cannot be used}, has the images that do not pair, and gets those that cannot be used;
+    all of them may, where these are a piece of a job.
     """
     total = len(sources) + len(left_out)
     check_only = threading.Event()
@@ -369,8 +403,56 @@ def _build(
             for scale, of_scale in entries.items():
                 for entry in of_scale:
                     writers[scale].put(*entry)
-        check_left_out(left_out.values(), total, skip_broken)
+        if not may_be_empty:
+            check_left_out(left_out.values(), total, skip_broken)
         for writer in writers.values():
+            writer.finish()
+    check_databases(paths[1], {scale: path for scale, path in paths.items() if scale > 1})
+
+
+def _make_parts(
+    parts: Parts,
+    share: Share,
+    sources: Sequence[Source],
+    cut: Cut,
+    names: Mapping[int, str],
+    workers: int,
+    progress: bool,
+) -> None:
+    """Make the parts of a share that are missing, each with databases of these {scale: name}.
+
+    What cannot be used is noted in them, for :func:`_join` to tell all of it.
+    """
+    pieces = pieces_of(sources)
+    own = [] if parts.record() is not None else share.of(range(len(pieces)))
+    for number in tqdm(own, unit='part', disable=None if progress and sys.stderr else True):
+        if not parts.paths[number].is_dir():
+            with parts.make(number) as folder:
+                left_out: dict[str, str] = {}
+                paths = {scale: folder / Path(name).stem for scale, name in names.items()}
+                _build(pieces[number], cut, paths, workers, False, left_out, skip_broken=True, may_be_empty=True)
+                (folder / PART_FILE).write_text(json.dumps({'left_out': left_out}), encoding='utf-8')
+
+
+@contextlib.contextmanager
+def _last_of(parts: Parts, share: Share | None) -> Iterator[None]:
+    """Go on if this process is the only one, or the last one that a job has been waiting for."""
+    if share is None:
+        yield
+        return
+    with parts.joining():
+        yield
+
+
+def _join(parts: Parts, paths: Mapping[int, Path], total: int, left_out: dict[str, str], skip_broken: bool) -> None:
+    """Put parts together as databases at {scale: path}, as ``_build`` writes them at once, and check these."""
+    for part in parts.paths:
+        left_out.update(json.loads((part / PART_FILE).read_text('utf-8'))['left_out'])
+    check_left_out(left_out.values(), total, skip_broken)
+    for path in paths.values():
+        with contextlib.closing(LmdbWriter(path)) as writer:
+            for part in parts.paths:
+                writer.put_all(part / path.name)
             writer.finish()
     check_databases(paths[1], {scale: path for scale, path in paths.items() if scale > 1})
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +124,16 @@ def find_sources(
     if split and not any(source.captured for source in sources.values()):
         raise InputError('--split is for RealSR and DRealSR, which have parts, but none of the folders is one of them.')
     return [sources[key] for key in sorted(sources)]
+
+
+def state_of(sources: Iterable[Source]) -> str:
+    """Which files these are, how large, and when they were written."""
+    state = []
+    for source in sources:
+        for path in (source.hr, *source.lr.values()):
+            status = path.stat()
+            state.append(repr((str(path.resolve()), status.st_size, status.st_mtime_ns)))
+    return ''.join(state)
 
 
 def read_image(path: Path, deep: bool = False) -> np.ndarray:

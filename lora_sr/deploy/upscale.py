@@ -28,7 +28,8 @@ from lora_sr.files import identity, replacing, write_errors
 from lora_sr.images.blocks import Run
 from lora_sr.images.encoding import check_format, kinds_left_out, write_picture
 from lora_sr.images.formats import FORMATS, SUFFIXES, Picture, format_of, read_picture
-from lora_sr.runtime.upscaler import Upscaler, check_alpha
+from lora_sr.runtime.upscaler import Upscaler, check_alpha, use_own_gpu
+from lora_sr.share import Share
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 DEFAULT_QUALITY = 95
@@ -88,6 +89,7 @@ def upscale(
     progress: bool = False,
     skip_existing: bool = False,
     alpha: str = 'bicubic',
+    share: Share | None = None,
 ) -> UpscaleReport:
     """Upscale image files. Reading and writing are done in threads beside the network, see :func:`run_jobs`.
 
@@ -110,6 +112,7 @@ def upscale(
         progress: Show a progress bar, if stderr is a terminal.
         skip_existing: Leave out images whose outputs exist, as after a run that was stopped: what it wrote is whole.
         alpha: See the call of :class:`Upscaler`.
+        share: Upscale this process's images only, see :mod:`lora_sr.share`; on its own GPU, where there are several.
 
     Returns:
         What was done. An image that cannot be read, upscaled or held by its format is among the ``failures`` and does
@@ -129,19 +132,21 @@ def upscale(
     if not os.fspath(output):
         raise InputError('The output is empty, where a folder, or a file for one image, is right.')
     output = Path(output)
-    planned, failures = plan(inputs, output, file_format, overwrite or skip_existing)
+    planned, failures = plan(inputs, output, file_format, overwrite or skip_existing, share)
     jobs = [job for job in planned if not (skip_existing and os.path.lexists(job.target))]
     notes = []
     if len(jobs) < len(planned):
         skipped = len(planned) - len(jobs)
         notes.append(f'{skipped} image{"" if skipped == 1 else "s"} skipped, as the output exists.')
-        if not jobs:
-            return UpscaleReport(0, 0.0, failures, notes)
+    if not jobs and (planned or share is not None):
+        return UpscaleReport(0, 0.0, failures, notes)
     folder = output.parent if jobs and jobs[0].target == output else output
     left_out: dict[str, list[str]] = {}
     ranges: dict[str, tuple[float, float]] = {}
-    with _writable(folder), warnings.catch_warnings():
+    with _writable(folder, is_shared=share is not None), warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='PIL')  # of files that are reported, or read none the less
+        if share is not None:
+            use_own_gpu(share)
         upscaler = Upscaler(load_network(model), tile, dtype)
         start = time.perf_counter()
         with tqdm(total=len(jobs), unit='image', disable=None if progress else True) as bar:
@@ -173,9 +178,15 @@ def _first_of(sources: Mapping[str, object]) -> str:
 
 
 def plan(
-    inputs: Sequence[str | os.PathLike], output: Path, file_format: str | None = None, may_exist: bool = False
+    inputs: Sequence[str | os.PathLike],
+    output: Path,
+    file_format: str | None = None,
+    may_exist: bool = False,
+    share: Share | None = None,
 ) -> tuple[list[Job], dict[str, str]]:
     """Which image goes where, and which inputs are no images by their names. Nothing is read or written.
+
+    Of a share that is its own part; what the others write meanwhile is not looked at.
 
     Raises:
         InputError: As :func:`upscale` does, as far as names can tell.
@@ -210,8 +221,11 @@ def plan(
                 f'{other} and {source} would have the same output, {target}: rename one, or upscale them into two '
                 'folders.'
             )
-    _check_targets(list(jobs.values()), may_exist)
-    return list(jobs.values()), failures
+    own = list(jobs.values())
+    if share is not None:
+        own, failures = share.of(own), dict(share.of(list(failures.items())))
+    _check_targets(own, may_exist, [job.source for job in jobs.values()])
+    return own, failures
 
 
 def _find_images(argument: str | os.PathLike, output: Path) -> list[tuple[Path, Path]]:
@@ -249,10 +263,10 @@ def _search(root: Path, output: Path) -> list[tuple[Path, Path]]:
     return found
 
 
-def _check_targets(jobs: list[Job], may_exist: bool) -> None:
+def _check_targets(jobs: list[Job], may_exist: bool, inputs: list[Path]) -> None:
     """Refuse to write over an input, in whatever way it is reached, and over others unless asked to."""
     existing = [job for job in jobs if os.path.lexists(job.target)]
-    sources = {identity(job.source): job.source for job in jobs}
+    sources = {identity(source): source for source in inputs}
     for job in existing:
         source = sources.get(identity(job.target))
         if source is not None:
@@ -268,9 +282,9 @@ def _check_targets(jobs: list[Job], may_exist: bool) -> None:
 
 
 @contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """Make a folder for the output and try to write there; leave no empty folder behind."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+def _writable(folder: Path, is_shared: bool) -> Iterator[None]:
+    """Make a folder for the output and try to write there; leave no empty folder behind, but to other processes."""
+    made = [] if is_shared else [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Callable, TypeVar
 
@@ -28,7 +29,16 @@ from lora_sr.archs.complexity import (
 )
 from lora_sr.archs.info import refusal
 from lora_sr.checkpoints import NetworkLike, OpenedNetwork, open_network
-from lora_sr.data.sources import IMAGE_SUFFIXES, Source, check_left_out, find_sources, name_images, read_image
+from lora_sr.checkpoints.origin import fingerprint
+from lora_sr.data.sources import (
+    IMAGE_SUFFIXES,
+    Source,
+    check_left_out,
+    find_sources,
+    name_images,
+    read_image,
+    state_of,
+)
 from lora_sr.errors import InputError, printable
 from lora_sr.files import check_output, identity, replacing_together, was_interrupted, write_errors
 from lora_sr.images.bicubic import bicubic_downscale, bicubic_upscale
@@ -38,11 +48,14 @@ from lora_sr.report.plot import encode_plot
 from lora_sr.report.tables import TABLE_SUFFIXES, Comparison, Cost, Row, encode_table
 from lora_sr.runtime.deployed import optimize
 from lora_sr.runtime.pixels import image_to_tensor, tensor_to_image
+from lora_sr.runtime.upscaler import use_own_gpu
+from lora_sr.share import NotLastError, Parts, Share, pieces_of
 
 Item = TypeVar('Item')
 Result = TypeVar('Result')
 
 BICUBIC, ORIGINAL = 'bicubic', 'original'
+PART_FILE = 'part.json'  # what a process has measured that shares the images
 PATCH, ZOOM = 64, 3  # the picture shows patches of 64x64 pixels, each pixel 3x3
 READ_AHEAD = 2  # images that are read while the networks run
 WORKERS = min(8, os.cpu_count() or 1)
@@ -65,6 +78,32 @@ class _Versions:
     versions: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured of bicubic and each network on images of a set, one by one, and the strips of the picture."""
+
+    measures: list[dict[str, Fidelity]]
+    strips: list[np.ndarray]
+
+    def write(self, folder: Path, left_out: list[str]) -> None:
+        """Write it for :meth:`add`, with the reasons why other images are left out."""
+        for number, strip in enumerate(self.strips):
+            (folder / f'{number}.png').write_bytes(cv2.imencode('.png', strip)[1].tobytes())
+        measures = [{name: astuple(one) for name, one in of_image.items()} for of_image in self.measures]
+        (folder / PART_FILE).write_text(json.dumps({'measures': measures, 'left_out': left_out}), 'utf-8')
+
+    def add(self, folder: Path) -> list[str]:
+        """Add what has been written, and return the reasons."""
+        part = json.loads((folder / PART_FILE).read_text('utf-8'))
+        for of_image in part['measures']:
+            self.measures.append({name: Fidelity(*values) for name, values in of_image.items()})
+        for number in range(len(part['measures'])):
+            if (folder / f'{number}.png').exists():
+                self.strips.append(read_image(folder / f'{number}.png'))
+        reasons: list[str] = part['left_out']
+        return reasons
+
+
 def compare(
     networks: Mapping[str, NetworkLike | OpenedNetwork],
     sets: dict[str, tuple[str | os.PathLike, str | os.PathLike | None]] | None = None,
@@ -78,7 +117,8 @@ def compare(
     overwrite: bool = False,
     skip_broken: bool = False,
     on_table: Callable[[Comparison], None] | None = None,
-) -> Comparison:
+    share: Share | None = None,
+) -> Comparison | None:
     """Measure networks, and bicubic interpolation beside them, on sets of images.
 
     All networks are measured in deploy form: with LoRA merged and branches folded. PSNR and SSIM are those of the
@@ -103,9 +143,12 @@ def compare(
         skip_broken: Leave out images that are damaged, too small or without a partner; the name of a set says how many
             are left. Without it all of them are named and nothing is measured.
         on_table: Called with what is returned before any file is written, so that no failure to write loses it.
+        share: Measure on this process's images only, see :mod:`lora_sr.share`, and write the files if it is the last
+            one. What is measured is kept beside the first of ``outputs`` until then.
 
     Returns:
-        A row for bicubic, where there are sets, and one for each network, in their order.
+        A row for bicubic, where there are sets, and one for each network, in their order; ``None`` where other
+        processes have still to do their share, or have written the files.
 
     Raises:
         InputError: A folder, an image or a network that cannot be used, networks of different scales or not of the
@@ -117,8 +160,10 @@ def compare(
     _check_request(networks, sets, rgb, runtime, baseline, size, plot, picture)
     files = [(picture, ('.png',)), (plot, figures.SUFFIXES), *((path, TABLE_SUFFIXES) for path in outputs or ())]
     written = {Path(path): suffixes for path, suffixes in files if path is not None}
+    if share is not None:
+        _check_share(sets, runtime, outputs)
     # A killed run is made up for by the same files, but times are never the same.
-    may_exist = overwrite or (not runtime and was_interrupted(list(written)))
+    may_exist = overwrite or share is not None or (not runtime and was_interrupted(list(written)))
     for path, suffixes in written.items():
         check_output(path, suffixes, may_exist)
     _check_distinct([path for path, _ in files if path is not None])
@@ -126,59 +171,105 @@ def compare(
     if plot is not None and not any(one.has_weights for one in contestants.values()):
         raise InputError(f'There is nothing to draw in {plot}: no network has weights.')
     scale = _common_scale(contestants)
-    sources: dict[str, list[Source]] = {}
-    left_out: list[str] = []
-    for name, (gt, lr) in sets.items():
-        usable, misfits = _sources_of_set(name, gt, lr, scale)
-        if not usable:
-            raise InputError(name_images(misfits, len(misfits), f'of the set "{name}" cannot be used'))
-        left_out += misfits
-        # In whatever form the table is kept, it says so.
-        sources[f'{name} ({len(usable)} of {len(usable) + len(misfits)})' if misfits else name] = usable
-    total = len(left_out) + sum(map(len, sources.values()))
-    check_left_out(left_out, total, skip_broken)
+    found = {name: _find_set(name, gt, lr, scale) for name, (gt, lr) in sets.items()}
+    sources = {name: of_set for name, (of_set, _) in found.items()}
+    left_out = {name: lonely for name, (_, lonely) in found.items()}
+    if share is None:  # else they are decoded when it is their turn
+        for name, of_set in sources.items():
+            sources[name], misfits = _usable(name, of_set, scale)
+            left_out[name] += misfits
+    _check_left_out(sources, left_out, skip_broken)
     _check_inputs(
         list(written), [path for of_set in sources.values() for one in of_set for path in (one.hr, *one.lr.values())]
     )
 
+    if share is not None:
+        use_own_gpu(share)
     costs = {name: _count_costs(one.network, scale) for name, one in contestants.items()}
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     runners = {name: one.network.to(device) for name, one in contestants.items() if one.has_weights}
-    quality: dict[str, dict[str, Fidelity]] = {name: {} for name in (BICUBIC, *networks)}
-    strips = []
-    for set_name, set_sources in sources.items():
-        found, set_strips = _measure_set(set_name, set_sources, runners, scale, rgb, picture is not None)
-        strips += set_strips
-        for name, fidelity in found.items():
-            quality[name][set_name] = fidelity
-    conditions = None
-    if runtime:
-        height, width = size or (CHALLENGE_SIDE, CHALLENGE_SIDE)
-        costs, conditions = _measure_costs(costs, contestants, height, width, device)
-    if baseline is not None:
-        costs = _score(costs, baseline)
-    rows = [Row(BICUBIC, None, quality[BICUBIC])] if sets else []
-    rows += [Row(name, costs[name], quality[name]) for name in networks]
-    note = name_images(left_out, total, 'left out') if left_out else None
-    comparison = Comparison(rows, scale, baseline, conditions, note)
-    left = None
-    if on_table is not None:
-        try:
-            on_table(comparison)
-        except BrokenPipeError as error:  # whoever read the table has seen enough; the files are another matter
-            left = error
-    contents = {Path(path): encode_table(comparison, Path(path).suffix) for path in outputs or ()}
-    if plot is not None:
-        contents[Path(plot)] = encode_plot(comparison, Path(plot).suffix)
-    if picture is not None:
-        contents[Path(picture)] = cv2.imencode('.png', np.concatenate(strips))[1].tobytes()
-    with replacing_together(list(contents), overwrite) as partials:
-        for (path, content), partial in zip(contents.items(), partials):
-            with write_errors(path):
-                partial.write_bytes(content)
-    if left is not None:
-        raise left
-    return comparison
+
+    def measure(name: str, usable: list[Source]) -> _Measured:
+        return _measure_set(name, usable, runners, scale, rgb, picture is not None)
+
+    def conclude(measured: dict[str, _Measured]) -> Comparison:
+        """Make the table of what was measured, and write the files."""
+        quality: dict[str, dict[str, Fidelity]] = {name: {} for name in (BICUBIC, *networks)}
+        for name, of_set in measured.items():
+            # In whatever form the table is kept, it says so.
+            usable, total = len(of_set.measures), len(of_set.measures) + len(left_out[name])
+            set_name = f'{name} ({usable} of {total})' if left_out[name] else name
+            for key in (BICUBIC, *runners):
+                quality[key][set_name] = mean_fidelity([measures[key] for measures in of_set.measures])
+        final_costs, conditions = costs, None
+        if runtime:
+            height, width = size or (CHALLENGE_SIDE, CHALLENGE_SIDE)
+            final_costs, conditions = _measure_costs(costs, contestants, height, width, device)
+        if baseline is not None:
+            final_costs = _score(final_costs, baseline)
+        rows = [Row(BICUBIC, None, quality[BICUBIC])] if sets else []
+        rows += [Row(name, final_costs[name], quality[name]) for name in networks]
+        reasons = [reason for of_set in left_out.values() for reason in of_set]
+        total = len(reasons) + sum(len(of_set.measures) for of_set in measured.values())
+        note = name_images(reasons, total, 'left out') if reasons else None
+        comparison = Comparison(rows, scale, baseline, conditions, note)
+        left = None
+        if on_table is not None:
+            try:
+                on_table(comparison)
+            except BrokenPipeError as error:  # whoever read the table has seen enough; the files are another matter
+                left = error
+        contents = {Path(path): encode_table(comparison, Path(path).suffix) for path in outputs or ()}
+        if plot is not None:
+            contents[Path(plot)] = encode_plot(comparison, Path(plot).suffix)
+        if picture is not None:
+            strips = [strip for of_set in measured.values() for strip in of_set.strips]
+            contents[Path(picture)] = cv2.imencode('.png', np.concatenate(strips))[1].tobytes()
+        with replacing_together(list(contents), overwrite) as partials:
+            for (path, content), partial in zip(contents.items(), partials):
+                with write_errors(path):
+                    partial.write_bytes(content)
+        if left is not None:
+            raise left
+        return comparison
+
+    first = Path(outputs[0]) if outputs else None
+    if share is None:
+        if first is not None:
+            with write_errors(first):
+                Parts(_parts_folder(first), [], '').clear()
+        return conclude({name: measure(name, of_set) for name, of_set in sources.items()})
+    pieces = [(name, piece) for name, of_set in sources.items() for piece in pieces_of(of_set)]
+    assert first is not None  # as has been checked
+    job = [(name, repr(one.network), fingerprint(one.network.state_dict())) for name, one in contestants.items()]
+    key = repr((job, sorted(runners), scale, rgb, picture is not None))
+    words = [f'{key} {name} {state_of(piece)}' for name, piece in pieces]
+    parts = Parts(_parts_folder(first), words, repr(skip_broken))
+    if parts.record() is not None and not all(path.exists() for path in written):
+        parts.forget()
+    if parts.record() is None and not parts.made:
+        for path, suffixes in written.items():
+            check_output(path, suffixes, overwrite)
+    for number in share.of(range(len(pieces))) if parts.record() is None else ():
+        if not parts.paths[number].is_dir():
+            name, piece = pieces[number]
+            of_piece, misfits = _usable(name, piece, scale)
+            measured_piece = measure(name, of_piece)
+            with write_errors(first), parts.make(number) as folder:
+                measured_piece.write(folder, misfits)
+    try:
+        with parts.joining():
+            if parts.record() is not None:
+                return None
+            measured: dict[str, _Measured] = {name: _Measured([], []) for name in sets}
+            for (name, _), path in zip(pieces, parts.paths):
+                left_out[name] += measured[name].add(path)
+            _check_left_out({name: of_set.measures for name, of_set in measured.items()}, left_out, skip_broken)
+            comparison = conclude(measured)
+            parts.mark_joined({})
+            return comparison
+    except NotLastError:
+        return None
 
 
 @torch.inference_mode()
@@ -280,10 +371,35 @@ def _common_scale(contestants: dict[str, _Contestant]) -> int:
     return next(iter(scales.values()))
 
 
-def _sources_of_set(
+def _check_share(
+    sets: Mapping[str, tuple[str | os.PathLike, str | os.PathLike | None]],
+    runtime: bool,
+    outputs: list[str | os.PathLike] | None,
+) -> None:
+    if runtime:
+        raise InputError('--share must be left out with --runtime and --baseline: other processes would slow it down.')
+    if not sets or not outputs:
+        raise InputError('--share needs images, by --set, and a file for the table, by --output.')
+
+
+def _parts_folder(output: Path) -> Path:
+    return output.parent / f'.{output.name}.parts'
+
+
+def _check_left_out(usable: Mapping[str, Sized], left_out: Mapping[str, list[str]], skip_broken: bool) -> None:
+    """Refuse to go on without images that cannot be used unless that is wanted, and with none of a set."""
+    for name, of_set in usable.items():
+        if not len(of_set):
+            reasons = left_out[name]
+            raise InputError(name_images(reasons, len(reasons), f'of the set "{name}" cannot be used'))
+    reasons = [reason for of_set in left_out.values() for reason in of_set]
+    check_left_out(reasons, len(reasons) + sum(map(len, usable.values())), skip_broken)
+
+
+def _find_set(
     name: str, gt: str | os.PathLike, lr: str | os.PathLike | None, scale: int
 ) -> tuple[list[Source], list[str]]:
-    """The images of a set that can be used, and why others cannot, a sentence for each."""
+    """The images of a set, and a sentence for each of those without a partner."""
     known: dict[str, Path] = {}
     for path in sorted(
         path for path in Path(gt).glob('[!.]*') if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
@@ -295,10 +411,15 @@ def _sources_of_set(
             )
     lonely: dict[str, str] = {}
     sources = find_sources([gt], [scale], None if lr is None else [lr], misfits=lonely)
+    return sources, list(lonely.values())
+
+
+def _usable(name: str, sources: Sequence[Source], scale: int) -> tuple[list[Source], list[str]]:
+    """The images of a set that can be used, and why others cannot, a sentence for each."""
     with ThreadPoolExecutor(WORKERS) as pool:
         reasons = list(pool.map(lambda source: _misfit(name, source, scale), sources))
     usable = [source for source, reason in zip(sources, reasons) if reason is None]
-    return usable, [*lonely.values(), *(reason for reason in reasons if reason is not None)]
+    return usable, [reason for reason in reasons if reason is not None]
 
 
 def _misfit(name: str, source: Source, scale: int) -> str | None:
@@ -331,8 +452,8 @@ def _count_costs(network: nn.Module, scale: int) -> Cost:
 
 def _measure_set(
     name: str, sources: list[Source], networks: dict[str, nn.Module], scale: int, rgb: bool, with_strips: bool
-) -> tuple[dict[str, Fidelity], list[np.ndarray]]:
-    """Means over a set for bicubic and each network, and the strips of the picture."""
+) -> _Measured:
+    """Measure bicubic and each network on images of a set."""
 
     def read(source: Source) -> tuple[_Versions, np.ndarray]:
         original = read_image(source.hr)
@@ -356,9 +477,7 @@ def _measure_set(
 
     with ThreadPoolExecutor(WORKERS) as pool:
         found = list(tqdm(_ahead(pool, judge, run(pool), WORKERS), name, len(sources), leave=False, disable=None))
-    names = (BICUBIC, *networks)
-    means = {key: mean_fidelity([measures[key] for measures, _ in found]) for key in names}
-    return means, [strip for _, strip in found if strip is not None]
+    return _Measured([measures for measures, _ in found], [strip for _, strip in found if strip is not None])
 
 
 def _ahead(

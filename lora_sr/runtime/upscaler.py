@@ -30,6 +30,7 @@ from lora_sr.runtime.tiling import (
     largest_tile,
     smallest_tile,
 )
+from lora_sr.share import Share
 
 BICUBIC_REACH = 2  # pixels on each side that an interpolated one depends on
 LUMA = (0.299, 0.587, 0.114)  # of R, G and B in gray (BT.601)
@@ -339,6 +340,12 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device('cuda')
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+
+
+def use_own_gpu(share: Share) -> None:
+    """Make the GPU of a process the current one of CUDA, where several on a machine share their work."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(share.local_rank % torch.cuda.device_count())
 
 
 def _peak(dtype: np.dtype) -> int:

@@ -231,7 +231,7 @@ def test_stock_start_needs_a_gpu(no_spawn, monkeypatch):
 def test_slurm_start(no_spawn, monkeypatch, tmp_path):
     (tmp_path / 'scontrol').write_text('#!/bin/sh\necho node7\necho node8\n')
     (tmp_path / 'scontrol').chmod(0o755)
-    given = {'SLURM_PROCID': '3', 'SLURM_NTASKS': '4', 'SLURM_NODELIST': 'node[7-8]',
+    given = {'SLURM_PROCID': '3', 'SLURM_NTASKS': '4', 'SLURM_NODELIST': 'node[7-8]', 'SLURM_LOCALID': '1',
              'PATH': f'{tmp_path}:{os.environ["PATH"]}'}  # fmt: skip
     for name in ('MASTER_ADDR', 'MASTER_PORT', 'WORLD_SIZE', 'LOCAL_RANK', 'RANK'):
         monkeypatch.setenv(name, '')
@@ -239,13 +239,13 @@ def test_slurm_start(no_spawn, monkeypatch, tmp_path):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 3)
     started = []
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend, **kwargs: started.append(backend))
     patches.distributed.start_distributed('slurm', {'num_gpu': 0, 'dist_params': {'backend': 'gloo', 'port': 29511}})
     found = {name: os.environ[name] for name in ('MASTER_ADDR', 'MASTER_PORT', 'WORLD_SIZE', 'LOCAL_RANK', 'RANK')}
     assert started == ['gloo']
-    assert found == {'MASTER_ADDR': 'node7', 'MASTER_PORT': '29511', 'WORLD_SIZE': '4', 'LOCAL_RANK': '0', 'RANK': '3'}
+    assert found == {'MASTER_ADDR': 'node7', 'MASTER_PORT': '29511', 'WORLD_SIZE': '4', 'LOCAL_RANK': '1', 'RANK': '3'}
 
 
 # --- reading and writing ---

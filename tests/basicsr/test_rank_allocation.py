@@ -106,6 +106,16 @@ def test_a_run_is_reproducible_and_leaves_the_log_to_others(options, capsys, mon
     assert open('a.yml').read() == open('b.yml').read()
 
 
+def test_how_a_step_runs_does_not_count(options):
+    """Nothing steps: gradients are not scaled, and batches not parted."""
+    assert allocate('--budget', '10%', '-o', 'a.yml', '--batches', 2) == 0
+    text = options.read_text()
+    options.write_text(text.replace('train:\n  optim', 'train:\n  amp: fp16\n  accumulate_iter: 2\n  optim'))
+    assert allocate('--budget', '10%', '-o', 'b.yml', '--batches', 2) == 0
+    ranks = [load_options(name)['network_g']['lora']['rank_pattern'] for name in ('a.yml', 'b.yml')]
+    assert ranks[0] == ranks[1] and load_options('b.yml')['train']['amp'] == 'fp16'
+
+
 def test_more_batches_than_an_epoch_has(options, monkeypatch):
     taken = []
 

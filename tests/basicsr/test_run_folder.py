@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 from tiny_run import python_environment, run_python
@@ -57,6 +58,14 @@ def test_a_run_at_work_keeps_its_folder(tmp_path, other):
     other.kill()
     other.wait()
     run_folder.claim(folder)  # though its worker lives
+
+
+def test_what_is_given_up_is_waited_for(tmp_path, other):
+    folder = tmp_path / 'experiments/run'
+    killing = threading.Timer(0.3, other.kill)
+    killing.start()
+    run_folder.claim(folder, wait=60)
+    killing.join()
 
 
 @pytest.mark.parametrize('is_moved', [True, False])

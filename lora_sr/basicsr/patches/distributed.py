@@ -40,7 +40,7 @@ def patch_distributed_start() -> None:
     @patch
     def init_pytorch(backend: str, **kwargs: Any) -> None:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ['RANK']) % torch.cuda.device_count())
+            torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', os.environ['RANK'])) % torch.cuda.device_count())
         dist.init_process_group(backend=backend, **kwargs)
 
     @patch
@@ -53,7 +53,9 @@ def patch_distributed_start() -> None:
         hosts = subprocess.run(['scontrol', 'show', 'hostname', nodes], capture_output=True, text=True, check=True)
         os.environ['MASTER_ADDR'] = hosts.stdout.split()[0]
         os.environ['WORLD_SIZE'] = os.environ['SLURM_NTASKS']
-        os.environ['LOCAL_RANK'] = str(rank % max(1, torch.cuda.device_count()))
+        # The tasks of a node need not be neighbors by their ranks.
+        local_rank = int(os.environ.get('SLURM_LOCALID', rank))
+        os.environ['LOCAL_RANK'] = str(local_rank % max(1, torch.cuda.device_count()))
         os.environ['RANK'] = str(rank)
         init_pytorch(backend)
 

@@ -26,6 +26,7 @@ from lora_sr.option_file import OptionDumper, OptionLoader, apply_overrides, loa
 
 CHECK_VARIABLE = 'LORA_SR_CHECK'  # 0 in the environment switches the check off
 _mode = 'exit'
+_starters: list[str] = []  # of the processes of the run at hand
 
 
 @contextlib.contextmanager
@@ -127,12 +128,23 @@ def patch_parse_options() -> None:
         for name, roots in lists.items():
             opt['datasets'][name].update(roots)
         args.force_yml = entries
-        if is_train and opt['rank'] == 0 and _mode != 'skip':  # which only looks at the options
-            with _told():
-                run_folder.claim(opt['path']['experiments_root'])
+        if is_train and _mode != 'skip':  # which only looks at the options
+            _begin(opt)
         return opt, args
 
     replace_everywhere(original, parse_options)
+
+
+def _begin(opt: dict) -> None:
+    """Claim the folder of a run, and go on with it where this is no first start."""
+    global _starters
+    folder = opt['path']['experiments_root']
+    _starters = launcher.all_starters()
+    is_again = launcher.of_first(launcher.is_started_again(folder, _starters))
+    opt['auto_resume'] = opt['auto_resume'] or is_again
+    if opt['rank'] == 0:
+        with _told():
+            run_folder.claim(folder, run_folder.WAIT_FOR_LOST if is_again else 0.0)
 
 
 def _modules_to_import(opt: dict) -> list[str]:
@@ -155,6 +167,7 @@ def patch_copy_opt_file() -> None:
     def copy_opt_file(opt_file: str, experiments_root: str) -> None:
         if get_dist_info()[0] == 0:  # the process that has made the folder
             run_folder.hold(experiments_root)
+            launcher.record(experiments_root, _starters)
             provenance.write_options(opt_file, experiments_root)
 
     replace_everywhere(original, copy_opt_file)

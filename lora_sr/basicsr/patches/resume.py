@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lora_sr.basicsr import resume
+from lora_sr.basicsr import launcher, resume
 from lora_sr.basicsr.patches.tools import is_defective, patch, replace_everywhere
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.errors import InputError
@@ -93,7 +93,7 @@ def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     path = opt['path'].get('resume_state')
     if opt['auto_resume']:
         folder = opt['path']['training_states']
-        iteration = resume.last_saved(folder)
+        iteration = launcher.of_first(resume.last_saved(folder))
         path = None if iteration is None else os.path.join(folder, f'{iteration}.state')
         if path is not None:
             opt['path']['resume_state'] = path

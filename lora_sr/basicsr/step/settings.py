@@ -79,3 +79,6 @@ def memory_format(train: Mapping[str, Any]) -> torch.memory_format:
 def batches_per_step(train: Any) -> int:
     """How many batches of ``batch_size_per_gpu`` a step has."""
     return int(train.get('accumulate_iter') or 1) if isinstance(train, Mapping) else 1
+
+
+STEP_KEYS = frozenset(StepSettings.__dataclass_fields__)

@@ -477,13 +477,14 @@ def _print(name: str, subject: Subject, conditions: Conditions, rows: Mapping[Fo
         seconds = operations / rate
         kind = str(dtype).rpartition('.')[2]
         print(f'{f"floor, {kind}":38}{_speeds([seconds], conditions)}  {operations / 1e9:,.1f} GFLOP a step')
-    loaded = {form: row for form, row in rows.items() if isinstance(row, Row) and row.loops}
-    base = next(iter(loaded.values()), None)
-    for form, row in loaded.items():
-        label = f'from {form.loads} by {conditions.workers} workers: {form.name}'
-        ratio = math.nan if base is None else _median(base.loops) / _median(row.loops)
+    loaded = [(form, row) for form, row in rows.items() if isinstance(row, Row) and row.loops]
+    if loaded:
+        print(f'{f"with a loader of {conditions.workers} workers":38}{"":31}{"loader alone":>23}')
+    for form, row in loaded:
+        label = f'{STOCK if form.is_stock else "lora_sr, all that is above"}, {form.loads}'
+        ratio = _median(loaded[0][1].loops) / _median(row.loops)
         loader = conditions.batch / _median(row.loads)
-        print(f'{label:38}{_speeds(row.loops, conditions)}{ratio:>7.2f}   loader alone {loader:,.0f} samples/s')
+        print(f'{label:38}{_speeds(row.loops, conditions)}{ratio:>7.2f}{loader:>13,.0f} samples/s')
     sys.stdout.flush()
 
 

@@ -45,7 +45,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Started:
-    """What a process says of its first steps: the loss of the last, and what BasicSR's log warned of."""
+    """What a process says of its first steps: the loss of the last, and what the log said of the keys of ``train``."""
 
     loss: float
     warnings: tuple[str, ...]
@@ -80,14 +80,12 @@ class Trainer:
         if task.is_stock:
             _leave_basicsr_alone()
         from basicsr.models import build_model
+        from basicsr.utils import get_root_logger
 
-        logger = logging.getLogger('basicsr')
         told = _Told()
+        get_root_logger(log_level=logging.WARNING).handlers[:] = [told]
         if task.is_stock:
             _add_ours()
-            logger.setLevel(logging.ERROR)  # it warns of every weight that is frozen
-        else:
-            logger.addHandler(told)
         torch.backends.cudnn.benchmark = True  # as BasicSR's train.py has it
         self.on_gpu = bool(opt['num_gpu'])
         self.batches = torch.load(task.batches, weights_only=True)
@@ -182,14 +180,16 @@ class Trainer:
 
 
 class _Told(logging.Handler):
-    """Keeps what a log warns of."""
+    """Keeps what a log says of the keys of ``train``."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
+        message = record.getMessage()
+        if message.startswith('train.'):
+            self.messages.append(message)
 
 
 def _leave_basicsr_alone() -> None:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_sr.archs.layout import repeated_blocks
 from lora_sr.basicsr.options.step import no_blocks
+from lora_sr.basicsr.step.depthwise import depthwise_conv2d, is_large_depthwise
 from lora_sr.basicsr.step.settings import StepSettings
 from lora_sr.errors import InputError
 
@@ -61,6 +62,9 @@ class StepNetworks:
                 raise InputError(no_blocks(name, type(network).__name__))
             for block in blocks or [network]:
                 self._add_block(block, trains and bool(blocks))
+        for module in network.modules():
+            if is_large_depthwise(module):
+                self._add_depthwise(module)
         if self.settings.amp is not None and not trains:
             _cast_layers(network, self.settings.amp)
         network.forward = self._within_step(network.forward, self._run)
@@ -72,6 +76,14 @@ class StepNetworks:
         if self.settings.checkpointing and can_forget:
             run = functools.partial(checkpoint, run, use_reentrant=False)
         block.forward = self._within_step(plain, lambda _, *args, **kwargs: run(*args, **kwargs))
+
+    def _add_depthwise(self, module: Any) -> None:
+        def run(convolve: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            if x.device.type != 'cpu' or not torch.is_grad_enabled():
+                return convolve(x, weight, bias)
+            return depthwise_conv2d(x, weight, bias, module.dilation[0])
+
+        module._conv_forward = self._within_step(module._conv_forward, run)
 
     def _within_step(self, forward: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)

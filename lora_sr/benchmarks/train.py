@@ -364,7 +364,7 @@ def task_of(subject: Subject, form: Form, conditions: Conditions) -> Task:
 
 
 def _sized(section: Mapping[str, Any], patch: int) -> dict[str, Any]:
-    """A section of a network; SwinIR has what it needs for images of the patches' size ready, as its recipes have it."""
+    """A section of a network; SwinIR is made for patches of that size, as in its recipes."""
     section = {key: _sized(value, patch) if isinstance(value, Mapping) else value for key, value in section.items()}
     return {**section, 'img_size': patch} if section.get('type') == 'SwinIR' else section
 

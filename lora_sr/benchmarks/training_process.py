@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Task:
         is_stock: Whether BasicSR is left as its authors wrote it.
         loader: The section ``datasets.train`` of what :meth:`Trainer.loop` reads; None for no loader.
         from_teacher: Whether the targets of the batches are what ``network_t`` makes of them, computed beforehand.
+        start_method: How processes are started on this system, as the workers of a loader are.
     """
 
     opt: Mapping[str, Any]
@@ -42,6 +44,7 @@ class Task:
     is_stock: bool = False
     loader: Mapping[str, Any] | None = None
     from_teacher: bool = False
+    start_method: str = field(default_factory=multiprocessing.get_start_method)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def serve(connection: Connection, task: Task) -> None:
 
     An error is answered in its place, as a sentence.
     """
+    multiprocessing.set_start_method(task.start_method, force=True)
     try:
         trainer = Trainer(task)
         connection.send(trainer.started)

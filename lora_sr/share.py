@@ -28,7 +28,7 @@ RECORD = 'joined.json'
 
 
 class NotLastError(Exception):
-    """Other processes have still to do their share of a job, or one puts its parts together just now."""
+    """This process has done its share of a job, and it is another one that has put, or will put, the parts together."""
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     """Prepare the databases and say what was made."""
     from lora_sr.data.prepare import prepare_databases
     from lora_sr.data.sources import left_out, name_images
-    from lora_sr.share import own_share
+    from lora_sr.share import NotLastError, own_share
 
     share = own_share(args.share)
     try:
@@ -129,15 +129,15 @@ def run(args: argparse.Namespace) -> None:
             crop=args.crop,
             share=share,
         )
+    except NotLastError:
+        print(f'{printable(args.output)}: {share} is done; the process that comes last puts all together')
+        return
     except KeyboardInterrupt:
         print(
             f'lora-sr: interrupted: no unfinished database is left in {args.output}; run the same command again.',
             file=sys.stderr,
         )
         raise SystemExit(130) from None
-    if prepared is None:
-        print(f'{printable(args.output)}: {share} is done; the process that comes last puts all together')
-        return
     for folder in args.folders:
         others = left_out(folder)
         if others:

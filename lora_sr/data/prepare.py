@@ -41,7 +41,7 @@ from lora_sr.errors import InputError
 from lora_sr.files import check_output_folder
 from lora_sr.images.bicubic import BORDERS, MAX_SCALE, bicubic_downscale
 from lora_sr.images.png import encode_png
-from lora_sr.share import NotLastError, Parts, Share, pieces_of
+from lora_sr.share import Parts, Share, pieces_of
 
 try:
     import fcntl
@@ -156,7 +156,7 @@ def prepare_databases(
     skip_broken: bool = False,
     crop: bool = False,
     share: Share | None = None,
-) -> Prepared | None:
+) -> Prepared:
     """Make the LMDBs ``HR_sub.lmdb`` and ``LR_…_X{scale}_sub.lmdb`` from folders of images.
 
     Each image is cropped, at its right and bottom edges, to a multiple of all scales. Its LR images come from their
@@ -194,10 +194,8 @@ def prepare_databases(
             last one. Databases of this very job that are there are kept, also with ``overwrite``. Until they are in
             place the disk holds everything twice.
 
-    Returns:
-        What has been made; None where other processes have still to do their share.
-
     Raises:
+        NotLastError: the share is done, and others are not.
         InputError: if an option is out of range, the images cannot be found, some cannot be used (with ``skip_broken``:
             none can), a border is given but no LR image has to be made, a database is already there, or the output
             cannot be written. Nothing is left half-written.
@@ -247,8 +245,6 @@ def prepare_databases(
                 _move_into_place(folder, output, names.values())
             if share is not None:
                 parts.mark_joined(done)
-    except NotLastError:
-        return None
     except (OSError, lmdb.Error) as error:
         raise InputError(f'{output}: the databases cannot be written there ({error}).') from error
     shapes = read_meta_info(databases[1]).values()

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 # What a batch holds of images; other tensors of whole numbers are left as they are.
-IMAGES = ('lq', 'gt')
+IMAGES = ('lq', 'gt', 'taught')
+# What 0 and the peak of a teacher's output stand for: teachers overshoot at edges, and a student learns that, too.
+TAUGHT_LOW, TAUGHT_HIGH = -0.5, 1.5
 _UINT16 = getattr(torch, 'uint16', torch.int32)  # before 2.3 torch does not know it
 _PEAKS = {torch.uint8: 255, _UINT16: 65535}
 
@@ -41,9 +43,13 @@ def to_planes(image: np.ndarray) -> Tensor:
 def with_floats(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch with its images of whole numbers as float32 from 0 to 1 on a device, where they are made so.
 
-    The values are those of ``img2tensor(image.astype(np.float32) / 255)``, bit for bit; of 16 bits, / 65535.
+    The values are those of ``img2tensor(image.astype(np.float32) / 255)``, bit for bit; of 16 bits, / 65535. Those of
+    ``taught`` go from -0.5 to 1.5.
     """
-    return {key: to_floats(value, device) if key in IMAGES else value for key, value in batch.items()}
+    floats = {key: to_floats(value, device) if key in IMAGES else value for key, value in batch.items()}
+    if 'taught' in floats and floats['taught'] is not batch['taught']:
+        floats['taught'].mul_(TAUGHT_HIGH - TAUGHT_LOW).add_(TAUGHT_LOW)
+    return floats
 
 
 def to_floats(value: Any, device: torch.device) -> Any:

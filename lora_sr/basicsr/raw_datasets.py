@@ -54,7 +54,22 @@ class Roots:
         return patch.astype(np.uint16) * np.uint16(257) if self.is_deep and patch.dtype == np.uint8 else patch
 
 
-class RawPairedImageDataset(Dataset):
+class Taught:
+    """What a teacher made of the LR images of a dataset, see :mod:`lora_sr.basicsr.precompute`."""
+
+    lq: Roots
+    taught: dict[str, RawDatabase] | None = None
+
+    def teach(self, outputs: dict[str, str]) -> None:
+        """Give ``taught`` with each sample: the patch of the teacher's output, uint16 from -0.5 to 1.5.
+
+        Args:
+            outputs: {root of LR images: raw database of the outputs for them}.
+        """
+        self.taught = {root: RawDatabase(path) for root, path in outputs.items()}
+
+
+class RawPairedImageDataset(Taught, Dataset):
     """Pairs of GT and LR images, as a ``PairedImageDataset`` gives them, from databases of ``lora-sr prepare --raw``.
 
     Keys, order, crops, flips and rotations are those of a ``PairedImageDataset`` on PNGs of the same whole images, for
@@ -94,11 +109,16 @@ class RawPairedImageDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         gt_root, lq_root, key = self.images[index]
-        names, scale = self.paths[index], self.opt['scale']
+        names: Sample = dict(self.paths[index])
+        scale = self.opt['scale']
         whole_gt, whole_lq = self.gt.view(gt_root, key), self.lq.view(lq_root, key)
         if self.opt['phase'] == 'train':
-            gt, lq = paired_random_crop(whole_gt, whole_lq, self.opt['gt_size'], scale, names['gt_path'])
-            gt, lq = augment([gt, lq], self.opt['use_hflip'], self.opt['use_rot'])
+            large = [whole_gt, *([self.taught[lq_root].view(key)] if self.taught else [])]
+            large, lq = paired_random_crop(large, whole_lq, self.opt['gt_size'], scale, names['gt_path'])
+            patches = [*large, lq] if self.taught else [large, lq]
+            gt, *taught, lq = augment(patches, self.opt['use_hflip'], self.opt['use_rot'])
+            if taught:
+                names['taught'] = to_planes(taught[0])
         else:
             lq = whole_lq[:, :]
             gt = whole_gt[: lq.shape[0] * scale, : lq.shape[1] * scale]
@@ -117,7 +137,7 @@ class RawPairedImageDataset(Dataset):
         return tensor
 
 
-class RawLRImageDataset(Dataset):
+class RawLRImageDataset(Taught, Dataset):
     """Random patches of LR images, as an ``LRImageDataset`` gives them, from databases of ``lora-sr prepare --raw``.
 
     Args:
@@ -146,5 +166,11 @@ class RawLRImageDataset(Dataset):
         image = self.lq.view(root, key)
         size = int(self.opt['lq_size'])
         top, left = (np.random.randint(length - size + 1) for length in image.shape[:2])
-        patch = augment(image[top : top + size, left : left + size], self.opt['use_hflip'], self.opt['use_rot'])
-        return {'lq': to_planes(self.lq.in_type(patch)), 'lq_path': key}
+        patches = [image[top : top + size, left : left + size]]
+        if self.taught:
+            large, scale = self.taught[root].view(key), int(self.opt['scale'])
+            patches.append(large[scale * top : scale * (top + size), scale * left : scale * (left + size)])
+        turned = augment(patches, self.opt['use_hflip'], self.opt['use_rot'])
+        patch, *taught = turned if self.taught else [turned]
+        sample = {'lq': to_planes(self.lq.in_type(patch)), 'lq_path': key}
+        return {**sample, 'taught': to_planes(taught[0])} if taught else sample

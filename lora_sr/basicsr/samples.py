@@ -52,6 +52,7 @@ class SampleStream(Sampler):
 
     Attributes:
         val_loaders, tb_logger: What the run validates on, and the writer of TensorBoard that is told.
+        dataset: What the run trains on.
     """
 
     def __init__(self, sampler: Any, seed: int):
@@ -62,6 +63,7 @@ class SampleStream(Sampler):
         self.start = Place()
         self.val_loaders: list[Any] = []
         self.tb_logger: Any = None
+        self.dataset: Any = None
         self.processes = getattr(sampler, 'num_replicas', 1)
         self.rank = getattr(sampler, 'rank', 0)
 

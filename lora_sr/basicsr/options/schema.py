@@ -574,6 +574,23 @@ LORA = {
     ),
 }
 
+# In ``network_t``, beside the type and its arguments.
+TEACHER = {
+    'precompute': Key(
+        FLAG,
+        "Whether the teacher's outputs are made once, for whole images, and stored beside them; it needs a dataset of "
+        'raw images.',
+        default=False,
+        only=DISTILLATION,
+    ),
+    'self_ensemble': Key(
+        FLAG,
+        'Whether they are the mean over the eight flips and rotations of an image; it needs `precompute: true`.',
+        default=False,
+        only=DISTILLATION,
+    ),
+}
+
 # Sections of a file by their names there; `*` stands for any.
 SECTIONS = {
     '': TOP,
@@ -586,4 +603,5 @@ SECTIONS = {
     'logger.wandb': WANDB,
     'dist_params': DIST_PARAMS,
     'network_g.lora': LORA,
+    'network_t': TEACHER,
 }

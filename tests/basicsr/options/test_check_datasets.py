@@ -613,3 +613,46 @@ def test_raw_lr_images_without_gt(without_gt, raw, tmp_path):
     without_gt['train']['pixel_opt'] = {'type': 'L1Loss'}
     sentence = 'train.pixel_opt compares with the ground truth, which a RawLRImageDataset does not have: leave it out, '
     assert check(without_gt, tmp_path) == [f'{sentence}or train on a RawPairedImageDataset']
+
+
+@pytest.mark.parametrize(
+    ('changes', 'sentence'),
+    [
+        ({'network_t.precompute': True, 'network_t.self_ensemble': True}, None),
+        ({'network_t.precompute': False}, None),
+        ({'network_t.precompute': 1}, 'network_t.precompute has to be true or false, not 1'),
+        ({'network_t.self_ensemble': True}, 'network_t.self_ensemble needs network_t.precompute: true'),
+        ({'network_g.precompute': True}, 'network_g.precompute is not a known key; the keys here are '),
+        ({'network_t.precomputed': True}, "network_t.precomputed is not a known key; did you mean 'precompute'?"),
+        (
+            {'network_t.precompute': True, 'datasets.train.type': 'LRImageDataset'},
+            'network_t.precompute needs whole images: make raw databases by lora-sr prepare --raw, and set '
+            'datasets.train.type: RawPairedImageDataset, or RawLRImageDataset; got LRImageDataset',
+        ),
+        (
+            {'network_t.precompute': True, 'train.distill_pixel_opt': None},
+            'network_t.precompute needs train.distill_pixel_opt, the loss that reads the outputs of the teacher',
+        ),
+    ],
+)
+def test_a_teacher_computed_once(without_gt, raw, tmp_path, changes, sentence):
+    root, _ = raw
+    without_gt['datasets']['train'].update(
+        type='RawLRImageDataset', dataroot_lq=f'{root}/LR_X2_raw.lmdb', io_backend={'type': 'lmdb'}
+    )
+    for path, value in changes.items():
+        change(without_gt, path, value)
+    problems = check(without_gt, tmp_path)
+    if sentence is None:
+        assert problems == []
+    else:
+        assert any(problem.startswith(sentence) for problem in problems), problems
+
+
+@pytest.mark.parametrize('key', [{'color': 'y'}, {'mean': [0.5] * 3, 'std': [1] * 3}])
+def test_a_teacher_computed_once_sees_images_as_they_are(without_gt, raw, tmp_path, key):
+    root, options = raw
+    without_gt['network_t']['precompute'] = True
+    without_gt['datasets']['train'] = {**options['datasets']['train'], **key}
+    sentence = f'network_t.precompute needs images as they are stored, without datasets.train.{min(key)}'
+    assert sentence in check(without_gt, tmp_path)

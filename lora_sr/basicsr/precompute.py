@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lora_sr.basicsr import signals
 from lora_sr.basicsr.integer_images import TAUGHT_HIGH, TAUGHT_LOW
 from lora_sr.checkpoints.origin import adapter_fingerprint, fingerprint
 from lora_sr.data.lmdb_store import FIRST_MAP_BYTES, RawDatabase, RawImage, describe, raw_line, raw_values
@@ -66,7 +67,10 @@ def precompute(teacher: nn.Module, root: str | os.PathLike[str], path: Path, sca
         InputError: The teacher does not take these images, or makes others than are wanted; or the outputs cannot be
             written.
     """
+    if path.exists():
+        return
     images = RawDatabase(os.path.expanduser(root))
+    upscale = upscaler(teacher, images, scale, self_ensemble)
     folder = path.with_name(f'.{path.name}.partial')
     while not path.exists():
         lock = None
@@ -76,7 +80,6 @@ def precompute(teacher: nn.Module, root: str | os.PathLike[str], path: Path, sca
             if path.exists():  # the process that had the lock has just finished
                 shutil.rmtree(folder, ignore_errors=True)
                 break
-            upscale = upscaler(teacher, images, scale, self_ensemble)
             with Outputs(folder) as outputs:
                 left = [key for key in images.images if key not in outputs.lines]
                 needed, free = _bytes_of(images, left, scale), shutil.disk_usage(folder).free
@@ -90,6 +93,7 @@ def precompute(teacher: nn.Module, root: str | os.PathLike[str], path: Path, sca
                     f'{needed / 1e9:.1f} GB.'
                 )
                 for key in tqdm(left, unit='image', disable=None if sys.stderr else True):
+                    _stop_if_told(len(outputs.lines), len(images.images))
                     outputs.add(key, upscale(key))
                 outputs.finish(list(images.images))
             os.rename(folder, path)
@@ -101,6 +105,18 @@ def precompute(teacher: nn.Module, root: str | os.PathLike[str], path: Path, sca
             if lock is not None:
                 os.close(lock)
     LOG.info(f'The outputs of the teacher for {root} are in {path}.')
+
+
+def _stop_if_told(done: int, total: int) -> None:
+    """End the run, which has not begun to train, if a signal has come."""
+    status = signals.status()
+    if status is not None:
+        print(
+            f'stopped: {done:,} of {total:,} outputs of the teacher are stored; the same command goes on from there',
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(status)
 
 
 def _bytes_of(images: RawDatabase, keys: list[str], scale: int) -> int:
@@ -122,15 +138,15 @@ def upscaler(teacher: nn.Module, images: RawDatabase, scale: int, self_ensemble:
         raise InputError(
             f'network_t.precompute needs a teacher of scale {scale}, the scale of the file, got {upscale.scale}.'
         )
+    for key, raw in images.images.items():
+        if raw.shape[2] != upscale.channels:
+            raise InputError(
+                f'network_t.precompute needs images of {upscale.channels} channels, as the teacher takes them, got '
+                f'{raw.shape[2]} in {key} of {images.path}.'
+            )
 
     def output(key: str) -> np.ndarray:
         image = images.view(key)[:, :]
-        channels = image.shape[2]
-        if channels != upscale.channels:
-            raise InputError(
-                f'network_t.precompute needs images of {upscale.channels} channels, as the teacher takes them, got '
-                f'{channels} in {key} of {images.path}.'
-            )
         pixels = image.astype(np.float32) / (65535.0 if image.dtype == np.uint16 else 255.0)
         return to_stored(mean_of_turns(upscale, pixels) if self_ensemble else upscale(pixels))
 

@@ -4,6 +4,7 @@ import copy
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from tiny_run import TINY_OPTIONS, python_environment, run_python
 
 from lora_sr.archs import fold
 from lora_sr.archs.span import SPAN
+from lora_sr.basicsr import signals
 from lora_sr.basicsr.integer_images import with_floats
 from lora_sr.basicsr.precompute import place_of, precompute, teacher_key, to_stored
 from lora_sr.checkpoints.content import read_checkpoint
@@ -191,7 +193,7 @@ def test_a_teacher_that_does_not_fit(pairs, tmp_path, teacher, scale, sentence):
     root = copied(pairs, tmp_path)
     with pytest.raises(InputError, match=sentence):
         precompute(make_teacher(**teacher), root, tmp_path / 'out.lmdb', scale, False)
-    assert not (tmp_path / 'out.lmdb').exists()
+    assert not (tmp_path / 'out.lmdb').exists() and not list(tmp_path.glob('.*'))
 
 
 def test_a_disk_that_is_too_small(pairs, tmp_path, monkeypatch):
@@ -202,6 +204,26 @@ def test_a_disk_that_is_too_small(pairs, tmp_path, monkeypatch):
     ):
         precompute(make_teacher(), root, tmp_path / 'out.lmdb', 2, False)
     assert not (tmp_path / 'out.lmdb').exists()
+
+
+def test_a_signal_ends_it_between_two_images(pairs, tmp_path, monkeypatch, capsys):
+    root, whole = copied(pairs, tmp_path), tmp_path / 'out.lmdb'
+    seen = []
+
+    def stored(output):
+        seen.append(output)
+        signals._received.append(signal.SIGTERM)
+        return to_stored(output)
+
+    monkeypatch.setattr(signals, '_received', [])
+    monkeypatch.setattr('lora_sr.basicsr.precompute.to_stored', stored)
+    with pytest.raises(SystemExit):
+        precompute(make_teacher(), root, whole, 2, False)
+    assert 'stopped: 1 of 3 outputs of the teacher are stored; the same command goes on' in capsys.readouterr().err
+    assert len(seen) == 1 and not whole.exists()
+    monkeypatch.undo()
+    precompute(make_teacher(), root, whole, 2, False)
+    assert len(RawDatabase(whole).images) == 3
 
 
 # A process is forked for each moment, and kills itself at that call of a function.

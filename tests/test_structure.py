@@ -36,7 +36,8 @@ ALLOWED = {
     **dict.fromkeys(('adapters', 'optim', 'losses', 'images'), BASE),
     **dict.fromkeys(('archs', 'data'), FLOOR_0),
     'checkpoints': FLOOR_0 | FLOOR_1,
-    **dict.fromkeys(FLOOR_2, FLOOR_0 | FLOOR_1),
+    'runtime': FLOOR_0 | FLOOR_1,
+    'basicsr': FLOOR_0 | FLOOR_1 | {'runtime'},  # which computes a teacher's outputs, and knows nothing of BasicSR
     **dict.fromkeys(FLOOR_3, FLOOR_0 | FLOOR_1 | FLOOR_2),
     **dict.fromkeys(FLOOR_4, EVERYTHING),
 }

@@ -240,6 +240,9 @@ def test_every_patch_has_such_a_test():
         patches.average.patch_average,
         patches.resume.patch_training_state_types,
         patches.resume.patch_load_resume_state,  # test_load_resume_state_of_a_script_is_replaced
+        patches.feeding.patch_cuda_prefetcher,  # it needs CUDA, see tests/gpu
+        patches.feeding.patch_feed_data,  # no BasicSR knows images of whole numbers, see test_raw_datasets.py
+        patches.feeding.patch_realesrgan_dataset,  # nor raw databases
         patches.lmdb.patch_reading_of_databases,  # no BasicSR looks at the file while it reads
         patches.samples.patch_build_dataloader,  # no BasicSR seeds samples, see tests/basicsr/test_samples.py
         patches.samples.patch_create_train_val_dataloader,

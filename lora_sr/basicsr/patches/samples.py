@@ -74,7 +74,7 @@ def _begun(original: Any) -> Any:
         state = read_checkpoint(path) if path else {}
         last_epoch = stream.begin(opt, made[0].batch_size, state, provenance.given('manual_seed'))
         loader, sampler, val_loaders, _, iterations = made
-        stream.val_loaders = val_loaders
+        stream.val_loaders, stream.dataset = val_loaders, loader.dataset
         return loader, sampler, val_loaders, last_epoch, iterations
 
     return create_train_val_dataloader

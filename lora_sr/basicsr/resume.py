@@ -34,6 +34,8 @@ MOMENTS = (
     *('exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'exp_avg_diff', 'exp_inf', 'momentum_buffer'),
     *('square_avg', 'grad_avg', 'acc_delta', 'sum'),
 )
+# What an optimizer has for its device, and for train.graph: a run may go on with others.
+OF_MACHINE = ('foreach', 'fused', 'capturable')
 # Of a scheduler: what it counts beside what begins with an underscore, and what follows from other options.
 COUNTED = ('last_epoch', 'verbose')
 DERIVED = ('base_lrs', 'cumulative_period')
@@ -153,6 +155,9 @@ def resume(model: Any, state: Mapping[str, Any], load: Callable[[], None]) -> No
         _check_optimizer(model, optimizer, state, number)
     given = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
     begun = [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers]
+    for groups, saved in zip(given, state['optimizers']):
+        for group, other in zip(groups, saved['param_groups']):
+            other.update({key: group[key] for key in OF_MACHINE if key in group})
     try:
         load()
     except MemoryError:

@@ -7,6 +7,10 @@ from pathlib import Path
 
 from lora_sr.cli.arguments import CHECKPOINT, add_network_options, network_source
 
+# Of `lora-sr bench train`: names of benchmarks/train.py, which imports torch.
+NETWORKS = ('SPAN', 'DSCLoRA-LKDN', 'LKDN', 'SwinIR-light', 'AdaptSR-SwinIR')
+KEYS = ('memory_format', 'amp', 'compile', 'graph', 'clip_grad_norm', 'tf32', 'checkpointing', 'accumulate_iter')
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command to `lora-sr`."""
@@ -62,6 +66,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     adan = subjects.add_parser('adan', help='a step of Adan against adan_pytorch')
     adan.set_defaults(run=run_adan)
 
+    train = subjects.add_parser('train', help='training key by key, beside stock BasicSR')
+    train.add_argument('images', nargs='*', help='folders of images of at least 480 x 480 pixels (default: made ones)')
+    train.add_argument('--network', nargs='+', choices=NETWORKS, default=[], help='what is trained (default: all)')
+    train.add_argument('--keys', nargs='+', choices=KEYS, metavar='KEY', help=f'of train: some of {", ".join(KEYS)}')
+    train.add_argument('--batch', type=int, metavar='N', help='samples of a batch (default: 16 on a GPU, else 4)')
+    train.add_argument('--patch', type=int, metavar='N', help='side of the LR patches (default: 64 on a GPU, else 48)')
+    train.add_argument('--iterations', type=int, metavar='N', help='steps before the losses are compared')
+    train.add_argument('--device', choices=('cpu', 'cuda'), help='default: a GPU where there is one')
+    train.set_defaults(run=run_train)
+
     startup = subjects.add_parser('startup', help='CPU seconds of imports and commands, beside their budgets')
     startup.add_argument('checkpoint', type=Path, nargs='?', metavar='CHECKPOINT', help='also `lora-sr inspect` it')
     startup.set_defaults(run=run_startup)
@@ -115,6 +129,13 @@ def run_adan(args: argparse.Namespace) -> None:
     from lora_sr.benchmarks import adan as adan_benchmark
 
     adan_benchmark.run()
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """Measure training."""
+    from lora_sr.benchmarks import train as train_benchmark
+
+    train_benchmark.run(args.images, args.network, args.keys, args.batch, args.patch, args.iterations, args.device)
 
 
 def run_startup(args: argparse.Namespace) -> None:

@@ -33,8 +33,9 @@ class Adan(adan_pytorch.Adan):
     ``adan_pytorch.Adan``, is one minus the beta here, which is that of the authors' code and of LKDN's option files.
     The first step of ``adan_pytorch.Adan`` moves nothing, and it updates one tensor after the other.
 
-    The state of a parameter is ``step`` (an int, the number of its steps), ``prev_grad``, ``m``, ``v`` and ``n`` (each
-    of the parameter's shape). A parameter without a gradient is left out.
+    The state of a parameter is ``step`` (the number of its steps: an int, or a scalar on its device if ``capturable``,
+    which those that have always stepped together share), ``prev_grad``, ``m``, ``v`` and ``n`` (each of the parameter's
+    shape). A parameter without a gradient is left out.
 
     Args:
         params: Parameters, or dictionaries that each hold some under ``params`` and options of their own.
@@ -44,6 +45,8 @@ class Adan(adan_pytorch.Adan):
         weight_decay: At least 0. It is decoupled from the gradient, and proximal: a division after the update.
         foreach: As for torch's optimizers: update all tensors together, which needs as much memory again as the
             parameters while a step lasts; or one after the other, which is slower and needs as much as the largest.
+        capturable: As for torch's optimizers: a step may be recorded by a CUDA graph, as it counts on the device. Then
+            ``lr`` of a parameter group may be a scalar on that device. Where nothing is recorded it is slower.
 
     Raises:
         InputError: A value beyond its range.
@@ -57,12 +60,15 @@ class Adan(adan_pytorch.Adan):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         foreach: bool = True,
+        capturable: bool = False,
     ) -> None:
-        check_values({'lr': lr, 'betas': betas, 'eps': eps, 'weight_decay': weight_decay, 'foreach': foreach})
+        check_values({'lr': lr, 'betas': betas, 'eps': eps, 'weight_decay': weight_decay})
+        check_values({'foreach': foreach, 'capturable': capturable})
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         for options in (self.defaults, *self.param_groups):
             options.pop('restart_cond', None)  # a function, which no state dict should hold
             options.setdefault('foreach', foreach)
+            options.setdefault('capturable', capturable)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own where ``param_group`` has them.
@@ -88,6 +94,22 @@ class Adan(adan_pytorch.Adan):
                 'go on with that optimizer, or begin anew.'
             )
         super().load_state_dict(state_dict)
+        for group in self.param_groups:  # of a version that knew neither
+            group.setdefault('foreach', True)
+            group.setdefault('capturable', False)
+            self._count_as(group)
+
+    def _count_as(self, group: dict[str, Any]) -> None:
+        """Bring the counts of a group's steps, whatever wrote them, into the form that ``capturable`` wants."""
+        shared: dict[tuple[int, torch.device], Tensor] = {}
+        for param in group['params']:
+            state = self.state.get(param)
+            if state:
+                count = int(state['step'])
+                state['step'] = count
+                if group['capturable']:
+                    key = count, param.device
+                    state['step'] = shared.setdefault(key, torch.tensor(float(count), device=param.device))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -113,13 +135,14 @@ class Adan(adan_pytorch.Adan):
                 _update(params, grads, prev_grads, m, v, n, step, *numbers)
         return loss
 
-    def _batches(self, group: dict[str, Any]) -> Iterator[tuple[int, Iterator[tuple[Tensor, ...]]]]:
+    def _batches(self, group: dict[str, Any]) -> Iterator[tuple[int | Tensor, Iterator[tuple[Tensor, ...]]]]:
         """Count a step for each parameter with a gradient, and yield the tensors that can be updated together.
 
         With the number of the step it yields parameters, gradients, and their ``prev_grad``, ``m``, ``v`` and ``n``.
         """
         # Nearly always this is one batch: all tensors of a network have the same device, type and number of steps.
         batches: dict[tuple[Any, ...], list[tuple[Tensor, ...]]] = defaultdict(list)
+        counters = _Counters(self.state, group['params']) if group['capturable'] else None
         for index, param in enumerate(group['params']):
             grad = param.grad
             if grad is None:
@@ -133,11 +156,40 @@ class Adan(adan_pytorch.Adan):
             if not state:
                 state.update(step=0, prev_grad=grad.clone())
                 state.update((name, torch.zeros_like(param)) for name in 'mvn')
-            state['step'] += 1
+            if counters is None:
+                state['step'] += 1
+            else:
+                state['step'] = counters.counted(state['step'], param.device)
             key = param.device, param.dtype, state['step'], None if group['foreach'] else index
             batches[key].append((param, grad, state['prev_grad'], state['m'], state['v'], state['n']))
         for (_, _, step, _), rows in batches.items():
             yield step, zip(*rows)
+
+
+class _Counters:
+    """The numbers of steps of a group's parameters, as scalars on their devices, each counted once in a step.
+
+    One that parameters share without having a gradient is left to them, and those that step get a copy.
+
+    Args:
+        state: Of the optimizer.
+        params: Of the group.
+    """
+
+    def __init__(self, state: dict[Tensor, Any], params: list[Tensor]):
+        self._resting = {id(state[param]['step']) for param in params if param.grad is None and state.get(param)}
+        self._counted: dict[tuple[int, torch.device], tuple[Any, Tensor]] = {}
+
+    def counted(self, step: int | Tensor, device: torch.device) -> Tensor:
+        """The counter that follows on a parameter's: the same for all that shared one."""
+        key = id(step), device
+        if key not in self._counted:
+            if not isinstance(step, Tensor):
+                after = torch.full((), float(step), device=device)
+            else:
+                after = step.clone() if id(step) in self._resting else step
+            self._counted[key] = step, after.add_(1)  # with the former kept, whose id stands for it
+        return self._counted[key][1]
 
 
 def check_values(options: dict[str, Any]) -> None:
@@ -157,9 +209,10 @@ def check_values(options: dict[str, Any]) -> None:
             f'"betas" of Adan must be three numbers of at least 0 and less than 1, e.g. [0.98, 0.92, 0.99], got '
             f'{betas!r}.'
         )
-    foreach = options.get('foreach', True)
-    if not isinstance(foreach, bool):
-        raise InputError(f'"foreach" of Adan must be true or false, got {foreach!r}.')
+    for key in ('foreach', 'capturable'):
+        value = options.get(key, True)
+        if not isinstance(value, bool):
+            raise InputError(f'"{key}" of Adan must be true or false, got {value!r}.')
 
 
 def _update(
@@ -169,8 +222,8 @@ def _update(
     m: tuple[Tensor, ...],
     v: tuple[Tensor, ...],
     n: tuple[Tensor, ...],
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     betas: tuple[float, float, float],
     eps: float,
     weight_decay: float,
@@ -180,7 +233,9 @@ def _update(
     Each call of torch is few kernels on a GPU and one pass over the memory elsewhere, so their number counts.
     """
     beta1, beta2, beta3 = betas
-    correction1, correction2, root3 = 1 - beta1**step, 1 - beta2**step, math.sqrt(1 - beta3**step)
+    # A scalar on the device is as exact as Python's numbers, in whose place it stands.
+    step = step.double() if isinstance(step, Tensor) else step
+    correction1, correction2, root3 = 1 - beta1**step, 1 - beta2**step, (1 - beta3**step) ** 0.5
 
     differences = torch._foreach_sub(grads, prev_grads)
     torch._foreach_lerp_(m, grads, 1 - beta1)
@@ -195,8 +250,20 @@ def _update(
 
     # Numerator and denominator are multiplied by root3: n' would be a pass more.
     denominators = torch._foreach_sqrt(n)
-    torch._foreach_add_(denominators, eps * root3)
-    torch._foreach_addcdiv_(params, m, denominators, -lr * root3 / correction1)
-    torch._foreach_addcdiv_(params, v, denominators, -lr * beta2 * root3 / correction2)
+    factors = -lr * root3 / correction1, -lr * beta2 * root3 / correction2
+    if not isinstance(step, Tensor):
+        torch._foreach_add_(denominators, eps * root3)
+        for moments, factor in zip((m, v), factors):
+            torch._foreach_addcdiv_(params, moments, denominators, factor)
+        if weight_decay:
+            torch._foreach_div_(params, 1 + lr * weight_decay)
+        return
+    dtype = params[0].dtype  # in which a scalar tensor is a factor of a whole list
+    torch._foreach_add_(denominators, (eps * root3).to(dtype))
+    for moments, factor in zip((m, v), factors):
+        quotients = torch._foreach_div(moments, denominators)
+        torch._foreach_mul_(quotients, factor.to(dtype))
+        torch._foreach_add_(params, quotients)
     if weight_decay:
-        torch._foreach_div_(params, 1 + lr * weight_decay)
+        divisor = 1 + lr * weight_decay
+        torch._foreach_div_(params, divisor.to(dtype) if isinstance(divisor, Tensor) else divisor)

@@ -47,12 +47,15 @@ def are_equal(first, second) -> bool:
 # --- the trajectory ---
 
 
-@pytest.mark.parametrize('foreach', [True, False])
+FORMS = pytest.mark.parametrize('form', [{'foreach': True}, {'foreach': False}, {'capturable': True}])
+
+
+@FORMS
 @pytest.mark.parametrize(('weight_decay', 'name'), [(0, 'official_wd0'), (0.02, 'official_wd002')])
-def test_trajectory_of_the_authors_code(shared, weight_decay, name, foreach):
+def test_trajectory_of_the_authors_code(shared, weight_decay, name, form):
     golden = np.load(shared / 'golden' / 'adan.npz')
     rows = [nn.Parameter(torch.tensor(row)) for row in golden['p0']]  # a tensor for each row
-    optimizer = Adan(rows, weight_decay=weight_decay, foreach=foreach, **OPTIONS)
+    optimizer = Adan(rows, weight_decay=weight_decay, **form, **OPTIONS)
     for gradient, expected in zip(golden['grads'], golden[name]):
         for row, part in zip(rows, gradient):
             row.grad = torch.tensor(part)
@@ -83,13 +86,13 @@ def reference(value, gradients, rates, betas, eps, weight_decay) -> float:
     return value
 
 
-@pytest.mark.parametrize('foreach', [True, False])
-def test_algorithm_of_the_paper(foreach):
+@FORMS
+def test_algorithm_of_the_paper(form):
     """Two groups with options of their own, a scheduler, and gradients that come late, pause, or never come."""
     params = make_params(shapes=[*SHAPES, (2, 2)])
     start = [param.detach().clone() for param in params]
     own = {'betas': [0.5, 0.0, 0.8], 'eps': 1e-3, 'weight_decay': 0.3}
-    optimizer = Adan([{'params': params[:2]}, {'params': params[2:], **own}], foreach=foreach, **OPTIONS)
+    optimizer = Adan([{'params': params[:2]}, {'params': params[2:], **own}], **form, **OPTIONS)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [5, 9], gamma=0.1)
     skipped = [{4}, {4}, {0, 4}, {1, 2, 4}, {4}, {0, 1, 2, 3, 4}, {3, 4}, {4}, {0, 4}, {4}, {4}, {4}]
     skipped = [{2, *indices} if step < 2 else indices for step, indices in enumerate(skipped)]
@@ -146,6 +149,8 @@ def test_updates_tensors_together_by_kind_and_step(monkeypatch):
     assert sizes(make_params() + make_params(dtype=torch.float32, shapes=[(2,)])) == [1, 4]
     assert sizes(make_params(), skipped=(1, 3)) == [2, 2]
     assert sizes(make_params(), foreach=False) == [1, 1, 1, 1]
+    assert sizes(make_params(), capturable=True) == [4]
+    assert sizes(make_params(), skipped=(1, 3), capturable=True) == [2, 2]
 
 
 def test_foreach_changes_no_bit():
@@ -189,10 +194,11 @@ def test_state_has_the_memory_format_of_the_parameter():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
-def test_on_a_gpu():
+@pytest.mark.parametrize('capturable', [False, True])
+def test_on_a_gpu(capturable):
     here, there = make_params(), [nn.Parameter(param.detach().cuda()) for param in make_params()]
     optimizers = [Adan(params, weight_decay=0.02) for params in (here, there)]
+    optimizers[1].param_groups[0]['capturable'] = capturable
     for step in range(20):
         set_gradients(here, step)
         for param, other in zip(here, there):
@@ -216,7 +222,14 @@ def test_state_dict():
     take_steps(optimizer, params, range(3))
     state = optimizer.state_dict()
     options = {key: value for key, value in state['param_groups'][0].items() if key != 'params'}
-    assert options == {'lr': 1e-3, 'betas': BETAS, 'eps': 1e-8, 'weight_decay': 0.02, 'foreach': True}
+    assert options == {
+        'lr': 1e-3,
+        'betas': BETAS,
+        'eps': 1e-8,
+        'weight_decay': 0.02,
+        'foreach': True,
+        'capturable': False,
+    }
     names = {'step', 'prev_grad', 'm', 'v', 'n'}  # adan_pytorch's
     assert set(state['state']) == {0, 1, 2, 3} and all(set(one) == names for one in state['state'].values())
     assert [one['step'] for one in state['state'].values()] == [3] * 4
@@ -240,6 +253,28 @@ def test_resumes_bit_for_bit(dtype):
     optimizer.load_state_dict(saved['optimizer'])
     take_steps(optimizer, params, range(5, 12))
     assert are_equal(params, whole)
+
+
+def test_rates_in_tensors_and_changes_between_the_forms():
+    """What a recording needs, and runs that go on with it or without."""
+    whole, params = make_params(), make_params()
+    first = Adan(whole, lr=1e-2, weight_decay=0.02)
+    take_steps(first, whole, range(9))
+    state = {}
+    for steps, capturable in ((range(3), True), (range(3, 6), False), (range(6, 9), True)):
+        optimizer = Adan(params, lr=1, weight_decay=0.02, capturable=capturable)
+        if steps.start:
+            state['param_groups'][0]['capturable'] = capturable
+            optimizer.load_state_dict(state)
+        rate = torch.tensor(1e-2, dtype=torch.float64) if capturable else 1e-2
+        optimizer.param_groups[0]['lr'] = rate
+        take_steps(optimizer, params, steps)
+        optimizer.param_groups[0]['lr'] = 1e-2
+        state = optimizer.state_dict()
+        counters = {id(one['step']) for one in state['state'].values() if isinstance(one['step'], torch.Tensor)}
+        assert len(counters) == int(capturable)
+    for param, expected in zip(params, whole):
+        torch.testing.assert_close(param, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow

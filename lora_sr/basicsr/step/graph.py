@@ -92,11 +92,12 @@ class GraphedStep:
         try:
             with _rates(model.optimizers, recorded.rates):
                 recorded.graph = capture(lambda: self._step.run(current_iter))
-        except RuntimeError as error:
+        except Exception as error:  # whatever a step does that cannot be recorded; what is wrong in itself comes again
             self._reason = shown(f'{type(error).__name__}: {error}')
             LOG.warning('train.graph: the step could not be recorded (%s); the steps run without.', self._reason)
             for name, value in given.items():
                 setattr(model, name, value)
+            self._step.renew_scaler()
             self._step.run(current_iter)
             return
         recorded.log, recorded.output = model.log_dict, getattr(model, 'output', None)
@@ -117,9 +118,9 @@ class GraphedStep:
 
 def capture(run: Callable[[], None]) -> Any:
     """Record what a function has a GPU do, as a graph to replay."""
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+    # A recording that fails leaves its stream as the current one. Other threads may go on meanwhile.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode='thread_local'):
         run()
     return graph
 
@@ -164,9 +165,11 @@ def _refusal(step: TrainingStep) -> str:
         return f'{kind.__name__} may do something else in each iteration'
     if (step.settings.compile or {}).get('mode') in ('reduce-overhead', 'max-autotune'):
         return f'train.compile records by itself with mode {(step.settings.compile or {})["mode"]}'
+    if step.settings.checkpointing:
+        return 'train.checkpointing keeps the states of random numbers, which is not recorded'
     for optimizer in model.optimizers:
         if not all(group.get('capturable') for group in optimizer.param_groups):
-            return f'{type(optimizer).__name__} counts its steps on the CPU'
+            return f'{type(optimizer).__name__} has no option capturable'
         if step.scaler is not None and not getattr(optimizer, '_step_supports_amp_scaling', False):
             return f'{type(optimizer).__name__} waits for the scale of train.amp: fp16'
     return ''

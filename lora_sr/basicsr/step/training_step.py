@@ -111,6 +111,13 @@ class TrainingStep:
         """The tensors of the batch that the model was fed last, by the names that it gave them."""
         return {name: getattr(self.model, name) for name in self._batch}
 
+    def renew_scaler(self) -> None:
+        """Forget which optimizers have stepped, where a step has broken off: the scale stays as it is."""
+        if self.scaler is not None:
+            scale = self.scaler.state_dict()
+            self.scaler = _scaler(self.model.device)
+            self.scaler.load_state_dict(scale)
+
     def _run_parts(self, current_iter: int, parts: int) -> None:
         whole = self.batch()
         if not whole or any(len(value) % parts for value in whole.values()):
@@ -209,7 +216,9 @@ class TrainingStep:
             now = {
                 name: value
                 for name, value in vars(self.model).items()
-                if isinstance(value, Tensor) and value is not before.get(name) and name not in POOL
+                if isinstance(value, Tensor)
+                and (value is not before.get(name) or name in self._batch)  # the same tensor may come again
+                and name not in POOL
             }
             size = len(self.model.lq) if isinstance(getattr(self.model, 'lq', None), Tensor) else None
             self._batch = [name for name, value in now.items() if value.ndim and len(value) == size]

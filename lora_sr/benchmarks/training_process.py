@@ -1,0 +1,243 @@
+"""Training in a process of its own, whose memory is nobody else's, and where stock BasicSR is without our patches."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_sr import hook
+from lora_sr.report.memory import forget_peak, peak
+
+PEFT = 'PeftLoRA'  # what a network with PEFT's LoRA is called in an option file here
+WAITING = 2  # batches that each worker of a loader has ready
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process trains.
+
+    Args:
+        opt: Options, as ``parse_options`` hands them to a model.
+        batches: A file of batches, each ``{'lq', 'gt'}``, that are trained on in turn.
+        steps: How many are done before any is timed, for the loss.
+        is_stock: Whether BasicSR is left as its authors wrote it.
+        loader: The section ``datasets.train`` of what :meth:`Trainer.loop` reads; None for no loader.
+        from_teacher: Whether the targets of the batches are what ``network_t`` makes of them, computed beforehand.
+    """
+
+    opt: Mapping[str, Any]
+    batches: Path
+    steps: int
+    is_stock: bool = False
+    loader: Mapping[str, Any] | None = None
+    from_teacher: bool = False
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a process says of its first steps: the loss of the last, and what the log said of the keys of ``train``."""
+
+    loss: float
+    warnings: tuple[str, ...]
+
+
+def serve(connection: Connection, task: Task) -> None:
+    """Train, and answer: first with a :class:`Started`, then to each ``(method, seconds)`` with what it gave.
+
+    An error is answered in its place, as a sentence.
+    """
+    try:
+        trainer = Trainer(task)
+        connection.send(trainer.started)
+        while True:
+            method, seconds = connection.recv()
+            connection.send(getattr(trainer, method)(seconds))
+    except EOFError:
+        pass
+    except Exception as error:  # whatever it is, the other forms are measured
+        connection.send(f'{type(error).__name__}: {error}'.partition('\n')[0])
+
+
+class Trainer:
+    """A model that has done its first steps, and does more to be timed.
+
+    Args:
+        task: What it trains.
+    """
+
+    def __init__(self, task: Task):
+        self.task, opt = task, deepcopy(dict(task.opt))
+        if task.is_stock:
+            _leave_basicsr_alone()
+        from basicsr.models import build_model
+        from basicsr.utils import get_root_logger
+
+        told = _Told()
+        get_root_logger(log_level=logging.WARNING).handlers[:] = [told]
+        if task.is_stock:
+            _add_ours()
+        torch.backends.cudnn.benchmark = True  # as BasicSR's train.py has it
+        self.on_gpu = bool(opt['num_gpu'])
+        self.batches = torch.load(task.batches, weights_only=True)
+        if task.from_teacher:
+            _teach(self.batches, opt, 'cuda' if self.on_gpu else 'cpu')
+        before = 0 if self.on_gpu or sys.platform != 'linux' else forget_peak()
+        torch.manual_seed(0)
+        self.model = build_model(opt)
+        self.iteration = 0
+        for _ in range(task.steps):
+            self._step()
+        self.started = Started(next(iter(self.model.get_current_log().values())), tuple(told.messages))
+        self._peak = peak() - before if sys.platform == 'linux' and not self.on_gpu else 0
+        self._loading: Iterator[Any] | None = None
+
+    def memory(self, seconds: float) -> int:
+        """Bytes at the peak: on a GPU what is held for steps, else by how much they raised the resident memory.
+
+        0 where the system does not tell. What a GPU's library holds while it chooses its kernels is not counted.
+        """
+        if not self.on_gpu:
+            return self._peak
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self.step(seconds)
+        return torch.cuda.max_memory_reserved()  # what a recorded step works in counts as allocated no longer
+
+    def step(self, seconds: float) -> float:
+        """Seconds of a step on batches in memory, as a mean over some time."""
+        return self._mean(self._step, seconds)
+
+    def loop(self, seconds: float) -> float:
+        """Seconds of an iteration whose batch comes from the loader, with workers that are as busy as in a long run."""
+        prefetcher = self._prefetcher()
+
+        def iterate() -> None:
+            self._train(prefetcher.next())
+
+        for _ in range(self._ready()):
+            iterate()
+        return self._mean(iterate, seconds)
+
+    def load(self, seconds: float) -> float:
+        """Seconds of a batch of the loader alone."""
+        prefetcher = self._prefetcher()
+        for _ in range(self._ready()):
+            prefetcher.next()
+        return self._mean(prefetcher.next, seconds)
+
+    def _mean(self, run: Any, seconds: float) -> float:
+        self._wait()
+        start, count = time.perf_counter(), 0
+        while not count or time.perf_counter() - start < seconds:
+            run()
+            count += 1
+        self.model.get_current_log()
+        self._wait()
+        return (time.perf_counter() - start) / count
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def _step(self) -> None:
+        torch.manual_seed(self.iteration)
+        self._train(self.batches[self.iteration % len(self.batches)])
+
+    def _train(self, batch: Mapping[str, Any]) -> None:
+        """An iteration, as in BasicSR's train.py."""
+        self.iteration += 1
+        self.model.update_learning_rate(self.iteration, warmup_iter=-1)
+        self.model.feed_data(batch)
+        self.model.optimize_parameters(self.iteration)
+
+    def _ready(self) -> int:
+        """How many batches have been waiting for us, which cost nothing."""
+        return WAITING * self.task.loader['num_worker_per_gpu'] + 1 if self.task.loader else 0
+
+    def _prefetcher(self) -> Any:
+        from basicsr.data import build_dataloader, build_dataset
+        from basicsr.data.data_sampler import EnlargedSampler
+        from basicsr.data.prefetch_dataloader import CPUPrefetcher
+
+        if self._loading is None:
+            opt = deepcopy(dict(self.task.loader or {}))
+            dataset = build_dataset(opt)
+            sampler = EnlargedSampler(dataset, 1, 0, 1 + 2_000_000 // len(dataset))  # one epoch, which does not end
+            num_gpu = self.task.opt['num_gpu']
+            self._loading = CPUPrefetcher(build_dataloader(dataset, opt, num_gpu, sampler=sampler, seed=0))
+        return self._loading
+
+
+class _Told(logging.Handler):
+    """Keeps what a log says of the keys of ``train``."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message.startswith('train.'):
+            self.messages.append(message)
+
+
+def _leave_basicsr_alone() -> None:
+    """Take our hook out before BasicSR is imported; but for what torchvision has moved it could not be."""
+    assert 'basicsr' not in sys.modules
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != hook.__name__]
+    hook.patch_torchvision_import()
+
+
+def _add_ours() -> None:
+    """Register networks, loss and model of ours in BasicSR, as files in its folders would be."""
+    from basicsr.utils import registry
+
+    from lora_sr.archs.registry import OWN
+    from lora_sr.basicsr.models import DistillationModel
+    from lora_sr.checkpoints.building import DESCRIBED
+    from lora_sr.losses import PSNRLoss
+
+    for network in (*OWN.values(), *DESCRIBED.values()):
+        registry.ARCH_REGISTRY.register(network)
+    registry.ARCH_REGISTRY._do_register(PEFT, with_peft)
+    registry.LOSS_REGISTRY.register(PSNRLoss)
+    registry.MODEL_REGISTRY.register(DistillationModel)
+
+
+def with_peft(base: dict[str, Any], lora: dict[str, Any]) -> nn.Module:
+    """The network that ``AdaptSR`` makes of the same arguments, but with PEFT's LoRA, on the same layers."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from lora_sr.adapters import lora_layers
+    from lora_sr.archs.adaptsr import AdaptSR
+    from lora_sr.archs.registry import find_arch
+
+    layers = [name for name, _ in lora_layers(AdaptSR(base, lora))]
+    arch: Any = find_arch(base['type'])
+    network = arch(**{key: value for key, value in base.items() if key != 'type'})
+    return inject_adapter_in_model(LoraConfig(r=lora['rank'], lora_alpha=lora['alpha'], target_modules=layers), network)
+
+
+@torch.inference_mode()
+def _teach(batches: list[dict[str, Any]], opt: dict[str, Any], device: str) -> None:
+    """Put what the teacher makes of the inputs in the place of the targets."""
+    from basicsr.archs import build_network
+
+    from lora_sr.archs import fold
+
+    teacher = build_network(opt.pop('network_t'))
+    teacher.load_state_dict(torch.load(opt['path']['pretrain_network_t'], weights_only=True))
+    teacher = fold(teacher).eval().to(device)
+    for batch in batches:
+        batch['gt'] = teacher(batch['lq'].to(device)).cpu().clone()

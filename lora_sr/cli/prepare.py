@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> None:
             skip_broken=args.skip_broken,
             crop=args.crop,
             share=share,
+            progress=share is None or share.is_first_here,
         )
     except NotLastError:
         print(f'{printable(args.output)}: {share} is done; the process that comes last puts all together')

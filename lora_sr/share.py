@@ -49,6 +49,11 @@ class Share:
         """The items that are this process's; all processes together have each item once."""
         return list(items[self.rank :: self.world])
 
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this is the first process on its machine, which shows how far it is."""
+        return self.local_rank == 0
+
     def __str__(self) -> str:
         return f'share {self.rank + 1} of {self.world}'
 

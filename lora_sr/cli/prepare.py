@@ -136,6 +136,7 @@ def run(args: argparse.Namespace) -> None:
             crop=args.crop,
             share=share,
             raw=args.raw,
+            progress=share is None or share.is_first_here,
         )
     except NotLastError:
         print(f'{printable(args.output)}: {share} is done; the process that comes last puts all together')

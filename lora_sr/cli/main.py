@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PREPARING, TRAINING = ('prepare', 'degrade'), ('inspect', 'allocate', 'pipelines')
 DEPLOYING, MEASURING = ('merge', 'adapter', 'upscale', 'export', 'submission'), ('compare', 'curves', 'bench')
 NEED_BASICSR = ('train', 'test', 'allocate')
-COMPUTING = (*NEED_BASICSR, 'degrade', 'upscale', 'compare', 'bench')
+COMPUTING = (*NEED_BASICSR, 'degrade', 'upscale', 'compare')  # `bench` measures what it is given
 
 
 class _Parser(argparse.ArgumentParser):

@@ -63,7 +63,7 @@ def test_a_run_that_is_stopped_and_goes_on(tiny_options, tmp_path):
     assert [line['iter'] for line in told if 'losses' in line] == list(range(1, 13))
     assert sum('finished' in line for line in told) == 1
     values = {line['iter']: line['metrics']['psnr'] for line in told if 'validation' in line}
-    assert read_curves(roots[1]) == {'val': values} and sorted(values) == [2, 4, 6, 8, 10, 12]
+    assert read_curves(roots[1] / 'experiments/tiny') == {'val': values} and sorted(values) == [2, 4, 6, 8, 10, 12]
 
     models = roots[1] / 'experiments/tiny/models'
     best = max(sorted(values, reverse=True), key=values.get)

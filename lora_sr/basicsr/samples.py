@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from lora_sr.basicsr.pace import Pace
 from lora_sr.checkpoints.origin import KEY
 from lora_sr.errors import InputError
+from lora_sr.metrics_file import Metrics
 
 LOG = logging.getLogger('basicsr')
 
@@ -53,6 +55,7 @@ class SampleStream(Sampler):
     Attributes:
         val_loaders, tb_logger: What the run validates on, and the writer of TensorBoard that is told.
         dataset: What the run trains on.
+        metrics, pace: Its records, in the process that logs; and how fast it goes.
     """
 
     def __init__(self, sampler: Any, seed: int):
@@ -64,6 +67,8 @@ class SampleStream(Sampler):
         self.val_loaders: list[Any] = []
         self.tb_logger: Any = None
         self.dataset: Any = None
+        self.metrics: Metrics | None = None
+        self.pace = Pace()
         self.processes = getattr(sampler, 'num_replicas', 1)
         self.rank = getattr(sampler, 'rank', 0)
 
@@ -100,6 +105,7 @@ class SampleStream(Sampler):
                     f'Nothing is left to train: the run is at iteration {self.start.iteration:,}, and train.total_iter '
                     f'is {self.total_iter:,}.'
                 )
+        self.pace = Pace(self.start.iteration, self.total_iter)
         _streams[opt['path']['training_states']] = self
         left = self.total_iter - self.start.iteration - self._iterations(self.start.epoch)
         return self.start.epoch + max(0, -(-left // self._iterations(self.start.epoch + 1)))

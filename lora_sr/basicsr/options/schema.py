@@ -420,6 +420,10 @@ TRAIN = {
     ),
     'scheduler': Key(SECTION, 'The schedule of the learning rates.', needed='train'),
     'total_iter': Key(whole(1), 'How many iterations the training has.', needed='train'),
+    'max_minutes': Key(
+        optional(number(0.1)),
+        'The run saves its state and ends when it has taken so long; `--auto_resume` goes on, for as long again.',
+    ),
     'warmup_iter': Key(whole(-1), 'Iterations in which the learning rate rises to its value; -1 for none.', default=-1),
     'net_d_iters': Key(whole(1), 'The network learns in each such iteration alone.', default=1, only=_DISCRIMINATOR),
     'net_d_init_iters': Key(
@@ -476,6 +480,11 @@ VAL = {
     ),
     'metrics': Key(SECTION_OR_NONE, 'The metrics, a section each, under names of your own.'),
     'pbar': Key(FLAG, 'Whether a progress bar is shown.', default=False),
+    'tile': Key(
+        optional(whole(1)),
+        'Side of the tiles in LR pixels in which images are run, larger where the network needs it; by default whole.',
+        only=f'{PLAIN} {GAN} {DISTILLATION}',
+    ),
     'center_frame_only': Key(FLAG, 'Whether the middle frame alone counts.', default=False, only=_RECURRENT),
     'flip_seq': Key(FLAG, 'Whether the frames run backwards, too.', default=False, only=_RECURRENT),
     'num_val_samples': Key(whole(1), 'How many images are made.', default=16, only=STYLE),
@@ -484,13 +493,22 @@ VAL = {
 LOGGER = {
     'print_freq': Key(whole(1), 'Iterations between two lines of the log.', needed='train'),
     'save_checkpoint_freq': Key(whole(1), 'Iterations between two checkpoints.', needed='train'),
+    'keep_last': Key(
+        optional(whole(1)),
+        'How many checkpoints stay, with their states, besides those that are the best of a metric; by default all.',
+    ),
+    'keep_best': Key(
+        optional(TEXT),
+        'A name in `val.metrics`: the best network by it, of each validation set, is kept as `net_g_best_SET.pth`.',
+    ),
     'use_tb_logger': Key(FLAG, 'Whether TensorBoard gets the values, too.', needed='train'),
+    'save_images_to_tb': Key(FLAG, 'Whether it gets the images of validations, too.', default=False),
     'wandb': Key(SECTION_OR_NONE, 'Weights & Biases; it needs `use_tb_logger: true`.'),
 }
 
 WANDB = {
     'project': Key(optional(TEXT), 'The project; ~ for none, and no logging there.'),
-    'resume_id': Key(optional(TEXT), 'The id of a run that goes on.'),
+    'resume_id': Key(optional(TEXT), 'The id of a run that goes on; by default that of the run that is resumed.'),
 }
 
 DIST_PARAMS = {

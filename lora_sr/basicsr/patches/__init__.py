@@ -50,6 +50,7 @@ def apply() -> None:
         validation.patch_best_metrics,
         divergence.patch_reduce_loss_dict,
         messages.patch_message_logger,
+        messages.patch_init_wandb_logger,
         options.patch_ordered_yaml,
         distributed.patch_distributed_start,
         distributed.patch_model_to_device,

@@ -109,14 +109,13 @@ def precompute(teacher: nn.Module, root: str | os.PathLike[str], path: Path, sca
 
 def _stop_if_told(done: int, total: int) -> None:
     """End the run, which has not begun to train, if a signal has come."""
-    status = signals.status()
-    if status is not None:
+    if signals.is_told():
         print(
             f'stopped: {done:,} of {total:,} outputs of the teacher are stored; the same command goes on from there',
             file=sys.stderr,
             flush=True,
         )
-        raise SystemExit(status)
+        raise SystemExit(0)
 
 
 def _bytes_of(images: RawDatabase, keys: list[str], scale: int) -> int:

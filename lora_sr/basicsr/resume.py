@@ -59,8 +59,9 @@ def record(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
 
     ``pool``: the training pairs from which Real-ESRGAN's models draw; of one process, for each has its own.
     ``samples``: see :meth:`lora_sr.basicsr.samples.SampleStream.record`. ``best``: the best value of each metric.
-    ``threads``: how many compute, upon which sums depend. ``scaler``: the scale of the losses, with ``train.amp: fp16``.
-    ``optimizer_types``: by section. ``trained``: the names of the tensors that each optimizer trains, by its number.
+    ``threads``: how many compute, upon which sums depend. ``scaler``: the scale of the losses, with ``train.amp``
+    ``fp16``. ``optimizer_types``: by section. ``trained``: the names of the tensors that each optimizer trains, by its
+    number.
     """
     stream = stream_of(model.opt)
     names = _names(model)

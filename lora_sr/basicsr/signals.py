@@ -78,6 +78,11 @@ def ignore() -> None:
             signal.signal(number, handler)
 
 
+def is_told() -> bool:
+    """Whether a signal has come."""
+    return bool(_received)
+
+
 def shield_worker() -> None:
     """Let a process that reads samples live until its run ends it, whatever is sent to all processes.
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -198,7 +199,7 @@ def test_a_teacher_that_does_not_fit(pairs, tmp_path, teacher, scale, sentence):
 
 def test_a_disk_that_is_too_small(pairs, tmp_path, monkeypatch):
     root = copied(pairs, tmp_path)
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(9, 9, 3 << 14))
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=3 << 14))
     with pytest.raises(
         InputError, match='network_t.precompute needs 0.0 GB beside .* for the outputs of the teacher, got 0.0'
     ):

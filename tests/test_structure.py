@@ -42,7 +42,7 @@ ALLOWED = {
     'basicsr': FLOOR_0 | FLOOR_1 | {'runtime'},  # which computes a teacher's outputs, and knows nothing of BasicSR
     **dict.fromkeys(FLOOR_3, FLOOR_0 | FLOOR_1 | FLOOR_2),
     **dict.fromkeys(FLOOR_4, EVERYTHING),
-    'benchmarks': EVERYTHING | {'hook'},  # BasicSR as it is, beside ours
+    'benchmarks': EVERYTHING | {'hook'},  # which they take out, to measure BasicSR without us
 }
 
 # What the rooms that run without BasicSR may import of others: anywhere, and inside functions alone.

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from basicsr.archs.srresnet_arch import MSRResNet
 from basicsr.models import build_model
 from torch import nn
 from torch.nn import functional as F
@@ -21,6 +22,42 @@ class ConvDiscriminator(nn.Module):
 
     def forward(self, x):
         return self.body(x)
+
+
+def step_options(folder, model: str, **train) -> dict:
+    """The options of a small model, as `parse_options` hands them over, which saves in a folder."""
+    folders = {name: str(folder / name) for name in ('models', 'training_states')}
+    for name in folders:
+        (folder / name).mkdir(exist_ok=True)
+    network = {'type': 'MSRResNet', 'num_feat': 4, 'num_block': 4, 'upscale': 2}
+    opt = {
+        **{'name': 'tiny', 'model_type': model, 'scale': 2, 'num_gpu': 0, 'is_train': True, 'dist': False},
+        **{'rank': 0, 'world_size': 1, 'path': dict(folders), 'datasets': {'train': {'gt_size': 16}}},
+        'network_g': network,
+        **{'high_order_degradation': False, 'gt_usm': False, 'val': None},
+        **{f'{key}_gt_usm': False for key in ('l1', 'percep', 'gan')},
+        'train': {
+            'ema_decay': 0.9,
+            'total_iter': 20,
+            'optim_g': {'type': 'Adam', 'lr': 1e-3},
+            'scheduler': {'type': 'MultiStepLR', 'milestones': [4], 'gamma': 0.5},
+            'pixel_opt': {'type': 'L1Loss'},
+            **train,
+        },
+    }
+    if model == 'SwinIRModel':  # the random paths of a batch are not those of its parts
+        opt['network_g'] = {**SWINIR, **({'drop_path_rate': 0} if 'accumulate_iter' in train else {})}
+    if 'GAN' in model:
+        opt['network_d'] = {'type': 'ConvDiscriminator'}
+        opt['train'].update(optim_d={'type': 'Adam', 'lr': 1e-3}, gan_opt={'type': 'GANLoss', 'gan_type': 'vanilla'})
+    if model == 'DistillationModel':
+        torch.manual_seed(1)
+        torch.save(MSRResNet(num_feat=4, num_block=4, upscale=2).state_dict(), folder / 'teacher.pth')
+        opt.update(network_t=network)
+        opt['path'].update(pretrain_network_t=str(folder / 'teacher.pth'))
+        layers = {'type': 'SpatialAffinityLoss', 'layers': ['body.1']}
+        opt['train'].update(distill_pixel_opt={'type': 'L1Loss'}, affinity_opt=layers)
+    return opt
 
 
 def built(opt, seed=0):

@@ -128,10 +128,11 @@ class LKDB(nn.Module):
         refined = x
         halves = []
         for distill, refine in ((self.c1_d, self.c1_r), (self.c2_d, self.c2_r), (self.c3_d, self.c3_r)):
-            halves.append(F.gelu(distill(refined)))
+            halves.append(distill(refined))
             refined = F.gelu(refine(refined))
-        halves.append(F.gelu(self.c4(refined)))
-        fused = self.c6(self.atten(self.c5(torch.cat(halves, 1))))
+        halves.append(self.c4(refined))
+        # One activation of all halves, as the gradient of each would not be contiguous.
+        fused = self.c6(self.atten(self.c5(F.gelu(torch.cat(halves, 1)))))
         # LayerNorm wants the channels last. In that memory format neither permutation copies anything.
         normalized: Tensor = self.pixel_norm(fused.permute(0, 2, 3, 1))
         return normalized.permute(0, 3, 1, 2) + x

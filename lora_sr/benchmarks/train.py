@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +38,7 @@ ROUNDS = 3
 TURN = {'cuda': 0.3, 'cpu': 1.0}
 STEPS = {'cuda': 20, 'cpu': 4}
 BATCH, PATCH = {'cuda': 16, 'cpu': 4}, {'cuda': 64, 'cpu': 48}
+GPU_ALONE = {'AdaptSR-SwinIR'}  # what takes many seconds a step on a CPU, and is measured there where it is asked for
 MOST_WORKERS = 8
 STOCK = 'stock BasicSR'
 
@@ -50,7 +50,7 @@ DEFAULT_KEYS = {'cuda': ['memory_format', 'amp', 'graph', 'checkpointing'], 'cpu
 # By how much a loss may differ from stock BasicSR's, as a part of it: rounding grows with each step.
 TOLERANCE, TOLERANCE_OF_AMP = 1e-3, 2e-2
 
-SWINIR = dict(type='SwinIR', upscale=SCALE, img_size=64, window_size=8, img_range=1.0, mlp_ratio=2, drop_path_rate=0)
+SWINIR = dict(type='SwinIR', upscale=SCALE, window_size=8, img_range=1.0, mlp_ratio=2, drop_path_rate=0)
 LIGHT = dict(depths=[6] * 4, embed_dim=60, num_heads=[6] * 4, upsampler='pixelshuffledirect')
 CLASSICAL = dict(depths=[6] * 6, embed_dim=180, num_heads=[6] * 6, upsampler='pixelshuffle')
 
@@ -166,7 +166,7 @@ def run(
 
     Args:
         images: Folders of images of at least 480 x 480 pixels; images of soft structures are made if there are none.
-        networks: Names in :data:`SUBJECTS`; all if none are given.
+        networks: Names in :data:`SUBJECTS`; all if none are given, on a CPU but for :data:`GPU_ALONE`.
         keys: Keys of ``train``, in :data:`KEYS`; by default those that are ready at once on the device.
         batch: Samples of a batch.
         patch: Side of the LR patches.
@@ -201,7 +201,7 @@ def run(
         _prepare(images, conditions)
         _print_head(conditions)
         faults = []
-        for name in networks or SUBJECTS:
+        for name in networks or [name for name in SUBJECTS if device == 'cuda' or name not in GPU_ALONE]:
             rows = measure(SUBJECTS[name], conditions)
             _print(name, SUBJECTS[name], conditions, rows)
             faults += [f'{name}, {fault}' for fault in _faults(rows)]
@@ -326,7 +326,7 @@ def _processes(subject: Subject, forms: Sequence[Form], conditions: Conditions) 
 
 def task_of(subject: Subject, form: Form, conditions: Conditions) -> Task:
     """What the process of a form trains: the options of a shipped file, as far as the step and the loader go."""
-    network = subject.rival if form.is_rival else subject.network
+    network = _sized(subject.rival if form.is_rival and subject.rival else subject.network, conditions.patch)
     has_teacher = subject.teacher is not None and not form.from_teacher
     loss = {'type': 'PSNRLoss', 'eps': 1e-4} if subject.teacher is not None else {'type': 'L1Loss'}
     opt: dict[str, Any] = {
@@ -340,7 +340,7 @@ def task_of(subject: Subject, form: Form, conditions: Conditions) -> Task:
         'world_size': 1,
         'path': {'models': str(conditions.folder), 'pretrain_network_g': None},
         'datasets': {'train': {'gt_size': conditions.patch * SCALE}},
-        'network_g': deepcopy(dict(network or {})),
+        'network_g': network,
         'train': {
             'ema_decay': 0.999,
             'optim_g': {'type': 'Adam', 'lr': subject.rate, 'betas': [0.9, 0.99]},
@@ -361,6 +361,12 @@ def task_of(subject: Subject, form: Form, conditions: Conditions) -> Task:
         _section(form.loads, conditions) if form.loads else None,
         form.from_teacher,
     )
+
+
+def _sized(section: Mapping[str, Any], patch: int) -> dict[str, Any]:
+    """A section of a network; SwinIR is made for patches of that size, as in its recipes."""
+    section = {key: _sized(value, patch) if isinstance(value, Mapping) else value for key, value in section.items()}
+    return {**section, 'img_size': patch} if section.get('type') == 'SwinIR' else section
 
 
 def _teacher_file(subject: Subject, folder: Path) -> Path:
@@ -444,7 +450,7 @@ def floor_of(subject: Subject, conditions: Conditions) -> float:
     """Floating-point operations of a step: forward, and twice as much backward, of the folded network; no teacher."""
     from lora_sr.archs.registry import find_arch
 
-    section = dict(subject.network)
+    section = _sized(subject.network, conditions.patch)
     arch: Any = find_arch(section.pop('type'))
     network = deploy_form(arch(**section))
     return 3.0 * 2 * count_flops(network, conditions.patch, conditions.patch) * conditions.batch

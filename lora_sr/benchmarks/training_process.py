@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class Trainer:
         from basicsr.models import build_model
         from basicsr.utils import get_root_logger
 
+        warnings.simplefilter('ignore')  # what torch finds in BasicSR's networks
         told = _Told()
         get_root_logger(log_level=logging.WARNING).handlers[:] = [told]
         if task.is_stock:

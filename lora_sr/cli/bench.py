@@ -68,7 +68,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     train = subjects.add_parser('train', help='training key by key, beside stock BasicSR')
     train.add_argument('images', nargs='*', help='folders of images of at least 480 x 480 pixels (default: made ones)')
-    train.add_argument('--network', nargs='+', choices=NETWORKS, default=[], help='what is trained (default: all)')
+    train.add_argument(
+        '--network',
+        nargs='+',
+        choices=NETWORKS,
+        default=[],
+        help='what is trained (default: all but the last on a CPU)',
+    )
     train.add_argument('--keys', nargs='+', choices=KEYS, metavar='KEY', help=f'of train: some of {", ".join(KEYS)}')
     train.add_argument('--batch', type=int, metavar='N', help='samples of a batch (default: 16 on a GPU, else 4)')
     train.add_argument('--patch', type=int, metavar='N', help='side of the LR patches (default: 64 on a GPU, else 48)')

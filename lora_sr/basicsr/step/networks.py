@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_sr.archs.layout import repeated_blocks
 from lora_sr.basicsr.options.step import no_blocks
+from lora_sr.basicsr.step.depthwise import depthwise_conv2d, is_large_depthwise
 from lora_sr.basicsr.step.settings import StepSettings
 from lora_sr.errors import InputError
 
@@ -66,6 +67,9 @@ class StepNetworks:
                 self._add_block(block, trains and bool(blocks))
         if not trains:
             self._frozen.append(network)
+        for module in network.modules():
+            if is_large_depthwise(module):
+                self._add_depthwise(module)
         network.forward = self._within_step(network.forward, self._run)
 
     def _add_block(self, block: nn.Module, can_forget: bool) -> None:
@@ -75,6 +79,14 @@ class StepNetworks:
         if self.settings.checkpointing and can_forget:
             run = functools.partial(checkpoint, run, use_reentrant=False)
         block.forward = self._within_step(plain, lambda _, *args, **kwargs: run(*args, **kwargs))
+
+    def _add_depthwise(self, module: Any) -> None:
+        def run(convolve: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            if x.device.type != 'cpu' or not torch.is_grad_enabled():
+                return convolve(x, weight, bias)
+            return depthwise_conv2d(x, weight, bias, module.dilation[0])
+
+        module._conv_forward = self._within_step(module._conv_forward, run)
 
     def _within_step(self, forward: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)

@@ -1,0 +1,97 @@
+"""Large depthwise convolutions on a CPU: what they give, and their gradients, beside torch's own in float64."""
+
+import copy
+
+import pytest
+import torch
+from basicsr.utils.registry import ARCH_REGISTRY
+from tiny_steps import assert_near, built, steps
+from torch import nn
+
+from lora_sr.adapters import LoRAConfig, add_lora
+from lora_sr.archs.lkdn import LKDN
+from lora_sr.basicsr.step.depthwise import depthwise_conv2d, is_large_depthwise
+
+
+@pytest.mark.parametrize(
+    ('side', 'dilation', 'size'), [(5, 1, (9, 8)), (5, 3, (12, 12)), (5, 3, (7, 11)), (7, 2, (6, 5)), (11, 1, (4, 9))]
+)
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_equals_torch(side, dilation, size, memory_format):
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(6, 6, side, padding=side // 2 * dilation, dilation=dilation, groups=6)
+    assert is_large_depthwise(convolution)
+    x = torch.randn(2, 6, *size).contiguous(memory_format=memory_format)
+    grad = torch.randn(2, 6, *size)
+    exact = copy.deepcopy(convolution).double()
+    wanted = x.double().requires_grad_()
+    expected = exact(wanted)
+    expected.backward(grad.double())
+    image = x.requires_grad_()
+    output = depthwise_conv2d(image, convolution.weight, convolution.bias, dilation)
+    output.backward(grad)
+    for value, other in (
+        (output, expected),
+        (image.grad, wanted.grad),
+        (convolution.weight.grad, exact.weight.grad),
+        (convolution.bias.grad, exact.bias.grad),
+    ):
+        torch.testing.assert_close(value.double(), other, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_in_bfloat16_are_those_of_autocast():
+    torch.manual_seed(0)
+    convolution, x = nn.Conv2d(8, 8, 5, padding=6, dilation=3, groups=8), torch.randn(2, 8, 24, 24)
+    grads = []
+    for run in (convolution, lambda image: depthwise_conv2d(image, convolution.weight, convolution.bias, 3)):
+        convolution.zero_grad()
+        image = x.clone().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16):
+            output = run(image)
+        assert output.dtype == torch.bfloat16
+        output.float().square().mean().backward()
+        grads.append([image.grad, convolution.weight.grad.clone(), convolution.bias.grad.clone()])
+    for expected, value in zip(*grads):
+        assert value.dtype == torch.float32
+        assert (value - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'kernel_size': 3, 'padding': 1},
+        {'kernel_size': 5, 'padding': 1},
+        {'kernel_size': 5, 'padding': 2, 'stride': 2},
+        {'kernel_size': (5, 7), 'padding': (2, 3)},
+        {'kernel_size': 5, 'padding': 2, 'groups': 2},
+        {'kernel_size': 5, 'padding': 2, 'padding_mode': 'reflect'},
+        {'kernel_size': 5, 'padding': 'same'},
+    ],
+)
+def test_others_are_left_alone(options):
+    assert not is_large_depthwise(nn.Conv2d(4, 4, **{'groups': 4, **options}))
+
+
+class LargeKernels(LKDN):
+    """LKDN with LoRA on its attention beside weights that train."""
+
+    def __init__(self):
+        super().__init__(num_feat=8, num_atten=8, num_block=2, upscale=2)
+        add_lora(self, LoRAConfig(['B1.atten.depthwise'], rank=1))
+        self.requires_grad_(True)
+
+
+def test_steps_are_those_without(options, monkeypatch):
+    ARCH_REGISTRY.register(LargeKernels)
+    try:
+        opts = [options('SRModel'), options('SRModel', memory_format='channels_last')]
+        for opt in opts:
+            opt['network_g'] = {'type': 'LargeKernels'}
+        plain, model = map(built, opts)
+        seen = []
+        original = torch.Tensor.flip
+        monkeypatch.setattr(torch.Tensor, 'flip', lambda *args: seen.append(args[0].shape) or original(*args))
+        assert_near(steps(model, 1, 6), steps(plain, 1, 6), 1e-4)
+        assert seen.count((8, 1, 5, 5)) == 6 * 4
+    finally:
+        del ARCH_REGISTRY._obj_map['LargeKernels']

@@ -28,7 +28,7 @@ RECORD = 'joined.json'
 
 
 class NotLastError(Exception):
-    """Other processes have still to do their share of a job, or one puts its parts together just now."""
+    """This process has done its share of a job, and it is another one that has put, or will put, the parts together."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Share:
     def of(self, items: Sequence[Item]) -> list[Item]:
         """The items that are this process's; all processes together have each item once."""
         return list(items[self.rank :: self.world])
+
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this is the first process on its machine, which shows how far it is."""
+        return self.local_rank == 0
 
     def __str__(self) -> str:
         return f'share {self.rank + 1} of {self.world}'

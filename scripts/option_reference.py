@@ -63,6 +63,7 @@ SECTIONS = {
     'datasets.*': ('`datasets.*`', 'A dataset: `train`; `val`, `val_2`, …; `test`, `test_2`, ….'),
     'datasets.*.io_backend': ('`datasets.*.io_backend`', ''),
     'network_g.lora': ('`network_*.lora`', 'In the section of an `AdaptSR`, beside `base`, the section of a network.'),
+    'network_t': ('`network_t`', 'Beside the type of the teacher and its arguments.'),
     'path': ('`path`', ''),
     'train': ('`train`', 'In a training.'),
     'val': ('`val`', ''),
@@ -191,7 +192,10 @@ def json_schema() -> dict:
         for condition, keys in _conditions(name):
             top['allOf'].append({'if': condition, 'then': {'properties': {name: {'required': keys}}}})
     for name in ('g', 'd', 't'):
-        properties[f'network_{name}'] = {**properties[f'network_{name}'], '$ref': '#/$defs/network'}
+        own_keys = {'properties': _properties('network_t')}
+        if name != 't':
+            own_keys = {'propertyNames': {'not': {'enum': list(schema.TEACHER)}}}
+        properties[f'network_{name}'] = {**properties[f'network_{name}'], **own_keys, '$ref': '#/$defs/network'}
     train = properties['train']['properties']
     for name, section in train.items():
         if name.endswith('_opt'):
@@ -219,7 +223,7 @@ def json_schema() -> dict:
         '$defs': {
             'train_set': _section('datasets.*', schema.DATASETS, 'type', 'train'),
             'test_set': _section('datasets.*', schema.DATASETS, 'type', 'test'),
-            'network': _typed(ARCH_REGISTRY),
+            'network': _typed(ARCH_REGISTRY, ours=tuple(schema.TEACHER)),
             'loss': _typed(LOSS_REGISTRY),
             'affinity': _typed(LOSS_REGISTRY, ours=('layers',)),
             'metric': _typed(METRIC_REGISTRY, ours=('better',), supplied=('img', 'img2')),

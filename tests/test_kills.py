@@ -23,6 +23,7 @@ COMMANDS = {
     'export': ('export chainner base.pth -o {out}/c.pth', ['c.pth']),
     'degrade': ('degrade images -o {new} --scale 2 --workers 2', []),
     'prepare': ('prepare images -o {new} --scale 2 --size 24 --step 12 --workers 1', []),
+    'prepare raw': ('prepare images -o {new} --scale 2 --raw --workers 1', []),
     'upscale': ('upscale images -m base.pth -o {new} --skip-existing', []),
     'compare': (
         'compare a=base.pth b=lora.pth --set s=images -o {out}/t.md --plot {out}/f.svg --picture {out}/p.png',

@@ -16,7 +16,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / 'lora_sr'
 
-BASE = {'errors', 'figures', 'files', 'option_file', 'share'}
+BASE = {'errors', 'figures', 'files', 'metrics_file', 'option_file', 'share', 'threads'}
 FLOOR_0 = BASE | {'adapters', 'optim', 'losses', 'images'}
 FLOOR_1 = {'archs', 'checkpoints', 'data'}
 FLOOR_2 = {'runtime', 'basicsr'}
@@ -31,12 +31,15 @@ ALLOWED = {
     'errors': set(),
     'figures': {'errors'},
     'files': {'errors'},
+    'metrics_file': {'errors', 'files'},
+    'threads': set(),
     'option_file': {'errors', 'files'},
     'share': {'errors', 'files'},
     **dict.fromkeys(('adapters', 'optim', 'losses', 'images'), BASE),
     **dict.fromkeys(('archs', 'data'), FLOOR_0),
     'checkpoints': FLOOR_0 | FLOOR_1,
-    **dict.fromkeys(FLOOR_2, FLOOR_0 | FLOOR_1),
+    'runtime': FLOOR_0 | FLOOR_1,
+    'basicsr': FLOOR_0 | FLOOR_1 | {'runtime'},  # which computes a teacher's outputs, and knows nothing of BasicSR
     **dict.fromkeys(FLOOR_3, FLOOR_0 | FLOOR_1 | FLOOR_2),
     **dict.fromkeys(FLOOR_4, EVERYTHING),
     'benchmarks': EVERYTHING | {'hook'},  # which they take out, to measure BasicSR without us
@@ -49,6 +52,8 @@ THIRD_PARTIES: dict[str, tuple[set[str], set[str]]] = {
     'errors': (set(), {'basicsr'}),
     'figures': ({'matplotlib'}, set()),  # at its top for types alone
     'files': (set(), {'torch'}),
+    'metrics_file': (set(), set()),
+    'threads': (set(), set()),
     'option_file': ({'yaml'}, set()),
     'share': (set(), set()),
     'adapters': ({'torch', 'safetensors'}, set()),

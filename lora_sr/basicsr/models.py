@@ -18,6 +18,9 @@ from torch.nn.parallel import DataParallel
 
 from lora_sr.archs import fold
 from lora_sr.basicsr.options.distillation import DATA_PARALLEL_REFUSED, affinity_layers, find_modules, option_faults
+from lora_sr.basicsr.options.schema import TEACHER
+from lora_sr.basicsr.precompute import place_of, precompute, teacher_key
+from lora_sr.basicsr.samples import stream_of
 from lora_sr.basicsr.step.settings import memory_format
 from lora_sr.checkpoints.content import load_weights, read_checkpoint
 from lora_sr.errors import InputError
@@ -61,7 +64,9 @@ class DistillationModel(SRModel):
     - ``train.affinity_opt``: L_AD, features against the teacher's, logged as ``l_affinity``; ``layers`` names the
       modules, one list for both networks or ``{student: [...], teacher: [...]}``.
 
-    The teacher runs in eval mode, in deploy form where its architecture has one. For testing no teacher is built.
+    The teacher runs in eval mode, in deploy form where its architecture has one. For testing no teacher is built. With
+    ``network_t.precompute`` its outputs for whole images are made once, see :meth:`teach`, and it is not kept, unless
+    ``train.affinity_opt`` needs its features.
     ``train.memory_format: channels_last`` runs both networks in that layout.
 
     Source: DSCLoRA (arXiv:2504.11271).
@@ -70,6 +75,8 @@ class DistillationModel(SRModel):
         InputError: No teacher or no loss from it, a layer that does not exist, features or outputs of the two
             networks that do not fit each other, or outputs that are not ``scale`` times the input.
     """
+
+    precomputes = False  # in a test
 
     def __init__(self, opt: dict[str, Any]):
         self.lq: Tensor
@@ -92,17 +99,24 @@ class DistillationModel(SRModel):
         self._build_teacher()
         self._build_losses(train_opt)
         self._check_fit()
+        if self.precomputes:
+            stream = stream_of(self.opt)
+            if stream is not None:
+                self.teach(stream.dataset)
         self.net_g.train()
         self.setup_optimizers()
         self.setup_schedulers()
 
     def _build_teacher(self) -> None:
         path_opt = self.opt['path']
-        teacher = build_network(self.opt['network_t'])
+        section = dict(self.opt['network_t'])
+        self.precomputes, self.self_ensemble = (section.pop(key, False) for key in TEACHER)
+        teacher = build_network(section)
         path = path_opt['pretrain_network_t']
         load_weights(
             teacher, read_checkpoint(path), path, path_opt.get('param_key_t'), path_opt.get('strict_load_t', True)
         )
+        self.teacher_key = teacher_key(teacher.state_dict(), section, self.self_ensemble) if self.precomputes else ''
         fold(teacher).eval().requires_grad_(False)
         self.net_t = teacher.to(self.device, memory_format=self.memory_format)
 
@@ -153,11 +167,45 @@ class DistillationModel(SRModel):
         if self.cri_affinity is not None:
             self.cri_affinity(self.student_tap.take(), self.teacher_tap.take())
 
+    def teach(self, dataset: Any) -> None:
+        """Make the outputs of the teacher for all images of a training set, as far as they are not there yet.
+
+        They are stored beside its LR images, and the dataset gives the patch of them with each sample. A run calls this
+        by itself; whoever has a loop of his own does so before the first batch.
+
+        Args:
+            dataset: A ``RawPairedImageDataset`` or ``RawLRImageDataset``.
+
+        Raises:
+            InputError: The teacher does not take these images, or the outputs cannot be written.
+        """
+        outputs = {}
+        for root in dataset.lq.databases:
+            path = place_of(root, self.teacher_key)
+            precompute(self.net_t, root, path, self.opt['scale'], self.self_ensemble)
+            outputs[root] = str(path)
+        dataset.teach(outputs)
+        if self.cri_affinity is None:
+            del self.net_t
+
+    def feed_data(self, data: dict[str, Any]) -> None:
+        super().feed_data(data)
+        self.taught: Tensor | None = None
+        if self.precomputes and 'taught' in data:
+            self.taught = data['taught'].to(self.device)
+
     def optimize_parameters(self, current_iter: int) -> None:
         self.optimizer_g.zero_grad()
-        with torch.inference_mode():
-            taught = self.net_t(self.lq)
-        taught = taught.clone()  # one that a loss may keep for its backward pass
+        taught = self.taught
+        if self.precomputes and taught is None:
+            raise InputError(
+                'network_t.precompute needs samples with the outputs of the teacher: call teach(dataset) of the model '
+                'before the first batch.'
+            )
+        if taught is None or self.cri_affinity is not None:
+            with torch.inference_mode():
+                live = self.net_t(self.lq)
+            taught = live.clone() if taught is None else taught  # one that a loss may keep for its backward pass
         self.output = self.net_g(self.lq)
 
         losses = OrderedDict()

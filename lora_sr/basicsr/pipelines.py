@@ -9,7 +9,7 @@ import torch.distributed as dist
 from basicsr.test import test_pipeline
 from basicsr.train import train_pipeline
 
-from lora_sr.basicsr import provenance, run_folder, signals
+from lora_sr.basicsr import progress, provenance, run_folder, signals
 from lora_sr.basicsr.patches.options import mistakes, tell
 from lora_sr.basicsr.resume import last_saved
 from lora_sr.checkpoints.content import forget
@@ -19,9 +19,9 @@ from lora_sr.errors import DivergenceError, InputError
 def run(is_train: bool, argv: list[str]) -> int:
     """Run BasicSR's pipeline in the current folder, which begins with the check of the option file.
 
-    Returns the exit status: 0; 2 after mistakes in the input and 1 after a training that diverged, each told in a line
-    on the standard error by the first process of each machine; or 130 after Ctrl-C.
-    Another signal ends the process with its own, see :mod:`lora_sr.basicsr.signals`.
+    Returns the exit status: 0, also of a training that a signal or its time has ended, see
+    :mod:`lora_sr.basicsr.signals`; 2 after mistakes in the input and 1 after a training that diverged, each told in a
+    line on the standard error by the first process of each machine; or 130 after Ctrl-C that did not wait.
     """
     try:
         run_pipeline(is_train, argv)
@@ -37,12 +37,6 @@ def run(is_train: bool, argv: list[str]) -> int:
         hint = '' if iteration is None else f'; --auto_resume goes on from iteration {iteration:,}'
         print(f'interrupted{hint}', file=sys.stderr, flush=True)
         return 130
-    except RuntimeError:
-        # A signal ends several processes one after the other; those that are left may still wait for the first.
-        status = signals.status()
-        if status is None:
-            raise
-        return status
     finally:
         signals.ignore()
     return 0
@@ -62,6 +56,7 @@ def run_pipeline(is_train: bool, argv: list[str]) -> None:
     finally:
         sys.argv = before
         forget()
+        progress.close()
         run_folder.release()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -26,6 +26,7 @@ from lora_sr.adapters import LoRAConfig, count_parameters, layer_groups
 from lora_sr.adapters.allocation import allocate_ranks, base_weight, layer_importance
 from lora_sr.archs.adaptsr import AdaptSR
 from lora_sr.basicsr.options import check_options
+from lora_sr.basicsr.options.schema import TEACHER
 from lora_sr.basicsr.patches.options import mistakes
 from lora_sr.basicsr.step.settings import STEP_KEYS
 from lora_sr.checkpoints.imports import import_modules
@@ -215,6 +216,9 @@ def _build(option_file: str | os.PathLike) -> tuple[Any, Iterator[dict[str, Any]
     opt['train'] = {key: value for key, value in opt['train'].items() if key not in STEP_KEYS}
     if not opt['train'].get('ldl_opt'):  # which compares with the average
         opt['train']['ema_decay'] = 0
+    if opt.get('network_t'):  # for a few batches, the teacher itself will do
+        for key in TEACHER:
+            opt['network_t'].pop(key, None)
     with _quiet_logger():
         dataset_opt = opt['datasets']['train']
         dataset = build_dataset(dataset_opt)

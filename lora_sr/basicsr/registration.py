@@ -19,7 +19,7 @@ def register_all() -> None:
     from basicsr.utils import registry
 
     from lora_sr.archs.registry import OWN
-    from lora_sr.basicsr import datasets, metrics, models
+    from lora_sr.basicsr import datasets, metrics, models, raw_datasets
     from lora_sr.basicsr.patches.optimizers import optimizer_registry
     from lora_sr.checkpoints.building import DESCRIBED
     from lora_sr.losses import PSNRLoss, SpatialAffinityLoss
@@ -29,7 +29,10 @@ def register_all() -> None:
     for target, entries in (
         (registry.ARCH_REGISTRY, (*OWN.values(), *DESCRIBED.values())),
         (registry.LOSS_REGISTRY, (PSNRLoss, SpatialAffinityLoss)),
-        (registry.DATASET_REGISTRY, (datasets.LRImageDataset,)),
+        (
+            registry.DATASET_REGISTRY,
+            (datasets.LRImageDataset, raw_datasets.RawPairedImageDataset, raw_datasets.RawLRImageDataset),
+        ),
         (registry.METRIC_REGISTRY, (metrics.calculate_lpips, metrics.calculate_dists)),
         (registry.MODEL_REGISTRY, (models.DistillationModel,)),
         (optimizer_registry(), (Adan,)),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lora_sr import threads
 from lora_sr.adapters import LoRAConfig
 from lora_sr.archs.registry import find_arch
 from lora_sr.basicsr import provenance
@@ -58,8 +59,9 @@ def record(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
 
     ``pool``: the training pairs from which Real-ESRGAN's models draw; of one process, for each has its own.
     ``samples``: see :meth:`lora_sr.basicsr.samples.SampleStream.record`. ``best``: the best value of each metric.
-    ``scaler``: the scale of the losses, with ``train.amp: fp16``. ``optimizer_types``: by section. ``trained``: the
-    names of the tensors that each optimizer trains, by its number.
+    ``threads``: how many compute, upon which sums depend. ``scaler``: the scale of the losses, with ``train.amp``
+    ``fp16``. ``optimizer_types``: by section. ``trained``: the names of the tensors that each optimizer trains, by its
+    number.
     """
     stream = stream_of(model.opt)
     names = _names(model)
@@ -68,6 +70,7 @@ def record(model: Any, epoch: int, iteration: int) -> dict[str, Any]:
         'best': _best(model),
         'best_of': {dataset: meanings(model.opt, dataset) for dataset in _best(model)},
         **({'pool': _pool(model)} if hasattr(model, 'queue_lr') and not model.opt['dist'] else {}),
+        'threads': {'count': torch.get_num_threads()},
         'optimizer_types': _optimizer_types(provenance.given('train')),
         **({} if scaler_of(model) is None else {'scaler': scaler_of(model).state_dict()}),
         'trained': {
@@ -194,6 +197,9 @@ def resume(model: Any, state: Mapping[str, Any], load: Callable[[], None]) -> No
     scale = recorded_of(state, 'scaler', (int, float))
     if scaler_of(model) is not None and scale:
         scaler_of(model).load_state_dict(scale)
+    threads_before = recorded_of(state, 'threads', int).get('count', 0)
+    if model.device.type == 'cpu' and threads.is_chosen() and 1 <= threads_before <= (os.cpu_count() or 1):
+        torch.set_num_threads(threads_before)  # sums in other parts are others in their last bits
     model.resumed_best = _best_of_the_same(model.opt, state)
     if hasattr(model, 'queue_size') and not _take_pool(model, recorded_of(state, 'pool', (Tensor, int))):
         LOG.warning('The pool of training pairs begins empty: the run differs from one that was not interrupted.')

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from lora_sr.basicsr.pace import Pace
 from lora_sr.checkpoints.origin import KEY
 from lora_sr.errors import InputError
+from lora_sr.metrics_file import Metrics
 
 LOG = logging.getLogger('basicsr')
 
@@ -52,6 +54,8 @@ class SampleStream(Sampler):
 
     Attributes:
         val_loaders, tb_logger: What the run validates on, and the writer of TensorBoard that is told.
+        dataset: What the run trains on.
+        metrics, pace: Its records, in the process that logs; and how fast it goes.
     """
 
     def __init__(self, sampler: Any, seed: int):
@@ -62,6 +66,9 @@ class SampleStream(Sampler):
         self.start = Place()
         self.val_loaders: list[Any] = []
         self.tb_logger: Any = None
+        self.dataset: Any = None
+        self.metrics: Metrics | None = None
+        self.pace = Pace()
         self.processes = getattr(sampler, 'num_replicas', 1)
         self.rank = getattr(sampler, 'rank', 0)
 
@@ -98,6 +105,7 @@ class SampleStream(Sampler):
                     f'Nothing is left to train: the run is at iteration {self.start.iteration:,}, and train.total_iter '
                     f'is {self.total_iter:,}.'
                 )
+        self.pace = Pace(self.start.iteration, self.total_iter)
         _streams[opt['path']['training_states']] = self
         left = self.total_iter - self.start.iteration - self._iterations(self.start.epoch)
         return self.start.epoch + max(0, -(-left // self._iterations(self.start.epoch + 1)))
@@ -213,8 +221,22 @@ class SeededDataset(NamedDataset):
     def __getitem__(self, sample: Any) -> Any:
         if not isinstance(sample, Sample):
             return super().__getitem__(sample)
-        with _seeded(sample.seed):
-            return super().__getitem__(sample.index)
+        with _unnoticed():
+            return self._read(sample)
+
+    def __getitems__(self, samples: list[Any]) -> list[Any]:
+        """What a loader asks for to make a batch: to put the states of all generators aside takes longer than to cut a
+        patch, and is done once for all of them.
+        """
+        with _unnoticed():
+            return [
+                self._read(sample) if isinstance(sample, Sample) else super(SeededDataset, self).__getitem__(sample)
+                for sample in samples
+            ]
+
+    def _read(self, sample: Sample) -> Any:
+        torch.default_generator.manual_seed(_seed_host(sample.seed))
+        return super().__getitem__(sample.index)
 
 
 def seed_process(*numbers: int) -> None:
@@ -223,15 +245,13 @@ def seed_process(*numbers: int) -> None:
 
 
 @contextlib.contextmanager
-def _seeded(numbers: tuple[int, ...]) -> Iterator[None]:
-    """Seed what a data set draws from; the training that goes on in the same process does not notice."""
+def _unnoticed() -> Iterator[None]:
+    """Seed generators and draw from them; the training that goes on in the same process does not notice."""
     if get_worker_info() is not None:  # a process that does nothing else
-        torch.default_generator.manual_seed(_seed_host(numbers))
         yield
         return
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        torch.default_generator.manual_seed(_seed_host(numbers))
         yield
     finally:
         random.setstate(states[0])

@@ -52,6 +52,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     prepare.add_argument('--scale', type=int, default=4, help='scale of the LR images (default 4)')
     prepare.set_defaults(run=run_prepare)
 
+    loader = subjects.add_parser('loader', help="samples/s of the loader alone: raw images against BasicSR's PNGs")
+    loader.add_argument('images', nargs='+', help='folders of images of at least 480 x 480 pixels')
+    loader.add_argument('--scale', type=int, default=4, help='scale of the LR images (default 4)')
+    loader.add_argument(
+        '--workers', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='worker processes (default 0 1 2)'
+    )
+    loader.set_defaults(run=run_loader)
+
     lkdn = subjects.add_parser('lkdn', help="LKDN against its authors' structure, in both memory formats")
     lkdn.set_defaults(run=run_lkdn)
 
@@ -106,6 +114,13 @@ def run_prepare(args: argparse.Namespace) -> None:
     from lora_sr.benchmarks import prepare as prepare_benchmark
 
     prepare_benchmark.run(args.images, args.scale)
+
+
+def run_loader(args: argparse.Namespace) -> None:
+    """Measure the loader alone."""
+    from lora_sr.benchmarks import loader as loader_benchmark
+
+    loader_benchmark.run(args.images, args.scale, args.workers)
 
 
 def run_lkdn(args: argparse.Namespace) -> None:

@@ -92,27 +92,28 @@ def run(args: argparse.Namespace) -> None:
     from lora_sr.option_file import load_options
     from lora_sr.report.comparison import compare
     from lora_sr.report.tables import format_table
-    from lora_sr.share import own_share
+    from lora_sr.share import NotLastError, own_share
 
     share = own_share(args.share)
     if args.options is not None:
         load_options(args.options)  # what is wrong with it must not look like a file that it does not fit
-    comparison = compare(
-        {name: _network(args, file) for name, file in by_name(args.networks).items()},
-        {name: _folders(value) for name, value in by_name(args.sets).items()},
-        rgb=args.rgb,
-        runtime=args.runtime,
-        baseline=args.baseline,
-        size=args.size,
-        outputs=args.outputs,
-        plot=args.plot,
-        picture=args.picture,
-        overwrite=args.overwrite,
-        skip_broken=args.skip_broken,
-        on_table=lambda comparison: print(format_table(comparison), flush=True),
-        share=share,
-    )
-    if comparison is None:
+    try:
+        comparison = compare(
+            {name: _network(args, file) for name, file in by_name(args.networks).items()},
+            {name: _folders(value) for name, value in by_name(args.sets).items()},
+            rgb=args.rgb,
+            runtime=args.runtime,
+            baseline=args.baseline,
+            size=args.size,
+            outputs=args.outputs,
+            plot=args.plot,
+            picture=args.picture,
+            overwrite=args.overwrite,
+            skip_broken=args.skip_broken,
+            on_table=lambda comparison: print(format_table(comparison), flush=True),
+            share=share,
+        )
+    except NotLastError:
         print(f'{share} is done; the process that comes last writes the table')
         return
     for file in (*(args.outputs or ()), args.plot, args.picture):

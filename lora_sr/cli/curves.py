@@ -12,7 +12,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         'curves',
         help='picture of PSNR over the iterations of runs',
-        description='Draw what the validations of training runs gave, over the iterations, from their logs. Needs '
+        description='Draw what the validations of training runs gave, over the iterations. Needs '
         'matplotlib: pip install matplotlib.',
     )
     parser.add_argument(

@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         args.overwrite,
         skip_broken=args.skip_broken,
         share=share,
+        progress=share is None or share.is_first_here,
     )
     of_share = '' if share is None else f', {share}'
     print(f'{printable(args.output)}: {degraded.images} images at scale {args.scale}{of_share}')

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Callable, NoReturn
 
+from lora_sr import threads
 from lora_sr.errors import InputError, import_basicsr, is_first_process, printable, sentences, shown
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 PREPARING, TRAINING = ('prepare', 'degrade'), ('inspect', 'allocate', 'pipelines')
 DEPLOYING, MEASURING = ('merge', 'adapter', 'upscale', 'export', 'submission'), ('compare', 'curves', 'bench')
 NEED_BASICSR = ('train', 'test', 'allocate')
+COMPUTING = (*NEED_BASICSR, 'degrade', 'upscale', 'compare')  # `bench` measures what it is given
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         args = build_parser().parse_args(argv)
+        if args.command in COMPUTING:
+            threads.leave_room()
         if args.command in NEED_BASICSR:
             import_basicsr(f'lora-sr {args.command}')
         args.run(args)
@@ -74,6 +78,7 @@ def run_pipeline(is_train: bool) -> int:
     """Run ``python -m lora_sr.train`` or ``lora_sr.test``. Returns the exit status, as ``main`` does."""
 
     def run() -> int:
+        threads.leave_room()
         import_basicsr(f'lora_sr.{"train" if is_train else "test"}')
         from lora_sr.cli import pipelines
 

@@ -20,6 +20,9 @@ examples:
   lora-sr prepare "RealSR(V3)" --split train -o datasets/RealSR/train --scale 4
   lora-sr prepare "RealSR(V3)" --split test -o datasets/RealSR/test --scale 4 --size 0
       Pairs from cameras, of RealSR or DRealSR: HR_sub.lmdb and LR_X4_sub.lmdb; HR.lmdb and LR_X4.lmdb.
+  lora-sr prepare DIV2K Flickr2K -o datasets/DF2K --scale 4 --raw
+      Whole images, uncompressed: HR_raw.lmdb and LR_bicubic_X4_raw.lmdb, for the types RawPairedImageDataset and
+      RawLRImageDataset, which decode nothing.
 """
 
 
@@ -72,7 +75,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         '--size',
         type=int,
-        default=480,
         metavar='PIXELS',
         help='side of an HR sub-image (default: 480); 0 keeps images whole',
     )
@@ -99,6 +101,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help='trim HR and LR images whose sizes differ by up to two LR pixels, at the right and bottom: their top left '
         'corners must show the same',
     )
+    parser.add_argument(
+        '--raw',
+        action='store_true',
+        help='store whole images uncompressed, of which training reads no more than its patches',
+    )
     parser.add_argument('--workers', type=int, metavar='N', help='number of threads (default: the number of cores)')
     parser.add_argument('--overwrite', action='store_true', help='replace databases of the same names')
     add_share(parser)
@@ -109,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     """Prepare the databases and say what was made."""
     from lora_sr.data.prepare import prepare_databases
     from lora_sr.data.sources import left_out, name_images
-    from lora_sr.share import own_share
+    from lora_sr.share import NotLastError, own_share
 
     share = own_share(args.share)
     try:
@@ -128,16 +135,18 @@ def run(args: argparse.Namespace) -> None:
             skip_broken=args.skip_broken,
             crop=args.crop,
             share=share,
+            raw=args.raw,
+            progress=share is None or share.is_first_here,
         )
+    except NotLastError:
+        print(f'{printable(args.output)}: {share} is done; the process that comes last puts all together')
+        return
     except KeyboardInterrupt:
         print(
             f'lora-sr: interrupted: no unfinished database is left in {args.output}; run the same command again.',
             file=sys.stderr,
         )
         raise SystemExit(130) from None
-    if prepared is None:
-        print(f'{printable(args.output)}: {share} is done; the process that comes last puts all together')
-        return
     for folder in args.folders:
         others = left_out(folder)
         if others:
@@ -150,7 +159,17 @@ def run(args: argparse.Namespace) -> None:
         f'checked: counts, keys and sizes agree; the smallest HR entry has {width} x {height} pixels, '
         f'so gt_size can be up to {min(height, width)}'
     )
+    png, raw = (shown_bytes(prepared.bytes[form]) for form in ('png', 'raw'))
+    if args.raw:
+        print(f'on disk: {raw} raw; as PNG sub-images of 480 x 480 pixels it would be about {png}')
+    else:
+        print(f'on disk: {png} as PNG; raw, whole and uncompressed (--raw), it would be {raw}')
     if prepared.left_out:
         total = prepared.images + len(prepared.left_out)
         note = name_images(prepared.left_out.values(), total, 'left out')
         print(f'lora-sr: note: {note}', file=sys.stderr)
+
+
+def shown_bytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f'{count / 1e9:.1f} GB' if count >= 1e9 else f'{count / 1e6:.1f} MB'

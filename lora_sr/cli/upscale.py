@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
             args.format,
             args.quality,
             args.overwrite,
-            progress=True,
+            progress=share is None or share.is_first_here,
             skip_existing=args.skip_existing,
             alpha=args.alpha,
             share=share,

@@ -29,19 +29,28 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, NamedTuple, TypeVar
 
+import cv2
 import lmdb
 import numpy as np
 from tqdm import tqdm
 
-from lora_sr.data.lmdb_store import LmdbWriter, check_databases, read_meta_info
+from lora_sr.data.lmdb_store import (
+    DATA_FILE,
+    PAGE,
+    LmdbWriter,
+    RawImage,
+    check_databases,
+    read_meta_info,
+    read_raw_meta_info,
+)
 from lora_sr.data.sources import Source, check_left_out, find_sources, memory_errors, read_image, state_of
 from lora_sr.errors import InputError
 from lora_sr.files import check_output_folder
 from lora_sr.images.bicubic import BORDERS, MAX_SCALE, bicubic_downscale
 from lora_sr.images.png import encode_png
-from lora_sr.share import NotLastError, Parts, Share, pieces_of
+from lora_sr.share import Parts, Share, pieces_of
 
 try:
     import fcntl
@@ -52,12 +61,15 @@ PARTIAL_FOLDER = '.prepare.partial'
 PART_FILE = 'part.json'
 COMPLETE_FILE = 'complete.json'
 REPLACED_FOLDER = 'replaced'
-COMPLETE_TYPES = {'databases': list, 'job': str, 'images': int, 'left_out': dict}
 MOST_TRIMMED = 2  # LR pixels a side, with --crop
 
-_DATABASE_NAME = re.compile(r'(HR|LR(_bicubic)?_X\d+)(_sub)?\.lmdb')  # see Cut.database_names
+COMPLETE_TYPES = {'databases': list, 'job': str, 'images': int, 'left_out': dict, 'bytes': dict}
+SIZE, STEP = 480, 240  # of sub-images, unless told otherwise
+SAMPLED = 16  # images of which sub-images are encoded to tell what all of them would take
 
-Entry = tuple[str, np.ndarray, int, int]  # key, PNG bytes, height, width
+_DATABASE_NAME = re.compile(r'(HR|LR(_bicubic)?_X\d+)(_sub|_raw)?\.lmdb')  # see Cut.database_names
+
+Entry = tuple[str, np.ndarray, int, int]  # key, PNG bytes or a whole RGB image, height, width
 Item = TypeVar('Item')
 Result = TypeVar('Result')
 
@@ -73,6 +85,7 @@ class Cut:
         threshold: a strip at the right or bottom edge of up to this many pixels is left out.
         border: what bicubic sees beyond the edges of a whole image: 'replicate' or 'mirror'.
         crop: trim HR and LR images whose sizes nearly fit.
+        raw: store whole images as they are, instead of PNGs.
     """
 
     scales: tuple[int, ...]
@@ -81,6 +94,7 @@ class Cut:
     threshold: int
     border: str
     crop: bool
+    raw: bool = False
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -115,7 +129,7 @@ class Cut:
 
     def database_names(self, bicubic: Collection[int]) -> dict[int, str]:
         """{scale: name of its database}, the HR database first, as scale 1; "bicubic" only at the scales given."""
-        end = '_sub.lmdb' if self.size else '.lmdb'
+        end = '_raw.lmdb' if self.raw else '_sub.lmdb' if self.size else '.lmdb'
         kinds = {scale: '_bicubic' if scale in bicubic else '' for scale in self.scales}
         return {1: f'HR{end}', **{scale: f'LR{kind}_X{scale}{end}' for scale, kind in kinds.items()}}
 
@@ -131,6 +145,8 @@ class Prepared:
         smallest: (height, width) of the smallest HR entry by its shorter side: an upper limit for ``gt_size``.
         left_out: {path: why this image was left out, in one sentence that names it}: an HR image, or an LR image
             without one; empty without ``skip_broken``.
+        bytes: what all databases take on the disk, {'png': as PNGs, 'raw': whole and uncompressed}: that of their own
+            form as it is, the other estimated. Raw images are held against sub-images of 480 x 480 pixels.
     """
 
     databases: dict[int, Path]
@@ -138,6 +154,7 @@ class Prepared:
     entries: int
     smallest: tuple[int, int]
     left_out: dict[str, str]
+    bytes: dict[str, int]
 
 
 def prepare_databases(
@@ -145,8 +162,8 @@ def prepare_databases(
     output: str | os.PathLike[str],
     scales: Sequence[int] = (2, 3, 4),
     lr_folders: Sequence[str | os.PathLike[str]] | None = None,
-    size: int = 480,
-    step: int = 240,
+    size: int | None = None,
+    step: int = STEP,
     threshold: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
@@ -155,8 +172,9 @@ def prepare_databases(
     border: str | None = None,
     skip_broken: bool = False,
     crop: bool = False,
+    raw: bool = False,
     share: Share | None = None,
-) -> Prepared | None:
+) -> Prepared:
     """Make the LMDBs ``HR_sub.lmdb`` and ``LR_…_X{scale}_sub.lmdb`` from folders of images.
 
     Each image is cropped, at its right and bottom edges, to a multiple of all scales. Its LR images come from their
@@ -169,6 +187,9 @@ def prepare_databases(
 
     An image of 16 bits stays one, and so do the LR images that are made of it.
 
+    Raw databases, ``HR_raw.lmdb`` and ``LR_…_X{scale}_raw.lmdb``, have whole images, uncompressed, of which training
+    reads no more than its patches: nothing is decoded, and no pixel is there twice, as where sub-images overlap.
+
     An image cannot be used where it cannot be read, is smaller than the scale, or has no partner or one of another
     size. One run finds all that cannot be used.
 
@@ -177,7 +198,8 @@ def prepare_databases(
         output: the folder for the databases; made if it is missing.
         scales: the scales of the LR images.
         lr_folders: the LR folder of each HR folder; see ``find_sources``.
-        size: side of an HR sub-image in pixels, or 0; a multiple of every scale.
+        size: side of an HR sub-image in pixels, or 0; a multiple of every scale. By default 480, and 0 for raw images,
+            which are whole.
         step: distance between neighbors in HR pixels; a multiple of every scale.
         threshold: a strip of up to this many HR pixels at the right or bottom edge is left out.
         workers: number of threads; the number of cores if None.
@@ -190,19 +212,21 @@ def prepare_databases(
             ``2 * scale`` pixels, to the largest size that they share: at the right and bottom. The top left corner
             stays, so they must show the same there. Without it they may differ by less than ``scale`` pixels, as where
             a size was rounded.
+        raw: store whole images uncompressed; see ``RawPairedImageDataset``.
         share: make this process's part of the databases, see :mod:`lora_sr.share`, and put all together if it is the
             last one. Databases of this very job that are there are kept, also with ``overwrite``. Until they are in
             place the disk holds everything twice.
 
-    Returns:
-        What has been made; None where other processes have still to do their share.
-
     Raises:
+        NotLastError: the share is done, and others are not.
         InputError: if an option is out of range, the images cannot be found, some cannot be used (with ``skip_broken``:
             none can), a border is given but no LR image has to be made, a database is already there, or the output
             cannot be written. Nothing is left half-written.
     """
-    cut = Cut(tuple(scales), size, step, threshold, BORDERS[0] if border is None else border, crop)
+    size = (0 if raw else SIZE) if size is None else size
+    if raw and size:
+        raise InputError(f'--size must be left out with --raw, which keeps images whole, got {size}.')
+    cut = Cut(tuple(scales), size, step, threshold, BORDERS[0] if border is None else border, crop, raw)
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise InputError(f'--workers must be a whole number of at least 1, got {workers}.')
@@ -237,23 +261,26 @@ def prepare_databases(
                     _check_free(databases.values(), overwrite)
                 paths = {scale: folder / Path(name).stem for scale, name in names.items()}
                 if share is None:
-                    _build(sources, cut, paths, workers, progress, left_out, skip_broken)
+                    cost = _build(sources, cut, paths, workers, progress, left_out, skip_broken)
                 else:
-                    _join(parts, paths, total, left_out, skip_broken)
+                    cost = _join(parts, paths, total, left_out, skip_broken)
                 images = total - len(left_out)
                 done = {'databases': list(names.values()), 'job': job, 'images': images, 'left_out': left_out}
+                done['bytes'] = _bytes(cost, cut, paths)
                 parts.clear()
                 _mark_complete(folder, done)
                 _move_into_place(folder, output, names.values())
             if share is not None:
                 parts.mark_joined(done)
-    except NotLastError:
-        return None
     except (OSError, lmdb.Error) as error:
         raise InputError(f'{output}: the databases cannot be written there ({error}).') from error
-    shapes = read_meta_info(databases[1]).values()
-    smallest = min(((height, width) for height, width, _ in shapes), key=lambda shape: (min(shape), max(shape)))
-    return Prepared(databases, done['images'], len(shapes), smallest, done['left_out'])
+    entries = (
+        [image.shape for image in read_raw_meta_info(databases[1]).values()]
+        if raw
+        else list(read_meta_info(databases[1]).values())
+    )
+    smallest = min(((height, width) for height, width, _ in entries), key=lambda shape: (min(shape), max(shape)))
+    return Prepared(databases, done['images'], len(entries), smallest, done['left_out'], done['bytes'])
 
 
 def _check_free(databases: Iterable[Path], overwrite: bool) -> None:
@@ -335,18 +362,75 @@ def _check_size(source: Source, scale: int, hr: np.ndarray, lr: np.ndarray, crop
     )
 
 
-def _entries(source: Source, cut: Cut, check_only: threading.Event) -> tuple[InputError | None, dict[int, list[Entry]]]:
-    """What one image puts into the databases: (error, {scale: [(key, PNG bytes, height, width)]})."""
+class Cost(NamedTuple):
+    """What images take on the disk.
+
+    Attributes:
+        raw: bytes of them and their LR images, whole and uncompressed.
+        pixels: HR pixels of their sub-images.
+        measured: HR pixels of the sub-images of those for which PNG has been measured.
+        png: bytes of these sub-images and their LR images as PNGs, by one of each image.
+    """
+
+    raw: int = 0
+    pixels: int = 0
+    measured: int = 0
+    png: int = 0
+
+    @classmethod
+    def sum(cls, costs: Iterable[Cost]) -> Cost:
+        """What several images take."""
+        return cls(*map(sum, zip(cls(), *costs)))
+
+
+def _entries(
+    source: Source, cut: Cut, sampled: Collection[str], check_only: threading.Event
+) -> tuple[InputError | None, dict[int, list[Entry]], Cost]:
+    """What one image puts into the databases: (error, {scale: [(key, value, height, width)]}, what it costs)."""
     try:
         with memory_errors(source.hr):
             images = _load(source, cut)
-            return None, {} if check_only.is_set() else _cut(source.key, images, cut)
+            if check_only.is_set():
+                return None, {}, Cost()
+            return None, _cut(source.key, images, cut), _cost(images, cut, source.key in sampled)
     except InputError as error:
-        return error, {}
+        return error, {}, Cost()
+
+
+def _cost(images: Mapping[int, np.ndarray], cut: Cut, measured: bool) -> Cost:
+    """What an image costs, from {scale: image}; of raw images as sub-images, too."""
+    raw = sum(RawImage(image.shape, image.dtype.name, '').stored_bytes for image in images.values())
+    if not cut.raw:
+        return Cost(raw)
+    (height, width), multiple = images[1].shape[:2], cut.multiple
+    size, step = (max(1, length // multiple) * multiple for length in (SIZE, STEP))
+    tops, lefts = (subimage_starts(length, size, step, 0) for length in (height, width))
+    h, w = min(height, size), min(width, size)
+    pixels = len(tops) * len(lefts) * h * w
+    if not measured:
+        return Cost(raw, pixels)
+    top, left = tops[len(tops) // 2], lefts[len(lefts) // 2]
+    one = sum(
+        len(encode_png(image[top // scale : (top + h) // scale, left // scale : (left + w) // scale])) + PAGE
+        for scale, image in images.items()
+    )
+    return Cost(raw, pixels, pixels, len(tops) * len(lefts) * one)
+
+
+def _bytes(cost: Cost, cut: Cut, paths: Mapping[int, Path]) -> dict[str, int]:
+    """What the databases at {scale: path} take in both forms, see :class:`Prepared`."""
+    written = sum((path / DATA_FILE).stat().st_size for path in paths.values())
+    if not cut.raw:
+        return {'png': written, 'raw': cost.raw}
+    return {'png': cost.png * cost.pixels // max(1, cost.measured), 'raw': written}
 
 
 def _cut(key: str, images: Mapping[int, np.ndarray], cut: Cut) -> dict[int, list[Entry]]:
-    """{scale: its sub-images, encoded}, from {scale: image}."""
+    """{scale: its sub-images, encoded}, from {scale: image}; of raw ones {scale: the image in RGB}."""
+    if cut.raw:
+        return {
+            scale: [(key, cv2.cvtColor(image, cv2.COLOR_BGR2RGB), *image.shape[:2])] for scale, image in images.items()
+        }
     height, width = images[1].shape[:2]
     if cut.size:
         corners = [
@@ -377,22 +461,29 @@ def _build(
     left_out: dict[str, str],
     skip_broken: bool,
     may_be_empty: bool = False,
-) -> None:
+) -> Cost:
     """Write and check the databases at {scale: path}, names without ``.lmdb``, which BasicSR does not open.
 
     ``left_out``, {path: why it cannot be used}, has the images that do not pair, and gets those that cannot be used;
     all of them may, where these are a piece of a job.
+
+    Returns:
+        What all images cost.
     """
     total = len(sources) + len(left_out)
     check_only = threading.Event()
+    sampled = {source.key for source in sources[:: len(sources) // SAMPLED + 1]}
+    costs = []
     if left_out and not skip_broken:
         check_only.set()
     with contextlib.ExitStack() as stack:
         writers = {scale: stack.enter_context(contextlib.closing(LmdbWriter(path))) for scale, path in paths.items()}
         results = stack.enter_context(
-            contextlib.closing(_map_in_order(partial(_entries, cut=cut, check_only=check_only), sources, workers))
+            contextlib.closing(
+                _map_in_order(partial(_entries, cut=cut, sampled=sampled, check_only=check_only), sources, workers)
+            )
         )
-        for source, (error, entries) in tqdm(
+        for source, (error, entries, cost) in tqdm(
             zip(sources, results), total=len(sources), unit='image', disable=None if progress and sys.stderr else True
         ):
             if error:
@@ -400,14 +491,19 @@ def _build(
                 if not skip_broken:
                     # After the first bad image the others are only looked at, so that one run finds all of them.
                     check_only.set()
+            costs.append(cost)
             for scale, of_scale in entries.items():
-                for entry in of_scale:
-                    writers[scale].put(*entry)
+                for key, value, height, width in of_scale:
+                    if cut.raw:
+                        writers[scale].put_raw(key, value)
+                    else:
+                        writers[scale].put(key, value, height, width)
         if not may_be_empty:
             check_left_out(left_out.values(), total, skip_broken)
         for writer in writers.values():
             writer.finish()
     check_databases(paths[1], {scale: path for scale, path in paths.items() if scale > 1})
+    return Cost.sum(costs)
 
 
 def _make_parts(
@@ -430,8 +526,9 @@ def _make_parts(
             with parts.make(number) as folder:
                 left_out: dict[str, str] = {}
                 paths = {scale: folder / Path(name).stem for scale, name in names.items()}
-                _build(pieces[number], cut, paths, workers, False, left_out, skip_broken=True, may_be_empty=True)
-                (folder / PART_FILE).write_text(json.dumps({'left_out': left_out}), encoding='utf-8')
+                cost = _build(pieces[number], cut, paths, workers, False, left_out, skip_broken=True, may_be_empty=True)
+                part = {'left_out': left_out, 'cost': cost}
+                (folder / PART_FILE).write_text(json.dumps(part), encoding='utf-8')
 
 
 @contextlib.contextmanager
@@ -444,10 +541,11 @@ def _last_of(parts: Parts, share: Share | None) -> Iterator[None]:
         yield
 
 
-def _join(parts: Parts, paths: Mapping[int, Path], total: int, left_out: dict[str, str], skip_broken: bool) -> None:
+def _join(parts: Parts, paths: Mapping[int, Path], total: int, left_out: dict[str, str], skip_broken: bool) -> Cost:
     """Put parts together as databases at {scale: path}, as ``_build`` writes them at once, and check these."""
-    for part in parts.paths:
-        left_out.update(json.loads((part / PART_FILE).read_text('utf-8'))['left_out'])
+    contents = [json.loads((part / PART_FILE).read_text('utf-8')) for part in parts.paths]
+    for content in contents:
+        left_out.update(content['left_out'])
     check_left_out(left_out.values(), total, skip_broken)
     for path in paths.values():
         with contextlib.closing(LmdbWriter(path)) as writer:
@@ -455,6 +553,7 @@ def _join(parts: Parts, paths: Mapping[int, Path], total: int, left_out: dict[st
                 writer.put_all(part / path.name)
             writer.finish()
     check_databases(paths[1], {scale: path for scale, path in paths.items() if scale > 1})
+    return Cost.sum(Cost(*content['cost']) for content in contents)
 
 
 def _map_in_order(

@@ -118,7 +118,7 @@ def compare(
     skip_broken: bool = False,
     on_table: Callable[[Comparison], None] | None = None,
     share: Share | None = None,
-) -> Comparison | None:
+) -> Comparison:
     """Measure networks, and bicubic interpolation beside them, on sets of images.
 
     All networks are measured in deploy form: with LoRA merged and branches folded. PSNR and SSIM are those of the
@@ -147,13 +147,13 @@ def compare(
             one. What is measured is kept beside the first of ``outputs`` until then.
 
     Returns:
-        A row for bicubic, where there are sets, and one for each network, in their order; ``None`` where other
-        processes have still to do their share, or have written the files.
+        A row for bicubic, where there are sets, and one for each network, in their order.
 
     Raises:
         InputError: A folder, an image or a network that cannot be used, networks of different scales or not of the
             scale of a set, a network that gives values that are not finite, or a file that cannot be written. All that
             can be told beforehand is told before any run.
+        NotLastError: The share is done, and it is another process that has written, or will write, the files.
     """
     sets = sets or {}
     runtime = runtime or baseline is not None
@@ -257,19 +257,18 @@ def compare(
             measured_piece = measure(name, of_piece)
             with write_errors(first), parts.make(number) as folder:
                 measured_piece.write(folder, misfits)
-    try:
-        with parts.joining():
-            if parts.record() is not None:
-                return None
+    with parts.joining():
+        is_late = parts.record() is not None
+        if not is_late:
             measured: dict[str, _Measured] = {name: _Measured([], []) for name in sets}
             for (name, _), path in zip(pieces, parts.paths):
                 left_out[name] += measured[name].add(path)
             _check_left_out({name: of_set.measures for name, of_set in measured.items()}, left_out, skip_broken)
             comparison = conclude(measured)
             parts.mark_joined({})
-            return comparison
-    except NotLastError:
-        return None
+    if is_late:
+        raise NotLastError
+    return comparison
 
 
 @torch.inference_mode()

@@ -1,4 +1,7 @@
-"""A metric over the iterations of training runs, read from BasicSR's logs, as a picture."""
+"""A metric over the iterations of training runs, as a picture.
+
+It is read from ``metrics.jsonl`` in a run's folder, or of a run of BasicSR's own, which has none, from its logs.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING
 from lora_sr.errors import InputError
 from lora_sr.figures import SUFFIXES, encode_figure, figure_class, label
 from lora_sr.files import check_output, check_regular, write_whole
+from lora_sr.metrics_file import NAME, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,8 +28,9 @@ VALUE = re.compile(r'\s*# (.+?): (-?(?:\d+\.?\d*|inf|nan))')
 def read_curves(run: str | os.PathLike, metric: str = 'psnr') -> dict[str, dict[int, float]]:
     """The validation results of a training run.
 
-    BasicSR's log does not say to which iteration a validation belongs. It is the one logged last, which is right where
-    ``logger.print_freq`` divides ``val.val_freq``, and after the end of the training the last of all.
+    Of a run of BasicSR's own the log is read, which does not say to which iteration a validation belongs. It is
+    the one logged last, which is right where ``logger.print_freq`` divides ``val.val_freq``, and after the end of the
+    training the last of all.
 
     Args:
         run: Folder of the run, e.g. ``experiments/NAME``. Several logs, of a run that was resumed, are read in the
@@ -36,16 +41,39 @@ def read_curves(run: str | os.PathLike, metric: str = 'psnr') -> dict[str, dict[
         Name of the validation set -> iteration -> value.
 
     Raises:
-        InputError: No training log in the folder, no such metric in it, or validations between logged iterations.
+        InputError: No metrics or training log in the folder, no such metric, or in a log validations between logged
+            iterations.
     """
     if not Path(run).is_dir():
         raise InputError(f'The folder {run} does not exist.')
+    file = Path(run) / NAME
+    curves, others = _from_metrics(file, metric) if os.path.lexists(file) else _from_logs(Path(run), metric)
+    if not curves:
+        known = f'it has {", ".join(sorted(others))}' if others else 'nothing was validated'
+        raise InputError(f'{run} has no "{metric}": {known}.')
+    return curves
+
+
+def _from_metrics(file: Path, metric: str) -> tuple[dict[str, dict[int, float]], set[str]]:
+    """The curves of :func:`read_curves`, and the names of all metrics."""
+    curves: dict[str, dict[int, float]] = {}
+    others: set[str] = set()
+    for line in read_metrics(file):
+        if isinstance(line.get('validation'), str) and isinstance(line.get('metrics'), dict):
+            others.update(line['metrics'])
+            if metric in line['metrics']:
+                curves.setdefault(line['validation'], {})[line['iter']] = float(line['metrics'][metric])
+    return curves, others
+
+
+def _from_logs(run: Path, metric: str) -> tuple[dict[str, dict[int, float]], set[str]]:
+    """As :func:`_from_metrics`."""
     # BasicSR puts the time behind the name of the run, which a copied run has changed.
-    logs = sorted(Path(run).glob('train_*.log'), key=lambda log: (log.stem[-len('20260101_000000') :], log.stem))
+    logs = sorted(run.glob('train_*.log'), key=lambda log: (log.stem[-len('20260101_000000') :], log.stem))
     if not logs:
         raise InputError(f'{run} has no training log: it should be a folder of experiments/, with a train_*.log in it.')
     curves: dict[str, dict[int, float]] = {}
-    others = set()
+    others: set[str] = set()
     for log in logs:
         iteration, total, dataset = 0, None, None
         seen: set[tuple[str, int]] = set()
@@ -78,10 +106,7 @@ def read_curves(run: str | os.PathLike, metric: str = 'psnr') -> dict[str, dict[
                 # BasicSR validates once more, also where it has just done so.
                 iteration = total or iteration
                 seen.clear()
-    if not curves:
-        known = f'it has {", ".join(sorted(others))}' if others else 'nothing was validated'
-        raise InputError(f'The logs of {run} have no "{metric}": {known}.')
-    return curves
+    return curves, others
 
 
 def _lines(log: Path) -> list[str]:

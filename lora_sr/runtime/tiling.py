@@ -1,9 +1,8 @@
-"""Large images in tiles that overlap by as much as the network looks around, and how large a tile may be."""
+"""How large a tile of an image may be for a network and the memory that is free."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,43 +16,6 @@ ENOUGH_OVERLAPS = 16
 LARGEST_TENSOR_OF_MPS = 1 << 32  # bytes; the process is ended by a larger one
 UNKNOWN_MEMORY = 4 << 30  # bytes taken to be free where the system does not tell
 CGROUP = Path('/sys/fs/cgroup')  # what limits a container (Linux, version 2)
-
-
-class Span(NamedTuple):
-    """A tile along one axis: the network sees ``start`` to ``stop``; what it makes of ``first`` to ``last`` is kept."""
-
-    start: int
-    stop: int
-    first: int
-    last: int
-
-
-def cut_axis(length: int, tile: int, overlap: int, multiple: int = 1) -> list[Span]:
-    """Tiles along one axis, of equal size; at the borders of the image they have their own borders.
-
-    Args:
-        length: Pixels of the image.
-        tile: Pixels that the network sees, at least :func:`smallest_tile`. It is rounded down to a multiple.
-        overlap: Pixels on each inner side of a tile whose results are not kept; rounded up to a multiple.
-        multiple: The tiles begin at multiples of this; where it is not 1 the last may be shorter by less than it.
-
-    Returns:
-        Tiles in order, the kept parts of which make up the axis without gaps.
-    """
-    tile, overlap = tile // multiple * multiple, -(-overlap // multiple) * multiple
-    if length <= tile:
-        return [Span(0, length, 0, length)]
-    count = -(-(length - 2 * overlap) // (tile - 2 * overlap))
-    # Evenly spread, and rounded up so that the last reaches the end.
-    starts = [-(-index * (length - tile) // ((count - 1) * multiple)) * multiple for index in range(count)]
-    stops = [min(start + tile, length) for start in starts]
-    seams = [0, *((stop + start) // 2 for stop, start in zip(stops, starts[1:])), length]
-    return [Span(*span) for span in zip(starts, stops, seams, seams[1:])]
-
-
-def smallest_tile(overlap: int, multiple: int = 1) -> int:
-    """The smallest tile that :func:`cut_axis` takes."""
-    return 2 * -(-overlap // multiple) * multiple + multiple
 
 
 @torch.inference_mode()

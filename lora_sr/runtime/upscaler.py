@@ -15,27 +15,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_sr.archs.info import NetworkInfo, network_info, refusal
-from lora_sr.archs.receptive_field import find_alignment, receptive_radius
 from lora_sr.archs.reparam import deploy_form
+from lora_sr.archs.tiles import Cut, Span, cut_axis, find_cut, smallest_tile
 from lora_sr.errors import InputError
 from lora_sr.runtime.deployed import optimize
 from lora_sr.runtime.tiling import (
     ENOUGH_MEMORY,
     ENOUGH_OVERLAPS,
     MEMORY_SHARE,
-    Span,
     bytes_per_pixel,
-    cut_axis,
     free_memory,
     largest_tile,
-    smallest_tile,
 )
 from lora_sr.share import Share
 
 BICUBIC_REACH = 2  # pixels on each side that an interpolated one depends on
 LUMA = (0.299, 0.587, 0.114)  # of R, G and B in gray (BT.601)
 FLAT_REACH = 8  # LR pixels around one of alpha: some networks look further than sprites are large
-BLIND_OVERLAP = 32  # LR pixels, for networks that look at the whole image
 ALPHAS = ('bicubic', 'network')  # what enlarges alpha
 
 
@@ -89,8 +85,7 @@ class Upscaler:
         # What is written is made of it as well: float32 of all channels, and what is rounded from it.
         batch = 3 if self.channels == 1 else 1
         self._bytes_per_pixel = batch * (bytes_per_pixel(self.network, image) + 8 * self.channels * self.scale**2)
-        self._cut: tuple[int, int] | None = None
-        self.looks_everywhere = False  # until tiles are needed, and it is measured
+        self._cut: Cut | None = None  # until tiles are needed, and it is measured
         self.tile = tile
         if tile is not None:
             self._check_tile(tile)
@@ -103,26 +98,28 @@ class Upscaler:
             raise InputError(f'--dtype must be one that this Mac computes in, got {dtype}: {error}.') from None
 
     @property
-    def overlap(self) -> int:
-        """LR pixels on each inner side of a tile that are not kept, measured when they are first needed."""
-        return self._how_to_cut()[0]
-
-    @property
-    def multiple(self) -> int:
-        """LR pixels of which tiles begin at multiples, likewise: as sizes have to be, and as windows stand."""
-        return self._how_to_cut()[1]
-
-    def _how_to_cut(self) -> tuple[int, int]:
-        """Overlap and multiple."""
+    def cut(self) -> Cut:
+        """How tiles are cut, measured when it is first needed."""
         if self._cut is None:
             # Measured in float64, which MPS does not have.
             network = deepcopy(self.network).cpu() if self.device.type == 'mps' else self.network
-            info = replace(self.info, value_range=1)
-            multiple, is_exact = find_alignment(network, info)
-            radius = receptive_radius(network, replace(info, size_multiple=multiple)) if is_exact else None
-            self.looks_everywhere = radius is None
-            self._cut = BLIND_OVERLAP if radius is None else radius, multiple
+            self._cut = find_cut(network, replace(self.info, value_range=1))
         return self._cut
+
+    @property
+    def looks_everywhere(self) -> bool:
+        """Whether tiles change the result; ``False`` until they are needed, and it is measured."""
+        return self._cut is not None and not self._cut.is_exact
+
+    @property
+    def overlap(self) -> int:
+        """LR pixels on each inner side of a tile that are not kept."""
+        return self.cut.overlap
+
+    @property
+    def multiple(self) -> int:
+        """LR pixels of which tiles begin at multiples."""
+        return self.cut.multiple
 
     def __call__(
         self,
@@ -274,7 +271,7 @@ class Upscaler:
         return f'{self.name} gives values that are not finite: {reason}.'
 
     def _tiling(self, height: int, width: int) -> tuple[int, int, int]:
-        """Tile, overlap and multiple for an image, as :func:`lora_sr.runtime.tiling.cut_axis` takes them."""
+        """Tile, overlap and multiple for an image, as :func:`lora_sr.archs.tiles.cut_axis` takes them."""
         if self.tile is not None:
             return self.tile, self.overlap, self.multiple
         whole = max(height, width) + self.info.size_multiple, 0, self.info.size_multiple

@@ -116,6 +116,9 @@ class Good:
     def reduce_loss_dict(self, loss_dict):
         return {name: value.item() for name, value in loss_dict.items() if math.isfinite(value)}
 
+    def init_wandb_logger(opt):
+        return opt['logger']['wandb']['run_id']
+
     def message_logger(self, opt, start_iter=1, tb_logger=None):
         self.last = opt['train']['total_iter']
 
@@ -202,6 +205,7 @@ LEFT_ALONE = [
     (patches.validation.patch_best_metrics, [(BaseModel, '_initialize_best_metric_results')]),
     (patches.divergence.patch_reduce_loss_dict, [(BaseModel, 'reduce_loss_dict')]),
     (patches.messages.patch_message_logger, [(logger.MessageLogger, '__init__', 'message_logger')]),
+    (patches.messages.patch_init_wandb_logger, [(logger, 'init_wandb_logger')]),
     (patches.losses.patch_perceptual_criterion, [(basic_loss.PerceptualLoss, '__init__', 'perceptual_loss')]),
     (patches.options.patch_ordered_yaml, [(options, 'ordered_yaml')]),
 ]
@@ -240,6 +244,9 @@ def test_every_patch_has_such_a_test():
         patches.average.patch_average,
         patches.resume.patch_training_state_types,
         patches.resume.patch_load_resume_state,  # test_load_resume_state_of_a_script_is_replaced
+        patches.feeding.patch_cuda_prefetcher,  # it needs CUDA, see tests/gpu
+        patches.feeding.patch_feed_data,  # no BasicSR knows images of whole numbers, see test_raw_datasets.py
+        patches.feeding.patch_realesrgan_dataset,  # nor raw databases
         patches.lmdb.patch_reading_of_databases,  # no BasicSR looks at the file while it reads
         patches.samples.patch_build_dataloader,  # no BasicSR seeds samples, see tests/basicsr/test_samples.py
         patches.samples.patch_create_train_val_dataloader,

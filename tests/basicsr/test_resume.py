@@ -18,6 +18,7 @@ from lora_sr.basicsr import provenance, resume
 from lora_sr.basicsr.patches.resume import load_resume_state
 from lora_sr.basicsr.samples import SampleStream
 from lora_sr.checkpoints.content import read_checkpoint
+from lora_sr.data import prepare_databases
 from lora_sr.errors import DivergenceError, InputError
 
 STEPS = {'type': 'MultiStepLR', 'milestones': [4, 8], 'gamma': 0.5}
@@ -450,6 +451,24 @@ def test_a_run_on_several_roots_that_stopped_equals_one_that_did_not(pairs, tmp_
     done = run_python(*COMMAND, '--auto_resume', cwd=tmp_path / 'stopped')
     assert sorted(logged(done)) == list(range(6, 14)) and 'Number of train images: 13' in done.stdout + done.stderr
     assert_equal(tmp_path / 'stopped/experiments/tiny', tmp_path / 'whole/experiments/tiny')
+
+
+@pytest.mark.slow
+def test_a_run_on_raw_images_that_stopped_equals_one_on_pngs(pairs, tmp_path):
+    """That did not stop, and whose workers gave floating point."""
+    prepare_databases([pairs / 'gt'], tmp_path, [2], [pairs / 'lq'], raw=True, progress=False)
+    (tmp_path / 'whole').mkdir()
+    roots = {'dataroot_gt': f'{pairs}/gt.lmdb', 'dataroot_lq': f'{pairs}/lq.lmdb', 'io_backend': {'type': 'lmdb'}}
+    write_run(tmp_path / 'whole', pairs, **roots)
+    run_python(*COMMAND, '--force_yml', 'manual_seed=3', cwd=tmp_path / 'whole')
+    roots.update(dataroot_gt=f'{tmp_path}/HR_raw.lmdb', dataroot_lq=f'{tmp_path}/LR_X2_raw.lmdb')
+    write_run(tmp_path, pairs, 2, type='RawPairedImageDataset', **roots)
+    opt = yaml.safe_load((tmp_path / 'tiny.yml').read_text())
+    opt['datasets']['val'].update(type='RawPairedImageDataset', **roots)
+    (tmp_path / 'tiny.yml').write_text(yaml.safe_dump(opt))
+    keep(tmp_path / 'whole/experiments/tiny', tmp_path / 'experiments/tiny', 5)
+    run_python(*COMMAND, '--auto_resume', cwd=tmp_path)
+    assert_equal(tmp_path / 'experiments/tiny', tmp_path / 'whole/experiments/tiny')
 
 
 @pytest.mark.slow

@@ -180,7 +180,7 @@ def test_wrapped_dataset_passes_as_its_own():
     assert dataset.count == len(dataset) == 3 and dataset[1][0] == 1
     copy = pickle.loads(pickle.dumps(dataset))  # as the workers that are spawned get it
     assert copy[Sample(1, (2,))] == dataset[Sample(1, (2,))]
-    assert not hasattr(dataset, '__getitems__') and not hasattr(dataset, 'no such')
+    assert not hasattr(dataset, '__no_such__') and not hasattr(dataset, 'no such')
 
 
 class Gone(Draws):

@@ -1,18 +1,22 @@
-"""Signals that end a run."""
+"""Signals, and minutes, that end a run."""
 
 import contextlib
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 import types
 
 import pytest
+import torch
 from basicsr.data.data_sampler import EnlargedSampler
 from basicsr.models.base_model import BaseModel
 from basicsr.utils.logger import MessageLogger
-from tiny_run import python_environment
+from tiny_run import REPOSITORY, python_environment
 
 from lora_sr.basicsr import signals
 from lora_sr.basicsr.samples import SampleStream
@@ -36,7 +40,7 @@ def listening():
     yield
     signals.ignore()
     assert {name: signal.getsignal(getattr(signal, name)) for name in signals.NAMES} == before
-    assert signals.status() is None
+    signals.stop_if_told(Model(), 0, 1, 0)
 
 
 @pytest.mark.parametrize('name', signals.NAMES)
@@ -51,21 +55,102 @@ def listening():
 def test_a_signal_saves_and_ends(listening, capsys, name, iteration, begun, saved, words):
     model, number = Model(), getattr(signal, name)
     signals.stop_if_told(model, 2, iteration, begun)
-    assert model.saved == [] and signals.status() is None
+    assert model.saved == []
     os.kill(os.getpid(), number)
     with pytest.raises(SystemExit) as ended:
         signals.stop_if_told(model, 2, iteration, begun)
-    assert ended.value.code == signals.status() == 128 + number and model.saved == saved
+    assert ended.value.code == 0 and model.saved == saved
     assert capsys.readouterr().err == f'stopped by {name}: {words}\n'
-    os.kill(os.getpid(), number)  # as torchrun hands it on; this process is still here
+    if name != 'SIGINT':
+        os.kill(os.getpid(), number)  # as torchrun hands it on; this process is still here
 
 
-def test_another_process_waits_for_the_first(listening):
+def test_a_second_interrupt_ends_at_once(listening, capfd):
+    os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == '\nstopping after this iteration; Ctrl-C again ends at once\n'
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+
+def test_under_torchrun_an_interrupt_comes_twice(monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
+    signals.listen()
+    try:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+    finally:
+        signals.ignore()
+
+
+@pytest.mark.parametrize(('minutes', 'ends'), [(None, False), (2, False), (1, True)])
+def test_its_minutes_end_a_run(monkeypatch, capsys, minutes, ends):
     model = Model()
-    model.opt['rank'] = 1
-    os.kill(os.getpid(), signal.SIGTERM)
-    signals.stop_if_told(model, 2, 7, 0)
-    assert model.saved == [] and signals.status() == 143
+    model.opt['train'] = {'max_minutes': minutes}
+    signals.begin()
+    now = time.monotonic()
+    monkeypatch.setattr(signals.time, 'monotonic', lambda: now + 90)
+    with pytest.raises(SystemExit) if ends else contextlib.nullcontext() as ended:
+        signals.stop_if_told(model, 2, 7, 0)
+    assert model.saved == [(2, 7)] * ends
+    if ends:
+        told = capsys.readouterr().err
+        assert ended.value.code == 0
+        assert told == 'stopped by train.max_minutes: iteration 7 is saved; --auto_resume goes on from it\n'
+
+
+def test_processes_end_after_the_same_iteration():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, REPOSITORY / 'tests/told_to_stop.py']
+    processes = [
+        subprocess.Popen([*command, str(rank), str(port)], env=python_environment(), stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
+    assert told == ['0 6 [6]', '1 6 []']
+    assert [process.returncode for process in processes] == [0, 0]
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return os.getpid(), index
+
+
+def shield(worker_id):
+    signals.shield_worker()
+
+
+@pytest.mark.parametrize('name', signals.NAMES)
+def test_workers_live_until_their_run_ends_them(name):
+    loader = torch.utils.data.DataLoader(Numbers(), num_workers=1, worker_init_fn=shield, prefetch_factor=1)
+    batches = iter(loader)
+    ((worker,), first) = next(batches)
+    # From another process: as that of torch itself, who reads has the right to end it.
+    subprocess.run(
+        [sys.executable, '-c', f'import os; os.kill({int(worker)}, {int(getattr(signal, name))})'], check=True
+    )
+    assert [int(first), *(int(index) for _, index in batches)] == list(range(6))
+    del batches
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(worker), 0)
+
+
+def test_a_worker_is_ended_by_its_parent():
+    loader = torch.utils.data.DataLoader(Numbers(), num_workers=1, worker_init_fn=shield)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 def test_a_forked_worker_dies_of_it(listening):
@@ -73,7 +158,7 @@ def test_a_forked_worker_dies_of_it(listening):
     if worker == 0:
         os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
-    assert os.WTERMSIG(os.waitpid(worker, 0)[1]) == signal.SIGTERM and signals.status() is None
+    assert os.WTERMSIG(os.waitpid(worker, 0)[1]) == signal.SIGTERM
 
 
 def test_handlers_of_others_are_left_alone(monkeypatch):
@@ -82,11 +167,15 @@ def test_handlers_of_others_are_left_alone(monkeypatch):
     try:
         signals.listen()
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert calls == [signal.SIGUSR1] and signals.status() is None
+        assert calls == [signal.SIGUSR1]
+        signals.stop_if_told(Model(), 0, 1, 0)
         signals.ignore()
         assert isinstance(signal.getsignal(signal.SIGUSR1), types.FunctionType)
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+WRITER = types.SimpleNamespace(close=lambda: None)  # of TensorBoard
 
 
 class Validating(BaseModel):
@@ -99,7 +188,7 @@ class Validating(BaseModel):
     def nondist_validation(self, dataloader, current_iter, tb_logger, save_img):
         for image in dataloader:
             self.validated_images.append((current_iter, tb_logger, image))
-            if image == 1 and not signals.status():
+            if image == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def save(self, epoch, iteration):
@@ -125,14 +214,13 @@ def test_a_signal_ends_a_validation(listening, tmp_path):
     assert model.validated_images == [(7, None, 0), (7, None, 1)]
 
 
-@pytest.mark.parametrize(('iteration', 'images'), [(7, [(7, 'writer', 0), (7, 'writer', 1)]), (6, [])])
+@pytest.mark.parametrize(('iteration', 'images'), [(7, [(7, WRITER, 0), (7, WRITER, 1)]), (6, [])])
 def test_a_run_that_goes_on_makes_up_for_its_validation(listening, tmp_path, iteration, images):
     model, stream = begun(tmp_path, iter=iteration, epoch=0)
-    MessageLogger(model.opt, iteration, 'writer')
-    with contextlib.suppress(SystemExit):
+    MessageLogger(model.opt, iteration, WRITER)
+    with pytest.raises(SystemExit) if images else contextlib.nullcontext():
         model.update_learning_rate(iteration + 1)
     assert model.validated_images == images and model.saved == []  # the iteration has been saved
-    assert bool(signals.status()) == bool(images)
 
 
 @pytest.mark.slow
@@ -142,7 +230,14 @@ def test_a_run_that_is_terminated_goes_on(tiny_options, tmp_path, processes):
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'] * (processes > 1)
     command = [sys.executable, *launcher, '-m', 'lora_sr.train', '-opt', 'tiny.yml']
     command += ['--launcher', 'pytorch'] * (processes > 1)
-    changes = ['--force_yml', 'train:total_iter=100000', 'val:val_freq=100000', 'logger:save_checkpoint_freq=100000']
+    # What is sent to all processes comes to those that read samples, too.
+    changes = [
+        '--force_yml',
+        'datasets:train:num_worker_per_gpu=1',
+        'train:total_iter=100000',
+        'val:val_freq=100000',
+        'logger:save_checkpoint_freq=100000',
+    ]
     environment = {**python_environment(), 'PYTHONUNBUFFERED': '1'}
     process = subprocess.Popen(
         [*command, *changes], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -158,4 +253,6 @@ def test_a_run_that_is_terminated_goes_on(tiny_options, tmp_path, processes):
     states = os.listdir(tmp_path / 'experiments/tiny/training_states')
     assert states == [f'{iteration}.state'] and int(iteration) >= 5
     if processes == 1:
-        assert status == 143 and 'Traceback' not in text
+        assert status == 0 and 'Traceback' not in text
+    last = json.loads((tmp_path / 'experiments/tiny/metrics.jsonl').read_text().splitlines()[-1])
+    assert last == {'iter': int(iteration), 'stopped': 'SIGTERM'}

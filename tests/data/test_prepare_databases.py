@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 
 import cv2
 import lmdb
@@ -13,7 +14,7 @@ import pytest
 import lora_sr.data.prepare as prepare_module
 from lora_sr.data import bicubic_downscale, prepare_databases, read_meta_info
 from lora_sr.data.degrade import degrade_folder
-from lora_sr.data.lmdb_store import LmdbWriter, check_databases
+from lora_sr.data.lmdb_store import LmdbWriter, RawDatabase, check_databases
 from lora_sr.data.prepare import subimage_starts
 from lora_sr.errors import InputError
 from lora_sr.images.png import encode_png
@@ -101,6 +102,54 @@ def test_size_0_keeps_images_whole(tmp_path, make_images):
     prepared = prepare_databases([folder], tmp_path / 'out', [4], size=0, progress=False)
     assert {scale: path.name for scale, path in prepared.databases.items()} == {1: 'HR.lmdb', 4: 'LR_bicubic_X4.lmdb'}
     assert read_meta_info(prepared.databases[1]) == {'0001': (32, 48, 3), '0002': (40, 40, 3)}
+
+
+@pytest.mark.parametrize('kind', [np.uint8, np.uint16])
+def test_raw_images_are_whole_and_as_they_are(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    images = {f'{n}': rng.integers(0, np.iinfo(kind).max + 1, (301 + n, 403, 3), kind) for n in range(3)}
+    (tmp_path / 'photos').mkdir()
+    for key, image in images.items():
+        cv2.imwrite(f'{tmp_path}/photos/{key}.png', image)
+    prepared = prepare_databases([tmp_path / 'photos'], tmp_path, [2, 3], raw=True, progress=False)
+    names = ['HR_raw.lmdb', 'LR_bicubic_X2_raw.lmdb', 'LR_bicubic_X3_raw.lmdb']
+    assert [path.name for path in prepared.databases.values()] == names
+    assert (prepared.images, prepared.entries, prepared.smallest) == (3, 3, (300, 402))
+    for scale, path in prepared.databases.items():
+        database, meta = RawDatabase(path), (path / 'meta_info.txt').read_text().splitlines()
+        for line, (key, image) in zip(meta, images.items()):
+            expected = bicubic_downscale(image[:300, :402], scale) if scale > 1 else image[:300, :402]
+            pixels = database.view(key)[:, :]
+            np.testing.assert_array_equal(pixels, expected[:, :, ::-1])
+            height, width = expected.shape[:2]
+            checksum = zlib.crc32(expected[:, :, ::-1].tobytes())
+            assert line == f'{key}.raw ({height},{width},3) {kind.__name__} {checksum:08x}'
+
+
+def test_what_both_forms_take_on_the_disk(tmp_path, make_images):
+    """Each run tells the size of its own, and of the other what that has."""
+    folder = make_images(tmp_path / 'photos', [(1000, 730), (900, 960), (500, 500)])
+    png = prepare_databases([folder], tmp_path, [4], progress=False)
+    raw = prepare_databases([folder], tmp_path, [4], progress=False, raw=True)
+    for prepared, own in ((png, 'png'), (raw, 'raw')):
+        files = [path / 'data.mdb' for path in prepared.databases.values()]
+        assert prepared.bytes[own] == sum(file.stat().st_size for file in files)
+    assert 0.97 < png.bytes['raw'] / raw.bytes['raw'] < 1
+    assert 0.9 < raw.bytes['png'] / png.bytes['png'] < 1.1
+    with pytest.raises(InputError, match='--size must be left out with --raw, which keeps images whole, got 480'):
+        prepare_databases([folder], tmp_path, [4], size=480, raw=True)
+
+
+def test_a_raw_image_that_is_not_the_one_written(tmp_path, make_images):
+    folder = make_images(tmp_path / 'photos', [(40, 44)])
+    databases = prepare_databases([folder], tmp_path, [2], raw=True, progress=False).databases
+    check_databases(databases[1], {2: databases[2]})
+    with lmdb.open(str(databases[2]), map_size=1 << 24) as env, env.begin(write=True) as transaction:
+        value = bytearray(transaction.get(b'0001.00000'))
+        value[7] ^= 1
+        transaction.put(b'0001.00000', bytes(value))
+    with pytest.raises(InputError, match='LR_bicubic_X2_raw.lmdb: 0001 is not a whole raw image of 22 x 20 pixels'):
+        check_databases(databases[1], {2: databases[2]})
 
 
 @pytest.mark.parametrize('root, name', [('DIV2K', 'DIV2K_train'), ('Flickr2K', 'Flickr2K')])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from basicsr.archs.edsr_arch import EDSR
+from basicsr.data.prefetch_dataloader import CUDAPrefetcher
 from tiny_run import TINY_OPTIONS, run_python
 from torch.nn import functional as F
 
@@ -13,6 +14,7 @@ from lora_sr.adapters import LoRAConfig, add_lora, merge_lora
 from lora_sr.archs.adaptsr import AdaptSR
 from lora_sr.archs.dsclora import DSCLoRA
 from lora_sr.archs.span import SPAN
+from lora_sr.basicsr.integer_images import with_floats
 from lora_sr.benchmarks.affinity import naive_affinity_distance
 from lora_sr.losses.affinity import spatial_affinity_distance
 from lora_sr.optim import Adan
@@ -120,3 +122,30 @@ def test_distillation_run_and_resume(device, pairs, tmp_path):
 
 def iterations(log) -> list:
     return [int(number) for number in re.findall(r'iter:\s*(\d+), lr:', log)]
+
+
+@pytest.mark.parametrize(('kind', 'peak'), [(torch.uint8, 255), (torch.uint16, 65535)])
+def test_whole_numbers_become_floats_as_on_a_cpu(device, kind, peak):
+    """Rounded once: CUDA would multiply by the reciprocal of a number."""
+    values = torch.arange(peak + 1, dtype=torch.int32).reshape(1, 1, -1, 16)
+    given = with_floats({'lq': values.to(kind)}, device)['lq']
+    assert torch.equal(given.cpu(), (values.double() / peak).float())
+
+
+def test_prefetched_batches_are_those_of_the_loader(device):
+    """Also while the training still computes with one as the next ones are copied."""
+    if device.type != 'cuda':
+        pytest.skip('CUDAPrefetcher needs CUDA')
+    batches = [{'lq': torch.randint(0, 256, (4, 3, 256, 256), dtype=torch.uint8).pin_memory()} for _ in range(12)]
+    prefetcher = CUDAPrefetcher(batches, {'num_gpu': 1})
+    seen = []
+    busy = torch.rand(2048, 2048, device=device)
+    for _ in batches:
+        batch = prefetcher.next()
+        for _ in range(20):
+            busy = busy @ busy / 2048
+        seen.append(batch['lq'] + 0 * busy[0, 0])  # after the products, which the host does not wait for
+        del batch
+    assert prefetcher.next() is None
+    for given, batch in zip(seen, batches):
+        assert torch.equal(given.cpu(), batch['lq'].double().div(255).float())

@@ -151,7 +151,7 @@ def test_any_name_and_any_value_is_read(tmp_path):
     curves = read_curves(write_log(tmp_path / 'run', validations, metric='psnr-y (dB)'), 'psnr-y (dB)')
     assert list(curves) == ['Set 5', 'val'] and curves['Set 5'] == {1: math.inf, 2: -1.5}
     assert math.isnan(curves['val'][2])
-    with pytest.raises(InputError, match=r'have no "psnr": it has other, psnr-y \(dB\)\.'):
+    with pytest.raises(InputError, match=r'has no "psnr": it has other, psnr-y \(dB\)\.'):
         read_curves(tmp_path / 'run')
 
 

@@ -21,9 +21,10 @@ from lora_sr.archs.info import set_info
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.receptive_field import find_alignment, receptive_radius
 from lora_sr.archs.span import SPAN
+from lora_sr.archs.tiles import Cut, cut_axis, smallest_tile
 from lora_sr.errors import InputError
 from lora_sr.runtime import tiling
-from lora_sr.runtime.tiling import bytes_per_pixel, cut_axis, free_memory, largest_tile, smallest_tile
+from lora_sr.runtime.tiling import bytes_per_pixel, free_memory, largest_tile
 from lora_sr.runtime.upscaler import Upscaler
 
 
@@ -224,7 +225,7 @@ def test_less_overlap_would_show(shared):
     upscaler = Upscaler(load_network(shared / 'weights/SPAN/spantiny_ch26_x4.pth'))
     image = page(101, 111)
     whole = upscaler(image)
-    upscaler._cut, upscaler.tile = (3, 1), 36
+    upscaler._cut, upscaler.tile = Cut(3, 1, True), 36
     assert np.abs(upscaler(image).astype(int) - whole).max() > 1
 
 
@@ -286,7 +287,7 @@ def test_tiles_are_no_larger_than_pays(monkeypatch):
     monkeypatch.setattr('lora_sr.runtime.upscaler.ENOUGH_MEMORY', {'cpu': upscaler._bytes_per_pixel * 400**2})
     assert upscaler._tiling(400, 400)[0] > 400
     assert upscaler._tiling(401, 400)[0] == 400
-    upscaler._cut = (30, 1)  # as of a network that looks further
+    upscaler._cut = Cut(30, 1, True)  # as of a network that looks further
     assert upscaler._tiling(700, 700)[0] == 480
     upscaler.looks_everywhere = True
     assert upscaler._tiling(4000, 6000)[0] > 6000

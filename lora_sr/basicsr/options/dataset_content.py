@@ -12,7 +12,20 @@ import lmdb
 from PIL import Image
 
 from lora_sr.basicsr.datasets import paired_roots, roots_of
-from lora_sr.data.lmdb_store import PNG_END, PNG_SIGNATURE, bytes_of_pages, check_whole, open_list, read_meta_info
+from lora_sr.basicsr.options import schema
+from lora_sr.basicsr.raw_datasets import Roots
+from lora_sr.data.lmdb_store import (
+    PNG_END,
+    PNG_SIGNATURE,
+    RawImage,
+    band_key,
+    bytes_of_pages,
+    check_whole,
+    is_raw,
+    open_list,
+    read_meta_info,
+    read_raw_meta_info,
+)
 from lora_sr.errors import InputError, shown
 
 # Reading a header costs little, reading all of a file a lot more: larger datasets are sampled evenly.
@@ -50,6 +63,11 @@ def check_pairs(where: str, dataset: dict, scale: int, training: bool) -> tuple[
             of_roots[gt, lq, names] = pairs
     if problems:
         return list(dict.fromkeys(problems)), None  # of a root that is in several pairs there is one
+    if dataset.get('type') == schema.RAW_PAIRED:
+        for key, place in (('dataroot_gt', 0), ('dataroot_lq', 1)):
+            problems += _unequal_channels(f'{where}.{key}', [pair[place] for pair in roots])
+        if problems:
+            return problems, None
     together = Pairs(entry for pair in roots for entry in of_roots[pair])
     together.total = sum(of_roots[pair].total for pair in roots)
     together.namesakes = _namesakes([(pair[1], of_roots[pair]) for pair in roots])
@@ -72,7 +90,7 @@ def _check_pair_of_roots(
     gt, lq = roots.values()
     try:
         if kind == 'lmdb':
-            pairs = _database_pairs(where, gt, lq)
+            pairs = _database_pairs(where, dataset, gt, lq)
             _check_list_of_database(where, dataset, [name for name, *_ in pairs], str(gt) if several else 'a database')
         else:
             pairs = _folder_pairs(where, dataset, gt, lq, several)
@@ -103,7 +121,7 @@ def check_lr_images(where: str, dataset: dict) -> tuple[list[str], int | None]:
     try:
         for root in roots:
             if root not in counts:
-                shapes, counts[root] = _database_shapes(root) if kind == 'lmdb' else _folder_shapes(root)
+                shapes, counts[root] = _database_sizes(root, dataset) if kind == 'lmdb' else _folder_shapes(root)
                 if not shapes:
                     raise InputError(f'{root} holds no images')
                 name, smallest = min(shapes.items(), key=lambda entry: min(entry[1]))
@@ -111,7 +129,18 @@ def check_lr_images(where: str, dataset: dict) -> tuple[list[str], int | None]:
                     return [f"{where}.lq_size: {size} is larger than '{name}' of {_size(smallest)} in {root}"], None
     except InputError as error:
         return [f'{key}: {error}'], None
-    return [], sum(counts[root] for root in roots)
+    if dataset.get('type') == schema.RAW_LR:
+        problems = _unequal_channels(key, roots_of(dataset['dataroot_lq']))
+    return problems, None if problems else sum(counts[root] for root in roots)
+
+
+def _unequal_channels(key: str, roots: list) -> list[str]:
+    """What is wrong with raw images that go into the same batches."""
+    try:
+        Roots(roots)
+    except InputError as error:
+        return [f'{key}: {error}']
+    return []
 
 
 def _root_problems(key: str, path: Path, kind: str) -> list:
@@ -125,10 +154,32 @@ def _root_problems(key: str, path: Path, kind: str) -> list:
     return []
 
 
-def _database_shapes(root: Path) -> tuple:
-    shapes = read_meta_info(root)
-    _check_database(root, shapes)
+def _database_sizes(root: Path, dataset: dict) -> tuple:
+    shapes = _database_shapes(root, dataset)
     return {name: shape[:2] for name, shape in shapes.items()}, len(shapes)
+
+
+def _database_shapes(root: Path, dataset: dict) -> dict:
+    """{key: (height, width, channels)} of a database, all of which has been checked.
+
+    Raises:
+        InputError: It is damaged, or of the form that this dataset does not read.
+    """
+    kind = dataset.get('type')
+    found = is_raw(root)
+    if found and kind not in (schema.RAW_PAIRED, schema.RAW_LR, schema.DEGRADED):
+        reader = schema.RAW_LR if kind == schema.LR_ONLY else schema.RAW_PAIRED
+        raise InputError(
+            f'{root} holds raw images, which {schema.with_article(str(kind))} does not read; set type: {reader}'
+        )
+    if not found and kind in (schema.RAW_PAIRED, schema.RAW_LR) and (root / 'meta_info.txt').is_file():
+        raise InputError(
+            f'{root} holds no raw images: make them by lora-sr prepare --raw, or set type: {kind.replace("Raw", "")}'
+        )
+    images = read_raw_meta_info(root) if found else {}
+    shapes = {key: image.shape for key, image in images.items()} if found else read_meta_info(root)
+    _check_database(root, shapes, images)
+    return shapes
 
 
 def _folder_shapes(folder: Path) -> tuple:
@@ -161,12 +212,11 @@ def _namesakes(pairs_of_roots: list[tuple[str, Pairs]]) -> tuple[str, str, str] 
     return None
 
 
-def _database_pairs(where: str, gt: Path, lq: Path) -> Pairs:
+def _database_pairs(where: str, dataset: dict, gt: Path, lq: Path) -> Pairs:
     shapes = {}
     for key, root in (('dataroot_gt', gt), ('dataroot_lq', lq)):
         try:
-            shapes[key] = read_meta_info(root)
-            _check_database(root, shapes[key])
+            shapes[key] = _database_shapes(root, dataset)
         except InputError as error:
             raise InputError(f'{where}.{key}: {error}') from error
     _check_names(where, set(shapes['dataroot_gt']), set(shapes['dataroot_lq']), gt, lq)
@@ -204,7 +254,8 @@ def _listed(where: str, file: str) -> list[str]:
     return names
 
 
-def _check_database(path: Path, shapes: dict) -> None:
+def _check_database(path: Path, shapes: dict, raw: dict[str, RawImage]) -> None:
+    """Check that a database has what its list says, whose ``raw`` images are not PNGs."""
     file = path / 'data.mdb'
     if not file.is_file():
         raise InputError(f'the database {path} has no data.mdb')
@@ -217,9 +268,15 @@ def _check_database(path: Path, shapes: dict) -> None:
         try:
             with environment.begin(buffers=True) as transaction:
                 entries = transaction.stat()['entries']
-                if entries != len(shapes):
-                    raise InputError(f'the database {path} has {entries} entries, but meta_info.txt {len(shapes)}')
-                for key in _sample(list(shapes), MAX_HEADERS):
+                listed = sum(image.bands for image in raw.values()) or len(shapes)
+                if entries != listed:
+                    raise InputError(f'the database {path} has {entries} entries, but meta_info.txt {listed}')
+                for key in _sample(list(raw), MAX_WHOLE_FILES):
+                    last = raw[key].bands - 1
+                    value = transaction.get(band_key(key, last))
+                    if value is None or len(value) != raw[key].band_bytes(last):
+                        raise InputError(f"the database {path} is damaged: the entry '{key}' is not a whole image")
+                for key in _sample([] if raw else list(shapes), MAX_HEADERS):
                     value = transaction.get(key.encode())
                     if value is None:
                         raise InputError(f"the database {path} has no entry '{key}', which meta_info.txt names")

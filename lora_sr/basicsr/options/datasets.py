@@ -16,8 +16,8 @@ from lora_sr.basicsr.options.dataset_content import check_lr_images, check_pairs
 
 # Which keys of a dataset may be lists.
 ROOTS_IN_LISTS = {
-    'PairedImageDataset': PAIRED_KEYS,
-    'LRImageDataset': ('dataroot_lq',),
+    **dict.fromkeys(schema.PAIRS.split(), PAIRED_KEYS),
+    **dict.fromkeys(schema.LR_ALONE.split(), ('dataroot_lq',)),
 }
 LONGEST_EPOCH = 10**8  # patches: BasicSR shuffles all of them in memory
 
@@ -40,10 +40,11 @@ def check_datasets(check: Check) -> None:
             check.add(f'datasets.{name}: a dataset is named {allowed}')
         elif check.is_train or phase != 'train':
             _check_dataset(check, f'datasets.{name}', dataset, phase == 'train')
-        elif isinstance(dataset, dict) and dataset.get('type') == 'LRImageDataset':
+        elif isinstance(dataset, dict) and dataset.get('type') in schema.LR_ALONE.split():
+            named = schema.with_article(dataset['type'])
             check.add(
-                f'datasets.{name} must be left out of a test, for an LRImageDataset has no ground truth to measure '
-                f'with: --force_yml datasets:{name}=~'
+                f'datasets.{name} must be left out of a test, for {named} has no ground truth to measure with: '
+                f'--force_yml datasets:{name}=~'
             )
     _check_names(check, datasets)
 
@@ -60,13 +61,16 @@ def _check_names(check: Check, datasets: dict) -> None:
 def _check_dataset(check: Check, where: str, dataset: Any, training: bool) -> None:
     if not check.is_section(where, dataset):
         return
-    paired, unpaired = (dataset.get('type') == name for name in ('PairedImageDataset', 'LRImageDataset'))
-    if unpaired and not training:
-        check.add(f'{where}: an LRImageDataset has no ground truth to measure with; use a PairedImageDataset')
-        return
-    if unpaired and not check.facts & {'open', schema.DISTILLATION}:
-        check.add(f'{where}: an LRImageDataset has no ground truth; it needs a teacher, model_type: DistillationModel')
-        return
+    kind = dataset.get('type')
+    paired, unpaired = kind in schema.PAIRS.split(), kind in schema.LR_ALONE.split()
+    if unpaired:
+        named = schema.with_article(kind)
+        if not training:
+            check.add(f'{where}: {named} has no ground truth to measure with; use a {schema.paired_with(kind)}')
+            return
+        if not check.facts & {'open', schema.DISTILLATION}:
+            check.add(f'{where}: {named} has no ground truth; it needs a teacher, model_type: DistillationModel')
+            return
     model = check.opt.get('model_type')
     if not training and model in f'{schema.VIDEO} {schema.VIDEO_GAN}'.split() and dataset.get('type') in schema.IMAGES:
         check.add(f'{where}.type has to be a dataset of videos for a {model}, not {dataset["type"]}')
@@ -86,6 +90,8 @@ def _check_dataset(check: Check, where: str, dataset: Any, training: bool) -> No
     if 'type' in dataset:
         check.registered(f'{where}.type', dataset['type'], DATASET_REGISTRY, 'dataset')
     before = len(check.problems)
+    if kind in (schema.RAW_PAIRED, schema.RAW_LR) and complete and backend['type'] != 'lmdb':
+        check.add(f'{where}.io_backend must be {{type: lmdb}} for a {kind}, got {{type: {backend["type"]}}}')
     if 'open' not in facts:
         _refuse_lists(check, where, dataset, ROOTS_IN_LISTS.get(dataset.get('type'), ()))
     _check_loading(check, where, dataset)

@@ -29,7 +29,7 @@ def misfit(check: Check, dataset: dict, training: bool) -> str:
         return f'a {kind} has no LR images; it needs model_type: {" or ".join(MODELS)}'
     if kind == DATASET and model in MODELS and 'degrading' not in check.facts:
         return f'a {kind} has no LR images; it needs high_order_degradation: true'
-    if kind == 'PairedImageDataset' and training and 'degrading' in check.facts:
+    if kind in schema.PAIRS.split() and training and 'degrading' in check.facts:
         return f'{model} makes LR images itself, from a {DATASET}; for pairs set high_order_degradation: false'
     return ''
 

@@ -7,15 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from lora_sr.basicsr.options import schema
 from lora_sr.errors import InputError
 
 DATA_PARALLEL_REFUSED = (
     'train.affinity_opt does not work with several GPUs in one process: start a process for each (--launcher pytorch, '
     'see scripts/dist_train.sh), or set num_gpu: 1'
-)
-NO_GROUND_TRUTH = (
-    'train.pixel_opt compares with the ground truth, which an LRImageDataset does not have: leave it out, or train '
-    'on a PairedImageDataset'
 )
 
 
@@ -38,14 +35,40 @@ def option_faults(opt: dict) -> dict[str, str]:
         faults['network_t'] = 'network_t, the teacher of a DistillationModel, is missing'
     if path.get('pretrain_network_t') is None:
         faults['path.pretrain_network_t'] = 'path.pretrain_network_t, the trained weights of the teacher, is missing'
-    if train.get('pixel_opt') and dataset.get('type') == 'LRImageDataset':
-        faults['train.pixel_opt'] = NO_GROUND_TRUTH
+    kind = dataset.get('type')
+    if train.get('pixel_opt') and kind in schema.LR_ALONE.split():
+        faults['train.pixel_opt'] = (
+            f'train.pixel_opt compares with the ground truth, which {schema.with_article(kind)} does not have: leave '
+            f'it out, or train on a {schema.paired_with(kind)}'
+        )
+    faults.update(_precompute_faults(section(opt, 'network_t'), train, dataset))
     if not train.get('distill_pixel_opt') and not train.get('affinity_opt'):
         faults['train.distill_pixel_opt train.affinity_opt'] = (
             'train.distill_pixel_opt and train.affinity_opt are both missing; without one of them nothing is learned '
             'from the teacher'
         )
     return faults
+
+
+def _precompute_faults(teacher: dict, train: dict, dataset: dict) -> dict[str, str]:
+    """What is wrong with the outputs of a teacher that are made once."""
+    key, kind = 'network_t.precompute', dataset.get('type')
+    if teacher.get('precompute') is not True:
+        if teacher.get('self_ensemble') is True:
+            return {'network_t.self_ensemble': f'network_t.self_ensemble needs {key}: true'}
+        return {}
+    if not train.get('distill_pixel_opt'):
+        return {key: f'{key} needs train.distill_pixel_opt, the loss that reads the outputs of the teacher'}
+    if kind not in (schema.RAW_PAIRED, schema.RAW_LR):
+        return {
+            key: f'{key} needs whole images: make raw databases by lora-sr prepare --raw, and set datasets.train.type: '
+            f'{schema.RAW_PAIRED}, or {schema.RAW_LR}; got {kind}'
+        }
+    changed = [name for name in ('mean', 'std') if dataset.get(name) is not None]
+    changed += ['color'] if dataset.get('color') == 'y' else []
+    if changed:
+        return {key: f'{key} needs images as they are stored, without datasets.train.{changed[0]}'}
+    return {}
 
 
 def affinity_layers(layers: Any) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from basicsr.utils.registry import METRIC_REGISTRY, MODEL_REGISTRY
 
+from lora_sr.archs.info import network_info
 from lora_sr.basicsr.metrics import is_iqa_metric, lower_is_better, prepare_metric
 from lora_sr.basicsr.options import schema
 from lora_sr.basicsr.options.check import OWN_MODULES, Check
@@ -50,6 +51,19 @@ def check_logger(check: Check) -> None:
     if isinstance(logger, dict) and logger.get('use_tb_logger') is True:
         if importlib.util.find_spec('tensorboard') is None:
             check.add('logger.use_tb_logger needs tensorboard, which is not installed: pip install tensorboard')
+    if isinstance(logger, dict):
+        _check_kept(check, logger)
+
+
+def _check_kept(check: Check, logger: dict) -> None:
+    """Check what is kept of validations."""
+    metrics = check.subsection('val').get('metrics')
+    best, names = logger.get('keep_best'), list(metrics) if isinstance(metrics, dict) else []
+    if isinstance(best, str) and best not in names:
+        known = ', '.join(map(str, names)) or 'there is none'
+        check.add_missing(f"logger.keep_best has to be a name in val.metrics ({known}), not '{best}'", 'val.metrics')
+    if logger.get('save_images_to_tb') is True and logger.get('use_tb_logger') is False:
+        check.add('logger.save_images_to_tb needs TensorBoard; set logger.use_tb_logger: true')
 
 
 def check_val(check: Check) -> None:
@@ -61,6 +75,7 @@ def check_val(check: Check) -> None:
     check.section('val', val, check.facts | saving)
     if not isinstance(val, dict):
         return
+    _check_tile(check, val)
     metrics = val.get('metrics')
     if metrics is not None and not isinstance(metrics, dict):
         check.add(f'val.metrics has to be a section of keys, not {metrics!r}')
@@ -81,6 +96,15 @@ def check_val(check: Check) -> None:
                     prepare_metric(metric)
                 except InputError as error:
                     check.add(f'{where}: {error}')
+
+
+def _check_tile(check: Check, val: dict) -> None:
+    network = check.networks.get('network_g')
+    if val.get('tile') is None or network is None:
+        return
+    info = network_info(network)
+    if info is None or info.fixed_size is not None:
+        check.add(f'val.tile needs a network that takes images of any size; leave it out for {type(network).__name__}')
 
 
 def _check_ground_truth(check: Check, where: str, section: dict, metric: Callable) -> None:

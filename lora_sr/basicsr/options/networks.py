@@ -10,6 +10,7 @@ from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
 from lora_sr.archs.adaptsr import AdaptSR
+from lora_sr.basicsr.options import schema
 from lora_sr.basicsr.options.check import Check
 from lora_sr.checkpoints.building import construct
 from lora_sr.errors import InputError
@@ -30,8 +31,12 @@ def _check_network(check: Check, where: str, section: Any, has_scale: bool, is_b
     if not check.is_section(where, section):
         return None
     arch = check.registered(f'{where}.type', section.get('type'), ARCH_REGISTRY, 'network')
-    if arch is None or not check.arguments(where, arch, section):
+    ours = schema.TEACHER if where == 'network_t' and check.ours else {}
+    if arch is None or not check.arguments(where, arch, section, tuple(ours)):
         return None
+    if not all([check.value(f'{where}.{key}', section[key], ours[key].kind) for key in ours.keys() & section.keys()]):
+        return None
+    section = {key: value for key, value in section.items() if key not in ours}
     if arch is AdaptSR and _check_network(check, f'{where}.base', section['base'], has_scale, is_built) is None:
         return None
     is_adapted = arch is AdaptSR  # and its base has been through this check

@@ -259,11 +259,24 @@ _RECURRENT = 'VideoRecurrentModel VideoRecurrentGANModel'
 # Datasets, likewise.
 PAIRED, LR_ONLY, DEGRADED = 'PairedImageDataset', 'LRImageDataset', 'RealESRGANDataset'
 LISTED = 'RealESRGANPairedDataset'
+# What reads raw databases, and with what else it shares its keys.
+RAW_PAIRED, RAW_LR = 'RawPairedImageDataset', 'RawLRImageDataset'
+PAIRS, LR_ALONE = f'{PAIRED} {RAW_PAIRED}', f'{LR_ONLY} {RAW_LR}'
 REDS, VIMEO = 'REDSDataset REDSRecurrentDataset', 'Vimeo90KDataset Vimeo90KRecurrentDataset'
 VIDEO_TEST = 'VideoTestDataset VideoTestVimeo90KDataset VideoTestDUFDataset VideoRecurrentTestDataset'
 SINGLE, FACES = 'SingleImageDataset', 'FFHQDataset'
-IMAGES = (PAIRED, LR_ONLY, DEGRADED, LISTED, SINGLE, FACES)
-DATASETS = f'{PAIRED} {LR_ONLY} {DEGRADED} {LISTED} {SINGLE} {FACES} {REDS} {VIMEO} {VIDEO_TEST}'
+IMAGES = (*PAIRS.split(), *LR_ALONE.split(), DEGRADED, LISTED, SINGLE, FACES)
+DATASETS = f'{PAIRS} {LR_ALONE} {DEGRADED} {LISTED} {SINGLE} {FACES} {REDS} {VIMEO} {VIDEO_TEST}'
+
+
+def with_article(dataset: str) -> str:
+    """The name of a dataset in a sentence."""
+    return f'an {dataset}' if dataset.startswith('LR') else f'a {dataset}'
+
+
+def paired_with(dataset: str) -> str:
+    """The dataset of pairs that is stored as one of LR images alone."""
+    return RAW_PAIRED if dataset == RAW_LR else PAIRED
 
 
 def _all(condition: str, fact: str) -> str:
@@ -407,6 +420,10 @@ TRAIN = {
     ),
     'scheduler': Key(SECTION, 'The schedule of the learning rates.', needed='train'),
     'total_iter': Key(whole(1), 'How many iterations the training has.', needed='train'),
+    'max_minutes': Key(
+        optional(number(0.1)),
+        'The run saves its state and ends when it has taken so long; `--auto_resume` goes on, for as long again.',
+    ),
     'warmup_iter': Key(whole(-1), 'Iterations in which the learning rate rises to its value; -1 for none.', default=-1),
     'net_d_iters': Key(whole(1), 'The network learns in each such iteration alone.', default=1, only=_DISCRIMINATOR),
     'net_d_init_iters': Key(
@@ -463,6 +480,11 @@ VAL = {
     ),
     'metrics': Key(SECTION_OR_NONE, 'The metrics, a section each, under names of your own.'),
     'pbar': Key(FLAG, 'Whether a progress bar is shown.', default=False),
+    'tile': Key(
+        optional(whole(1)),
+        'Side of the tiles in LR pixels in which images are run, larger where the network needs it; by default whole.',
+        only=f'{PLAIN} {GAN} {DISTILLATION}',
+    ),
     'center_frame_only': Key(FLAG, 'Whether the middle frame alone counts.', default=False, only=_RECURRENT),
     'flip_seq': Key(FLAG, 'Whether the frames run backwards, too.', default=False, only=_RECURRENT),
     'num_val_samples': Key(whole(1), 'How many images are made.', default=16, only=STYLE),
@@ -471,13 +493,22 @@ VAL = {
 LOGGER = {
     'print_freq': Key(whole(1), 'Iterations between two lines of the log.', needed='train'),
     'save_checkpoint_freq': Key(whole(1), 'Iterations between two checkpoints.', needed='train'),
+    'keep_last': Key(
+        optional(whole(1)),
+        'How many checkpoints stay, with their states, besides those that are the best of a metric; by default all.',
+    ),
+    'keep_best': Key(
+        optional(TEXT),
+        'A name in `val.metrics`: the best network by it, of each validation set, is kept as `net_g_best_SET.pth`.',
+    ),
     'use_tb_logger': Key(FLAG, 'Whether TensorBoard gets the values, too.', needed='train'),
+    'save_images_to_tb': Key(FLAG, 'Whether it gets the images of validations, too.', default=False),
     'wandb': Key(SECTION_OR_NONE, 'Weights & Biases; it needs `use_tb_logger: true`.'),
 }
 
 WANDB = {
     'project': Key(optional(TEXT), 'The project; ~ for none, and no logging there.'),
-    'resume_id': Key(optional(TEXT), 'The id of a run that goes on.'),
+    'resume_id': Key(optional(TEXT), 'The id of a run that goes on; by default that of the run that is resumed.'),
 }
 
 DIST_PARAMS = {
@@ -497,44 +528,47 @@ BACKENDS = {
     },
 }
 
-_GT = f'{PAIRED} {DEGRADED} {LISTED} {FACES} {REDS} {VIMEO} {VIDEO_TEST}'
-_LR = f'{PAIRED} {LR_ONLY} {LISTED} {SINGLE} {REDS} {VIMEO} {VIDEO_TEST}'
-_PATCHES = f'{PAIRED} {LISTED} {REDS} {VIMEO}'
+_GT = f'{PAIRS} {DEGRADED} {LISTED} {FACES} {REDS} {VIMEO} {VIDEO_TEST}'
+_LR = f'{PAIRS} {LR_ALONE} {LISTED} {SINGLE} {REDS} {VIMEO} {VIDEO_TEST}'
+_PATCHES = f'{PAIRS} {LISTED} {REDS} {VIMEO}'
+_PAIRS_TRAIN = _all(PAIRS, 'train')
 DATASET = {
     'name': Key(BELOW, 'What it is called in the log and in `results/`.', needed='train test'),
     'type': Key(NAMED, 'The dataset: one of the registry.', needed='train test'),
     'dataroot_gt': Key(
-        ROOTS, 'The folder or database of GT images; of a PairedImageDataset also a list.',
-        needed=f'{PAIRED} {DEGRADED}', only=_GT,
+        ROOTS,
+        'The folder or database of GT images; of a PairedImageDataset also a list. Raw databases, of `lora-sr prepare '
+        '--raw`, are for the types that begin with Raw, and for RealESRGANDataset.',
+        needed=f'{PAIRS} {DEGRADED}', only=_GT,
     ),
     'dataroot_lq': Key(
         ROOTS,
         'The folder or database of LR images; of a PairedImageDataset or LRImageDataset also a list. Roots pair by '
         'their places in the lists, and one that stands there several times is drawn as many times as often.',
-        needed=f'{PAIRED} {LR_ONLY}', only=_LR,
+        needed=f'{PAIRS} {LR_ALONE}', only=_LR,
     ),
     'dataroot_flow': Key(optional(PATH), 'The folder or database of optical flow.', only=REDS),
     'meta_info_file': Key(
         optional(LISTS_OF_NAMES),
         'A text file that names an image in each line; by default all are taken. Of several roots it is for all, and a '
         'list of files has one, or ~, for each.',
-        only=f'{PAIRED} {SINGLE} {REDS} {VIMEO} {VIDEO_TEST}',
+        only=f'{PAIRS} {SINGLE} {REDS} {VIMEO} {VIDEO_TEST}',
     ),
     'meta_info': Key(
         optional(PATH), 'A text file that names an image below `dataroot_gt` in each line.',
         needed=f'{DEGRADED}&folder', only=f'{DEGRADED} {LISTED}',
     ),
-    'io_backend': Key(BACKEND, 'How the images are stored.', needed=f'{PAIRED} {LR_ONLY} {DEGRADED}'),
-    'filename_tmpl': Key(TEXT, "An LR image's name, {} for its GT image's.", default='{}', only=f'{PAIRED} {LISTED}'),
-    'gt_size': Key(whole(1), 'Side of the square GT patches.', needed=f'{PAIRED}&train', only=_PATCHES),
-    'lq_size': Key(whole(1), 'Side of the square LR patches.', needed=LR_ONLY, only=LR_ONLY),
+    'io_backend': Key(BACKEND, 'How the images are stored.', needed=f'{PAIRS} {LR_ALONE} {DEGRADED}'),
+    'filename_tmpl': Key(TEXT, "An LR image's name, {} for its GT image's.", default='{}', only=f'{PAIRS} {LISTED}'),
+    'gt_size': Key(whole(1), 'Side of the square GT patches.', needed=_PAIRS_TRAIN, only=_PATCHES),
+    'lq_size': Key(whole(1), 'Side of the square LR patches.', needed=LR_ALONE, only=LR_ALONE),
     'use_hflip': Key(
-        FLAG, 'Whether patches are flipped at random.', needed=f'{PAIRED}&train {LR_ONLY} {DEGRADED}',
-        only=f'{_PATCHES} {LR_ONLY} {DEGRADED} {FACES}',
+        FLAG, 'Whether patches are flipped at random.', needed=f'{_PAIRS_TRAIN} {LR_ALONE} {DEGRADED}',
+        only=f'{_PATCHES} {LR_ALONE} {DEGRADED} {FACES}',
     ),
     'use_rot': Key(
-        FLAG, 'Whether patches are rotated by 90 degrees at random.', needed=f'{PAIRED}&train {LR_ONLY} {DEGRADED}',
-        only=f'{_PATCHES} {LR_ONLY} {DEGRADED}',
+        FLAG, 'Whether patches are rotated by 90 degrees at random.', needed=f'{_PAIRS_TRAIN} {LR_ALONE} {DEGRADED}',
+        only=f'{_PATCHES} {LR_ALONE} {DEGRADED}',
     ),
     'batch_size_per_gpu': Key(whole(1), 'Patches of a batch, of each GPU of a process.', needed='train'),
     'num_worker_per_gpu': Key(
@@ -547,13 +581,13 @@ DATASET = {
     'persistent_workers': Key(FLAG, 'Whether workers live longer than an epoch.', default=False),
     'mean': Key(
         optional(list_of('numbers', number(None))), 'What is subtracted from each channel.', needed=FACES,
-        only=f'{PAIRED} {LISTED} {SINGLE} {FACES}',
+        only=f'{PAIRS} {LISTED} {SINGLE} {FACES}',
     ),
     'std': Key(
         optional(list_of('numbers', number(None))), 'What each channel is divided by.', needed=FACES,
-        only=f'{PAIRED} {LISTED} {SINGLE} {FACES}',
+        only=f'{PAIRS} {LISTED} {SINGLE} {FACES}',
     ),
-    'color': Key(one_of('y', 'rgb', None), '`y` for the Y channel alone.', only=f'{PAIRED} {SINGLE}'),
+    'color': Key(one_of('y', 'rgb', None), '`y` for the Y channel alone.', only=f'{PAIRS} {SINGLE}'),
     **_blur('', 'first'),
     **_blur('2', 'second'),
     'final_sinc_prob': Key(PROBABILITY, 'How often a sinc filter comes last.', needed=DEGRADED, only=DEGRADED),
@@ -588,6 +622,23 @@ LORA = {
     ),
 }
 
+# In ``network_t``, beside the type and its arguments.
+TEACHER = {
+    'precompute': Key(
+        FLAG,
+        "Whether the teacher's outputs are made once, for whole images, and stored beside them; it needs a dataset of "
+        'raw images.',
+        default=False,
+        only=DISTILLATION,
+    ),
+    'self_ensemble': Key(
+        FLAG,
+        'Whether they are the mean over the eight flips and rotations of an image; it needs `precompute: true`.',
+        default=False,
+        only=DISTILLATION,
+    ),
+}
+
 # Sections of a file by their names there; `*` stands for any.
 SECTIONS = {
     '': TOP,
@@ -600,4 +651,5 @@ SECTIONS = {
     'logger.wandb': WANDB,
     'dist_params': DIST_PARAMS,
     'network_g.lora': LORA,
+    'network_t': TEACHER,
 }

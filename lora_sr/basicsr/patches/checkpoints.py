@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from lora_sr.adapters import is_lora_key
-from lora_sr.basicsr import provenance, resume
+from lora_sr.basicsr import kept, progress, provenance, resume
 from lora_sr.basicsr.patches.average import key_of_average
 from lora_sr.basicsr.patches.divergence import check_optimizers, check_weights
 from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch, replace_everywhere, swapped
+from lora_sr.basicsr.records import record
 from lora_sr.basicsr.step.training_step import take_charge
 from lora_sr.checkpoints.content import forget, load_weights, read_checkpoint
 from lora_sr.checkpoints.origin import KEY, fingerprint
@@ -102,6 +103,8 @@ def patch_saving() -> None:
         current_iter: int,
         param_key: str | list[str] = 'params',
     ) -> None:
+        if kept.ending_of(self) and net_label != 'net_g':
+            return
         nets = net if isinstance(net, list) else [net]
         keys = param_key if isinstance(param_key, list) else [param_key]
         assert len(nets) == len(keys), 'The lengths of net and param_key should be the same.'
@@ -111,13 +114,18 @@ def patch_saving() -> None:
             content[key] = bare_weights(self.get_bare_model(one).state_dict())
         origin = provenance.origin(self, net_label, current_iter, content[keys[0]])
         content[KEY] = origin.to_dict()
-        iteration = 'latest' if current_iter == -1 else current_iter
-        save_atomically(content, os.path.join(self.opt['path']['models'], f'{net_label}_{iteration}.pth'))
+        ending = kept.ending_of(self) or ('latest' if current_iter == -1 else current_iter)
+        with kept.timed(self, current_iter):
+            save_atomically(content, os.path.join(self.opt['path']['models'], f'{net_label}_{ending}.pth'))
 
     @patch
     @master_only
     def save_training_state(self: Any, epoch: int, current_iter: int) -> None:
-        if current_iter == -1:
+        if kept.ending_of(self):
+            return
+        if current_iter == -1:  # the networks are saved
+            progress.close()
+            record(self.opt, iter=getattr(self, 'current_iter', 0), finished=True)
             return
         check_optimizers(self)
         state = {
@@ -130,7 +138,9 @@ def patch_saving() -> None:
                 **resume.record(self, epoch, current_iter),
             },
         }
-        save_atomically(state, os.path.join(self.opt['path']['training_states'], f'{current_iter}.state'))
+        with kept.timed(self, current_iter):
+            save_atomically(state, os.path.join(self.opt['path']['training_states'], f'{current_iter}.state'))
+        kept.remove_older(self, current_iter)
 
     for patched in (save_network, save_training_state):
         if is_defective(getattr(BaseModel, patched.__name__), 'save', without='replace'):

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch
-from lora_sr.data.lmdb_store import DATA_FILE, bytes_of_pages, check_whole
+from lora_sr.data.lmdb_store import check_still_whole, open_database
 from lora_sr.errors import InputError
-from lora_sr.files import identity
-
-if TYPE_CHECKING:
-    from lmdb import Environment
 
 
 def patch_lmdb_backend() -> None:
@@ -44,7 +38,7 @@ def patch_lmdb_backend() -> None:
             )
         self.db_paths = [str(path) for path in paths]
         settings = dict(readonly=readonly, lock=lock, readahead=readahead, **kwargs)
-        self._client = {key: _open_database(path, settings) for key, path in zip(keys, self.db_paths)}
+        self._client = {key: open_database(path, **settings) for key, path in zip(keys, self.db_paths)}
 
     LmdbBackend.__init__ = __init__
 
@@ -64,32 +58,8 @@ def patch_reading_of_databases() -> None:
     @functools.wraps(original)
     def get(self: Any, filepath: object, client_key: str) -> bytes | None:
         environment = self._client.get(client_key)
-        if environment in _opened:
-            file, needed = _opened[environment]
-            # Another file of that name is not the one that is read, which may be whole though it has no name.
-            if file == identity(os.path.join(environment.path(), DATA_FILE)):
-                check_whole(environment.path(), needed)
+        if environment is not None:
+            check_still_whole(environment)
         return original(self, filepath, client_key)
 
     LmdbBackend.get = get
-
-
-_databases: weakref.WeakValueDictionary[str, Environment] = weakref.WeakValueDictionary()
-# Which file it is, and how many bytes it needs.
-_opened: weakref.WeakKeyDictionary[Environment, tuple[tuple[int, int] | None, int]] = weakref.WeakKeyDictionary()
-
-
-def _open_database(path: str, settings: dict[str, Any]) -> Environment:
-    import lmdb
-
-    # A forked worker goes on with its parent's: read-only and without locks it is a mere memory map, and lmdb would
-    # refuse to open it anew there.
-    key = os.path.realpath(path)
-    environment = _databases.get(key)
-    if environment is None:
-        try:
-            environment = _databases[key] = lmdb.open(path, **settings)
-            _opened[environment] = identity(os.path.join(path, DATA_FILE)), bytes_of_pages(environment)
-        except lmdb.Error as error:
-            raise InputError(f'the database {path} cannot be opened: {error}') from error
-    return environment

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from lora_sr.basicsr import launcher, provenance, run_folder
+from lora_sr.basicsr import launcher, provenance, run_folder, signals
 from lora_sr.basicsr.log import start_log
 from lora_sr.basicsr.patches.distributed import start_distributed
 from lora_sr.basicsr.patches.resume import patch_load_resume_state
@@ -107,6 +107,7 @@ def patch_parse_options() -> None:
             apply_overrides(opt, entries)
             provenance.begin(path, opt, entries)
             start_log()
+            signals.begin()
             import_modules(_modules_to_import(opt), path)
             from lora_sr.basicsr.options.whole_numbers import make_whole
 

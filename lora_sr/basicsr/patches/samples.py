@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from lora_sr.basicsr import provenance, signals
+from lora_sr.basicsr import progress, provenance, records, signals
 from lora_sr.basicsr.patches.tools import is_patch, patch, replace_everywhere
 from lora_sr.basicsr.patches.validation import validate_again
 from lora_sr.basicsr.samples import NamedDataset, SampleStream, SeededDataset, seed_process, stream_of
@@ -43,9 +43,18 @@ def patch_build_dataloader() -> None:
             dataset, sampler = SeededDataset(dataset), SampleStream(sampler, seed)
         elif dataset_opt['phase'] != 'train' and is_map:
             dataset = NamedDataset(dataset)
-        return original(dataset, dataset_opt, num_gpu, dist, sampler, seed)
+        loader = original(dataset, dataset_opt, num_gpu, dist, sampler, seed)
+        if dataset_opt['phase'] == 'train' and loader.num_workers:
+            loader.worker_init_fn = functools.partial(_begin_worker, loader.worker_init_fn)
+        return loader
 
     replace_everywhere(original, build_dataloader)
+
+
+def _begin_worker(original: Any, worker_id: int) -> None:
+    signals.shield_worker()
+    if original is not None:
+        original(worker_id)
 
 
 def patch_create_train_val_dataloader() -> None:
@@ -74,7 +83,8 @@ def _begun(original: Any) -> Any:
         state = read_checkpoint(path) if path else {}
         last_epoch = stream.begin(opt, made[0].batch_size, state, provenance.given('manual_seed'))
         loader, sampler, val_loaders, _, iterations = made
-        stream.val_loaders = val_loaders
+        stream.val_loaders, stream.dataset = val_loaders, loader.dataset
+        records.begin(opt)
         return loader, sampler, val_loaders, last_epoch, iterations
 
     return create_train_val_dataloader
@@ -109,6 +119,8 @@ def patch_update_learning_rate() -> None:
         stream = stream_of(self.opt)
         if stream is not None:
             done = current_iter - 1
+            stream.pace.begin(done)
+            progress.show(self.opt, stream, done)
             if done == stream.start.iteration > 0:
                 validate_again(self, stream)
             signals.stop_if_told(self, stream.sampler.epoch, done, stream.start.iteration)

@@ -1,21 +1,27 @@
-"""Validation during a run: once, also after a resume, to be stopped, and with the better value as the best."""
+"""Validation during a run: once, also after a resume, to be stopped, kept, and with the better value as the best."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from lora_sr.basicsr import signals
+from lora_sr.basicsr.kept import keep_best
 from lora_sr.basicsr.metrics import lower_is_better
 from lora_sr.basicsr.patches.tools import is_defective, is_patch, patch
+from lora_sr.basicsr.records import record
 from lora_sr.basicsr.samples import SampleStream, stream_of
+from lora_sr.basicsr.tested import overridden, tested
 
 
 def patch_validation() -> None:
     """``train_pipeline`` validates once more at its end, also where the last iteration has just been validated.
 
-    A signal waits until all images are done, which may be longer than a scheduler does.
+    A signal waits until all images are done, which may be longer than a scheduler does. Large images take more memory
+    than training does. The results are only logged, and the best network is not kept.
     """
     from basicsr.models.base_model import BaseModel
 
@@ -30,11 +36,44 @@ def patch_validation() -> None:
         if self.is_train and done.get(id(dataloader)) == current_iter:
             return
         stream = stream_of(self.opt) if self.is_train else None
-        images = dataloader if stream is None else _Watched(dataloader, self, stream, current_iter)
-        original(self, images, current_iter, tb_logger, save_img)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(tested(self, current_iter))
+            images = dataloader
+            if stream is not None:
+                images = _Watched(dataloader, self, stream, current_iter)
+                stack.enter_context(stream.pace.apart('validation', current_iter))
+                stack.enter_context(_told(self, images, tb_logger))
+            original(self, images, current_iter, tb_logger, save_img)
         done[id(dataloader)] = current_iter
 
     BaseModel.validation = validation
+
+
+@contextlib.contextmanager
+def _told(model: Any, images: _Watched, tb_logger: Any) -> Iterator[None]:
+    """Keep the results of a validation, the best network, and in TensorBoard the images if they are wanted."""
+    iteration = images.place[2]
+    results: dict[str, dict[str, float]] = {}
+    update, visuals = model._update_best_metric_result, model.get_current_visuals
+
+    def _update_best_metric_result(dataset: str, metric: str, value: float, current_iter: int) -> None:
+        results.setdefault(dataset, {})[metric] = float(value)
+        update(dataset, metric, value, current_iter)
+
+    def get_current_visuals() -> Any:
+        shown = visuals()
+        image = shown['result'][0].float().clamp(0, 1)  # RGB, (C, H, W)
+        tb_logger.add_image(images.name_of_current(), image, iteration)
+        return shown
+
+    names: dict[str, Any] = {'_update_best_metric_result': _update_best_metric_result}
+    if tb_logger and model.opt['logger'].get('save_images_to_tb'):
+        names['get_current_visuals'] = get_current_visuals
+    with overridden(model, **names):
+        yield
+    for dataset, metrics in results.items():
+        record(model.opt, iter=iteration, validation=dataset, metrics=metrics)
+        keep_best(model, dataset, iteration)
 
 
 class _Watched:
@@ -42,12 +81,18 @@ class _Watched:
 
     def __init__(self, loader: Any, model: Any, stream: SampleStream, iteration: int):
         self.loader = loader
+        self.current: Any = None
         self.place = model, stream.sampler.epoch, iteration, stream.start.iteration
 
     def __iter__(self) -> Iterator[Any]:
         for images in self.loader:
-            signals.stop_if_told(*self.place)
+            signals.stop_or_save_if_told(*self.place)
+            self.current = images
             yield images
+
+    def name_of_current(self) -> str:
+        """The set and the image, as TensorBoard sorts them."""
+        return f'{self.loader.dataset.opt["name"]}/{Path(self.current["lq_path"][0]).stem}'
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -34,10 +34,13 @@ class StepNetworks:
         self.settings = settings
         self.memory_format = memory_format
         self._is_active = False
+        self._frozen: list[nn.Module] = []
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """A step is under way."""
+        while self._frozen and self.settings.amp is not None:  # until then a teacher may have something else to do
+            _cast_layers(self._frozen.pop(), self.settings.amp)
         self._is_active = True
         try:
             yield
@@ -62,11 +65,11 @@ class StepNetworks:
                 raise InputError(no_blocks(name, type(network).__name__))
             for block in blocks or [network]:
                 self._add_block(block, trains and bool(blocks))
+        if not trains:
+            self._frozen.append(network)
         for module in network.modules():
             if is_large_depthwise(module):
                 self._add_depthwise(module)
-        if self.settings.amp is not None and not trains:
-            _cast_layers(network, self.settings.amp)
         network.forward = self._within_step(network.forward, self._run)
 
     def _add_block(self, block: nn.Module, can_forget: bool) -> None:

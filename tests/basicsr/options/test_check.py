@@ -73,6 +73,15 @@ CHANGES = [
     ('num_gpu', 99, 'num_gpu is 99, but this machine has'),
     ('num_gpu', 'all', "num_gpu has to be a whole number of at least 0, not 'all'"),
     ('logger.print_freq', ..., 'logger.print_freq is missing'),
+    ('logger.keep_last', 0, 'logger.keep_last has to be a whole number of at least 1 or ~, not 0'),
+    ('logger.keep_best', 'ssim', "logger.keep_best has to be a name in val.metrics (psnr), not 'ssim'"),
+    (
+        'logger.save_images_to_tb',
+        True,
+        'logger.save_images_to_tb needs TensorBoard; set logger.use_tb_logger: true',
+    ),
+    ('train.max_minutes', 0, 'train.max_minutes has to be a number of at least 0.1 or ~, not 0'),
+    ('val.tile', 0.5, 'val.tile has to be a whole number of at least 1 or ~, not 0.5'),
     ('logger', ..., 'logger is missing'),
     ('logger.save_checkpoint_freq', 0, 'logger.save_checkpoint_freq has to be a whole number of at least 1, not 0'),
     ('path', None, 'path has to be a section of keys, not None'),
@@ -252,7 +261,7 @@ UNKNOWN = [
     ('train.use_half', 'the keys here are pixel_opt, perceptual_opt, ema_decay'),
     ('train.use_amp', "did you mean 'amp'?"),
     ('train.ema', 'the keys here are pixel_opt'),
-    ('train.gan_iters', 'the keys here are pixel_opt'),
+    ('train.gan_freq', 'the keys here are pixel_opt'),
     ('val.save_best', 'the keys here are val_freq, save_img, suffix, metrics, pbar'),
     ('val.metrics.psnr.crop', 'the keys here are crop_border, input_order'),
     ('logger.print_every', 'the keys here are print_freq'),
@@ -275,6 +284,22 @@ def test_unknown_keys_everywhere(options, tmp_path, path, end):
     change(options, path, 1)
     (problem,) = check(options, tmp_path)
     assert problem.startswith(f'{path} is not a known key; {end}')
+
+
+def test_tiles_for_images_of_one_size(options, tmp_path, monkeypatch):
+    change(options, 'val.tile', 64)
+    assert check(options, tmp_path) == []
+    monkeypatch.setattr('lora_sr.basicsr.options.general.network_info', lambda network: None)
+    (problem,) = check(options, tmp_path)
+    assert problem == 'val.tile needs a network that takes images of any size; leave it out for MSRResNet'
+
+
+def test_the_best_of_a_run_without_validation(options, tmp_path):
+    change(options, 'logger.keep_best', 'psnr')
+    assert check(options, tmp_path) == []
+    change(options, 'val', None)
+    (problem,) = check(options, tmp_path)
+    assert problem == "logger.keep_best has to be a name in val.metrics (there is none), not 'psnr'"
 
 
 def test_unknown_key_hides_no_other_mistake(options, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import cv2
+import lmdb
 import numpy as np
 import pytest
 from option_check import check
@@ -14,6 +15,8 @@ from tiny_run import TINY_OPTIONS, change, write_pairs
 
 from lora_sr.basicsr.options import check_options
 from lora_sr.basicsr.options.dataset_content import _read_header
+from lora_sr.data import prepare_databases
+from lora_sr.data.lmdb_store import LmdbWriter
 from lora_sr.option_file import load_options
 
 NEEDS_PIPES = pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='this system has no pipes with names')
@@ -525,3 +528,131 @@ def test_a_training_file_is_no_test(without_gt, tmp_path):
     assert f'{sentence}--force_yml datasets:train=~' in problems
     del without_gt['datasets']['train']
     assert not any(problem.startswith('datasets.train') for problem in check_options(without_gt, False, tmp_path))
+
+
+@pytest.fixture
+def raw(data, tmp_path):
+    """Pairs as raw databases, and options for them."""
+    root, options = data
+    prepare_databases([root / 'gt'], root, [2], [root / 'lq'], raw=True, progress=False)
+    opt = options('.lmdb')
+    opt['datasets']['train'].update(
+        type='RawPairedImageDataset', dataroot_gt=f'{root}/HR_raw.lmdb', dataroot_lq=f'{root}/LR_X2_raw.lmdb'
+    )
+    return root, opt
+
+
+@pytest.mark.parametrize(
+    ('changes', 'sentence'),
+    [
+        ({}, None),
+        ({'gt_size': 34}, "datasets.train.gt_size: 34 is larger than the GT image '000' of 32x32"),
+        (
+            {'type': 'PairedImageDataset'},
+            'datasets.train.dataroot_gt: ROOT/HR_raw.lmdb holds raw images, which a PairedImageDataset does not read; '
+            'set type: RawPairedImageDataset',
+        ),
+        (
+            {'dataroot_gt': 'ROOT/gt.lmdb'},
+            'datasets.train.dataroot_gt: ROOT/gt.lmdb holds no raw images: make them by lora-sr prepare --raw, or set '
+            'type: PairedImageDataset',
+        ),
+        (
+            {'io_backend': {'type': 'disk'}},
+            'datasets.train.io_backend must be {type: lmdb} for a RawPairedImageDataset, got {type: disk}',
+        ),
+        (
+            {'dataroot_lq': 'ROOT/gray.lmdb'},
+            'datasets.train.dataroot_lq: the images of all roots must have the same number of channels, got 3 in '
+            'ROOT/LR_X2_raw.lmdb and 1 in ROOT/gray.lmdb',
+        ),
+    ],
+)
+def test_raw_databases(raw, tmp_path, changes, sentence):
+    root, options = raw
+    section = options['datasets']['train']
+    section.update({k: v.replace('ROOT', str(root)) if isinstance(v, str) else v for k, v in changes.items()})
+    if 'gray' in section['dataroot_lq']:
+        writer = LmdbWriter(root / 'gray.lmdb')
+        for number in range(8):
+            writer.put_raw(f'{number:03}', np.zeros((16, 16, 1), np.uint8))
+        writer.finish()
+        section.update(
+            dataroot_lq=[f'{root}/LR_X2_raw.lmdb', section['dataroot_lq']], dataroot_gt=[section['dataroot_gt']] * 2
+        )
+    assert check(options, tmp_path) == ([] if sentence is None else [sentence.replace('ROOT', str(root))])
+
+
+def test_damaged_raw_databases(raw, tmp_path):
+    root, options = raw
+    with lmdb.open(f'{root}/HR_raw.lmdb', map_size=1 << 24) as env, env.begin(write=True) as transaction:
+        transaction.put(b'003.00000', b'short')
+    sentence = f"datasets.train.dataroot_gt: the database {root}/HR_raw.lmdb is damaged: the entry '003' is not a "
+    assert check(options, tmp_path) == [f'{sentence}whole image']
+    with lmdb.open(f'{root}/HR_raw.lmdb', map_size=1 << 24) as env, env.begin(write=True) as transaction:
+        transaction.delete(b'003.00000')
+    sentence = f'datasets.train.dataroot_gt: the database {root}/HR_raw.lmdb has 7 entries, but meta_info.txt 8'
+    assert check(options, tmp_path) == [sentence]
+    (root / 'HR_raw.lmdb/meta_info.txt').write_text('000.raw (16,16,3) uint8 zz\n')
+    sentence = f'datasets.train.dataroot_gt: {root}/HR_raw.lmdb holds no raw images: make them by lora-sr prepare --raw'
+    assert check(options, tmp_path) == [f'{sentence}, or set type: PairedImageDataset']
+
+
+def test_raw_lr_images_without_gt(without_gt, raw, tmp_path):
+    root, _ = raw
+    section = without_gt['datasets']['train']
+    section.update(type='RawLRImageDataset', dataroot_lq=f'{root}/LR_X2_raw.lmdb', io_backend={'type': 'lmdb'})
+    assert check(without_gt, tmp_path) == []
+    section['lq_size'] = 17
+    sentence = f"datasets.train.lq_size: 17 is larger than '000' of 16x16 in {root}/LR_X2_raw.lmdb"
+    assert check(without_gt, tmp_path) == [sentence]
+    section.update(lq_size=8, type='LRImageDataset')
+    sentence = f'datasets.train.dataroot_lq: {root}/LR_X2_raw.lmdb holds raw images, which a LRImageDataset does not '
+    assert check(without_gt, tmp_path) == [f'{sentence}read; set type: RawLRImageDataset'.replace('a LR', 'an LR')]
+    section['type'] = 'RawLRImageDataset'
+    without_gt['train']['pixel_opt'] = {'type': 'L1Loss'}
+    sentence = 'train.pixel_opt compares with the ground truth, which a RawLRImageDataset does not have: leave it out, '
+    assert check(without_gt, tmp_path) == [f'{sentence}or train on a RawPairedImageDataset']
+
+
+@pytest.mark.parametrize(
+    ('changes', 'sentence'),
+    [
+        ({'network_t.precompute': True, 'network_t.self_ensemble': True}, None),
+        ({'network_t.precompute': False}, None),
+        ({'network_t.precompute': 1}, 'network_t.precompute has to be true or false, not 1'),
+        ({'network_t.self_ensemble': True}, 'network_t.self_ensemble needs network_t.precompute: true'),
+        ({'network_g.precompute': True}, 'network_g.precompute is not a known key; the keys here are '),
+        ({'network_t.precomputed': True}, "network_t.precomputed is not a known key; did you mean 'precompute'?"),
+        (
+            {'network_t.precompute': True, 'datasets.train.type': 'LRImageDataset'},
+            'network_t.precompute needs whole images: make raw databases by lora-sr prepare --raw, and set '
+            'datasets.train.type: RawPairedImageDataset, or RawLRImageDataset; got LRImageDataset',
+        ),
+        (
+            {'network_t.precompute': True, 'train.distill_pixel_opt': None},
+            'network_t.precompute needs train.distill_pixel_opt, the loss that reads the outputs of the teacher',
+        ),
+    ],
+)
+def test_a_teacher_computed_once(without_gt, raw, tmp_path, changes, sentence):
+    root, _ = raw
+    without_gt['datasets']['train'].update(
+        type='RawLRImageDataset', dataroot_lq=f'{root}/LR_X2_raw.lmdb', io_backend={'type': 'lmdb'}
+    )
+    for path, value in changes.items():
+        change(without_gt, path, value)
+    problems = check(without_gt, tmp_path)
+    if sentence is None:
+        assert problems == []
+    else:
+        assert any(problem.startswith(sentence) for problem in problems), problems
+
+
+@pytest.mark.parametrize('key', [{'color': 'y'}, {'mean': [0.5] * 3, 'std': [1] * 3}])
+def test_a_teacher_computed_once_sees_images_as_they_are(without_gt, raw, tmp_path, key):
+    root, options = raw
+    without_gt['network_t']['precompute'] = True
+    without_gt['datasets']['train'] = {**options['datasets']['train'], **key}
+    sentence = f'network_t.precompute needs images as they are stored, without datasets.train.{min(key)}'
+    assert sentence in check(without_gt, tmp_path)

@@ -1,0 +1,280 @@
+"""Raw databases against BasicSR's own datasets on PNGs of the same whole images."""
+
+import pickle
+import random
+
+import cv2
+import lmdb
+import numpy as np
+import pytest
+import torch
+from basicsr.data import build_dataloader, build_dataset, paired_image_dataset
+from basicsr.data.data_sampler import EnlargedSampler
+from basicsr.utils.registry import MODEL_REGISTRY
+from test_datasets import items, stock
+
+from lora_sr.basicsr.integer_images import to_planes, with_floats
+from lora_sr.data import prepare_databases
+from lora_sr.data.lmdb_store import LmdbWriter, RawDatabase
+from lora_sr.errors import InputError
+
+CPU = torch.device('cpu')
+AUGMENTATIONS = [(False, False), (True, False), (False, True), (True, True)]
+
+
+@pytest.fixture(scope='module')
+def roots(tmp_path_factory):
+    """Images of 8 bits in `a` and `b`, of 16 in `deep`: `HR.lmdb`, `LR_bicubic_X2.lmdb`, and both raw."""
+    root = tmp_path_factory.mktemp('raw')
+    rng = np.random.default_rng(0)
+    for name, count, kind in (('a', 3, np.uint8), ('b', 2, np.uint8), ('deep', 2, np.uint16)):
+        (root / name).mkdir()
+        for number in range(count):
+            size = (60 + 2 * number, 44 + 6 * number, 3)
+            cv2.imwrite(f'{root}/{name}/{number:03}.png', rng.integers(0, np.iinfo(kind).max + 1, size, kind))
+        for raw in (False, True):
+            prepare_databases([root / name], root / name, [2], size=None if raw else 0, raw=raw, progress=False)
+    return root
+
+
+def section(roots, names, kind, phase='train', **options):
+    end = '_raw.lmdb' if kind.startswith('Raw') else '.lmdb'
+    gt, lq = ([f'{roots}/{name}/{stem}{end}' for name in names] for stem in ('HR', 'LR_bicubic_X2'))
+    if len(names) == 1:
+        gt, lq = gt[0], lq[0]
+    opt = {'name': 'pairs', 'type': kind, 'phase': phase, 'scale': 2, 'io_backend': {'type': 'lmdb'}}
+    opt.update(dataroot_gt=gt, dataroot_lq=lq, gt_size=16, lq_size=16, use_hflip=True, use_rot=True)
+    return {**opt, **options}
+
+
+def floats(batches):
+    return [with_floats(batch, CPU) for batch in batches]
+
+
+def assert_same(given, expected):
+    assert len(given) == len(expected) > 0
+    for ours, theirs in zip(given, expected):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            if torch.is_tensor(value):
+                assert ours[key].dtype == value.dtype and torch.equal(ours[key], value)
+            else:
+                assert str(ours[key]).replace('_raw', '') == str(value).replace('_raw', '')
+
+
+def stock_pairs(opt):
+    """BasicSR's own, without the patch for lists of roots."""
+    return stock(paired_image_dataset, 'PairedImageDataset')({**opt, 'io_backend': {'type': 'lmdb'}})
+
+
+@pytest.mark.parametrize('name', ['a', 'deep'])
+@pytest.mark.parametrize(('hflip', 'rotation'), AUGMENTATIONS)
+def test_patches_are_those_of_basicsr(roots, name, hflip, rotation):
+    flags = {'use_hflip': hflip, 'use_rot': rotation}
+    ours = build_dataset(section(roots, [name], 'RawPairedImageDataset', **flags))
+    theirs = stock_pairs(section(roots, [name], 'PairedImageDataset', **flags))
+    for first in range(0, 80, 8):  # which turns them in all ways
+        given = items(ours, first)
+        assert_same(floats(given), items(theirs, first))
+    whole = {'a': torch.uint8, 'deep': torch.uint16}[name]
+    assert {item[key].dtype for item in given for key in ('gt', 'lq')} == {whole}
+    assert all(item[key].is_contiguous() for item in given for key in ('gt', 'lq'))
+
+
+@pytest.mark.parametrize('name', ['a', 'deep'])
+def test_validation_has_whole_images(roots, name):
+    ours = build_dataset(section(roots, [name], 'RawPairedImageDataset', 'val'))
+    assert_same(floats(items(ours)), items(stock_pairs(section(roots, [name], 'PairedImageDataset', 'val'))))
+
+
+@pytest.mark.parametrize('phase', ['train', 'val'])
+@pytest.mark.parametrize(
+    'options',
+    [{'color': 'y'}, {'mean': [0.4, 0.5, 0.6], 'std': [0.2, 0.3, 0.4]}, {'mean': [0.1, 0.2, 0.3], 'std': [1] * 3}],
+)
+def test_values_of_other_colors_are_those_of_basicsr(roots, options, phase):
+    ours = build_dataset(section(roots, ['a'], 'RawPairedImageDataset', phase, **options))
+    assert_same(items(ours), items(stock_pairs(section(roots, ['a'], 'PairedImageDataset', phase, **options))))
+
+
+@pytest.mark.parametrize('names', ['abb', ['a', 'deep', 'a']])
+def test_several_roots_with_weights(roots, names):
+    """8 and 16 bits go into the same batches, without a change of their values."""
+    names = list(names)
+    ours = build_dataset(section(roots, names, 'RawPairedImageDataset'))
+    theirs = build_dataset(section(roots, names, 'PairedImageDataset'))
+    assert_same(floats(items(ours, 5)), items(theirs, 5))
+    assert len({item['gt'].dtype for item in items(ours)}) == 1
+
+
+@pytest.mark.parametrize('names', ['a', 'abb', ['b', 'deep']])
+@pytest.mark.parametrize(('hflip', 'rotation'), AUGMENTATIONS)
+def test_lr_patches_are_those_of_the_other_dataset(roots, names, hflip, rotation):
+    flags = {'use_hflip': hflip, 'use_rot': rotation}
+    ours = build_dataset(section(roots, list(names), 'RawLRImageDataset', **flags))
+    theirs = build_dataset(section(roots, list(names), 'LRImageDataset', **flags))
+    for first in range(0, 40, 8):
+        assert_same(floats(items(ours, first)), items(theirs, first))
+
+
+@pytest.mark.parametrize('kind', ['RawPairedImageDataset', 'RawLRImageDataset'])
+def test_samples_of_a_seed_are_the_same_whoever_reads_them(roots, kind):
+    batches = []
+    for workers, name in ((0, kind), (2, kind), (0, kind.replace('Raw', ''))):
+        opt = section(roots, ['a', 'deep'], name, batch_size_per_gpu=2, num_worker_per_gpu=workers)
+        sampler = EnlargedSampler(build_dataset(opt), 1, 0, 3)
+        loader = build_dataloader(build_dataset(opt), opt, num_gpu=0, sampler=sampler, seed=4)
+        batches.append(floats(loader))
+    assert_same(batches[0], batches[1])
+    assert_same(batches[0], batches[2])
+
+
+def write_raw(path, images):
+    writer = LmdbWriter(path)
+    for key, image in images.items():
+        writer.put_raw(key, image)
+    writer.finish()
+
+
+@pytest.mark.parametrize('channels', [1, 2, 3, 4])
+@pytest.mark.parametrize('kind', [np.uint8, np.uint16])
+def test_any_number_of_channels(tmp_path, channels, kind):
+    rng = np.random.default_rng(channels)
+    gt = {f'{n}': rng.integers(0, np.iinfo(kind).max, (24, 32, channels), kind) for n in range(2)}
+    write_raw(tmp_path / 'gt.lmdb', gt)
+    write_raw(tmp_path / 'lq.lmdb', {key: np.ascontiguousarray(image[::2, ::2]) for key, image in gt.items()})
+    opt = section(tmp_path, ['.'], 'RawPairedImageDataset')
+    opt.update(dataroot_gt=f'{tmp_path}/gt.lmdb', dataroot_lq=f'{tmp_path}/lq.lmdb')
+    dataset = build_dataset(opt)
+    for item in items(dataset) + items(dataset, 7):
+        assert item['gt'].shape == (channels, 16, 16) and item['lq'].shape == (channels, 8, 8)
+        views = [image[t : t + 16, s : s + 16] for image in gt.values() for t in range(9) for s in range(17)]
+        patch = item['gt'].permute(1, 2, 0).numpy()
+        turned = [np.rot90(patch[:, ::flip], k) for flip in (1, -1) for k in range(4)]
+        assert any(np.array_equal(a, b) for a in turned for b in views)
+    with pytest.raises(InputError, match=r'same number of channels, got \d in .*gt.lmdb and \d in .*other.lmdb$'):
+        write_raw(tmp_path / 'other.lmdb', {'0': np.zeros((40, 40, channels % 4 + 1), kind)})
+        build_dataset(
+            {
+                **opt,
+                'dataroot_gt': [opt['dataroot_gt'], f'{tmp_path}/other.lmdb'],
+                'dataroot_lq': [opt['dataroot_lq']] * 2,
+            }
+        )
+
+
+def test_whole_numbers_become_what_img2tensor_gives():
+    """All of them, bit for bit, in float64 as well: rounded once."""
+    for kind, peak in ((np.uint8, 255), (np.uint16, 65535)):
+        image = np.arange(peak + 1, dtype=kind).reshape(-1, 16, 1)
+        expected = (image.astype(np.float64) / peak).astype(np.float32)[None, :, :, 0]
+        given = with_floats({'lq': to_planes(image)[None], 'mask': to_planes(image)}, CPU)
+        assert np.array_equal(given['lq'][0].numpy(), expected)
+        assert given['mask'].dtype == to_planes(image).dtype
+    same = np.arange(256, dtype=np.uint16) * np.uint16(257)
+    assert np.array_equal(same.astype(np.float32) / 65535, np.arange(256, dtype=np.uint8).astype(np.float32) / 255)
+
+
+KERNELS = {'kernel_list': ['iso', 'aniso'], 'kernel_prob': [0.5, 0.5], 'blur_sigma': [0.2, 3], 'sinc_prob': 0.1}
+KERNELS.update(betag_range=[0.5, 4], betap_range=[1, 2], blur_kernel_size=21)
+
+
+@pytest.mark.parametrize('kind', [np.uint8, np.uint16])
+@pytest.mark.parametrize('size', [(430, 450), (390, 410), (402, 300), (400, 400), (64, 48)])
+def test_degraded_samples_are_the_same(tmp_path, size, kind):
+    """Larger and smaller than the patch of 400 pixels: the image, and the kernels that are drawn behind it."""
+    rng = np.random.default_rng(0)
+    (tmp_path / 'hr').mkdir()
+    cv2.imwrite(f'{tmp_path}/hr/0.png', rng.integers(0, np.iinfo(kind).max, (*size, 3), kind))
+    for raw in (False, True):
+        prepare_databases([tmp_path / 'hr'], tmp_path, [2], size=None if raw else 0, raw=raw, progress=False)
+    opt = {'name': 'x', 'type': 'RealESRGANDataset', 'final_sinc_prob': 0.8, 'use_hflip': True, 'use_rot': True}
+    opt.update(KERNELS, **{f'{key}2': value for key, value in KERNELS.items()})
+    given = []
+    for root in ('HR.lmdb', 'HR_raw.lmdb'):
+        opt.update(dataroot_gt=f'{tmp_path}/{root}', io_backend={'type': 'lmdb'})
+        dataset, samples = build_dataset(opt), []
+        for seed in range(12):
+            random.seed(seed)
+            np.random.seed(seed)
+            samples.append(dataset[0])
+        given.append(samples)
+    assert_same(*given)
+
+
+def test_a_database_survives_the_way_to_a_worker(roots):
+    database = RawDatabase(roots / 'a/HR_raw.lmdb')
+    image = database.view('000')[:, :]
+    assert np.array_equal(image, cv2.imread(f'{roots}/a/000.png')[..., ::-1])
+    assert np.array_equal(pickle.loads(pickle.dumps(database)).view('000')[:, :], image)
+
+
+def test_any_part_of_an_image_of_many_bands(tmp_path):
+    """Also of rows that are longer than a band is meant to be."""
+    rng = np.random.default_rng(0)
+    images = {'tall': (700, 401, 3), 'wide': (3, 90000, 3), 'gray': (513, 1024, 1)}
+    images = {key: rng.integers(0, 65536, shape, np.uint16) for key, shape in images.items()}
+    write_raw(tmp_path / 'x.lmdb', images)
+    database = RawDatabase(tmp_path / 'x.lmdb')
+    assert [image.bands for image in database.images.values()] == [7, 3, 5]
+    assert sum(image.stored_bytes for image in database.images.values()) < (tmp_path / 'x.lmdb/data.mdb').stat().st_size
+    for key, image in images.items():
+        view = database.view(key)
+        assert view.shape == image.shape and np.array_equal(view[:, :], image)
+        for _ in range(50):
+            (top, bottom), (left, right) = (sorted(rng.integers(0, side + 1, 2)) for side in image.shape[:2])
+            part = view[top:bottom, left:right, ...]
+            assert part.dtype == np.uint16 and np.array_equal(part, image[top:bottom, left:right])
+
+
+def test_what_is_missing_or_cut(roots, tmp_path):
+    database = RawDatabase(roots / 'a/HR_raw.lmdb')
+    with pytest.raises(InputError, match='HR_raw.lmdb has no image 999'):
+        database.view('999')
+    write_raw(tmp_path / 'x.lmdb', {'0': np.zeros((64, 64, 3), np.uint8)})
+    database = RawDatabase(tmp_path / 'x.lmdb')
+    database.view('0')[:1, :1]
+    with open(tmp_path / 'x.lmdb/data.mdb', 'r+b') as file:
+        file.truncate(8192)
+    with pytest.raises(InputError, match='x.lmdb is damaged: data.mdb has 8192 bytes of'):
+        database.view('0')[:1, :1]
+    for number, value in enumerate((b'1', None)):
+        folder = tmp_path / f'y{number}.lmdb'
+        write_raw(folder, {'0': np.zeros((64, 64, 3), np.uint8)})
+        with lmdb.open(str(folder), map_size=1 << 24) as env, env.begin(write=True) as transaction:
+            transaction.delete(b'0.00000') if value is None else transaction.put(b'0.00000', value)
+        with pytest.raises(InputError, match=r'y\d.lmdb is damaged: 0 is not whole'):
+            RawDatabase(folder).view('0')[:1, :1]
+
+
+def test_pairs_of_other_keys(roots):
+    opt = section(roots, ['a'], 'RawPairedImageDataset')
+    with pytest.raises(
+        InputError, match='HR_raw.lmdb and .*LR_bicubic_X2_raw.lmdb must have the same keys, got others'
+    ):
+        build_dataset({**opt, 'dataroot_lq': opt['dataroot_lq'].replace('/a/', '/b/')})
+    with pytest.raises(InputError, match='is not a new key in the form `KEY.raw'):
+        build_dataset({**opt, 'dataroot_lq': opt['dataroot_lq'].replace('_raw', '')})
+
+
+@pytest.mark.parametrize(
+    'name', ['SRModel', 'SwinIRModel', 'ESRGANModel', 'RealESRNetModel', 'RealESRGANModel', 'DistillationModel']
+)
+def test_every_model_is_fed_floating_point(name):
+    """BasicSR's, ours, and what somebody derives from them later."""
+    found = MODEL_REGISTRY.get(name)
+
+    class Mine(found):
+        def feed_data(self, data):
+            self.seen = data['lq']
+            super().feed_data(data)
+
+    batch = {key: torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8) for key in ('lq', 'gt')}
+    for kind in (found, Mine):
+        model = object.__new__(kind)
+        model.device, model.is_train, model.opt = CPU, False, {}
+        model.memory_format, model.usm_sharpener = torch.contiguous_format, torch.nn.Identity()
+        model.feed_data(dict(batch))
+        for key, value in batch.items():
+            assert torch.equal(getattr(model, key), value.double().div(255).float())
+    assert model.seen.dtype == torch.float32

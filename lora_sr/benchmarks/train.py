@@ -99,7 +99,7 @@ class Form:
         train: Keys of ``train`` that are set.
         is_stock: Whether BasicSR is left as it is.
         is_rival: Whether the network is another one, of which the losses are no matter.
-        from_teacher: Whether the teacher's outputs are computed beforehand.
+        is_taught: Whether the teacher's outputs are computed beforehand.
         loads: The kind of database that its loader reads; None where its loader is not measured.
     """
 
@@ -107,7 +107,7 @@ class Form:
     train: Mapping[str, Any] = field(default_factory=dict)
     is_stock: bool = False
     is_rival: bool = False
-    from_teacher: bool = False
+    is_taught: bool = False
     loads: str | None = None
 
     @property
@@ -216,9 +216,9 @@ def forms_of(subject: Subject, keys: Sequence[str]) -> list[Form]:
         forms.append(Form(f'+ {_text(key)}', {**forms[-1].train, key: ADDED[key]}))
     best = forms[-1]
     if subject.teacher is not None:
-        best = replace(best, name="+ teacher's outputs computed before", from_teacher=True)
+        best = replace(best, name='+ network_t.precompute', is_taught=True)
         forms.append(best)
-    forms[-1] = replace(best, loads='raw' if _has_raw() else 'png')
+    forms[-1] = replace(best, loads='raw')
     recorded = {key: value for key, value in best.train.items() if key != 'graph'}
     for key in (key for key in ALONE if key in keys):
         forms.append(Form(f'  beside, without graph: {_text(key)}', {**recorded, key: ALONE[key]}))
@@ -327,11 +327,11 @@ def _processes(subject: Subject, forms: Sequence[Form], conditions: Conditions) 
 def task_of(subject: Subject, form: Form, conditions: Conditions) -> Task:
     """What the process of a form trains: the options of a shipped file, as far as the step and the loader go."""
     network = _sized(subject.rival if form.is_rival and subject.rival else subject.network, conditions.patch)
-    has_teacher = subject.teacher is not None and not form.from_teacher
+    section = _section(form.loads or 'png', conditions)
     loss = {'type': 'PSNRLoss', 'eps': 1e-4} if subject.teacher is not None else {'type': 'L1Loss'}
     opt: dict[str, Any] = {
         'name': 'benchmark',
-        'model_type': subject.model if subject.teacher is None or has_teacher else 'SRModel',
+        'model_type': subject.model,
         'scale': SCALE,
         'num_gpu': int(conditions.device == 'cuda'),
         'is_train': True,
@@ -339,14 +339,14 @@ def task_of(subject: Subject, form: Form, conditions: Conditions) -> Task:
         'rank': 0,
         'world_size': 1,
         'path': {'models': str(conditions.folder), 'pretrain_network_g': None},
-        'datasets': {'train': {'gt_size': conditions.patch * SCALE}},
+        'datasets': {'train': section},
         'network_g': network,
         'train': {
             'ema_decay': 0.999,
             'optim_g': {'type': 'Adam', 'lr': subject.rate, 'betas': [0.9, 0.99]},
             'scheduler': {'type': 'MultiStepLR', 'milestones': [10**9]},
             'total_iter': 10**9,
-            'distill_pixel_opt' if has_teacher else 'pixel_opt': loss,
+            'pixel_opt' if subject.teacher is None else 'distill_pixel_opt': loss,
             **form.train,
         },
     }
@@ -358,8 +358,8 @@ def task_of(subject: Subject, form: Form, conditions: Conditions) -> Task:
         conditions.folder / 'batches.pth',
         conditions.steps,
         form.is_stock,
-        _section(form.loads, conditions) if form.loads else None,
-        form.from_teacher,
+        section if form.loads else None,
+        form.is_taught,
     )
 
 
@@ -380,10 +380,6 @@ def _teacher_file(subject: Subject, folder: Path) -> Path:
         torch.manual_seed(1)
         torch.save(arch(**section).state_dict(), file)
     return file
-
-
-def _has_raw() -> bool:
-    return find_spec('lora_sr.basicsr.raw_datasets') is not None
 
 
 def _prepare(images: Sequence[str | os.PathLike[str]], conditions: Conditions) -> None:
@@ -416,9 +412,7 @@ def _prepare(images: Sequence[str | os.PathLike[str]], conditions: Conditions) -
     ]
     torch.save(batches, folder / 'batches.pth')
     prepare_databases(images, folder / 'png', [SCALE], size=SUB_IMAGE, step=SUB_IMAGE // 2, progress=False)
-    if _has_raw():
-        arguments: Any = {'raw': True}
-        prepare_databases(images, folder / 'raw', [SCALE], progress=False, **arguments)
+    prepare_databases(images, folder / 'raw', [SCALE], raw=True, progress=False)
 
 
 def _planes(image: np.ndarray) -> Tensor:

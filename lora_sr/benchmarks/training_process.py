@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_sr import hook
 from lora_sr.report.memory import forget_peak, peak
@@ -30,11 +30,11 @@ class Task:
 
     Args:
         opt: Options, as ``parse_options`` hands them to a model.
-        batches: A file of batches, each ``{'lq', 'gt'}``, that are trained on in turn.
+        batches: A file of batches, each ``{'lq', 'gt'}``, that come in turn.
         steps: How many are done before any is timed, for the loss.
         is_stock: Whether BasicSR is left as its authors wrote it.
         loader: The section ``datasets.train`` of what :meth:`Trainer.loop` reads; None for no loader.
-        from_teacher: Whether the targets of the batches are what ``network_t`` makes of them, computed beforehand.
+        is_taught: Whether what ``network_t`` makes of the batches is computed beforehand.
         start_method: How processes are started on this system, as the workers of a loader are.
     """
 
@@ -43,7 +43,7 @@ class Task:
     steps: int
     is_stock: bool = False
     loader: Mapping[str, Any] | None = None
-    from_teacher: bool = False
+    is_taught: bool = False
     start_method: str = field(default_factory=multiprocessing.get_start_method)
 
 
@@ -94,9 +94,10 @@ class Trainer:
             _add_ours()
         torch.backends.cudnn.benchmark = True  # as BasicSR's train.py has it
         self.on_gpu = bool(opt['num_gpu'])
+        self.device = torch.device('cuda' if self.on_gpu else 'cpu')
         self.batches = torch.load(task.batches, weights_only=True)
-        if task.from_teacher:
-            _teach(self.batches, opt, 'cuda' if self.on_gpu else 'cpu')
+        if task.is_taught:
+            _teach(self.batches, opt, self.device)
         before = 0 if self.on_gpu or sys.platform != 'linux' else forget_peak()
         torch.manual_seed(0)
         self.model = build_model(opt)
@@ -136,11 +137,19 @@ class Trainer:
         return self._mean(iterate, seconds)
 
     def load(self, seconds: float) -> float:
-        """Seconds of a batch of the loader alone."""
+        """Seconds of a batch of the loader alone, as floating point on the device."""
+        from lora_sr.basicsr.integer_images import with_floats
+
         prefetcher = self._prefetcher()
+
+        def load() -> None:
+            for value in with_floats(prefetcher.next(), self.device).values():
+                if isinstance(value, Tensor):
+                    value.to(self.device)
+
         for _ in range(self._ready()):
             prefetcher.next()
-        return self._mean(prefetcher.next, seconds)
+        return self._mean(load, seconds)
 
     def _mean(self, run: Any, seconds: float) -> float:
         self._wait()
@@ -179,6 +188,8 @@ class Trainer:
         if self._loading is None:
             opt = deepcopy(dict(self.task.loader or {}))
             dataset = build_dataset(opt)
+            if self.task.is_taught:
+                self.model.teach(dataset)
             sampler = EnlargedSampler(dataset, 1, 0, 1 + 2_000_000 // len(dataset))  # one epoch, which does not end
             num_gpu = self.task.opt['num_gpu']
             self._loading = CPUPrefetcher(build_dataloader(dataset, opt, num_gpu, sampler=sampler, seed=0))
@@ -236,14 +247,15 @@ def with_peft(base: dict[str, Any], lora: dict[str, Any]) -> nn.Module:
 
 
 @torch.inference_mode()
-def _teach(batches: list[dict[str, Any]], opt: dict[str, Any], device: str) -> None:
-    """Put what the teacher makes of the inputs in the place of the targets."""
+def _teach(batches: list[dict[str, Any]], opt: dict[str, Any], device: torch.device) -> None:
+    """Give batches what the teacher makes of them, as a dataset does, and let the model count on that."""
     from basicsr.archs import build_network
 
     from lora_sr.archs import fold
 
-    teacher = build_network(opt.pop('network_t'))
+    teacher = build_network(dict(opt['network_t']))
     teacher.load_state_dict(torch.load(opt['path']['pretrain_network_t'], weights_only=True))
     teacher = fold(teacher).eval().to(device)
     for batch in batches:
-        batch['gt'] = teacher(batch['lq'].to(device)).cpu().clone()
+        batch['taught'] = teacher(batch['lq'].to(device)).cpu().clone()
+    opt['network_t'] = {**opt['network_t'], 'precompute': True}

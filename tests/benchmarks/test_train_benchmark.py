@@ -42,7 +42,7 @@ def test_table(monkeypatch, capsys):
     number = r' +[\d.,]+'
     row = rf'{number}{number}{number} +[\d.,]+ MB +(\d+\.\d{{6}})$'
     names = ['stock BasicSR', 'lora_sr', r'\+ memory_format: channels_last', r'\+ graph: true']
-    names += [r"\+ teacher's outputs computed before", '  beside, without graph: accumulate_iter: 2']
+    names += [r'\+ network_t.precompute', '  beside, without graph: accumulate_iter: 2']
     losses = [float(re.search(rf'^{form}{row}', printed, re.M).group(1)) for form in names]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
     assert '    train.graph: a CUDA graph needs a GPU; the steps run without.' in printed

@@ -84,6 +84,7 @@ class Trainer:
         self.task, opt = task, deepcopy(dict(task.opt))
         if task.is_stock:
             _leave_basicsr_alone()
+        from basicsr.data import build_dataset
         from basicsr.models import build_model
         from basicsr.utils import get_root_logger
 
@@ -101,6 +102,11 @@ class Trainer:
         before = 0 if self.on_gpu or sys.platform != 'linux' else forget_peak()
         torch.manual_seed(0)
         self.model = build_model(opt)
+        self.dataset = build_dataset(deepcopy(dict(task.loader))) if task.loader else None
+        if task.is_taught and self.dataset is not None:
+            self.model.teach(self.dataset)
+            if not self.on_gpu and sys.platform == 'linux':
+                forget_peak()  # that of whole images
         self.iteration = 0
         for _ in range(task.steps):
             self._step()
@@ -181,15 +187,13 @@ class Trainer:
         return WAITING * self.task.loader['num_worker_per_gpu'] + 1 if self.task.loader else 0
 
     def _prefetcher(self) -> Any:
-        from basicsr.data import build_dataloader, build_dataset
+        from basicsr.data import build_dataloader
         from basicsr.data.data_sampler import EnlargedSampler
         from basicsr.data.prefetch_dataloader import CPUPrefetcher
 
         if self._loading is None:
             opt = deepcopy(dict(self.task.loader or {}))
-            dataset = build_dataset(opt)
-            if self.task.is_taught:
-                self.model.teach(dataset)
+            dataset: Any = self.dataset
             sampler = EnlargedSampler(dataset, 1, 0, 1 + 2_000_000 // len(dataset))  # one epoch, which does not end
             num_gpu = self.task.opt['num_gpu']
             self._loading = CPUPrefetcher(build_dataloader(dataset, opt, num_gpu, sampler=sampler, seed=0))

@@ -117,7 +117,7 @@ def compiled(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Call
     return torch.compile(function, **arguments)
 
 
-def _cast_layers(network: nn.Module, dtype: torch.dtype) -> None:
+def _cast_layers(network: nn.Module, dtype: torch.dtype | None) -> None:
     """Round the layers of a frozen network once, as autocast would in each step; norms and tables stay in float32."""
     for module in network.modules():
         if type(module) in LAYERS:

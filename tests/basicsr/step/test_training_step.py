@@ -293,3 +293,12 @@ def test_average_follows_its_formula(options):
             expected[name] = 0.9 * expected[name] + 0.1 * value.detach().double()
     for name, value in model.net_g_ema.named_parameters():
         torch.testing.assert_close(value.double(), expected[name].detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_a_teacher_is_in_float32_until_the_first_step(options):
+    """Its outputs for whole images may be made before; in a step its layers need no more cast."""
+    plain, model = built(options('DistillationModel')), built(options('DistillationModel', amp='bf16'))
+    image = torch.rand(1, 3, 12, 8)
+    assert torch.equal(model.net_t(image), plain.net_t(image))
+    steps(model, 1, 1)
+    assert {value.dtype for value in model.net_t.parameters()} == {torch.bfloat16}

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from basicsr.archs.srresnet_arch import MSRResNet
 from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import MODEL_REGISTRY
 from tiny_steps import SWINIR, assert_near, built, steps, validated, weights

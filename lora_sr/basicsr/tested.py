@@ -34,7 +34,7 @@ def tested(model: Any, iteration: int) -> Iterator[None]:
     """Let a model ``test`` under ``inference_mode``, and in tiles of ``val.tile``.
 
     What is made in that mode can never be trained on. Networks of others may keep something, as a mask for the size of
-    an image, and use it in training: they are tested as BasicSR does it.
+    an image, and use it in training, and models of others may adapt to an image: these are tested as BasicSR does it.
     """
     network = getattr(model, 'net_g', None)
     if not hasattr(model, 'test') or not isinstance(network, nn.Module):
@@ -42,7 +42,7 @@ def tested(model: Any, iteration: int) -> Iterator[None]:
         return
     test, side = model.test, (model.opt.get('val') or {}).get('tile')
     network = model.get_bare_model(getattr(model, 'net_g_ema', network))
-    is_known = all(type(module).__module__.startswith(KNOWN) for module in network.modules())
+    is_known = all(type(part).__module__.startswith(KNOWN) for part in (model, *network.modules()))
     cut: Cut | None = None
 
     def run() -> None:

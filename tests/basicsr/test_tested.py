@@ -3,6 +3,7 @@
 import pytest
 import torch
 from basicsr.models import build_model
+from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import ARCH_REGISTRY, MODEL_REGISTRY
 from tiny_run import model_options
 
@@ -22,22 +23,29 @@ NETWORKS = {
 real_cut_axis = module.cut_axis
 
 
-def make(tmp_path, name, is_train, ema_decay=0):
+def make(tmp_path, name, is_train, ema_decay=0, model_type=None, **train):
     options = {**model_options(tmp_path), 'scale': 2}
-    options['train']['ema_decay'] = ema_decay
+    options['train'].update(ema_decay=ema_decay, **train)
     options['val']['tile'] = 4  # which is too small: it is enlarged
-    options.update(model_type=name if name in MODEL_REGISTRY else 'SRModel', network_g=dict(NETWORKS[name]))
+    model_type = model_type or (name if name in MODEL_REGISTRY else 'SRModel')
+    options.update(model_type=model_type, network_g=dict(NETWORKS[name]))
     options['is_train'] = is_train
     torch.manual_seed(0)
     return build_model(options)
 
 
 @pytest.mark.parametrize(
-    ('name', 'is_train', 'ema_decay'),
-    [('SRModel', True, 0), ('SRModel', True, 0.9), ('SRModel', False, 0), ('SwinIRModel', True, 0)],
+    ('name', 'is_train', 'ema_decay', 'train'),
+    [
+        ('SRModel', True, 0, {}),
+        ('SRModel', True, 0.9, {}),
+        ('SRModel', False, 0, {}),
+        ('SwinIRModel', True, 0, {}),
+        ('SwinIRModel', True, 0, {'amp': 'bf16', 'compile': {'backend': 'eager'}}),  # measured in float64 none the less
+    ],
 )
-def test_tiles_give_what_the_whole_image_gives(tmp_path, monkeypatch, name, is_train, ema_decay):
-    model = make(tmp_path, name, is_train, ema_decay)
+def test_tiles_give_what_the_whole_image_gives(tmp_path, monkeypatch, name, is_train, ema_decay, train):
+    model = make(tmp_path, name, is_train, ema_decay, **train)
     model.feed_data({'lq': torch.rand(1, 3, 61, 78)})
     model.test()
     whole, calls = model.output, []
@@ -96,6 +104,21 @@ def test_a_network_of_others_may_keep_something(tmp_path, monkeypatch):
     assert not is_inference(model)
     model.feed_data({'lq': torch.rand(1, 3, 8, 8, requires_grad=True), 'gt': torch.rand(1, 3, 16, 16)})
     model.optimize_parameters(1)
+
+
+class Tuning(SRModel):
+    """Of somebody else: it adapts its network to each image that it tests."""
+
+    def test(self):
+        with torch.enable_grad():
+            super_resolved = self.net_g(self.lq)
+            (gradient,) = torch.autograd.grad(super_resolved.mean(), [self.net_g.conv_first.weight])
+        self.output = super_resolved.detach() + gradient.mean()
+
+
+def test_a_model_of_others_may_differentiate(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Tuning', Tuning)
+    assert not is_inference(make(tmp_path, 'SRModel', True, model_type='Tuning'))
 
 
 def test_the_stock_model_keeps_nothing_of_a_tile(tmp_path):

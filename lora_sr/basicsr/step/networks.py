@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Callable
@@ -70,15 +71,15 @@ class StepNetworks:
         for module in network.modules():
             if is_large_depthwise(module):
                 self._add_depthwise(module)
-        network.forward = self._within_step(network.forward, self._run)
+        self._within_step(network, 'forward', self._run)
 
     def _add_block(self, block: nn.Module, can_forget: bool) -> None:
-        run = plain = block.forward
+        run = block.forward
         if self.settings.compile is not None:
             run = compiled(run, self.settings.compile)
         if self.settings.checkpointing and can_forget:
             run = functools.partial(checkpoint, run, use_reentrant=False)
-        block.forward = self._within_step(plain, lambda _, *args, **kwargs: run(*args, **kwargs))
+        self._within_step(block, 'forward', lambda _, *args, **kwargs: run(*args, **kwargs))
 
     def _add_depthwise(self, module: Any) -> None:
         def run(convolve: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -86,14 +87,19 @@ class StepNetworks:
                 return convolve(x, weight, bias)
             return depthwise_conv2d(x, weight, bias, module.dilation[0])
 
-        module._conv_forward = self._within_step(module._conv_forward, run)
+        self._within_step(module, '_conv_forward', run)
 
-    def _within_step(self, forward: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
-        def either(*args: Any, **kwargs: Any) -> Any:
-            return run(forward, *args, **kwargs) if self._is_active else forward(*args, **kwargs)
+    def _within_step(self, module: Any, name: str, run: Callable[..., Any]) -> None:
+        """Let a method of a module go through ``run`` in a step, which is given the method first."""
+        original = getattr(module, name).__func__
 
-        return either
+        @functools.wraps(original)
+        def either(own: Any, *args: Any, **kwargs: Any) -> Any:
+            method = types.MethodType(original, own)
+            return run(method, *args, **kwargs) if self._is_active else method(*args, **kwargs)
+
+        # A method, not a function: that of a copy of the network, as of one in float64, is the copy's own.
+        setattr(module, name, types.MethodType(either, module))
 
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         device = next((value.device.type for value in args if isinstance(value, Tensor)), 'cpu')

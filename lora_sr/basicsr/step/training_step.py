@@ -60,7 +60,8 @@ class TrainingStep:
         self._networks = StepNetworks(settings, memory_format(model.opt['train']))
         self._part = 0
         self._is_stepping = False
-        self._cleared: set[int] = set()
+        self._cleared: set[int] = set()  # optimizers that were told to clear their gradients, in any part
+        self._waiting: dict[int, int] = {}  # those that step in the last part, with the part that asked for it last
         self._stepped = False
         self._batch: list[str] = []
         self._graph = GraphedStep(self) if settings.graph else None
@@ -121,13 +122,11 @@ class TrainingStep:
     def _run_parts(self, current_iter: int, parts: int) -> None:
         whole = self.batch()
         if not whole or any(len(value) % parts for value in whole.values()):
-            raise InputError(
-                f'train.accumulate_iter must be 1 for {type(self.model).__name__}, which does not keep its batch in '
-                f'tensors, got {parts}.'
-            )
+            raise self._no_parts('does not keep its batch in tensors')
         chunks = {name: value.chunk(parts) for name, value in whole.items()}
         logs = []
         self._cleared.clear()
+        self._waiting.clear()
         try:
             for self._part in range(parts):
                 for name, values in chunks.items():
@@ -162,25 +161,33 @@ class TrainingStep:
             if self._is_stepping:
                 return step(closure)
             if self._is_last_part():
+                self._waiting.pop(id(optimizer), None)
                 self._step(optimizer)
+            elif self._waiting.get(id(optimizer)) == self._part:
+                raise self._no_parts('steps more than once in an iteration')
+            else:
+                self._waiting[id(optimizer)] = self._part
             return None
 
         @functools.wraps(zero_grad)
         def cleared(_: Optimizer, set_to_none: bool = True) -> None:
-            if self._part == 0:
-                if id(optimizer) in self._cleared and self.settings.accumulate_iter > 1:
-                    raise InputError(
-                        f'train.accumulate_iter must be 1 for {type(self.model).__name__}, which steps more than once '
-                        f'in an iteration, got {self.settings.accumulate_iter}.'
-                    )
-                self._cleared.add(id(optimizer))
+            self._cleared.add(id(optimizer))
+            if id(optimizer) not in self._waiting:  # else these are the gradients that it waits to step with
                 zero_grad(set_to_none)
 
         # Methods, as a scheduler that is made later wants to wrap one.
         optimizer.step = types.MethodType(taken, optimizer)  # type: ignore[method-assign]
         optimizer.zero_grad = types.MethodType(cleared, optimizer)  # type: ignore[method-assign]
 
+    def _no_parts(self, reason: str) -> InputError:
+        count = self.settings.accumulate_iter
+        return InputError(
+            f'train.accumulate_iter must be 1 for {type(self.model).__name__}, which {reason}, got {count}.'
+        )
+
     def _step(self, optimizer: Optimizer) -> None:
+        if self.settings.accumulate_iter > 1 and id(optimizer) not in self._cleared:
+            raise self._no_parts("clears its gradients by other means than its optimizer's zero_grad")
         self._is_stepping = self._stepped = True
         try:
             if self.settings.clip_grad_norm is not None:

@@ -13,6 +13,7 @@ from tiny_run import TINY_OPTIONS, logged, python_environment, run_python
 
 from lora_sr.archs.span import SPAN
 from lora_sr.checkpoints.content import read_checkpoint
+from lora_sr.data.prepare import prepare_databases
 
 pytestmark = pytest.mark.slow
 
@@ -42,8 +43,12 @@ def write_run(pairs, tmp_path):
     options.update(
         model_type='DistillationModel',
         network_g={'type': 'DSCLoRA', 'feature_channels': 6, 'upscale': 2, 'rank': 2},
-        network_t={'type': 'SPAN', 'feature_channels': 8, 'upscale': 2},
+        network_t={'type': 'SPAN', 'feature_channels': 8, 'upscale': 2, 'precompute': True, 'self_ensemble': True},
         path={'pretrain_network_g': 'student.pth', 'param_key_g': None, 'pretrain_network_t': 'teacher.pth'},
+    )
+    made = prepare_databases([pairs / 'gt'], tmp_path / 'raw', [2], [pairs / 'lq'], raw=True, progress=False).databases
+    options['datasets']['train'].update(
+        type='RawPairedImageDataset', dataroot_gt=str(made[1]), dataroot_lq=str(made[2])
     )
     options['datasets']['val_2'] = {**options['datasets'].pop('val'), 'name': 'second'}
     options['datasets']['val_1'] = {**options['datasets']['val_2'], 'name': 'first'}

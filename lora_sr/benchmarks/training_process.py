@@ -99,25 +99,26 @@ class Trainer:
         self.batches = torch.load(task.batches, weights_only=True)
         if task.is_taught:
             _teach(self.batches, opt, self.device)
-        before = 0 if self.on_gpu or sys.platform != 'linux' else forget_peak()
+        # A teacher of whole images leaves memory behind that steps then take.
+        tells_memory = sys.platform == 'linux' and not self.on_gpu and not task.is_taught
+        before = forget_peak() if tells_memory else 0
         torch.manual_seed(0)
         self.model = build_model(opt)
         self.dataset = build_dataset(deepcopy(dict(task.loader))) if task.loader else None
         if task.is_taught and self.dataset is not None:
             self.model.teach(self.dataset)
-            if not self.on_gpu and sys.platform == 'linux':
-                forget_peak()  # that of whole images
         self.iteration = 0
         for _ in range(task.steps):
             self._step()
         self.started = Started(next(iter(self.model.get_current_log().values())), tuple(told.messages))
-        self._peak = peak() - before if sys.platform == 'linux' and not self.on_gpu else 0
+        self._peak = peak() - before if tells_memory else 0
         self._loading: Iterator[Any] | None = None
 
     def memory(self, seconds: float) -> int:
         """Bytes at the peak: on a GPU what is held for steps, else by how much they raised the resident memory.
 
-        0 where the system does not tell. What a GPU's library holds while it chooses its kernels is not counted.
+        0 where the system does not tell, or a teacher has worked before. What a GPU's library holds while it chooses
+        its kernels is not counted.
         """
         if not self.on_gpu:
             return self._peak

@@ -453,7 +453,12 @@ TRAIN = {
         default=False,
     ),
     'tf32': Key(optional(FLAG), "Whether products in float32 may use TF32 on a GPU; ~ for torch's own choice."),
-    'graph': Key(FLAG, 'Whether the whole iteration is one CUDA graph.', default=False),
+    'graph': Key(
+        FLAG,
+        'Whether the whole iteration is one CUDA graph: of one process, without `checkpointing`. What cannot be '
+        'recorded runs without, and the log says why.',
+        default=False,
+    ),
     'tsa_iter': Key(optional(whole(1)), 'Iterations in which the fusion module trains alone first.', only='EDVRModel'),
     'dcn_lr_mul': Key(number(), 'By how much the deformable layers learn faster.', default=1, only='EDVRModel'),
     'flow_lr_mul': Key(number(), 'By how much the optical flow learns faster.', default=1, only=_RECURRENT),

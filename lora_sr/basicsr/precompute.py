@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -9,12 +10,17 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
 import lmdb
 import numpy as np
+import torch
+from basicsr.utils.dist_util import get_dist_info
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,13 +29,14 @@ from lora_sr.basicsr.integer_images import TAUGHT_HIGH, TAUGHT_LOW
 from lora_sr.checkpoints.origin import adapter_fingerprint, fingerprint
 from lora_sr.data.lmdb_store import FIRST_MAP_BYTES, RawDatabase, RawImage, describe, raw_line, raw_values
 from lora_sr.errors import InputError
-from lora_sr.files import lock_path
-from lora_sr.runtime.upscaler import Upscaler
+from lora_sr.files import lock_path, replacing
+from lora_sr.runtime.upscaler import Upscaler, best_device
 
 LOG = logging.getLogger('basicsr')
 FORM = 1  # of what is stored: another number makes all of it anew
 META, UNFINISHED_META = 'meta_info.txt', 'meta_info.partial'
 SECONDS_OF_WAITING = 1
+SECONDS_BETWEEN_LOOKS = 10  # at what other processes have made
 
 
 def teacher_key(state: Mapping[str, Tensor], section: Mapping[str, Any], self_ensemble: bool) -> str:
@@ -54,7 +61,12 @@ def place_of(root: str | os.PathLike[str], teacher: str) -> Path:
 def precompute(teacher: nn.Module, root: str | os.PathLike[str], path: Path, scale: int, self_ensemble: bool) -> None:
     """Make the outputs of a teacher for all images of a raw database, unless they are there.
 
-    Each is stored as it is made: after a kill the next call goes on. Of several processes one works, the others wait.
+    All processes that are told to, on one machine or several, do so together. Each output is a file of its own at
+    first, which is on the disk whole or not at all, and is made under a lock: what a process that died was at is free
+    for any other. When all are there, one process moves them into the database, which nobody else has open then. After
+    a kill the next call goes on, at either stage.
+
+    On a drive without locks some outputs may be made twice, and processes of different runs must not do this at once.
 
     Args:
         teacher: In eval mode, (N, C, H, W) -> (N, C, scale * H, scale * W), values in [0, 1].
@@ -67,60 +79,207 @@ def precompute(teacher: nn.Module, root: str | os.PathLike[str], path: Path, sca
         InputError: The teacher does not take these images, or makes others than are wanted; or the outputs cannot be
             written.
     """
-    if path.exists():
-        return
     images = RawDatabase(os.path.expanduser(root))
-    upscale = upscaler(teacher, images, scale, self_ensemble)
     folder = path.with_name(f'.{path.name}.partial')
-    while not path.exists():
+    work = _Work(folder, path, list(images.images))
+    if work.is_done():
+        work.clear()
+        return
+    on_gpu = best_device().type != 'cpu'
+    makers = [upscaler(teacher, images, scale, self_ensemble) for _ in range(1 if on_gpu else torch.get_num_threads())]
+    try:
+        folder.mkdir(exist_ok=True)
+        left = [images.images[work.keys[number]] for number in work.left()]
+        needed, free = _bytes_of(left, scale), shutil.disk_usage(path.parent).free
+        if needed > free:
+            raise InputError(
+                f'network_t.precompute needs {needed / 1e9:.1f} GB beside {root} for the outputs of the '
+                f'teacher, got {free / 1e9:.1f} GB.'
+            )
+        LOG.info(
+            f'The teacher: {len(left):,} of {len(work.keys):,} images of {root} are left to compute, '
+            f'{needed / 1e9:.1f} GB.'
+        )
+        work.make_all(makers)
+        work.join()
+        work.clear()
+    except (OSError, lmdb.Error) as error:
+        raise InputError(f'{path}: the outputs of the teacher cannot be written there ({error}).') from error
+    LOG.info(f'The outputs of the teacher for {root} are in {path}.')
+
+
+class _Work:
+    """Outputs that are made as files, and then moved into a database, by whoever is there to do it.
+
+    Args:
+        folder: Holds the files, and the database until it is finished.
+        path: Where the database goes.
+        keys: Of the images, in their order.
+    """
+
+    def __init__(self, folder: Path, path: Path, keys: list[str]):
+        self.keys = keys
+        self._folder, self._path, self._database = folder, path, folder / 'joined'
+        self._rank, processes = get_dist_info()
+        # A process begins with its share, so that it hardly meets others, and goes on with theirs.
+        starts = [(self._rank + other) % processes for other in range(processes)]
+        self._order = [number for start in starts for number in range(start, len(keys), processes)]
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f'{number}.npy'
+
+    def is_done(self) -> bool:
+        """Whether the database is in its place."""
+        # To list a folder asks the server of a network drive; a single name may be known as it was a minute ago.
+        return self._path.name in os.listdir(self._path.parent)
+
+    def left(self) -> list[int]:
+        """The numbers of the outputs that are still to be made, in this process's order."""
+        try:
+            made = set(os.listdir(self._folder))
+        except FileNotFoundError:
+            if self.is_done():  # since a moment ago
+                return []
+            raise
+        if self.is_done() or self._database.name in made:  # which is begun when all are made
+            return []
+        return [number for number in self._order if self._file(number).name not in made]
+
+    def make_all(self, makers: Sequence[Callable[[str], np.ndarray]]) -> None:
+        """Make outputs until all are there, whoever has made them.
+
+        Args:
+            makers: One for each thread: what gives the output for a key.
+        """
+        total, left = len(self.keys), self.left()
+        is_quiet = True if self._rank or not sys.stderr else None
+        bar = tqdm(total=total, initial=total - len(left), unit='image', disable=is_quiet)
+        with bar, _single_threads(len(makers)) as pool:
+            while left:
+                _stop_if_told(total - len(left), total)
+                queue = deque(left)
+                some = partial(self._make_some, queue, time.monotonic() + SECONDS_BETWEEN_LOOKS, bar)
+                try:
+                    made = sum(pool.map(some, makers))
+                finally:
+                    queue.clear()  # where one fails, or Ctrl-C comes, all end
+                if not made:  # what is left is in the hands of others
+                    time.sleep(SECONDS_OF_WAITING)
+                left = self.left()
+                bar.n = total - len(left)
+                bar.refresh()
+
+    def _make_some(self, queue: deque[int], until: float, bar: tqdm, make: Callable[[str], np.ndarray]) -> int:
+        """Make outputs of a queue, of which other threads take as well; how many."""
+        made = 0
+        while time.monotonic() < until and not signals.is_told():
+            try:
+                number = queue.popleft()
+            except IndexError:
+                break
+            if self._make(number, make):
+                made += 1
+                bar.update()
+        return made
+
+    def _make(self, number: int, make: Callable[[str], np.ndarray]) -> bool:
+        """Make an output unless it is there, or another process or thread is at it; whether it was made."""
+        file, claim = self._file(number), self._folder / f'{number}.lock'
+        if file.exists():
+            return False
         lock = None
         try:
-            folder.mkdir(exist_ok=True)
-            lock = lock_path(folder)
-            if path.exists():  # the process that had the lock has just finished
-                shutil.rmtree(folder, ignore_errors=True)
-                break
-            with Outputs(folder) as outputs:
-                left = [key for key in images.images if key not in outputs.lines]
-                needed, free = _bytes_of(images, left, scale), shutil.disk_usage(folder).free
-                if needed > free:
-                    raise InputError(
-                        f'network_t.precompute needs {needed / 1e9:.1f} GB beside {root} for the outputs of the '
-                        f'teacher, got {free / 1e9:.1f} GB.'
-                    )
-                LOG.info(
-                    f'The teacher: {len(left):,} of {len(images.images):,} images of {root} are left to compute, '
-                    f'{needed / 1e9:.1f} GB.'
-                )
-                for key in tqdm(left, unit='image', disable=None if sys.stderr else True):
-                    _stop_if_told(len(outputs.lines), len(images.images))
-                    outputs.add(key, upscale(key))
-                outputs.finish(list(images.images))
-            os.rename(folder, path)
+            claim.touch()
+            lock = lock_path(claim)
+            if file.exists() or self._database.exists():  # made by the one that had the lock
+                return False
+            output = make(self.keys[number])
+            with replacing(file) as unfinished, open(unfinished, 'wb') as content:
+                np.save(content, output)
+                content.flush()
+                os.fsync(content.fileno())
+            claim.unlink(missing_ok=True)
         except BlockingIOError:
-            time.sleep(SECONDS_OF_WAITING)
-        except (OSError, lmdb.Error) as error:
-            raise InputError(f'{path}: the outputs of the teacher cannot be written there ({error}).') from error
+            return False
+        except (OSError, InputError):
+            if self.is_done():  # without locks others may have made it as well, and finished
+                return False
+            raise
         finally:
             if lock is not None:
                 os.close(lock)
-    LOG.info(f'The outputs of the teacher for {root} are in {path}.')
+        return True
+
+    def join(self) -> None:
+        """Move the outputs, all of which are there, into the database, or wait until another process has done so."""
+        while not self.is_done():
+            _stop_if_told(len(self.keys), len(self.keys))
+            lock = None
+            try:
+                claim = self._folder / 'joined.lock'
+                claim.touch()
+                lock = lock_path(claim)
+                if self.is_done() or (lock is None and self._rank):  # where there are no locks, the first joins
+                    raise BlockingIOError
+                self._move_all()
+            except BlockingIOError:
+                time.sleep(SECONDS_OF_WAITING)
+            except FileNotFoundError:
+                if not self.is_done():  # else the folder is gone because all is done
+                    raise
+            finally:
+                if lock is not None:
+                    os.close(lock)
+
+    def _move_all(self) -> None:
+        self._database.mkdir(exist_ok=True)
+        with Outputs(self._database) as outputs:
+            for number, key in enumerate(self.keys):
+                _stop_if_told(len(self.keys), len(self.keys))
+                if key not in outputs.lines:
+                    outputs.add(key, np.load(self._file(number)))
+                self._file(number).unlink(missing_ok=True)  # so that the disk holds nothing twice
+            outputs.finish(self.keys)
+        os.rename(self._database, self._path)
+
+    def clear(self) -> None:
+        """Remove what is left of the folder when the database is in its place."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _single_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that compute with one processor each, and on this process's GPU.
+
+    Several images at a time keep processors busier than several threads at one image, which wait for each other.
+    """
+    threads = torch.get_num_threads()
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        if device is not None:
+            torch.cuda.set_device(device)
+
+    try:
+        with ThreadPoolExecutor(count, initializer=begin) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # also what threads that begin later take
 
 
 def _stop_if_told(done: int, total: int) -> None:
     """End the run, which has not begun to train, if a signal has come."""
     if signals.is_told():
-        print(
-            f'stopped: {done:,} of {total:,} outputs of the teacher are stored; the same command goes on from there',
-            file=sys.stderr,
-            flush=True,
-        )
+        if get_dist_info()[0] == 0:
+            stored = f'{done:,} of {total:,} outputs of the teacher are stored'
+            print(f'stopped: {stored}; the same command goes on from there', file=sys.stderr, flush=True)
         raise SystemExit(0)
 
 
-def _bytes_of(images: RawDatabase, keys: list[str], scale: int) -> int:
+def _bytes_of(images: list[RawImage], scale: int) -> int:
     """What the outputs for these images take on the disk."""
-    shapes = [images.images[key].shape for key in keys]
+    shapes = [image.shape for image in images]
     return sum(
         RawImage((scale * height, scale * width, channels), 'uint16', '').stored_bytes
         for height, width, channels in shapes

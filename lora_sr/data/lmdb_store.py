@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping
@@ -72,6 +73,7 @@ RAW_TYPES = {'uint8': '<u1', 'uint16': '<u2'}
 _META_LINE = re.compile(r'([^.]+)\.png \((\d{1,9}),(\d{1,9}),(\d{1,9})\) \d+')
 _RAW_LINE = re.compile(r'([^.]+)\.raw \((\d{1,9}),(\d{1,9}),([1-4])\) (uint8|uint16) ([0-9a-f]{8})')
 
+_opening = threading.Lock()
 _databases: weakref.WeakValueDictionary[str, lmdb.Environment] = weakref.WeakValueDictionary()
 # Which file it is, and how many bytes it needs.
 _opened: weakref.WeakKeyDictionary[lmdb.Environment, tuple[tuple[int, int] | None, int]] = weakref.WeakKeyDictionary()
@@ -91,14 +93,15 @@ def open_database(path: str, **settings: Any) -> lmdb.Environment:
         InputError: It cannot be opened.
     """
     key = os.path.realpath(path)
-    environment = _databases.get(key)
-    if environment is None:
-        settings = {'readonly': True, 'lock': False, 'readahead': False, **settings}
-        try:
-            environment = _databases[key] = lmdb.open(os.fspath(path), **settings)
-            _opened[environment] = identity(os.path.join(path, DATA_FILE)), bytes_of_pages(environment)
-        except lmdb.Error as error:
-            raise InputError(f'the database {path} cannot be opened: {error}') from error
+    with _opening:  # by one thread
+        environment = _databases.get(key)
+        if environment is None:
+            settings = {'readonly': True, 'lock': False, 'readahead': False, **settings}
+            try:
+                environment = _databases[key] = lmdb.open(os.fspath(path), **settings)
+                _opened[environment] = identity(os.path.join(path, DATA_FILE)), bytes_of_pages(environment)
+            except lmdb.Error as error:
+                raise InputError(f'the database {path} cannot be opened: {error}') from error
     return environment
 
 

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import cv2
@@ -22,13 +24,15 @@ from tiny_run import TINY_OPTIONS, python_environment, run_python
 
 from lora_sr.archs import fold
 from lora_sr.archs.span import SPAN
+from lora_sr.basicsr import precompute as module
 from lora_sr.basicsr import signals
 from lora_sr.basicsr.integer_images import with_floats
-from lora_sr.basicsr.precompute import place_of, precompute, teacher_key, to_stored
+from lora_sr.basicsr.precompute import place_of, precompute, teacher_key, to_stored, upscaler
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.data import prepare_databases
 from lora_sr.data.lmdb_store import LmdbWriter, RawDatabase
 from lora_sr.errors import InputError
+from lora_sr.files import lock_path
 
 CPU = torch.device('cpu')
 STEP = 2 / 65535
@@ -216,6 +220,7 @@ def test_a_signal_ends_it_between_two_images(pairs, tmp_path, monkeypatch, capsy
         signals._received.append(signal.SIGTERM)
         return to_stored(output)
 
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
     monkeypatch.setattr(signals, '_received', [])
     monkeypatch.setattr('lora_sr.basicsr.precompute.to_stored', stored)
     with pytest.raises(SystemExit):
@@ -252,13 +257,16 @@ for moment in moments:
     pid = os.fork()
     if not pid:
         name, number = moment.split('-')
-        owner = {'rename': os, 'replace': os, 'add': p.Outputs, 'finish': p.Outputs}.get(name, p)
+        owner = {'rename': os, 'replace': os, 'fsync': os, 'add': p.Outputs, 'finish': p.Outputs}.get(name, p)
         setattr(owner, name, at_call(getattr(owner, name), int(number)))
         p.precompute(make_teacher(), root, Path(folder, f'{moment}.lmdb'), 2, False)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, moment
 """
-MOMENTS = {'to_stored-1': 0, 'add-1': 0, 'raw_values-3': 2, 'finish-1': 3, 'replace-1': 3, 'rename-1': 3}
+MOMENTS = {
+    **{'to_stored-1': 0, 'to_stored-3': 2, 'fsync-2': 1, 'replace-1': 0, 'replace-2': 1},  # of the outputs
+    **{'add-1': 3, 'raw_values-3': 3, 'finish-1': 3, 'replace-4': 3, 'rename-1': 3},  # of the database
+}
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills forked processes')
@@ -279,6 +287,162 @@ def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(pairs, 
             given, expected = (RawDatabase(folder).view(key)[:, :] for folder in (path, tmp_path / 'whole.lmdb'))
             assert np.array_equal(given, expected), moment
     assert not list(tmp_path.glob('.*'))
+
+
+def test_a_kill_behind_the_last_move_leaves_nothing(pairs, tmp_path, monkeypatch):
+    root, path = copied(pairs, tmp_path), tmp_path / 'out.lmdb'
+    monkeypatch.setattr(module._Work, 'clear', lambda self: None)
+    precompute(make_teacher(), root, path, 2, False)
+    assert list(tmp_path.glob('.*'))
+    monkeypatch.undo()
+    precompute(make_teacher(), root, path, 2, False)
+    assert len(RawDatabase(path).images) == 3 and not list(tmp_path.glob('.*'))
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """A raw database of ten images, and what is called for each output that is made: a list of keys."""
+    rng = np.random.default_rng(1)
+    writer, made = LmdbWriter(tmp_path / 'LR_raw.lmdb'), []
+    for number in range(10):
+        writer.put_raw(f'{number:02}', rng.integers(0, 256, (14 + number, 20, 3), np.uint8))
+    writer.finish()
+
+    def noted(*args):
+        make = upscaler(*args)
+        return lambda key: made.append(key) or make(key)
+
+    monkeypatch.setattr(module, 'upscaler', noted)
+    monkeypatch.setattr(module, 'SECONDS_OF_WAITING', 0.01)
+    return tmp_path / 'LR_raw.lmdb', made
+
+
+def contents(path):
+    """All of a database."""
+    database = RawDatabase(path)
+    images = {key: database.view(key)[:, :].tobytes() for key in database.images}
+    return (path / 'meta_info.txt').read_bytes(), images
+
+
+def start(root, path, teacher=None):
+    """As another machine would: in a thread, since locks are between open files."""
+    return ThreadPoolExecutor(1).submit(precompute, teacher or make_teacher(), root, path, 2, False)
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_machines_share_the_images_and_make_each_once(many, tmp_path):
+    root, made = many
+    precompute(make_teacher(), root, tmp_path / 'whole.lmdb', 2, False)
+    assert sorted(made) == [f'{number:02}' for number in range(10)]
+    made.clear()
+    for machine in [start(root, tmp_path / 'out.lmdb') for _ in range(3)]:
+        machine.result(60)
+    assert sorted(made) == [f'{number:02}' for number in range(10)]
+    assert contents(tmp_path / 'out.lmdb') == contents(tmp_path / 'whole.lmdb') and not list(tmp_path.glob('.*'))
+
+
+def test_an_image_that_another_machine_is_at_is_waited_for_and_made_if_that_dies(many, tmp_path):
+    root, made = many
+    folder = tmp_path / '.out.lmdb.partial'
+    folder.mkdir()
+    (folder / '4.lock').touch()
+    lock = lock_path(folder / '4.lock')
+    machine = start(root, tmp_path / 'out.lmdb')
+    wait_for(lambda: len(list(folder.glob('*.npy'))) == 9)
+    time.sleep(0.1)
+    assert '04' not in made and not machine.done()
+    os.close(lock)
+    machine.result(60)
+    assert made[-1] == '04' and len(RawDatabase(tmp_path / 'out.lmdb').images) == 10
+
+
+def test_without_locks_the_first_process_makes_the_database(many, tmp_path, monkeypatch):
+    root, made = many
+    teacher = make_teacher()
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
+    monkeypatch.setattr(module, 'lock_path', lambda path: None)
+    monkeypatch.setattr(module, 'get_dist_info', lambda: (1, 2))
+    second = start(root, tmp_path / 'out.lmdb', teacher)
+    wait_for(lambda: len(list(tmp_path.glob('.out.lmdb.partial/*.npy'))) == 10)
+    time.sleep(0.1)
+    assert made[:5] == ['01', '03', '05', '07', '09'] and not second.done()  # its share first
+    monkeypatch.setattr(module, 'get_dist_info', lambda: (0, 2))
+    precompute(teacher, root, tmp_path / 'out.lmdb', 2, False)
+    second.result(60)
+    assert len(made) == 10 and len(RawDatabase(tmp_path / 'out.lmdb').images) == 10
+
+
+# A training of which a process kills itself in the middle of an output, and that notes what is made.
+PROCESS = """
+import os, signal, sys, time
+import lora_sr
+import basicsr
+from lora_sr.basicsr import precompute as module
+made, upscaler, rank = [], module.upscaler, os.environ.get('RANK', '0')
+
+def noted(*args):
+    make = upscaler(*args)
+    def output(key):
+        made.append(key)
+        if os.environ.get('KILLED') == rank and len(made) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get('KILLED') == '1' and rank == '0':
+            time.sleep(0.5)  # so that something is left when the other one dies
+        result = make(key)
+        with open('made', 'a') as file:
+            file.write(f'{rank} {key}\\n')
+        return result
+    return output
+
+module.upscaler = noted
+from lora_sr.cli.main import run_pipeline
+sys.exit(run_pipeline(is_train=True))
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_the_images_and_one_that_dies_is_made_good(many, tmp_path):
+    root, _ = many
+    torch.manual_seed(0)
+    torch.save({'params': SPAN(feature_channels=8, upscale=2).state_dict()}, tmp_path / 'teacher.pth')
+    opt = yaml.safe_load(TINY_OPTIONS.format(root=tmp_path, suffix='', backend='lmdb').replace('1e-3', '0.001'))
+    train = {**opt['datasets']['train'], 'type': 'RawLRImageDataset', 'dataroot_lq': str(root), 'lq_size': 12}
+    for key in ('dataroot_gt', 'gt_size'):
+        del train[key]
+    opt.update(model_type='DistillationModel', val=None, datasets={'train': train})
+    opt['network_t'] = {'type': 'SPAN', 'feature_channels': 8, 'upscale': 2, 'precompute': True}
+    opt['path'].update(pretrain_network_t='teacher.pth')
+    del opt['train']['pixel_opt']
+    opt['train'].update(distill_pixel_opt={'type': 'L1Loss'}, total_iter=2)
+    (tmp_path / 'tiny.yml').write_text(yaml.safe_dump(opt))
+    (tmp_path / 'process.py').write_text(PROCESS)
+
+    def run(count, killed='', status=0):
+        launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(count)]
+        done = subprocess.run(
+            [*launcher, 'process.py', '-opt', 'tiny.yml', '--launcher', 'pytorch'], cwd=tmp_path,
+            env={**python_environment(), 'KILLED': killed}, capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr, (tmp_path / 'made').read_text().split('\n')[:-1]
+
+    told, first = run(2, killed='1', status=1)
+    assert 'exitcode  : -9' in told and not list(tmp_path.glob('LR_raw_taught_*.lmdb'))
+    stored = len(list(tmp_path.glob('.LR_raw_taught_*.partial/*.npy')))
+    assert [line for line in first if line[0] == '1'] == ['1 01'] and 1 <= stored <= 8
+    told, all_made = run(3)
+    assert f'The teacher: {10 - stored} of 10 images' in told and len(all_made) - len(first) == 10 - stored
+    (path,) = tmp_path.glob('LR_raw_taught_*.lmdb')
+    teacher = SPAN(feature_channels=8, upscale=2)
+    teacher.load_state_dict(torch.load(tmp_path / 'teacher.pth')['params'])
+    precompute(fold(teacher).eval(), root, tmp_path / 'whole.lmdb', 2, False)
+    assert contents(path) == contents(tmp_path / 'whole.lmdb') and not list(tmp_path.glob('.LR*'))
 
 
 @pytest.mark.slow

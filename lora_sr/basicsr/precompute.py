@@ -189,8 +189,8 @@ class Outputs:
             self.lines = {line.split('.')[0]: line for line in meta.read_text('ascii').splitlines(keepends=True)}
             return
         with self._environment.begin() as transaction:
-            pairs = ((key, value) for key, value in transaction.cursor() if b'.' not in key)
-            self.lines = {key.decode(): value.decode() for key, value in pairs}
+            keys = transaction.cursor().iternext(values=False)  # else all images are read
+            self.lines = {key.decode(): transaction.get(key).decode() for key in keys if b'.' not in key}
 
     def __enter__(self) -> Outputs:
         return self

@@ -22,7 +22,7 @@ from lora_sr.basicsr import signals
 from lora_sr.basicsr.integer_images import TAUGHT_HIGH, TAUGHT_LOW
 from lora_sr.checkpoints.origin import adapter_fingerprint, fingerprint
 from lora_sr.data.lmdb_store import FIRST_MAP_BYTES, RawDatabase, RawImage, describe, raw_line, raw_values
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, is_first_process
 from lora_sr.files import lock_path
 from lora_sr.runtime.upscaler import Upscaler
 
@@ -77,6 +77,8 @@ def precompute(teacher: nn.Module, root: str | os.PathLike[str], path: Path, sca
         try:
             folder.mkdir(exist_ok=True)
             lock = lock_path(folder)
+            if lock is None and not is_first_process():  # where nothing can be locked, two would write into one file
+                raise BlockingIOError
             if path.exists():  # the process that had the lock has just finished
                 shutil.rmtree(folder, ignore_errors=True)
                 break
@@ -189,8 +191,9 @@ class Outputs:
             self.lines = {line.split('.')[0]: line for line in meta.read_text('ascii').splitlines(keepends=True)}
             return
         with self._environment.begin() as transaction:
-            keys = transaction.cursor().iternext(values=False)  # else all images are read
-            self.lines = {key.decode(): transaction.get(key).decode() for key in keys if b'.' not in key}
+            keys = transaction.cursor().iternext(values=False)  # with them all images would be read
+            lines = {key.decode(): transaction.get(key, b'') for key in keys if b'.' not in key}
+        self.lines = {key: line.decode() for key, line in lines.items()}
 
     def __enter__(self) -> Outputs:
         return self

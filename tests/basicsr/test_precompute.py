@@ -22,6 +22,7 @@ from tiny_run import TINY_OPTIONS, python_environment, run_python
 
 from lora_sr.archs import fold
 from lora_sr.archs.span import SPAN
+from lora_sr.basicsr import precompute as module
 from lora_sr.basicsr import signals
 from lora_sr.basicsr.integer_images import with_floats
 from lora_sr.basicsr.precompute import place_of, precompute, teacher_key, to_stored
@@ -279,6 +280,23 @@ def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(pairs, 
             given, expected = (RawDatabase(folder).view(key)[:, :] for folder in (path, tmp_path / 'whole.lmdb'))
             assert np.array_equal(given, expected), moment
     assert not list(tmp_path.glob('.*'))
+
+
+def test_one_process_works_where_nothing_can_be_locked(pairs, tmp_path, monkeypatch):
+    """As on some drives of clusters: the second of a machine waits for the first."""
+    root, path, waited = copied(pairs, tmp_path), tmp_path / 'outputs.lmdb', []
+
+    def first_is_done(seconds):
+        waited.append(seconds)
+        with monkeypatch.context() as first:
+            first.setenv('LOCAL_RANK', '0')
+            precompute(make_teacher(), root, path, 2, False)
+
+    monkeypatch.setattr(module, 'lock_path', lambda folder: None)
+    monkeypatch.setattr(module.time, 'sleep', first_is_done)
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    precompute(make_teacher(), root, path, 2, False)
+    assert len(waited) == 1 and len(RawDatabase(path).images) == 3
 
 
 @pytest.mark.slow

@@ -278,3 +278,19 @@ def test_every_model_is_fed_floating_point(name):
         for key, value in batch.items():
             assert torch.equal(getattr(model, key), value.double().div(255).float())
     assert model.seen.dtype == torch.float32
+
+
+@pytest.mark.parametrize(('kind', 'dtype'), [('TheirDataset', torch.uint8), ('RawPairedImageDataset', torch.float32)])
+def test_whole_numbers_of_others_are_left_to_their_models(kind, dtype):
+    """A model that divides by 255 itself must not do so twice."""
+
+    class Theirs(MODEL_REGISTRY.get('SRModel')):
+        def feed_data(self, data):
+            self.data = data
+
+    model = object.__new__(Theirs)
+    model.device, model.opt = CPU, {'datasets': {'train': {'type': kind}}}
+    model.feed_data({'lq': torch.zeros(1, 3, 2, 2, dtype=torch.uint8)})
+    assert model.data['lq'].dtype == dtype
+    model.feed_data([1])  # whatever a loader of theirs gives
+    assert model.data == [1]

@@ -9,7 +9,7 @@ import torch
 from lora_sr.archs.layout import repeated_blocks
 from lora_sr.basicsr.options import schema
 from lora_sr.basicsr.options.check import Check
-from lora_sr.errors import did_you_mean
+from lora_sr.errors import did_you_mean, in_a_line
 
 DATA_PARALLEL_REFUSED = (
     'train.amp, compile, accumulate_iter, checkpointing and graph need a process for each GPU: start the run by '
@@ -51,7 +51,13 @@ def _check_compile(check: Check, section: dict) -> None:
         return
     backend, mode = section.get('backend', 'inductor'), section.get('mode')
     backends = torch._dynamo.list_backends(exclude_tags=())
+    before = len(check.problems)
     if backend not in backends:
         check.add(f"{where}.backend: there is no '{backend}'; {did_you_mean(str(backend), backends)}")
     if mode is not None:
         check.value(f'{where}.mode', mode, schema.one_of(*torch._inductor.list_mode_options()))
+    if len(check.problems) == before:
+        try:
+            torch.compile(torch.nn.Identity(), **section)  # which looks at the rest; nothing is compiled yet
+        except Exception as error:  # whatever a backend says of its options
+            check.add(f'{where} does not suit torch.compile: {in_a_line(error)}')

@@ -68,14 +68,13 @@ def patch_average_of_frozen() -> None:
     @patch
     def model_ema(self: Any, decay: float = 0.999) -> None:
         own = dict(self.get_bare_model(self.net_g).named_parameters())
-        trained: tuple[list[Tensor], list[Tensor]] = [], []
+        tensors: dict[float, tuple[list[Tensor], list[Tensor]]] = {1 - decay: ([], []), 1.0: ([], [])}
         for name, average in self.net_g_ema.named_parameters():
-            if own[name].requires_grad:
-                trained[0].append(average.data)
-                trained[1].append(own[name].data)
-            else:
-                average.data.copy_(own[name].data)
-        if trained[0]:
-            torch._foreach_lerp_(*trained, 1 - decay)
+            averages, weights = tensors[1 - decay if own[name].requires_grad else 1.0]  # 1 is to copy
+            averages.append(average.data)
+            weights.append(own[name].data)
+        for weight, lists in tensors.items():
+            if lists[0]:
+                torch._foreach_lerp_(*lists, weight)
 
     BaseModel.model_ema = model_ema

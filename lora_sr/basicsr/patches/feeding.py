@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from lora_sr.basicsr.integer_images import with_floats
+from lora_sr.basicsr.options.schema import RAW_LR, RAW_PAIRED
 from lora_sr.basicsr.patches.tools import is_patch, patch
 from lora_sr.data.lmdb_store import RawDatabase, RawView, is_raw
 
@@ -21,7 +22,7 @@ def patch_feed_data() -> None:
     """``feed_data`` knows images of floating point alone, of four times the bytes of what was read.
 
     Every model's, also of one that somebody else defines later, is given floating point: made of whole numbers on the
-    model's device.
+    model's device. Those of a data set of somebody else's are left to the model that it is for.
     """
     from basicsr.models.base_model import BaseModel
 
@@ -48,9 +49,17 @@ def _feed_floats(model: Any) -> None:
     @patch
     @functools.wraps(original)
     def feed_data(self: Any, data: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return original(self, with_floats(data, self.device), *args, **kwargs)
+        fed = with_floats(data, self.device) if isinstance(data, Mapping) and _may_be_raw(self.opt) else data
+        return original(self, fed, *args, **kwargs)
 
     model.feed_data = feed_data
+
+
+def _may_be_raw(opt: Mapping[str, Any]) -> bool:
+    """Whether a data set of these options gives whole numbers for a model to be fed; without any nobody can tell."""
+    sections = (opt.get('datasets') or {}).values()
+    kinds = [str(section.get('type')) for section in sections if isinstance(section, Mapping)]
+    return not kinds or any(kind.startswith((RAW_PAIRED, RAW_LR)) for kind in kinds)
 
 
 def patch_cuda_prefetcher() -> None:
@@ -69,7 +78,7 @@ def patch_cuda_prefetcher() -> None:
     @functools.wraps(preload_batch)
     def preload(self: Any) -> None:
         preload_batch(self)
-        if self.batch is not None:
+        if self.batch is not None and _may_be_raw(self.opt):
             with torch.cuda.stream(self.stream):
                 self.batch = with_floats(self.batch, self.device)
 

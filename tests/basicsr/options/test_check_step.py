@@ -36,6 +36,16 @@ def test_all_keys_at_once(options, tmp_path):
         ('compile', {'mod': 'default'}, "train.compile.mod is not a known key; did you mean 'mode'?"),
         ('compile', {'backend': 'inducto'}, "train.compile.backend: there is no 'inducto'; did you mean inductor?"),
         ('compile', {'mode': 'fast'}, "train.compile.mode: there is no 'fast'; it is one of default, "),
+        (
+            'compile',
+            {'mode': 'default', 'options': {}},
+            'train.compile does not suit torch.compile: Either mode or options can be specified',
+        ),
+        (
+            'compile',
+            {'options': {'foo': 1}},
+            'train.compile does not suit torch.compile: Unexpected optimization option foo',
+        ),
         ('accumulate_iter', 0, 'train.accumulate_iter has to be a whole number of at least 1, not 0'),
         (
             'accumulate_iter',

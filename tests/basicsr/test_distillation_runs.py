@@ -162,6 +162,7 @@ def test_lr_images_of_several_databases_train_without_ground_truth(run_folder, p
     del train['dataroot_gt'], train['gt_size'], options['train']['pixel_opt'], options['train']['affinity_opt']
     train.update(type='LRImageDataset', dataroot_lq=[str(pairs / 'lq.lmdb'), str(pairs / 'gt.lmdb')], lq_size=12)
     options['train']['distill_pixel_opt'] = {'type': 'PSNRLoss'}
+    del options['network_t']['precompute'], options['network_t']['self_ensemble']  # which want raw databases
     (run_folder / 'run.yml').write_text(yaml.safe_dump(options, sort_keys=False))
     done = run_python(*COMMAND, cwd=run_folder)
     found = [float(value) for value in re.findall(r'l_distill: (\S+)', done.stderr)]

@@ -15,6 +15,7 @@ DATA_PARALLEL_REFUSED = (
     'train.amp, compile, accumulate_iter, checkpointing and graph need a process for each GPU: start the run by '
     'torchrun, or set num_gpu: 1.'
 )
+RECORDING_MODES = ('reduce-overhead', 'max-autotune')  # of torch.compile, by CUDA graphs of its own
 OF_PROCESSES = ('amp', 'compile', 'checkpointing', 'graph')
 
 
@@ -43,6 +44,9 @@ def check_step(check: Check, train: dict) -> None:
         check.add(f'train.amp must be fp16 on {torch.cuda.get_device_name()}, got bf16.')
     if isinstance(train.get('compile'), dict):
         _check_compile(check, train['compile'])
+        mode = train['compile'].get('mode')
+        if train.get('graph') and mode in RECORDING_MODES:
+            check.add(f'train.graph must be false with train.compile.mode {mode}, which records by itself.')
 
 
 def _check_compile(check: Check, section: dict) -> None:

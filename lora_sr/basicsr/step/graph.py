@@ -163,8 +163,6 @@ def _refusal(step: TrainingStep) -> str:
     kind = type(model)
     if kind.__name__ not in ALIKE or not kind.__module__.startswith(('basicsr.', 'lora_sr.')):
         return f'{kind.__name__} may do something else in each iteration'
-    if (step.settings.compile or {}).get('mode') in ('reduce-overhead', 'max-autotune'):
-        return f'train.compile records by itself with mode {(step.settings.compile or {})["mode"]}'
     if step.settings.checkpointing:
         return 'train.checkpointing keeps the states of random numbers, which is not recorded'
     for optimizer in model.optimizers:

@@ -15,7 +15,7 @@ def options(pairs):
 
 def test_all_keys_at_once(options, tmp_path):
     options['network_g']['num_block'] = 4
-    options['train'].update(amp='bf16', memory_format='channels_last', compile={'mode': 'max-autotune'}, tf32=True)
+    options['train'].update(amp='bf16', memory_format='channels_last', compile={'mode': 'default'}, tf32=True)
     options['train'].update(accumulate_iter=2, clip_grad_norm=0.1, checkpointing=True, graph=True)
     assert check(options, tmp_path) == []
     options['train'].update(dict.fromkeys(('amp', 'memory_format', 'clip_grad_norm', 'tf32')), compile=True)
@@ -63,6 +63,13 @@ def test_wrong_values(options, tmp_path, path, value, sentence):
     change(options, f'train.{path}', value)
     (problem,) = check(options, tmp_path)
     assert problem.startswith(sentence)
+
+
+def test_a_graph_is_recorded_once(options, tmp_path):
+    options['train'].update(graph=True, compile={'mode': 'reduce-overhead'})
+    assert check(options, tmp_path) == [
+        'train.graph must be false with train.compile.mode reduce-overhead, which records by itself.'
+    ]
 
 
 @pytest.mark.parametrize('change_to', [{'amp': 'bf16'}, {'accumulate_iter': 2}, {'graph': True}, {'compile': True}])

@@ -392,8 +392,10 @@ def noted(*args):
         made.append(key)
         if os.environ.get('KILLED') == rank and len(made) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        if os.environ.get('KILLED') == '1' and rank == '0':
-            time.sleep(0.5)  # so that something is left when the other one dies
+        if os.environ.get('KILLED') == '1' and rank == '0' and len(made) > 1:
+            while not os.path.exists('made') or '1 ' not in open('made').read():  # the other one may begin late
+                time.sleep(0.1)
+            time.sleep(1)  # so that something is left when torchrun sees that it has died
         result = make(key)
         with open('made', 'a') as file:
             file.write(f'{rank} {key}\\n')
@@ -435,7 +437,7 @@ def test_processes_of_torchrun_share_the_images_and_one_that_dies_is_made_good(m
     told, first = run(2, killed='1', status=1)
     assert 'exitcode  : -9' in told and not list(tmp_path.glob('LR_raw_taught_*.lmdb'))
     stored = len(list(tmp_path.glob('.LR_raw_taught_*.partial/*.npy')))
-    assert [line for line in first if line[0] == '1'] == ['1 01'] and 1 <= stored <= 8
+    assert [line[0] for line in first].count('1') == 1 and stored == len(first) <= 9
     told, all_made = run(3)
     assert f'The teacher: {10 - stored} of 10 images' in told and len(all_made) - len(first) == 10 - stored
     (path,) = tmp_path.glob('LR_raw_taught_*.lmdb')

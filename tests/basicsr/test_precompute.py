@@ -438,8 +438,8 @@ def test_processes_of_torchrun_share_the_images_and_one_that_dies_is_made_good(m
     assert 'exitcode  : -9' in told and not list(tmp_path.glob('LR_raw_taught_*.lmdb'))
     stored = len(list(tmp_path.glob('.LR_raw_taught_*.partial/*.npy')))
     assert [line[0] for line in first].count('1') == 1 and stored == len(first) <= 9
-    told, all_made = run(3)
-    assert f'The teacher: {10 - stored} of 10 images' in told and len(all_made) - len(first) == 10 - stored
+    _, all_made = run(3)
+    assert len(all_made) - len(first) == 10 - stored
     (path,) = tmp_path.glob('LR_raw_taught_*.lmdb')
     teacher = SPAN(feature_channels=8, upscale=2)
     teacher.load_state_dict(torch.load(tmp_path / 'teacher.pth')['params'])

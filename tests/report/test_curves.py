@@ -198,7 +198,7 @@ def test_an_argument_needs_a_name(argument, capsys):
 def test_wrong_input_is_one_sentence(trained, tmp_path, capsys):
     with pytest.raises(InputError, match='has no training log'):
         read_curves(tmp_path)
-    with pytest.raises(InputError, match='have no "ssim": it has psnr'):
+    with pytest.raises(InputError, match='has no "ssim": it has psnr'):
         read_curves(trained / 'experiments' / 'tiny', 'ssim')
     pytest.importorskip('matplotlib')
     for arguments in (['--dataset', 'Set5', '-o', 'a.png'], ['-o', 'a.xyz'], ['-o', str(tmp_path / 'no' / 'a.png')]):

@@ -289,7 +289,7 @@ def test_tiles_are_no_larger_than_pays(monkeypatch):
     assert upscaler._tiling(401, 400)[0] == 400
     upscaler._cut = Cut(30, 1, True)  # as of a network that looks further
     assert upscaler._tiling(700, 700)[0] == 480
-    upscaler.looks_everywhere = True
+    upscaler._cut = Cut(32, 1, False)
     assert upscaler._tiling(4000, 6000)[0] > 6000
 
 

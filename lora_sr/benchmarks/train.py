@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -270,9 +270,9 @@ LOADED = ('loop', 'load')
 class _Process:
     """A process that trains, seen from here."""
 
-    def __init__(self, context: Any, task: Task):
+    def __init__(self, context: Any, task: Task, device_is_free: AbstractContextManager[Any]):
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, task))
+        self.process = context.Process(target=serve, args=(theirs, task, device_is_free))
         self.process.start()
         theirs.close()
         self.started: Started | str = ''
@@ -310,9 +310,10 @@ def _processes(subject: Subject, forms: Sequence[Form], conditions: Conditions) 
     else:
         context = multiprocessing.get_context('spawn')
     processes: dict[Form, _Process] = {}
+    device_is_free = context.Lock()
     try:
         for form in forms:
-            processes[form] = _Process(context, task_of(subject, form, conditions))
+            processes[form] = _Process(context, task_of(subject, form, conditions), device_is_free)
             if conditions.device == 'cpu':
                 processes[form].wait()
         if conditions.device != 'cpu':

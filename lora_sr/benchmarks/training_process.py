@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -55,14 +57,21 @@ class Started:
     warnings: tuple[str, ...]
 
 
-def serve(connection: Connection, task: Task) -> None:
+def serve(connection: Connection, task: Task, device_is_free: AbstractContextManager[Any]) -> None:
     """Train, and answer: first with a :class:`Started`, then to each ``(method, seconds)`` with what it gave.
 
     An error is answered in its place, as a sentence.
+
+    Args:
+        connection: Where answers go to and questions come from.
+        task: What is trained.
+        device_is_free: Held during the first steps: with all processes at once a GPU's memory would not do.
     """
     multiprocessing.set_start_method(task.start_method, force=True)
     try:
         trainer = Trainer(task)
+        with device_is_free:
+            trainer.start()
         connection.send(trainer.started)
         while True:
             method, seconds = connection.recv()
@@ -108,11 +117,18 @@ class Trainer:
         if task.is_taught and self.dataset is not None:
             self.model.teach(self.dataset)
         self.iteration = 0
-        for _ in range(task.steps):
-            self._step()
-        self.started = Started(next(iter(self.model.get_current_log().values())), tuple(told.messages))
-        self._peak = peak() - before if tells_memory else 0
+        self.started = Started(math.nan, ())
+        self._told, self._before, self._peak = told, before if tells_memory else None, 0
         self._loading: Iterator[Any] | None = None
+
+    def start(self) -> None:
+        """Do the first steps."""
+        for _ in range(self.task.steps):
+            self._step()
+        self.started = Started(next(iter(self.model.get_current_log().values())), tuple(self._told.messages))
+        if self._before is not None:
+            self._peak = peak() - self._before
+        self._leave_memory()
 
     def memory(self, seconds: float) -> int:
         """Bytes at the peak: on a GPU what is held for steps, else by how much they raised the resident memory.
@@ -123,13 +139,14 @@ class Trainer:
         if not self.on_gpu:
             return self._peak
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         self.step(seconds)
         return torch.cuda.max_memory_reserved()  # what a recorded step works in counts as allocated no longer
 
     def step(self, seconds: float) -> float:
         """Seconds of a step on batches in memory, as a mean over some time."""
+        if self.on_gpu:
+            self._step()  # takes the memory that other processes have had meanwhile
         return self._mean(self._step, seconds)
 
     def loop(self, seconds: float) -> float:
@@ -166,7 +183,14 @@ class Trainer:
             count += 1
         self.model.get_current_log()
         self._wait()
-        return (time.perf_counter() - start) / count
+        taken = time.perf_counter() - start
+        self._leave_memory()
+        return taken / count
+
+    def _leave_memory(self) -> None:
+        """Give what no tensor holds to the other processes."""
+        if self.on_gpu:
+            torch.cuda.empty_cache()
 
     def _wait(self) -> None:
         if self.on_gpu:

@@ -248,19 +248,19 @@ def _update(
     torch._foreach_addcmul_(n, prev_grads, prev_grads, 1 - beta3)
     torch._foreach_lerp_(prev_grads, grads, 1.0)  # a copy, for which torch 2.0 has no call
 
-    # Numerator and denominator are multiplied by root3: n' would be a pass more.
     denominators = torch._foreach_sqrt(n)
-    factors = -lr * root3 / correction1, -lr * beta2 * root3 / correction2
     if not isinstance(step, Tensor):
+        # Numerator and denominator are multiplied by root3: n' would be a pass more.
         torch._foreach_add_(denominators, eps * root3)
-        for moments, factor in zip((m, v), factors):
+        for moments, factor in ((m, -lr * root3 / correction1), (v, -lr * beta2 * root3 / correction2)):
             torch._foreach_addcdiv_(params, moments, denominators, factor)
         if weight_decay:
             torch._foreach_div_(params, 1 + lr * weight_decay)
         return
-    dtype = params[0].dtype  # in which a scalar tensor is a factor of a whole list
-    torch._foreach_add_(denominators, (eps * root3).to(dtype))
-    for moments, factor in zip((m, v), factors):
+    dtype = params[0].dtype  # in which a scalar tensor is a factor of a whole list; to add one would wait for it
+    torch._foreach_div_(denominators, (1 - beta3**step).sqrt().to(dtype))
+    torch._foreach_add_(denominators, eps)
+    for moments, factor in ((m, -lr / correction1), (v, -lr * beta2 / correction2)):
         quotients = torch._foreach_div(moments, denominators)
         torch._foreach_mul_(quotients, factor.to(dtype))
         torch._foreach_add_(params, quotients)

@@ -22,6 +22,7 @@ from lora_sr.archs.info import network_info
 from lora_sr.archs.layout import lay_out
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.reparam import deploy_form
+from lora_sr.cuda_graphs import capture
 from lora_sr.errors import InputError
 from lora_sr.runtime.float16 import fit_float16
 from lora_sr.runtime.native.networks import compile_network
@@ -304,10 +305,7 @@ class _GraphPerSize:
             with torch.cuda.stream(side):  # what is allocated or chosen at a first pass must not be recorded
                 self.network(source)
             current.wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # A recording that fails leaves its stream as the current one. Other threads may go on meanwhile.
-            with torch.cuda.stream(current), torch.cuda.graph(graph, stream=side, capture_error_mode='thread_local'):
-                result = self.network(source)
+            graph, result = capture(lambda: self.network(source), side)
         except (RuntimeError, TypeError) as error:
             # Too little memory, a copy from the CPU on the way, as in SwinIR, or torch 2.0, which knows no such mode.
             LOG.info(f'a pass of size {tuple(image.shape)} cannot be recorded: {error}')

@@ -136,10 +136,10 @@ def test_what_cannot_be_recorded_runs(device, uncompiled, monkeypatch):
     """SwinIR makes a mask on the CPU at each pass, which a graph cannot have."""
     if device.type == 'cpu':
 
-        def refuse(graph, stream, capture_error_mode):
+        def refuse(run, stream):
             raise RuntimeError('operation not permitted when stream is capturing')
 
-        monkeypatch.setattr(torch.cuda, 'graph', refuse)
+        monkeypatch.setattr(deployed, 'capture', refuse)
     torch.manual_seed(0)
     network = SwinIR(img_size=8, embed_dim=12, depths=[2], num_heads=[2], window_size=4, mlp_ratio=2, upscale=2,
                      upsampler='pixelshuffledirect').eval()  # fmt: skip

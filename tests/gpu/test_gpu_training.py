@@ -137,6 +137,7 @@ def test_prefetched_batches_are_those_of_the_loader(device):
     if device.type != 'cuda':
         pytest.skip('CUDAPrefetcher needs CUDA')
     batches = [{'lq': torch.randint(0, 256, (4, 3, 256, 256), dtype=torch.uint8).pin_memory()} for _ in range(12)]
+    expected = [batch['lq'].double().div(255).float() for batch in batches]
     prefetcher = CUDAPrefetcher(batches, {'num_gpu': 1})
     seen = []
     busy = torch.rand(2048, 2048, device=device)
@@ -147,5 +148,5 @@ def test_prefetched_batches_are_those_of_the_loader(device):
         seen.append(batch['lq'] + 0 * busy[0, 0])  # after the products, which the host does not wait for
         del batch
     assert prefetcher.next() is None
-    for given, batch in zip(seen, batches):
-        assert torch.equal(given.cpu(), batch['lq'].double().div(255).float())
+    for given, wanted in zip(seen, expected):
+        assert torch.equal(given.cpu(), wanted)

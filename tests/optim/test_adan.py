@@ -10,6 +10,7 @@ import torch
 import yaml
 from tiny_run import TINY_OPTIONS, logged, run_python, write_pairs
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_sr.basicsr.patches.optimizers import find_optimizer
 from lora_sr.checkpoints.content import read_checkpoint
@@ -191,6 +192,29 @@ def test_state_has_the_memory_format_of_the_parameter():
     optimizer.step()
     state = optimizer.state[convolution.weight]
     assert all(state[name].stride() == convolution.weight.stride() for name in ('prev_grad', 'm', 'v', 'n'))
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from a tensor, for which a GPU is waited."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_capturable_step_reads_no_number():
+    params = make_params()
+    optimizer = Adan(params, weight_decay=0.02, capturable=True)
+    take_steps(optimizer, params, range(1))
+    optimizer.param_groups[0]['lr'] = torch.tensor(1e-2, dtype=torch.float64)
+    set_gradients(params, 1)
+    with Reads() as reads:
+        optimizer.step()
+        assert reads.count == 0
+        params[0].sum().item()
+    assert reads.count == 1
 
 
 @pytest.mark.gpu

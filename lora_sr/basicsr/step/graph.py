@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lora_sr.basicsr.options.schema import DISTILLATION, GAN, PLAIN
+from lora_sr.cuda_graphs import capture
 from lora_sr.errors import shown
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class GraphedStep:
             setattr(model, name, value)
         try:
             with _rates(model.optimizers, recorded.rates):
-                recorded.graph = capture(lambda: self._step.run(current_iter))
+                recorded.graph, _ = capture(lambda: self._step.run(current_iter))
         except Exception as error:  # whatever a step does that cannot be recorded; what is wrong in itself comes again
             self._reason = shown(f'{type(error).__name__}: {error}')
             LOG.warning('train.graph: the step could not be recorded (%s); the steps run without.', self._reason)
@@ -114,15 +115,6 @@ class GraphedStep:
                 rate.fill_(group['lr'])
         recorded.graph.replay()
         model.log_dict, model.output = recorded.log, recorded.output
-
-
-def capture(run: Callable[[], None]) -> Any:
-    """Record what a function has a GPU do, as a graph to replay."""
-    graph = torch.cuda.CUDAGraph()
-    # A recording that fails leaves its stream as the current one. Other threads may go on meanwhile.
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode='thread_local'):
-        run()
-    return graph
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import json
 import os
 import re
 
-import jsonschema
 import pytest
 from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 from tiny_run import REPOSITORY, change
@@ -16,6 +15,8 @@ from lora_sr.adapters import LoRAConfig
 from lora_sr.basicsr.options import schema
 from lora_sr.basicsr.options.check import find
 from lora_sr.option_file import load_options
+
+jsonschema = pytest.importorskip('jsonschema')
 
 SCRIPT = REPOSITORY / 'scripts' / 'option_reference.py'
 SHIPPED = sorted((REPOSITORY / 'options').rglob('*.yml'))

@@ -45,7 +45,7 @@ def pretended(monkeypatch):
 
         def capture(run):
             graphs.append(PretendedGraph(model, run))
-            return graphs[-1]
+            return graphs[-1], None
 
         monkeypatch.setattr(graph_module, 'capture', capture)
         return model, graphs

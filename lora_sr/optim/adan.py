@@ -258,11 +258,11 @@ def _update(
             torch._foreach_div_(params, 1 + lr * weight_decay)
         return
     dtype = params[0].dtype  # in which a scalar tensor is a factor of a whole list; to add one would wait for it
-    torch._foreach_div_(denominators, (1 - beta3**step).sqrt().to(dtype))
+    torch._foreach_div_(denominators, torch.as_tensor(root3).to(dtype))
     torch._foreach_add_(denominators, eps)
     for moments, factor in ((m, -lr / correction1), (v, -lr * beta2 / correction2)):
         quotients = torch._foreach_div(moments, denominators)
-        torch._foreach_mul_(quotients, factor.to(dtype))
+        torch._foreach_mul_(quotients, torch.as_tensor(factor).to(dtype))
         torch._foreach_add_(params, quotients)
     if weight_decay:
         divisor = 1 + lr * weight_decay

@@ -36,7 +36,7 @@ BATCHES = 4  # which come again and again where the loader is not measured
 ROUNDS = 3
 # Seconds of a turn, and steps before the first, of which the losses are compared. Three warm a graph up.
 TURN = {'cuda': 0.3, 'cpu': 1.0}
-STEPS = {'cuda': 20, 'cpu': 4}
+STEPS = {'cuda': 10, 'cpu': 4}
 BATCH, PATCH = {'cuda': 16, 'cpu': 4}, {'cuda': 64, 'cpu': 48}
 GPU_ALONE = {'AdaptSR-SwinIR'}  # what takes many seconds a step on a CPU, and is measured there where it is asked for
 MOST_WORKERS = 8
@@ -47,8 +47,9 @@ ADDED: dict[str, Any] = {'memory_format': 'channels_last', 'amp': 'bf16', 'compi
 ALONE: dict[str, Any] = {'clip_grad_norm': 1e3, 'tf32': True, 'checkpointing': True, 'accumulate_iter': 2}
 KEYS = {**ADDED, **ALONE}
 DEFAULT_KEYS = {'cuda': ['memory_format', 'amp', 'graph', 'checkpointing'], 'cpu': ['memory_format', 'amp']}
-# By how much a loss may differ from stock BasicSR's, as a part of it: rounding grows with each step.
-TOLERANCE, TOLERANCE_OF_AMP = 1e-3, 2e-2
+# By how much a loss may differ from stock BasicSR's, as a part of it: rounding grows with each step, and a GPU's
+# convolutions round to TF32.
+TOLERANCE, TOLERANCE_OF_AMP = 2e-3, 2e-2
 
 SWINIR = dict(type='SwinIR', upscale=SCALE, window_size=8, img_range=1.0, mlp_ratio=2, drop_path_rate=0)
 LIGHT = dict(depths=[6] * 4, embed_dim=60, num_heads=[6] * 4, upsampler='pixelshuffledirect')
@@ -329,7 +330,6 @@ def task_of(subject: Subject, form: Form, conditions: Conditions) -> Task:
     """What the process of a form trains: the options of a shipped file, as far as the step and the loader go."""
     network = _sized(subject.rival if form.is_rival and subject.rival else subject.network, conditions.patch)
     section = _section(form.loads or 'png', conditions)
-    loss = {'type': 'PSNRLoss', 'eps': 1e-4} if subject.teacher is not None else {'type': 'L1Loss'}
     opt: dict[str, Any] = {
         'name': 'benchmark',
         'model_type': subject.model,
@@ -347,7 +347,7 @@ def task_of(subject: Subject, form: Form, conditions: Conditions) -> Task:
             'optim_g': {'type': 'Adam', 'lr': subject.rate, 'betas': [0.9, 0.99]},
             'scheduler': {'type': 'MultiStepLR', 'milestones': [10**9]},
             'total_iter': 10**9,
-            'pixel_opt' if subject.teacher is None else 'distill_pixel_opt': loss,
+            'pixel_opt' if subject.teacher is None else 'distill_pixel_opt': {'type': 'L1Loss'},
             **form.train,
         },
     }
@@ -438,6 +438,7 @@ def _section(kind: str, conditions: Conditions) -> dict[str, Any]:
         'use_rot': True,
         'batch_size_per_gpu': conditions.batch,
         'num_worker_per_gpu': conditions.workers,
+        **({'prefetch_mode': 'cuda', 'pin_memory': True} if kind == 'raw' and conditions.device == 'cuda' else {}),
     }
 
 

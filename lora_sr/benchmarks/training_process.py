@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import multiprocessing
+import os
 import sys
 import time
 import warnings
@@ -80,6 +81,11 @@ def serve(connection: Connection, task: Task, device_is_free: AbstractContextMan
         pass
     except Exception as error:  # whatever it is, the other forms are measured
         connection.send(f'{type(error).__name__}: {error}'.partition('\n')[0])
+    finally:
+        # To wait for workers that have batches ready takes seconds, and there is nothing to keep.
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(0)
 
 
 class Trainer:
@@ -105,7 +111,8 @@ class Trainer:
         torch.backends.cudnn.benchmark = True  # as BasicSR's train.py has it
         self.on_gpu = bool(opt['num_gpu'])
         self.device = torch.device('cuda' if self.on_gpu else 'cpu')
-        self.batches = torch.load(task.batches, weights_only=True)
+        # A loader's work is measured by itself.
+        self.batches = torch.load(task.batches, weights_only=True, map_location=self.device)
         if task.is_taught:
             _teach(self.batches, opt, self.device)
         # A teacher of whole images leaves memory behind that steps then take.
@@ -214,14 +221,16 @@ class Trainer:
     def _prefetcher(self) -> Any:
         from basicsr.data import build_dataloader
         from basicsr.data.data_sampler import EnlargedSampler
-        from basicsr.data.prefetch_dataloader import CPUPrefetcher
+        from basicsr.data.prefetch_dataloader import CPUPrefetcher, CUDAPrefetcher
 
         if self._loading is None:
             opt = deepcopy(dict(self.task.loader or {}))
             dataset: Any = self.dataset
             sampler = EnlargedSampler(dataset, 1, 0, 1 + 2_000_000 // len(dataset))  # one epoch, which does not end
             num_gpu = self.task.opt['num_gpu']
-            self._loading = CPUPrefetcher(build_dataloader(dataset, opt, num_gpu, sampler=sampler, seed=0))
+            loader = build_dataloader(dataset, opt, num_gpu, sampler=sampler, seed=0)
+            prefetches = opt.get('prefetch_mode') == 'cuda'
+            self._loading = CUDAPrefetcher(loader, self.task.opt) if prefetches else CPUPrefetcher(loader)
         return self._loading
 
 
@@ -246,18 +255,16 @@ def _leave_basicsr_alone() -> None:
 
 
 def _add_ours() -> None:
-    """Register networks, loss and model of ours in BasicSR, as files in its folders would be."""
+    """Register networks and a model of ours in BasicSR, as files in its folders would be."""
     from basicsr.utils import registry
 
     from lora_sr.archs.registry import OWN
     from lora_sr.basicsr.models import DistillationModel
     from lora_sr.checkpoints.building import DESCRIBED
-    from lora_sr.losses import PSNRLoss
 
     for network in (*OWN.values(), *DESCRIBED.values()):
         registry.ARCH_REGISTRY.register(network)
     registry.ARCH_REGISTRY._do_register(PEFT, with_peft)
-    registry.LOSS_REGISTRY.register(PSNRLoss)
     registry.MODEL_REGISTRY.register(DistillationModel)
 
 
@@ -275,7 +282,7 @@ def with_peft(base: dict[str, Any], lora: dict[str, Any]) -> nn.Module:
     return inject_adapter_in_model(LoraConfig(r=lora['rank'], lora_alpha=lora['alpha'], target_modules=layers), network)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _teach(batches: list[dict[str, Any]], opt: dict[str, Any], device: torch.device) -> None:
     """Give batches what the teacher makes of them, as a dataset does, and let the model count on that."""
     from basicsr.archs import build_network
@@ -286,5 +293,5 @@ def _teach(batches: list[dict[str, Any]], opt: dict[str, Any], device: torch.dev
     teacher.load_state_dict(torch.load(opt['path']['pretrain_network_t'], weights_only=True))
     teacher = fold(teacher).eval().to(device)
     for batch in batches:
-        batch['taught'] = teacher(batch['lq'].to(device)).cpu().clone()
+        batch['taught'] = teacher(batch['lq']).clone()
     opt['network_t'] = {**opt['network_t'], 'precompute': True}

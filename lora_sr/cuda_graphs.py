@@ -35,9 +35,10 @@ def capture(run: Callable[[], T], stream: torch.cuda.Stream | None = None) -> tu
             except BaseException as error:
                 failure = error
                 raise
-    except BaseException:
-        _recover(pool)
-        if failure is not None:  # with which torch ends the recording says less
+    except BaseException as error:
+        if error is not failure:  # but one of torch, which could not end the recording, and says less
+            _recover(pool)
+        if failure is not None:
             raise failure from None
         raise
     finally:
@@ -50,9 +51,9 @@ def _recover(pool: Any) -> None:
     The random generator would refuse every draw, and the allocator would wait with all blocks that other streams use.
     """
     device = torch.cuda.current_device()
-    for name in ('_cuda_endAllocateToPool', '_cuda_releasePool'):
-        with suppress(AttributeError, RuntimeError):  # of another torch, which has no such function or has ended itself
-            getattr(torch._C, name)(device, pool)
+    with suppress(AttributeError, RuntimeError):  # another torch has no such functions, or has done this itself
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
     generator = torch.cuda.default_generators[device]
     if hasattr(generator, 'graphsafe_set_state'):
         generator.graphsafe_set_state(generator.clone_state())

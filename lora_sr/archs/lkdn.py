@@ -69,20 +69,31 @@ class BSConvU_rep(Foldable, BSConvU):
         self.in_channels = channels
         self.rep1x1 = nn.Conv2d(out_channels, out_channels, 1, groups=out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def branches(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> (N, channels, H, W)."""
         x = self.pw(x) + x
         output: Tensor = self.dw(x) + x + self.rep1x1(x)
         return output
 
+    def kernels(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights of the 1x1 (channels, channels, 1, 1) and the 3x3 (channels, 1, 3, 3), and its bias (channels,)."""
+        pointwise, depthwise = self.pw.weight.to(dtype), self.dw.weight.to(dtype)
+        pointwise = pointwise + torch.eye(self.in_channels, dtype=dtype, device=pointwise.device)[:, :, None, None]
+        depthwise = depthwise + F.pad(1 + self.rep1x1.weight.to(dtype), (1, 1, 1, 1))  # at the center of the 3x3 alone
+        bias = bias_of(self.dw).to(dtype) + bias_of(self.rep1x1).to(dtype)
+        kind = self.pw.weight.dtype
+        return pointwise.to(kind), depthwise.to(kind), bias.to(kind)
+
+    def convolve(self, x: Tensor, *kernels: Tensor) -> Tensor:
+        """(N, channels, H, W) -> (N, channels, H, W)."""
+        pointwise, depthwise, bias = kernels
+        return F.conv2d(F.conv2d(x, pointwise), depthwise, bias, padding=1, groups=self.in_channels)
+
     def folded(self) -> BSConvU:
         """The BSConvU that computes the same."""
         plain = BSConvU(self.in_channels, self.in_channels).to(self.pw.weight)
-        pointwise = self.pw.weight.double()
-        plain.pw.weight.copy_(pointwise + torch.eye(self.in_channels).to(pointwise)[:, :, None, None])
-        # Padding adds to the center of the 3x3 alone, in a new tensor also where the weights are float64 already.
-        plain.dw.weight.copy_(self.dw.weight.double() + F.pad(1 + self.rep1x1.weight.double(), (1, 1, 1, 1)))
-        bias_of(plain.dw).copy_(bias_of(self.dw).double() + bias_of(self.rep1x1).double())
+        names = ('pw.weight', 'dw.weight', 'dw.bias')
+        plain.load_state_dict(dict(zip(names, self.kernels(torch.float64))))
         return plain
 
 
@@ -154,18 +165,29 @@ class RepUpsampler(Foldable):
         self.conv1x1 = nn.Conv2d(channels, channels * 2, 1)
         self.conv3x3 = nn.Conv2d(channels * 2, out_channels, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def branches(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, out_channels, upscale * H, upscale * W)."""
         wide = self.conv3x3(self.conv1x1(F.pad(x, (1, 1, 1, 1))))
         return F.pixel_shuffle(self.conv1(x) + self.conv3(x) + wide, self.upscale)
 
+    def kernels(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weight (upscale**2 * out_channels, C, 3, 3) and bias (upscale**2 * out_channels,)."""
+        outer, inner = self.conv3x3.weight.to(dtype), self.conv1x1.weight.to(dtype).flatten(1)
+        weight = self.conv3.weight.to(dtype) + torch.einsum('omhw,mi->oihw', outer, inner)
+        weight = weight + F.pad(self.conv1.weight.to(dtype), (1, 1, 1, 1))
+        bias = sum(bias_of(layer).to(dtype) for layer in (self.conv1, self.conv3, self.conv3x3))
+        bias = bias + outer.sum((2, 3)) @ bias_of(self.conv1x1).to(dtype)
+        kind = self.conv3.weight.dtype
+        return weight.to(kind), bias.to(kind)
+
+    def convolve(self, x: Tensor, *kernels: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, out_channels, upscale * H, upscale * W)."""
+        weight, bias = kernels
+        return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=1), self.upscale)
+
     def folded(self) -> nn.Sequential:
         """The plain upsampler that computes the same."""
-        outer, inner = self.conv3x3.weight.double(), self.conv1x1.weight.double().flatten(1)
-        weight = self.conv3.weight.double() + torch.einsum('omhw,mi->oihw', outer, inner)
-        weight[:, :, 1, 1] += self.conv1.weight.double().flatten(1)
-        bias = bias_of(self.conv1).double() + bias_of(self.conv3).double() + bias_of(self.conv3x3).double()
-        bias += outer.sum((2, 3)) @ bias_of(self.conv1x1).double()
+        weight, bias = self.kernels(torch.float64)
         plain = make_upsampler(self.in_channels, len(bias) // self.upscale**2, self.upscale).to(self.conv3.weight)
         plain.load_state_dict({'0.weight': weight, '0.bias': bias})
         return plain

@@ -19,7 +19,8 @@ from lora_sr.errors import InputError
 
 NO_NORM = 'no_norm'  # the empty tensor by which neosr, traiNNer-redux and spandrel mark a SPAN without normalization
 WIDE = re.compile(r'(conv_[12]|block_\d+\.c[123]_r)\.(sk|eval_conv)\.weight')  # as wide as the features
-BRANCH_TENSORS = [f'{name}.{tensor}' for name in ('sk', 'conv.0', 'conv.1', 'conv.2') for tensor in ('weight', 'bias')]
+KINDS = ('weight', 'bias')
+BRANCH_TENSORS = [f'{name}.{kind}' for name in ('sk', 'conv.0', 'conv.1', 'conv.2') for kind in KINDS]
 
 
 class Conv3XC(Foldable):
@@ -53,7 +54,7 @@ class Conv3XC(Foldable):
         """Whether the branches are still apart."""
         return hasattr(self, 'sk')
 
-    def forward(self, x: Tensor) -> Tensor:
+    def branches(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
         output: Tensor
         if self.is_training_form:
@@ -62,9 +63,20 @@ class Conv3XC(Foldable):
             output = self.eval_conv(x)
         return output
 
+    def kernels(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weight (out_channels, in_channels, 3, 3) and bias (out_channels,)."""
+        layers = {'sk': self.sk, **{f'conv.{index}': layer for index, layer in enumerate(self.conv)}}
+        tensors = {f'{name}.{kind}': getattr(layer, kind) for name, layer in layers.items() for kind in KINDS}
+        return _fold_branches(tensors, dtype)
+
+    def convolve(self, x: Tensor, *kernels: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
+        weight, bias = kernels
+        return F.conv2d(x, weight, bias, padding=1)
+
     def folded(self) -> Conv3XC:
         """The deploy form; summed in float64, rounded once."""
-        weight, bias = _fold_branches(self.state_dict())
+        weight, bias = self.kernels(torch.float64)
         plain = Conv3XC(weight.shape[1], weight.shape[0], deploy=True).to(weight)
         plain.eval_conv.weight.copy_(weight)
         bias_of(plain.eval_conv).copy_(bias)
@@ -109,18 +121,16 @@ class Conv3XC(Foldable):
         )
 
 
-def _fold_branches(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _fold_branches(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Weight (out, in, 3, 3) and bias (out,) of the one convolution that equals the branches of a Conv3XC."""
-    first, middle, last, skip = (state[f'{name}.weight'].double() for name in ('conv.0', 'conv.1', 'conv.2', 'sk'))
-    first, last, skip = (weight.flatten(1) for weight in (first, last, skip))
-    b_first, b_middle, b_last, b_skip = (
-        state[f'{name}.bias'].double() for name in ('conv.0', 'conv.1', 'conv.2', 'sk')
-    )
-    weight = torch.einsum('op,pmhw,mi->oihw', last, middle, first)
-    weight[:, :, 1, 1] += skip
+    names = ('conv.0', 'conv.1', 'conv.2', 'sk')
+    first, middle, last, skip = (state[f'{name}.weight'].to(dtype) for name in names)
+    b_first, b_middle, b_last, b_skip = (state[f'{name}.bias'].to(dtype) for name in names)
+    first, last = first.flatten(1), last.flatten(1)
+    weight = torch.einsum('op,pmhw,mi->oihw', last, middle, first) + F.pad(skip, (1, 1, 1, 1))
     bias = last @ (middle.sum((2, 3)) @ b_first + b_middle) + b_last + b_skip
-    dtype = state['sk.weight'].dtype
-    return weight.to(dtype), bias.to(dtype)
+    kind = state['sk.weight'].dtype
+    return weight.to(kind), bias.to(kind)
 
 
 class SPAB(nn.Module):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ STEPS = {'cuda': 10, 'cpu': 4}
 BATCH, PATCH = {'cuda': 16, 'cpu': 4}, {'cuda': 64, 'cpu': 48}
 GPU_ALONE = {'AdaptSR-SwinIR'}  # what takes many seconds a step on a CPU, and is measured there where it is asked for
 MOST_WORKERS = 8
+MEMORY_SHARE = 0.7  # of a GPU, for first steps at the same time
 STOCK = 'stock BasicSR'
 
 # What each key is set to; the first ones stay when the next is added, the others are measured by themselves.
@@ -271,9 +273,9 @@ LOADED = ('loop', 'load')
 class _Process:
     """A process that trains, seen from here."""
 
-    def __init__(self, context: Any, task: Task, device_is_free: AbstractContextManager[Any]):
+    def __init__(self, context: Any, task: Task, permits: AbstractContextManager[Any]):
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, task, device_is_free))
+        self.process = context.Process(target=serve, args=(theirs, task, permits))
         self.process.start()
         theirs.close()
         self.started: Started | str = ''
@@ -304,26 +306,43 @@ class _Process:
 
 @contextmanager
 def _processes(subject: Subject, forms: Sequence[Form], conditions: Conditions) -> Iterator[dict[Form, _Process]]:
-    """A process for each form, which has done its first steps; on a CPU they do these one after the other."""
+    """A process for each form, which has done its first steps.
+
+    On a CPU they do these one after the other; on a GPU, once one has, as many at a time as the memory takes.
+    """
     if 'forkserver' in multiprocessing.get_all_start_methods():  # which imports torch once for all
         context: Any = multiprocessing.get_context('forkserver')
         context.set_forkserver_preload(['torch', 'torchvision', 'cv2', 'scipy.ndimage'])
     else:
         context = multiprocessing.get_context('spawn')
-    processes: dict[Form, _Process] = {}
-    device_is_free = context.Lock()
+    permits = context.Semaphore(1)
+    processes = {form: _Process(context, task_of(subject, form, conditions), permits) for form in forms}
     try:
-        for form in forms:
-            processes[form] = _Process(context, task_of(subject, form, conditions), device_is_free)
-            if conditions.device == 'cpu':
-                processes[form].wait()
-        if conditions.device != 'cpu':
-            for process in processes.values():
+        waiting = list(processes.values())
+        while waiting:
+            ready = wait([process.connection for process in waiting])
+            for process in [process for process in waiting if process.connection in ready]:
                 process.wait()
+                if (
+                    conditions.device != 'cpu'
+                    and len(waiting) == len(processes)
+                    and isinstance(process.started, Started)
+                ):
+                    total = torch.cuda.get_device_properties(0).total_memory
+                    for _ in range(int(MEMORY_SHARE * total / process.started.held) - 1):
+                        permits.release()
+                waiting.remove(process)
         yield processes
     finally:
         for process in processes.values():
             process.end()
+
+
+def _more_at_a_time(started: Started | str, device: str) -> int:
+    """How many processes beside one the memory takes, after the first steps of one."""
+    if device == 'cpu' or isinstance(started, str):
+        return 0
+    return max(0, int(MEMORY_SHARE * torch.cuda.get_device_properties(0).total_memory / started.held) - 1)
 
 
 def task_of(subject: Subject, form: Form, conditions: Conditions) -> Task:

@@ -52,13 +52,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Started:
-    """What a process says of its first steps: the loss of the last, and what the log said of the keys of ``train``."""
+    """What a process says of its first steps.
+
+    Args:
+        loss: Of the last.
+        warnings: What the log said of the keys of ``train``.
+        held: Bytes of a GPU at their peak.
+    """
 
     loss: float
     warnings: tuple[str, ...]
+    held: int = 0
 
 
-def serve(connection: Connection, task: Task, device_is_free: AbstractContextManager[Any]) -> None:
+def serve(connection: Connection, task: Task, permits: AbstractContextManager[Any]) -> None:
     """Train, and answer: first with a :class:`Started`, then to each ``(method, seconds)`` with what it gave.
 
     An error is answered in its place, as a sentence.
@@ -66,12 +73,12 @@ def serve(connection: Connection, task: Task, device_is_free: AbstractContextMan
     Args:
         connection: Where answers go to and questions come from.
         task: What is trained.
-        device_is_free: Held during the first steps: with all processes at once a GPU's memory would not do.
+        permits: One is held during the first steps: a GPU's memory may not do for those of all processes at once.
     """
     multiprocessing.set_start_method(task.start_method, force=True)
     try:
         trainer = Trainer(task)
-        with device_is_free:
+        with permits:
             trainer.start()
         connection.send(trainer.started)
         while True:
@@ -132,7 +139,9 @@ class Trainer:
         """Do the first steps."""
         for _ in range(self.task.steps):
             self._step()
-        self.started = Started(next(iter(self.model.get_current_log().values())), tuple(self._told.messages))
+        loss = next(iter(self.model.get_current_log().values()))
+        held = torch.cuda.max_memory_reserved() if self.on_gpu else 0
+        self.started = Started(loss, tuple(self._told.messages), held)
         if self._before is not None:
             self._peak = peak() - self._before
         self._leave_memory()
@@ -163,8 +172,8 @@ class Trainer:
         def iterate() -> None:
             self._train(prefetcher.next())
 
-        for _ in range(self._ready()):
-            iterate()
+        self._take_ready(prefetcher)
+        iterate()
         return self._mean(iterate, seconds)
 
     def load(self, seconds: float) -> float:
@@ -178,8 +187,7 @@ class Trainer:
                 if isinstance(value, Tensor):
                     value.to(self.device)
 
-        for _ in range(self._ready()):
-            prefetcher.next()
+        self._take_ready(prefetcher)
         return self._mean(load, seconds)
 
     def _mean(self, run: Any, seconds: float) -> float:
@@ -214,9 +222,10 @@ class Trainer:
         self.model.feed_data(batch)
         self.model.optimize_parameters(self.iteration)
 
-    def _ready(self) -> int:
-        """How many batches have been waiting for us, which cost nothing."""
-        return WAITING * self.task.loader['num_worker_per_gpu'] + 1 if self.task.loader else 0
+    def _take_ready(self, prefetcher: Any) -> None:
+        """Take the batches that have been waiting for us, which cost nothing."""
+        for _ in range(WAITING * self.task.loader['num_worker_per_gpu'] + 1 if self.task.loader else 0):
+            prefetcher.next()
 
     def _prefetcher(self) -> Any:
         from basicsr.data import build_dataloader
@@ -255,10 +264,11 @@ def _leave_basicsr_alone() -> None:
 
 
 def _add_ours() -> None:
-    """Register networks and a model of ours in BasicSR, as files in its folders would be."""
+    """Register networks and a model of ours in BasicSR, as files in its folders would be; branches are as published."""
     from basicsr.utils import registry
 
     from lora_sr.archs.registry import OWN
+    from lora_sr.archs.reparam import Foldable
     from lora_sr.basicsr.models import DistillationModel
     from lora_sr.checkpoints.building import DESCRIBED
 
@@ -266,6 +276,7 @@ def _add_ours() -> None:
         registry.ARCH_REGISTRY.register(network)
     registry.ARCH_REGISTRY._do_register(PEFT, with_peft)
     registry.MODEL_REGISTRY.register(DistillationModel)
+    Foldable.trains_folded = False
 
 
 def with_peft(base: dict[str, Any], lora: dict[str, Any]) -> nn.Module:

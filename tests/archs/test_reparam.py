@@ -81,10 +81,52 @@ def test_folded_equals_the_reference_and_so_does_its_border(name):
     folded = fold(copy.deepcopy(block)).double()
     width = SCALE if name == 'RepUpsampler' else 1
     # In float32 only the weights are rounded; in float64 nothing is.
-    assert relative(expected, block.double()(x)) <= 1e-12
+    assert relative(expected, block.double().train()(x)) <= 1e-12
+    assert relative(expected, block.eval()(x)) <= 1e-12
     assert relative(expected, folded(x)) <= 1e-6
     assert relative(border(expected, width), border(folded(x), width)) <= 1e-6
     assert relative(expected, fold(block)(x)) <= 1e-12
+
+
+@each_block
+@pytest.mark.parametrize('with_lora', [False, True])
+@pytest.mark.parametrize('trains_folded', [True, False])
+def test_gradients_of_training_are_those_of_the_reference(name, with_lora, trains_folded, monkeypatch):
+    """By the folded kernels or branch by branch: what trains gets the same, also through LoRA on the branches."""
+    monkeypatch.setattr(Foldable, 'trains_folded', trains_folded)
+    block = make_block(name).double()
+    if with_lora:
+        block = add_lora(block, LoRAConfig([r'conv1x1|conv3x3|rep1x1|dw|conv\.1|sk'], rank=2)).double()
+        with torch.no_grad():
+            for layer in (value for key, value in block.named_parameters() if 'lora_B' in key):
+                layer.normal_(std=0.1)
+    x = torch.rand(2, CHANNELS, 6, 9, dtype=torch.float64, requires_grad=True)
+    trained = {key: value for key, value in block.named_parameters() if value.requires_grad}
+    layers = [(key, layer) for key, layer in block.named_modules() if isinstance(layer, nn.Conv2d)]
+    weights = {f'{key}.{kind}': getattr(layer, kind) for key, layer in layers for kind in ('weight', 'bias')}
+    expected = BLOCKS[name][1](weights, x)
+    towards = torch.rand_like(expected)
+    wanted = torch.autograd.grad((expected * towards).sum(), [x, *trained.values()])
+    output = block(x)
+    got = torch.autograd.grad((output * towards).sum(), [x, *trained.values()])
+    for value, reference in zip((output, *got), (expected, *wanted)):
+        torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-11)
+
+
+@each_block
+def test_mixed_precision_adds_the_branches_up_in_float32(name, monkeypatch):
+    """So its error is about that of the folded form, and no larger than that of branches that each round."""
+    block = make_block(name)
+    x = torch.rand(2, CHANNELS, 6, 9)
+    expected = BLOCKS[name][1](dict(block.state_dict()), x)
+    errors = []
+    for trains_folded in (True, False):
+        monkeypatch.setattr(Foldable, 'trains_folded', trains_folded)
+        with torch.autocast('cpu', torch.bfloat16):
+            errors.append(relative(expected, block(x).float()))
+    with torch.autocast('cpu', torch.bfloat16):
+        of_folded = relative(expected, fold(copy.deepcopy(block))(x).float())
+    assert errors[0] <= 1.01 * of_folded and errors[0] < errors[1]
 
 
 @torch.no_grad()
@@ -230,7 +272,7 @@ def test_a_folded_form_that_differs_is_refused():
     class Wrong(Foldable):
         in_channels = 1
 
-        def forward(self, x):
+        def branches(self, x):
             return x
 
         def folded(self):

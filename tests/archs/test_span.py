@@ -154,7 +154,7 @@ def test_adapted_checkpoint_of_other_layers_loads_alone(tmp_path):
     torch.save(network.state_dict(), tmp_path / 'net.pth')
     loaded = load_network(tmp_path / 'net.pth')
     x = torch.rand(1, 3, 9, 9)
-    assert is_training_form(loaded) and torch.equal(loaded(x), network(x))
+    assert is_training_form(loaded) and torch.equal(loaded.eval()(x), network.eval()(x))
     with pytest.raises(InputError, match='merge the LoRA before folding'):
         fold(loaded)
     # Nor may the update get lost when the branches are folded on loading.

@@ -14,6 +14,12 @@ def wait() -> None:
     torch.rand(SIZE, device='cuda').sum().item()
 
 
+def break_off() -> None:
+    """What a graph could hold, up to an error that has nothing to do with it."""
+    value = torch.rand(SIZE, device='cuda')
+    raise KeyError(value.shape)
+
+
 def test_the_reason_is_that_of_the_operation():
     with pytest.raises(RuntimeError, match='capturing'):
         capture(wait)
@@ -29,11 +35,13 @@ def test_random_numbers_go_on():
     assert torch.equal(torch.rand(3, device='cuda'), expected)
 
 
-def test_the_memory_is_free():
+@pytest.mark.parametrize(('fail', 'error'), [(wait, RuntimeError), (break_off, KeyError)])
+def test_the_memory_is_free(fail, error):
+    """Also where torch could end the recording, and gives the memory back by itself."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    with pytest.raises(RuntimeError):
-        capture(wait)
+    with pytest.raises(error):
+        capture(fail)
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() == before
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_sr.archs.reparam import Foldable
 
-LEAST_SHARE = 0.5  # of a network's layers, in the blocks that stand for it
+LEAST_SHARE = 0.6  # of a network's layers, in the blocks that stand for it
 
 
 def lay_out(network: nn.Module, memory_format: torch.memory_format) -> None:
@@ -20,7 +20,7 @@ def lay_out(network: nn.Module, memory_format: torch.memory_format) -> None:
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     """The blocks of which a network is a sequence: SwinIR's transformer blocks, say, or the dense blocks of RRDBNet.
 
-    They are the instances of the class that occurs most often, of those whose instances hold half of the layers, at
+    They are the instances of the class that occurs most often, of those whose instances hold most of the layers, at
     least two each. Modules that fold into one convolution are layers here. One block in another is not given twice.
 
     Returns:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DataParallel
 
 from lora_sr.archs import fold
+from lora_sr.archs.layout import lay_out
 from lora_sr.basicsr.options.distillation import DATA_PARALLEL_REFUSED, affinity_layers, find_modules, option_faults
 from lora_sr.basicsr.options.schema import TEACHER
 from lora_sr.basicsr.precompute import place_of, precompute, teacher_key
@@ -118,7 +119,8 @@ class DistillationModel(SRModel):
         )
         self.teacher_key = teacher_key(teacher.state_dict(), section, self.self_ensemble) if self.precomputes else ''
         fold(teacher).eval().requires_grad_(False)
-        self.net_t = teacher.to(self.device, memory_format=self.memory_format)
+        lay_out(teacher.to(self.device), self.memory_format)
+        self.net_t = teacher
 
     def _build_losses(self, train_opt: dict[str, Any]) -> None:
         def build(key: str) -> nn.Module | None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lora_sr.adapters import count_parameters
 from lora_sr.archs.complexity import count_flops
+from lora_sr.archs.layout import lay_out
 from lora_sr.archs.lkdn import LKDN, LKDN_S
 from lora_sr.archs.reparam import bias_of, deploy_form
 from lora_sr.archs.span import SPAN, Conv3XC, span_sizes
@@ -126,7 +127,8 @@ def make_forms(network: SPAN | LKDN, image: Tensor) -> tuple[dict[str, Run], dic
     forms: dict[str, Run] = {PUBLISHED: published.to(memory_format=torch.contiguous_format)}
     if isinstance(network, SPAN):
         forms[REFOLDING] = refolding(network).to(image.device)
-    last = deepcopy(network).to(memory_format=torch.channels_last)
+    last = deepcopy(network)
+    lay_out(last, torch.channels_last)
     forms['torch, channels-last'] = lambda x: last(x.contiguous(memory_format=torch.channels_last))
     preparing = {}
     for dtype in _dtypes(image.device):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from basicsr.archs import build_network
 from basicsr.models import build_model
+from basicsr.utils.registry import ARCH_REGISTRY
+from torch import nn
 from torch.nn import functional as F
 
 from lora_sr.adapters import is_lora_key
@@ -156,6 +158,27 @@ def test_channels_last_gives_the_same_losses(options):
     model = build_model(options)
     assert model.net_t.conv_2.eval_conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert step(model, 1) == pytest.approx(expected, rel=1e-4)
+
+
+class Volumes(nn.Module):
+    """A teacher with a parameter of five dimensions, as FFTformer's are."""
+
+    def __init__(self, upscale):
+        super().__init__()
+        self.volume = nn.Parameter(torch.ones(1, 3, 1, 1, 1))
+        self.upscale = upscale
+
+    def forward(self, x):
+        return F.interpolate(x * self.volume[:, :, 0], scale_factor=self.upscale)
+
+
+def test_channels_last_leaves_five_dimensions_alone(options, checkpoints, monkeypatch):
+    monkeypatch.setitem(ARCH_REGISTRY._obj_map, 'Volumes', Volumes)
+    options['network_t'] = {'type': 'Volumes', 'upscale': 2}
+    options['train']['memory_format'] = 'channels_last'
+    del options['train']['affinity_opt']
+    torch.save(Volumes(2).state_dict(), checkpoints / 'teacher.pth')
+    assert step(build_model(options), 1)['l_distill'] > 0
 
 
 def test_networks_of_different_families(options, checkpoints):

@@ -20,8 +20,8 @@ class Foldable(nn.Module):
     """A module whose branches fold into fewer convolutions that compute the same, for :func:`fold` to find.
 
     In training it computes with the folded kernels, made of the branches anew at each pass: the branches get the same
-    gradients as if each had computed, at a fraction of the operations and of the memory. In eval mode, and where
-    ``trains_folded`` is False, each branch computes.
+    gradients as if each had computed, at a fraction of the operations and of the memory. Each branch computes in eval
+    mode, where a layer has a hook, and where ``trains_folded`` is False.
 
     A subclass has ``in_channels``, and takes (N, in_channels, H, W).
     """
@@ -31,12 +31,17 @@ class Foldable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> what :meth:`branches` gives."""
-        if self.training and self.trains_folded and self.is_training_form:
+        if self.training and self.trains_folded and self.is_training_form and not self._is_watched():
             dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
             with torch.autocast(x.device.type, enabled=False):  # which would round what the branches add up to
                 kernels = self.kernels(dtype)
             return self.convolve(x, *kernels)
         return self.branches(x)
+
+    def _is_watched(self) -> bool:
+        """Whether a layer has a hook, which wants to be called: of a feature, or of a norm of its weight."""
+        layers = [module for module in self.modules() if module is not self]
+        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
     def branches(self, x: Tensor) -> Tensor:
         """What the module computes, branch by branch."""

@@ -114,6 +114,20 @@ def test_gradients_of_training_are_those_of_the_reference(name, with_lora, train
 
 
 @each_block
+def test_a_hook_on_a_branch_is_called(name):
+    block = make_block(name)
+    x = torch.rand(2, CHANNELS, 6, 9)
+    expected = block(x)
+    seen = []
+    layer = next(module for module in block.modules() if isinstance(module, nn.Conv2d))
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+    hook.remove()
+    block(x)
+    assert len(seen) == 1
+
+
+@each_block
 def test_mixed_precision_adds_the_branches_up_in_float32(name, monkeypatch):
     """So its error is about that of the folded form, and no larger than that of branches that each round."""
     block = make_block(name)

@@ -36,10 +36,11 @@ def capture(run: Callable[[], T], stream: torch.cuda.Stream | None = None) -> tu
                 failure = error
                 raise
     except BaseException as error:
-        if error is not failure:  # but one of torch, which could not end the recording, and says less
-            _recover(pool)
-        if failure is not None:
-            raise failure from None
+        if error is failure:
+            raise
+        _recover(pool)  # torch could not end the recording
+        if failure is not None:  # of which it says less
+            raise failure from failure.__cause__
         raise
     finally:
         failure = None  # its traceback holds this frame, and with it tensors
@@ -49,6 +50,7 @@ def _recover(pool: Any) -> None:
     """Put back what torch leaves in the state of recording when it cannot end one.
 
     The random generator would refuse every draw, and the allocator would wait with all blocks that other streams use.
+    What has been recorded before draws from the state that the generator had until now.
     """
     device = torch.cuda.current_device()
     with suppress(AttributeError, RuntimeError):  # another torch has no such functions, or has done this itself

@@ -7,7 +7,8 @@ from torch import nn
 
 from lora_sr.archs.reparam import Foldable
 
-LEAST_SHARE = 0.6  # of a network's layers, in the blocks that stand for it
+LEAST_SHARE = 0.5  # of a network's layers, in the blocks that stand for it
+NEARLY_ALL = 0.8  # of the layers that are in larger blocks, for smaller ones to stand for it
 
 
 def lay_out(network: nn.Module, memory_format: torch.memory_format) -> None:
@@ -20,8 +21,9 @@ def lay_out(network: nn.Module, memory_format: torch.memory_format) -> None:
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     """The blocks of which a network is a sequence: SwinIR's transformer blocks, say, or the dense blocks of RRDBNet.
 
-    They are the instances of the class that occurs most often, of those whose instances hold most of the layers, at
-    least two each. Modules that fold into one convolution are layers here. One block in another is not given twice.
+    They are the instances of one class, at least two, with two layers or more each and half of all layers together. Of
+    blocks in blocks the smaller ones are taken, unless they leave layers of the larger ones out. Modules that fold into
+    one convolution are layers here.
 
     Returns:
         The blocks, in their order; none for a network that is not made of any.
@@ -40,7 +42,7 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
         and module not in layers | inner
         and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
     }
-    best: list[nn.Module] = []
+    found: list[tuple[list[nn.Module], int]] = []
     for kind in dict.fromkeys(type(module) for module, count in held.items() if count > 1):
         blocks: list[nn.Module] = []
         covered: set[nn.Module] = set()
@@ -48,6 +50,9 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
             if type(module) is kind and held[module] > 1 and module not in covered:
                 blocks.append(module)
                 covered.update(module.modules())
-        if len(blocks) > max(1, len(best)) and len(covered & layers) >= LEAST_SHARE * len(layers):
-            best = blocks
-    return best
+        if len(blocks) > 1:
+            found.append((blocks, len(covered & layers)))
+    most = max((count for _, count in found), default=0)
+    if not most or most < LEAST_SHARE * len(layers):
+        return []
+    return max((blocks for blocks, count in found if count >= NEARLY_ALL * most), key=len)

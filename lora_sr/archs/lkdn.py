@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_sr.archs.info import NetworkInfo
-from lora_sr.archs.reparam import Foldable, bias_of
+from lora_sr.archs.reparam import Foldable, bias_of, laid_out_as, sum_type
 from lora_sr.errors import InputError, shown
 
 
@@ -75,13 +75,14 @@ class BSConvU_rep(Foldable, BSConvU):
         output: Tensor = self.dw(x) + x + self.rep1x1(x)
         return output
 
-    def kernels(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def kernels(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Weights of the 1x1 (channels, channels, 1, 1) and the 3x3 (channels, 1, 3, 3), and its bias (channels,)."""
-        pointwise, depthwise = self.pw.weight.to(dtype), self.dw.weight.to(dtype)
+        pointwise, depthwise = self.pw.weight, self.dw.weight
+        kind, dtype = pointwise.dtype, sum_type(pointwise, dtype)
+        pointwise, depthwise = pointwise.to(dtype), depthwise.to(dtype)
         pointwise = pointwise + torch.eye(self.in_channels, dtype=dtype, device=pointwise.device)[:, :, None, None]
         depthwise = depthwise + F.pad(1 + self.rep1x1.weight.to(dtype), (1, 1, 1, 1))  # at the center of the 3x3 alone
         bias = bias_of(self.dw).to(dtype) + bias_of(self.rep1x1).to(dtype)
-        kind = self.pw.weight.dtype
         return pointwise.to(kind), depthwise.to(kind), bias.to(kind)
 
     def convolve(self, x: Tensor, *kernels: Tensor) -> Tensor:
@@ -170,15 +171,16 @@ class RepUpsampler(Foldable):
         wide = self.conv3x3(self.conv1x1(F.pad(x, (1, 1, 1, 1))))
         return F.pixel_shuffle(self.conv1(x) + self.conv3(x) + wide, self.upscale)
 
-    def kernels(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def kernels(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Weight (upscale**2 * out_channels, C, 3, 3) and bias (upscale**2 * out_channels,)."""
+        like = self.conv3.weight
+        dtype = sum_type(like, dtype)
         outer, inner = self.conv3x3.weight.to(dtype), self.conv1x1.weight.to(dtype).flatten(1)
-        weight = self.conv3.weight.to(dtype) + torch.einsum('omhw,mi->oihw', outer, inner)
+        weight = like.to(dtype) + torch.einsum('omhw,mi->oihw', outer, inner)
         weight = weight + F.pad(self.conv1.weight.to(dtype), (1, 1, 1, 1))
         bias = sum(bias_of(layer).to(dtype) for layer in (self.conv1, self.conv3, self.conv3x3))
         bias = bias + outer.sum((2, 3)) @ bias_of(self.conv1x1).to(dtype)
-        kind = self.conv3.weight.dtype
-        return weight.to(kind), bias.to(kind)
+        return laid_out_as(weight, like), bias.to(like.dtype)
 
     def convolve(self, x: Tensor, *kernels: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, out_channels, upscale * H, upscale * W)."""

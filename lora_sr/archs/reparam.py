@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_sr.adapters import AdaptedModule, adapted_modules, merge_lora
+from lora_sr.adapters.layers import base_class_of
 from lora_sr.errors import InputError
 
 # The largest relative difference between outputs that are to be the same up to rounding in float32.
 TOLERANCE = 1e-5
+
+
+HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
 class Foldable(nn.Module):
@@ -21,7 +26,7 @@ class Foldable(nn.Module):
 
     In training it computes with the folded kernels, made of the branches anew at each pass: the branches get the same
     gradients as if each had computed, at a fraction of the operations and of the memory. Each branch computes in eval
-    mode, where a layer has a hook, and where ``trains_folded`` is False.
+    mode, where a layer has a hook or is none of ours, and where ``trains_folded`` is False.
 
     A subclass has ``in_channels``, and takes (N, in_channels, H, W).
     """
@@ -31,24 +36,29 @@ class Foldable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> what :meth:`branches` gives."""
-        if self.training and self.trains_folded and self.is_training_form and not self._is_watched():
-            dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
-            with torch.autocast(x.device.type, enabled=False):  # which would round what the branches add up to
-                kernels = self.kernels(dtype)
+        if self.training and self.trains_folded and self.is_training_form and not self._needs_branches():
+            with _without_autocast(x.device):  # which would round what the branches add up to
+                kernels = self.kernels()
             return self.convolve(x, *kernels)
         return self.branches(x)
 
-    def _is_watched(self) -> bool:
-        """Whether a layer has a hook, which wants to be called: of a feature, or of a norm of its weight."""
-        layers = [module for module in self.modules() if module is not self]
-        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+    def _needs_branches(self) -> bool:
+        """Whether a layer has a hook, which wants to be called, or is not computed by its weight alone, as PEFT's."""
+        layers = [module for module in self.modules() if module is not self and not isinstance(module, nn.Sequential)]
+        return any(
+            base_class_of(layer) is not nn.Conv2d or any(getattr(layer, name) for name in HOOKS) for layer in layers
+        )
 
     def branches(self, x: Tensor) -> Tensor:
         """What the module computes, branch by branch."""
         raise NotImplementedError
 
-    def kernels(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Weights and biases of the folded convolutions, summed in a type, and of the type of the branches."""
+    def kernels(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """Weights and biases of the folded convolutions, of the type of the branches.
+
+        Args:
+            dtype: What they are summed in; by default float32, or the branches' own if that is finer.
+        """
         raise NotImplementedError
 
     def convolve(self, x: Tensor, *kernels: Tensor) -> Tensor:
@@ -63,6 +73,22 @@ class Foldable(nn.Module):
     def folded(self) -> nn.Module:
         """The deploy form, a module of its own; summed in float64 and rounded once. Called without gradients."""
         raise NotImplementedError
+
+
+def sum_type(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What kernels are summed in, see :meth:`Foldable.kernels`."""
+    return dtype or torch.promote_types(weight.dtype, torch.float32)
+
+
+def laid_out_as(kernel: Tensor, weight: Tensor) -> Tensor:
+    """A kernel of the type and in the memory format of a weight, which decide upon those of what it gives."""
+    is_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return kernel.to(weight.dtype).contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    knows = getattr(torch.amp, 'is_autocast_available', lambda kind: kind in ('cpu', 'cuda'))  # before torch 2.4
+    return torch.autocast(device.type, enabled=False) if knows(device.type) else nullcontext()
 
 
 def bias_of(layer: nn.Conv2d) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lora_sr.adapters import is_lora_key
 from lora_sr.archs.info import NetworkInfo
-from lora_sr.archs.reparam import Foldable, bias_of
+from lora_sr.archs.reparam import Foldable, bias_of, laid_out_as, sum_type
 from lora_sr.errors import InputError
 
 NO_NORM = 'no_norm'  # the empty tensor by which neosr, traiNNer-redux and spandrel mark a SPAN without normalization
@@ -63,7 +63,7 @@ class Conv3XC(Foldable):
             output = self.eval_conv(x)
         return output
 
-    def kernels(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def kernels(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Weight (out_channels, in_channels, 3, 3) and bias (out_channels,)."""
         layers = {'sk': self.sk, **{f'conv.{index}': layer for index, layer in enumerate(self.conv)}}
         tensors = {f'{name}.{kind}': getattr(layer, kind) for name, layer in layers.items() for kind in KINDS}
@@ -106,7 +106,7 @@ class Conv3XC(Foldable):
                     f'{prefix}conv and {prefix}sk carry LoRA, which has to be merged before the branches are folded.'
                 )
             elif not self.is_training_form and len(branches) == len(BRANCH_TENSORS):
-                weight, bias = _fold_branches(branches)
+                weight, bias = _fold_branches(branches, torch.float64)
                 for name in branches:
                     del state_dict[prefix + name]
                 state_dict[f'{prefix}eval_conv.weight'] = weight
@@ -121,16 +121,18 @@ class Conv3XC(Foldable):
         )
 
 
-def _fold_branches(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def _fold_branches(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """Weight (out, in, 3, 3) and bias (out,) of the one convolution that equals the branches of a Conv3XC."""
-    names = ('conv.0', 'conv.1', 'conv.2', 'sk')
-    first, middle, last, skip = (state[f'{name}.weight'].to(dtype) for name in names)
-    b_first, b_middle, b_last, b_skip = (state[f'{name}.bias'].to(dtype) for name in names)
+    weights = [state[f'{name}.weight'] for name in ('conv.0', 'conv.1', 'conv.2', 'sk')]
+    like, dtype = weights[1], sum_type(weights[1], dtype)
+    first, middle, last, skip = (weight.to(dtype) for weight in weights)
+    b_first, b_middle, b_last, b_skip = (
+        state[f'{name}.bias'].to(dtype) for name in ('conv.0', 'conv.1', 'conv.2', 'sk')
+    )
     first, last = first.flatten(1), last.flatten(1)
     weight = torch.einsum('op,pmhw,mi->oihw', last, middle, first) + F.pad(skip, (1, 1, 1, 1))
     bias = last @ (middle.sum((2, 3)) @ b_first + b_middle) + b_last + b_skip
-    kind = state['sk.weight'].dtype
-    return weight.to(kind), bias.to(kind)
+    return laid_out_as(weight, like), bias.to(like.dtype)
 
 
 class SPAB(nn.Module):

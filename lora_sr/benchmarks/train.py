@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from multiprocessing.connection import wait
@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_sr.archs.complexity import count_flops
 from lora_sr.archs.reparam import deploy_form
 from lora_sr.benchmarks.runtime import measure_rate
-from lora_sr.benchmarks.training_process import PEFT, Started, Task, serve
+from lora_sr.benchmarks.training_process import PEFT, READY, Started, Task, serve
 from lora_sr.data.prepare import prepare_databases
 from lora_sr.data.sources import find_sources, read_image
 from lora_sr.errors import InputError, import_basicsr
@@ -41,7 +41,7 @@ STEPS = {'cuda': 10, 'cpu': 4}
 BATCH, PATCH = {'cuda': 16, 'cpu': 4}, {'cuda': 64, 'cpu': 48}
 GPU_ALONE = {'AdaptSR-SwinIR'}  # what takes many seconds a step on a CPU, and is measured there where it is asked for
 MOST_WORKERS = 8
-MEMORY_SHARE = 0.7  # of a GPU, for first steps at the same time
+MEMORY_SHARE = 0.7  # of what is free on a GPU, for first steps at the same time
 STOCK = 'stock BasicSR'
 
 # What each key is set to; the first ones stay when the next is added, the others are measured by themselves.
@@ -273,12 +273,21 @@ LOADED = ('loop', 'load')
 class _Process:
     """A process that trains, seen from here."""
 
-    def __init__(self, context: Any, task: Task, permits: AbstractContextManager[Any]):
+    def __init__(self, context: Any, task: Task):
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, task, permits))
+        self.process = context.Process(target=serve, args=(theirs, task))
         self.process.start()
         theirs.close()
         self.started: Started | str = ''
+
+    def begin(self) -> bool:
+        """Let it do its first steps, if it could be made ready."""
+        answer = self._answer()
+        if answer == READY:
+            self.connection.send(None)
+            return True
+        self.started = answer
+        return False
 
     def wait(self) -> None:
         """Until its first steps are done."""
@@ -308,41 +317,46 @@ class _Process:
 def _processes(subject: Subject, forms: Sequence[Form], conditions: Conditions) -> Iterator[dict[Form, _Process]]:
     """A process for each form, which has done its first steps.
 
-    On a CPU they do these one after the other; on a GPU, once one has, as many at a time as the memory takes.
+    On a CPU they do these one after the other; on a GPU, after the first, as many at a time as the memory takes.
     """
     if 'forkserver' in multiprocessing.get_all_start_methods():  # which imports torch once for all
         context: Any = multiprocessing.get_context('forkserver')
         context.set_forkserver_preload(['torch', 'torchvision', 'cv2', 'scipy.ndimage'])
     else:
         context = multiprocessing.get_context('spawn')
-    permits = context.Semaphore(1)
-    processes = {form: _Process(context, task_of(subject, form, conditions), permits) for form in forms}
+    processes: dict[Form, _Process] = {}
     try:
-        waiting = list(processes.values())
-        while waiting:
-            ready = wait([process.connection for process in waiting])
-            for process in [process for process in waiting if process.connection in ready]:
-                process.wait()
-                if (
-                    conditions.device != 'cpu'
-                    and len(waiting) == len(processes)
-                    and isinstance(process.started, Started)
-                ):
-                    total = torch.cuda.get_device_properties(0).total_memory
-                    for _ in range(int(MEMORY_SHARE * total / process.started.held) - 1):
-                        permits.release()
-                waiting.remove(process)
+        for form in forms:
+            processes[form] = _Process(context, task_of(subject, form, conditions))
+        first, *others = processes.values()
+        if first.begin():
+            first.wait()
+        _start(others, _at_a_time(first.started))
         yield processes
     finally:
         for process in processes.values():
             process.end()
 
 
-def _more_at_a_time(started: Started | str, device: str) -> int:
-    """How many processes beside one the memory takes, after the first steps of one."""
-    if device == 'cpu' or isinstance(started, str):
-        return 0
-    return max(0, int(MEMORY_SHARE * torch.cuda.get_device_properties(0).total_memory / started.held) - 1)
+def _start(processes: list[_Process], at_a_time: int) -> None:
+    """Let processes do their first steps."""
+    running: list[_Process] = []
+    while processes or running:
+        while processes and len(running) < at_a_time:
+            if processes[0].begin():
+                running.append(processes[0])
+            processes = processes[1:]
+        ready = wait([process.connection for process in running]) if running else []
+        for process in [process for process in running if process.connection in ready]:
+            process.wait()
+            running.remove(process)
+
+
+def _at_a_time(started: Started | str) -> int:
+    """How many processes a GPU's memory takes at a time, each like one that has started; one on a CPU."""
+    if isinstance(started, str) or not started.held:
+        return 1
+    return max(1, int(MEMORY_SHARE * torch.cuda.mem_get_info()[0] / started.held))
 
 
 def task_of(subject: Subject, form: Form, conditions: Conditions) -> Task:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import multiprocessing
 import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -24,6 +22,7 @@ from lora_sr import hook
 from lora_sr.report.memory import forget_peak, peak
 
 PEFT = 'PeftLoRA'  # what a network with PEFT's LoRA is called in an option file here
+READY = 'ready'  # what a process says that can start
 WAITING = 2  # batches that each worker of a loader has ready
 
 
@@ -65,86 +64,82 @@ class Started:
     held: int = 0
 
 
-def serve(connection: Connection, task: Task, permits: AbstractContextManager[Any]) -> None:
-    """Train, and answer: first with a :class:`Started`, then to each ``(method, seconds)`` with what it gave.
+def serve(connection: Connection, task: Task) -> None:
+    """Say READY, answer a message with a :class:`Started`, and then each ``(method, seconds)`` with what it gave.
 
     An error is answered in its place, as a sentence.
-
-    Args:
-        connection: Where answers go to and questions come from.
-        task: What is trained.
-        permits: One is held during the first steps: a GPU's memory may not do for those of all processes at once.
     """
     multiprocessing.set_start_method(task.start_method, force=True)
+    status = 1
     try:
         trainer = Trainer(task)
-        with permits:
-            trainer.start()
-        connection.send(trainer.started)
+        connection.send(READY)
+        connection.recv()
+        connection.send(trainer.start())
         while True:
             method, seconds = connection.recv()
             connection.send(getattr(trainer, method)(seconds))
     except EOFError:
-        pass
+        status = 0
     except Exception as error:  # whatever it is, the other forms are measured
         connection.send(f'{type(error).__name__}: {error}'.partition('\n')[0])
     finally:
         # To wait for workers that have batches ready takes seconds, and there is nothing to keep.
         for worker in multiprocessing.active_children():
             worker.kill()
-        os._exit(0)
+        sys.stderr.flush()
+        os._exit(status)
 
 
 class Trainer:
-    """A model that has done its first steps, and does more to be timed.
+    """A model that does its first steps when it is started, and then more to be timed.
 
     Args:
         task: What it trains.
     """
 
     def __init__(self, task: Task):
-        self.task, opt = task, deepcopy(dict(task.opt))
+        self.task, self.opt = task, deepcopy(dict(task.opt))
         if task.is_stock:
             _leave_basicsr_alone()
-        from basicsr.data import build_dataset
-        from basicsr.models import build_model
         from basicsr.utils import get_root_logger
 
         warnings.simplefilter('ignore')  # what torch finds in BasicSR's networks
-        told = _Told()
-        get_root_logger(log_level=logging.WARNING).handlers[:] = [told]
+        self._told = _Told()
+        get_root_logger(log_level=logging.WARNING).handlers[:] = [self._told]
         if task.is_stock:
             _add_ours()
-        torch.backends.cudnn.benchmark = True  # as BasicSR's train.py has it
-        self.on_gpu = bool(opt['num_gpu'])
+        self.on_gpu = bool(self.opt['num_gpu'])
         self.device = torch.device('cuda' if self.on_gpu else 'cpu')
+
+    def start(self) -> Started:
+        """Build the model and do the first steps."""
+        from basicsr.data import build_dataset
+        from basicsr.models import build_model
+
+        task = self.task
+        torch.backends.cudnn.benchmark = True  # as BasicSR's train.py has it
         # A loader's work is measured by itself.
         self.batches = torch.load(task.batches, weights_only=True, map_location=self.device)
         if task.is_taught:
-            _teach(self.batches, opt, self.device)
+            _teach(self.batches, self.opt)
         # A teacher of whole images leaves memory behind that steps then take.
         tells_memory = sys.platform == 'linux' and not self.on_gpu and not task.is_taught
         before = forget_peak() if tells_memory else 0
         torch.manual_seed(0)
-        self.model = build_model(opt)
+        self.model = build_model(self.opt)
         self.dataset = build_dataset(deepcopy(dict(task.loader))) if task.loader else None
         if task.is_taught and self.dataset is not None:
             self.model.teach(self.dataset)
         self.iteration = 0
-        self.started = Started(math.nan, ())
-        self._told, self._before, self._peak = told, before if tells_memory else None, 0
         self._loading: Iterator[Any] | None = None
-
-    def start(self) -> None:
-        """Do the first steps."""
-        for _ in range(self.task.steps):
+        for _ in range(task.steps):
             self._step()
         loss = next(iter(self.model.get_current_log().values()))
+        self._peak = peak() - before if tells_memory else 0
         held = torch.cuda.max_memory_reserved() if self.on_gpu else 0
-        self.started = Started(loss, tuple(self._told.messages), held)
-        if self._before is not None:
-            self._peak = peak() - self._before
         self._leave_memory()
+        return Started(loss, tuple(self._told.messages), held)
 
     def memory(self, seconds: float) -> int:
         """Bytes at the peak: on a GPU what is held for steps, else by how much they raised the resident memory.
@@ -294,7 +289,7 @@ def with_peft(base: dict[str, Any], lora: dict[str, Any]) -> nn.Module:
 
 
 @torch.no_grad()
-def _teach(batches: list[dict[str, Any]], opt: dict[str, Any], device: torch.device) -> None:
+def _teach(batches: list[dict[str, Any]], opt: dict[str, Any]) -> None:
     """Give batches what the teacher makes of them, as a dataset does, and let the model count on that."""
     from basicsr.archs import build_network
 
@@ -302,7 +297,7 @@ def _teach(batches: list[dict[str, Any]], opt: dict[str, Any], device: torch.dev
 
     teacher = build_network(dict(opt['network_t']))
     teacher.load_state_dict(torch.load(opt['path']['pretrain_network_t'], weights_only=True))
-    teacher = fold(teacher).eval().to(device)
+    teacher = fold(teacher).eval().to(batches[0]['lq'].device)
     for batch in batches:
         batch['taught'] = teacher(batch['lq']).clone()
     opt['network_t'] = {**opt['network_t'], 'precompute': True}

@@ -113,18 +113,86 @@ def test_gradients_of_training_are_those_of_the_reference(name, with_lora, train
         torch.testing.assert_close(value, reference, rtol=1e-11, atol=1e-11)
 
 
+def first_layer(block):
+    return next((name, module) for name, module in block.named_modules() if isinstance(module, nn.Conv2d))
+
+
 @each_block
-def test_a_hook_on_a_branch_is_called(name):
+@pytest.mark.parametrize('kind', ['forward', 'forward_pre', 'full_backward'])
+def test_a_hook_on_a_branch_is_called(name, kind):
     block = make_block(name)
-    x = torch.rand(2, CHANNELS, 6, 9)
+    x = torch.rand(2, CHANNELS, 6, 9, requires_grad=True)
     expected = block(x)
     seen = []
-    layer = next(module for module in block.modules() if isinstance(module, nn.Conv2d))
-    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+    hook = getattr(first_layer(block)[1], f'register_{kind}_hook')(lambda *_: seen.append(kind))
+    output = block(x)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    output.sum().backward()
     hook.remove()
-    block(x)
-    assert len(seen) == 1
+    block(x).sum().backward()
+    assert seen == [kind]
+
+
+@each_block
+def test_a_layer_of_another_library_computes_by_itself(name):
+    class Scaled(nn.Conv2d):
+        """Of which the weight alone does not tell what it computes, as of PEFT's."""
+
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block = make_block(name)
+    first_layer(block)[1].__class__ = Scaled
+    x = torch.rand(2, CHANNELS, 6, 9)
+    torch.testing.assert_close(block(x), block.eval()(x), rtol=0, atol=0)
+
+
+@each_block
+@pytest.mark.parametrize(
+    ('of_weights', 'of_images'),
+    [
+        (torch.contiguous_format, torch.contiguous_format),
+        (torch.contiguous_format, torch.channels_last),
+        (torch.channels_last, torch.channels_last),
+    ],
+)
+def test_the_memory_format_is_that_of_branches(name, of_weights, of_images, monkeypatch):
+    block = make_block(name).to(memory_format=of_weights)
+    x = torch.rand(2, CHANNELS, 6, 9).contiguous(memory_format=of_images)
+    strides = []
+    for trains_folded in (True, False):
+        monkeypatch.setattr(Foldable, 'trains_folded', trains_folded)
+        strides.append(block(x).stride())
+    assert strides[0] == strides[1]
+
+
+@each_block
+@pytest.mark.parametrize('with_lora', [False, True])
+def test_replicas_of_data_parallel(name, with_lora):
+    """They have their weights as attributes, and no parameters."""
+    block = make_block(name)
+    if with_lora:
+        block = add_lora(block, LoRAConfig([r'conv3x3|dw|conv\.1'], rank=2))
+    replica: nn.Module = block
+    for path, module in block.named_modules():
+        copied = module._replicate_for_data_parallel()
+        for key, value in module._parameters.items():
+            copied.__dict__[key if value is None or not hasattr(type(module), key) else f'_base_{key}'] = value
+        if path == '':
+            replica = copied
+        else:
+            parent, _, child = path.rpartition('.')
+            replica.get_submodule(parent)._modules[child] = copied
+    assert not list(replica.parameters())
+    x = torch.rand(2, CHANNELS, 6, 9)
+    assert torch.equal(replica(x), block(x))
+
+
+@each_block
+def test_shapes_are_told_without_data(name):
+    x = torch.rand(2, CHANNELS, 6, 9)
+    block = make_block(name)
+    assert copy.deepcopy(block).to('meta')(x.to('meta')).shape == block(x).shape
 
 
 @each_block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ class Roots:
                 f'the images of all roots must have the same number of channels, got {first} in {root} and {second} in '
                 f'{other}'
             )
+        self.channels = next(iter(channels), 3)
         self.is_deep = any(image.dtype == 'uint16' for image, _ in images)
 
     def view(self, root: str, key: str) -> RawView:
@@ -52,6 +54,25 @@ class Roots:
     def in_type(self, patch: np.ndarray) -> np.ndarray:
         """A patch in the type of all: 257 of 65535 is 1 of 255, also once it is divided and rounded."""
         return patch.astype(np.uint16) * np.uint16(257) if self.is_deep and patch.dtype == np.uint8 else patch
+
+
+def with_permuted_channels(patches: list[np.ndarray], opt: dict[str, Any]) -> list[np.ndarray]:
+    """Patches of one sample whose three channels have changed places, alike in all, if ``use_rgb_permutation`` is set.
+
+    Photographs have few saturated colors, and a network that is fine-tuned on some forgets those that it does not see.
+    Downscaling treats all channels alike, so the pair stays one. Half of the samples stay as they are, and more than
+    that, since one permutation in six changes nothing.
+
+    Source: RGB permutation of CutBlur (arXiv:2004.00448), section 3.
+
+    Args:
+        patches: (H, W, 3) each.
+        opt: The section of the dataset.
+    """
+    if not opt.get('use_rgb_permutation') or random.random() < 0.5:
+        return patches
+    order = random.sample(range(3), 3)
+    return [patch[:, :, order] for patch in patches]
 
 
 class Taught:
@@ -68,6 +89,11 @@ class Taught:
         """
         self.taught = {root: RawDatabase(path) for root, path in outputs.items()}
 
+    def check_channels(self, opt: dict[str, Any]) -> None:
+        """Raise InputError where other than three channels are to change places."""
+        if opt.get('use_rgb_permutation') and self.lq.channels != 3:
+            raise InputError(f'use_rgb_permutation must be false for images of {self.lq.channels} channels, got true')
+
 
 class RawPairedImageDataset(Taught, Dataset):
     """Pairs of GT and LR images, as a ``PairedImageDataset`` gives them, from databases of ``lora-sr prepare --raw``.
@@ -83,7 +109,8 @@ class RawPairedImageDataset(Taught, Dataset):
     uint16, which the model turns into float32 in [0, 1] on its device; and the images' names.
 
     Raises:
-        InputError: A root is no raw database, or two that pair have other keys.
+        InputError: A root is no raw database, two that pair have other keys, or other than three channels are to be
+            permuted.
     """
 
     def __init__(self, opt: dict[str, Any]):
@@ -92,6 +119,7 @@ class RawPairedImageDataset(Taught, Dataset):
         self.mean, self.std = opt.get('mean'), opt.get('std')
         roots = paired_roots(opt)
         self.gt, self.lq = Roots([gt for gt, _, _ in roots]), Roots([lq for _, lq, _ in roots])
+        self.check_channels(opt)
         self.images: list[tuple[str, str, str]] = []  # root of GT, root of LR, key
         self.paths: list[dict[str, str]] = []
         several = any(isinstance(opt.get(key), (list, tuple)) for key in PAIRED_KEYS)
@@ -116,7 +144,8 @@ class RawPairedImageDataset(Taught, Dataset):
             large = [whole_gt, *([self.taught[lq_root].view(key)] if self.taught else [])]
             large, lq = paired_random_crop(large, whole_lq, self.opt['gt_size'], scale, names['gt_path'])
             patches = [*large, lq] if self.taught else [large, lq]
-            gt, *taught, lq = augment(patches, self.opt['use_hflip'], self.opt['use_rot'])
+            turned = augment(patches, self.opt['use_hflip'], self.opt['use_rot'])
+            gt, *taught, lq = with_permuted_channels(turned, self.opt)
             if taught:
                 names['taught'] = to_planes(taught[0])
         else:
@@ -148,7 +177,7 @@ class RawLRImageDataset(Taught, Dataset):
     which the model turns into float32 in [0, 1] on its device; and the image's name.
 
     Raises:
-        InputError: A root is no raw database.
+        InputError: A root is no raw database, or other than three channels are to be permuted.
     """
 
     def __init__(self, opt: dict[str, Any]):
@@ -156,6 +185,7 @@ class RawLRImageDataset(Taught, Dataset):
         self.opt = opt
         roots = roots_of(opt['dataroot_lq'])
         self.lq = Roots(roots)
+        self.check_channels(opt)
         self.paths = [(root, key) for root in roots for key in self.lq.databases[root].images]
 
     def __len__(self) -> int:
@@ -171,6 +201,6 @@ class RawLRImageDataset(Taught, Dataset):
             large, scale = self.taught[root].view(key), int(self.opt['scale'])
             patches.append(large[scale * top : scale * (top + size), scale * left : scale * (left + size)])
         turned = augment(patches, self.opt['use_hflip'], self.opt['use_rot'])
-        patch, *taught = turned if self.taught else [turned]
+        patch, *taught = with_permuted_channels(turned if self.taught else [turned], self.opt)
         sample = {'lq': to_planes(self.lq.in_type(patch)), 'lq_path': key}
         return {**sample, 'taught': to_planes(taught[0])} if taught else sample

@@ -2,6 +2,8 @@
 
 import pickle
 import random
+from collections import Counter
+from itertools import permutations
 
 import cv2
 import lmdb
@@ -127,6 +129,35 @@ def test_samples_of_a_seed_are_the_same_whoever_reads_them(roots, kind):
         batches.append(floats(loader))
     assert_same(batches[0], batches[1])
     assert_same(batches[0], batches[2])
+
+
+@pytest.mark.parametrize('kind', ['RawPairedImageDataset', 'RawLRImageDataset'])
+def test_channels_of_a_sample_change_places_alike(roots, kind):
+    """Half of the samples stay as they are, and the others come in all orders, with what belongs to them."""
+    plain, permuted = (
+        build_dataset(section(roots, ['a'], kind, use_rgb_permutation=is_permuted)) for is_permuted in (False, True)
+    )
+    for dataset in (plain, permuted):  # as if the GT images were outputs of a teacher
+        dataset.teach({dataset.opt['dataroot_lq']: f'{roots}/a/HR_raw.lmdb'})
+    orders = Counter()
+    for first in range(0, 400, 4):
+        for before, after in zip(items(plain, first), items(permuted, first)):
+            tensors = [key for key, value in before.items() if torch.is_tensor(value)]
+            found = [order for order in permutations(range(3))
+                     if all(torch.equal(after[key], before[key][list(order)]) for key in tensors)]  # fmt: skip
+            assert len(found) == 1 and 'taught' in tensors
+            orders[found[0]] += 1
+    assert len(orders) == 6 and orders[0, 1, 2] / sum(orders.values()) == pytest.approx(7 / 12, abs=0.1)
+
+
+def test_gray_images_have_no_channels_to_permute(tmp_path):
+    image = np.zeros((32, 32, 1), np.uint8)
+    for name in ('HR', 'LR_bicubic_X2'):
+        write_raw(tmp_path / f'{name}_raw.lmdb', {'a': image[:: 1 if name == 'HR' else 2, :: 1 if name == 'HR' else 2]})
+    for kind in ('RawPairedImageDataset', 'RawLRImageDataset'):
+        opt = section(tmp_path.parent, [tmp_path.name], kind, use_rgb_permutation=True)
+        with pytest.raises(InputError, match='use_rgb_permutation must be false for images of 1 channels, got true'):
+            build_dataset(opt)
 
 
 def write_raw(path, images):

@@ -575,6 +575,10 @@ DATASET = {
         FLAG, 'Whether patches are rotated by 90 degrees at random.', needed=f'{_PAIRS_TRAIN} {LR_ALONE} {DEGRADED}',
         only=f'{_PATCHES} {LR_ALONE} {DEGRADED}',
     ),
+    'use_rgb_permutation': Key(
+        FLAG, 'Whether the channels of patches change places at random, so that all hues are seen.', default=False,
+        only=f'{RAW_PAIRED} {RAW_LR}',
+    ),
     'batch_size_per_gpu': Key(whole(1), 'Patches of a batch, of each GPU of a process.', needed='train'),
     'num_worker_per_gpu': Key(
         whole(0, MOST_WORKERS), 'Processes that read images, for each GPU of a process.', needed='train'

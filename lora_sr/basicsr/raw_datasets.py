@@ -57,11 +57,10 @@ class Roots:
 
 
 def with_permuted_channels(patches: list[np.ndarray], opt: dict[str, Any]) -> list[np.ndarray]:
-    """Patches of one sample whose three channels have changed places, alike in all, if ``use_rgb_permutation`` is set.
+    """Patches of one sample with their three channels in a random order, the same in all, for ``use_rgb_permutation``.
 
     Photographs have few saturated colors, and a network that is fine-tuned on some forgets those that it does not see.
-    Downscaling treats all channels alike, so the pair stays one. Half of the samples stay as they are, and more than
-    that, since one permutation in six changes nothing.
+    Downscaling treats all channels alike, so the pair stays one.
 
     Source: RGB permutation of CutBlur (arXiv:2004.00448), section 3.
 
@@ -69,7 +68,7 @@ def with_permuted_channels(patches: list[np.ndarray], opt: dict[str, Any]) -> li
         patches: (H, W, 3) each.
         opt: The section of the dataset.
     """
-    if not opt.get('use_rgb_permutation') or random.random() < 0.5:
+    if not opt.get('use_rgb_permutation'):
         return patches
     order = random.sample(range(3), 3)
     return [patch[:, :, order] for patch in patches]

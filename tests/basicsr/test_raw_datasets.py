@@ -133,7 +133,7 @@ def test_samples_of_a_seed_are_the_same_whoever_reads_them(roots, kind):
 
 @pytest.mark.parametrize('kind', ['RawPairedImageDataset', 'RawLRImageDataset'])
 def test_channels_of_a_sample_change_places_alike(roots, kind):
-    """Half of the samples stay as they are, and the others come in all orders, with what belongs to them."""
+    """All orders come equally often, for an image and what belongs to it."""
     plain, permuted = (
         build_dataset(section(roots, ['a'], kind, use_rgb_permutation=is_permuted)) for is_permuted in (False, True)
     )
@@ -147,7 +147,7 @@ def test_channels_of_a_sample_change_places_alike(roots, kind):
                      if all(torch.equal(after[key], before[key][list(order)]) for key in tensors)]  # fmt: skip
             assert len(found) == 1 and 'taught' in tensors
             orders[found[0]] += 1
-    assert len(orders) == 6 and orders[0, 1, 2] / sum(orders.values()) == pytest.approx(7 / 12, abs=0.1)
+    assert len(orders) == 6 and max(orders.values()) < 2 * min(orders.values())
 
 
 def test_gray_images_have_no_channels_to_permute(tmp_path):

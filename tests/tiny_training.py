@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 
+from lora_sr.basicsr.options.schema import TEACHER
+from lora_sr.data import prepare_databases
 from lora_sr.option_file import load_options
 
 LQ_SIZE = 16
@@ -29,7 +31,7 @@ def shrink(section: dict) -> None:
 
 def write_weights(section: dict, file: Path, key: str | None) -> str:
     """Write random weights of the plain network that one is trained from."""
-    section = dict(section.get('base', section))
+    section = {name: value for name, value in section.get('base', section).items() if name not in TEACHER}
     kind = section.pop('type')
     if kind == 'DSCLoRA':
         kind, section = 'SPAN', {name: section[name] for name in ('feature_channels', 'upscale')}
@@ -56,7 +58,11 @@ def small_training(file: Path, data: Path, folder: Path) -> dict:
     degrades = train['type'] == 'RealESRGANDataset'
     train.update(io_backend={'type': 'lmdb'}, dataset_enlarge_ratio=100)
     train.update(batch_size_per_gpu=1 if degrades else 2, num_worker_per_gpu=int(degrades))
-    train.update({f'dataroot_{key}': f'{data}/{key}.lmdb' for key in ('gt', 'lq') if f'dataroot_{key}' in train})
+    roots = {key: f'{data}/{key}.lmdb' for key in ('gt', 'lq')}
+    if train['type'].startswith('Raw'):
+        prepare_databases([data / 'gt'], folder / 'raw', [scale], raw=True, progress=False)
+        roots = {'gt': f'{folder}/raw/HR_raw.lmdb', 'lq': f'{folder}/raw/LR_bicubic_X{scale}_raw.lmdb'}
+    train.update({f'dataroot_{key}': root for key, root in roots.items() if f'dataroot_{key}' in train})
     options['datasets'] = {'train': train}
     options.pop('val', None)
     options['train'].update(total_iter=2)

@@ -22,8 +22,8 @@ from lora_sr.archs.info import network_info
 from lora_sr.archs.layout import lay_out
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.archs.reparam import deploy_form
-from lora_sr.cuda_graphs import capture
 from lora_sr.errors import InputError
+from lora_sr.runtime.cuda_graphs import capture
 from lora_sr.runtime.float16 import fit_float16
 from lora_sr.runtime.native.networks import compile_network
 from lora_sr.runtime.native.program import round_keeping_sums

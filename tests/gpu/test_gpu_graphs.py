@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_sr.cuda_graphs import capture
+from lora_sr.runtime.cuda_graphs import capture
 
 pytestmark = pytest.mark.gpu
 SIZE = 1 << 24

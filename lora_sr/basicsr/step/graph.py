@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lora_sr.basicsr.options.schema import DISTILLATION, GAN, PLAIN
-from lora_sr.cuda_graphs import capture
 from lora_sr.errors import shown
+from lora_sr.runtime.cuda_graphs import capture
 
 if TYPE_CHECKING:
     from lora_sr.basicsr.step.training_step import TrainingStep

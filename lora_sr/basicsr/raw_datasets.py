@@ -59,8 +59,7 @@ class Roots:
 def with_permuted_channels(patches: list[np.ndarray], opt: dict[str, Any]) -> list[np.ndarray]:
     """Patches of one sample with their three channels in a random order, the same in all, for ``use_rgb_permutation``.
 
-    Photographs have few saturated colors, and a network that is fine-tuned on some forgets those that it does not see.
-    Downscaling treats all channels alike, so the pair stays one.
+    That adds colors to the photographs. Downscaling treats all channels alike, so the pair stays one.
 
     Source: RGB permutation of CutBlur (arXiv:2004.00448), section 3.
 

@@ -576,7 +576,7 @@ DATASET = {
         only=f'{_PATCHES} {LR_ALONE} {DEGRADED}',
     ),
     'use_rgb_permutation': Key(
-        FLAG, 'Whether patches have their channels in a random order, so that all hues are seen.', default=False,
+        FLAG, 'Whether patches have their channels in a random order.', default=False,
         only=f'{RAW_PAIRED} {RAW_LR}',
     ),
     'batch_size_per_gpu': Key(whole(1), 'Patches of a batch, of each GPU of a process.', needed='train'),

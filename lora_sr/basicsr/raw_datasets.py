@@ -61,7 +61,7 @@ def with_permuted_channels(patches: list[np.ndarray], opt: dict[str, Any]) -> li
 
     That adds colors to the photographs. Downscaling treats all channels alike, so the pair stays one.
 
-    Source: RGB permutation of CutBlur (arXiv:2004.00448), section 3.
+    Source: RGB permutation of CutBlur (arXiv:2004.00448), section 2.
 
     Args:
         patches: (H, W, 3) each.

@@ -1,5 +1,6 @@
 """`lora-sr bench train`: what it compares is alike, stock BasicSR is stock, and its table is whole."""
 
+import multiprocessing
 import re
 
 import pytest
@@ -23,12 +24,15 @@ SMALL = {
     ),
 }
 WITHOUT_US = """
-from lora_sr.benchmarks.training_process import _leave_basicsr_alone
+from lora_sr.archs.reparam import Foldable
+from lora_sr.benchmarks.training_process import _add_ours, _leave_basicsr_alone
 _leave_basicsr_alone()
 import inspect
 from basicsr.models.base_model import BaseModel
 from basicsr.utils.registry import ARCH_REGISTRY
 print('NotImplementedError' in inspect.getsource(BaseModel.get_optimizer), 'SPAN' in ARCH_REGISTRY)
+_add_ours()
+print('SPAN' in ARCH_REGISTRY, Foldable.trains_folded)
 """
 
 
@@ -52,9 +56,48 @@ def test_table(monkeypatch, capsys):
         assert re.search(rf'^{form}, (png|raw){number}{number}{number}{number} samples/s$', printed, re.M)
 
 
+class Pretended:
+    """A process that trains, of which the tests say how it ends; `here` tells how many were at work when it began."""
+
+    at_work = 0
+
+    def __init__(self, started, is_ready=True):
+        self.connection, self.theirs = multiprocessing.Pipe()
+        self.started, self.ends, self.is_ready, self.here = None, started, is_ready, 0
+
+    def begin(self):
+        if not self.is_ready:
+            self.started = self.ends
+            return False
+        Pretended.at_work += 1
+        self.here = Pretended.at_work
+        self.theirs.close()  # as one that has died, or has answered
+        return True
+
+    def wait(self):
+        Pretended.at_work -= 1
+        self.started = self.ends
+
+
+@pytest.mark.parametrize('at_a_time', [1, 2, 5])
+def test_all_start_whatever_becomes_of_some(at_a_time):
+    ends = [Started(1.0, ()), 'the process ended with status -9', Started(2.0, ()), 'no memory', Started(3.0, ())]
+    processes = [Pretended(one, is_ready=one != 'no memory') for one in ends]
+    train_benchmark._start(list(processes), at_a_time)
+    assert [process.started for process in processes] == ends
+    assert max(process.here for process in processes) == min(at_a_time, 4) and Pretended.at_work == 0
+
+
+def test_as_many_start_as_a_gpu_holds(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: (80, 100))
+    held = {one: train_benchmark._at_a_time(Started(1.0, (), one)) for one in (1, 27, 28, 29, 100, 0)}
+    assert held == {1: 56, 27: 2, 28: 2, 29: 1, 100: 1, 0: 1}
+    assert train_benchmark._at_a_time('it has failed') == 1
+
+
 @pytest.mark.slow
 def test_stock_basicsr_is_without_our_patches(tmp_path):
-    assert run_python('-c', WITHOUT_US, cwd=tmp_path).stdout == 'True False\n'
+    assert run_python('-c', WITHOUT_US, cwd=tmp_path).stdout == 'True False\nTrue False\n'
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import lora_sr.data.prepare as prepare_module
 from lora_sr.data import bicubic_downscale, prepare_databases, read_meta_info
 from lora_sr.data.degrade import degrade_folder
 from lora_sr.data.lmdb_store import LmdbWriter, RawDatabase, check_databases
+from lora_sr.data.placing import COMPLETE_FILE, PARTIAL_FOLDER, REPLACED_FOLDER, partial_folder
 from lora_sr.data.prepare import subimage_starts
 from lora_sr.errors import InputError
 from lora_sr.images.png import encode_png
@@ -332,7 +333,7 @@ def test_the_check_tells_sizes_by_width_and_height(tmp_path, make_images):
 
 # Each argument after the first two is a moment: a process is forked, and kills itself at that moment.
 KILL = """
-import os, signal, sys
+import os, shutil, signal, sys
 import lora_sr.data.prepare as p
 
 def at_call(function, number):
@@ -349,7 +350,7 @@ for moment in moments:
     pid = os.fork()
     if not pid:
         name, number = moment.split('-')
-        owner = {'rename': os, 'rmtree': p.shutil, 'replace': os, 'put': p.LmdbWriter}.get(name, p)
+        owner = {'rename': os, 'rmtree': shutil, 'replace': os, 'put': p.LmdbWriter}.get(name, p)
         setattr(owner, name, at_call(getattr(owner, name), int(number)))
         p.prepare_databases([folder], os.path.join(root, moment), [2, 4], size=48, step=24, overwrite=True)
         os._exit(1)
@@ -405,7 +406,7 @@ def test_what_was_interrupted_is_not_finished_with_another_border(tmp_path, make
     folder = make_images(tmp_path / 'photos', [(60, 60)])
     for border in ('replicate', 'mirror'):
         with monkeypatch.context() as context:
-            context.setattr(prepare_module, '_move_into_place', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            context.setattr(prepare_module, 'move_into_place', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 prepare_databases([folder], tmp_path / border, [2], border='mirror', **SMALL)
     prepare_databases([folder], tmp_path / 'mirror', [2], border='mirror', **SMALL)
@@ -418,7 +419,7 @@ def test_what_was_interrupted_is_not_finished_without_skip_broken(tmp_path, make
     (folder / '0002.png').write_bytes(b'')
     for output in ('with', 'without'):
         with monkeypatch.context() as context:
-            context.setattr(prepare_module, '_move_into_place', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            context.setattr(prepare_module, 'move_into_place', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 prepare_databases([folder], tmp_path / output, [2], skip_broken=True, **SMALL)
     # What was left out is told by the run that finishes, too.
@@ -534,7 +535,7 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path, make_images, monkeypatch,
 def test_a_second_run_at_the_same_time_is_refused(tmp_path, make_images):
     pytest.importorskip('fcntl')
     folder = make_images(tmp_path / 'photos', [(60, 60)])
-    with prepare_module._partial_folder(tmp_path / 'out') as held:
+    with partial_folder(tmp_path / 'out') as held:
         (held / 'work').touch()
         with pytest.raises(InputError, match='another'):
             prepare_databases([folder], tmp_path / 'out', [2], **SMALL)
@@ -544,7 +545,7 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path, make_images):
 @pytest.mark.parametrize('kind', ['a link', 'a link to nothing', 'a file', 'that of another user'])
 def test_a_partial_folder_that_is_not_its_own_is_refused(tmp_path, make_images, kind):
     folder = make_images(tmp_path / 'photos', [(60, 60)])
-    partial, precious = tmp_path / 'out' / prepare_module.PARTIAL_FOLDER, tmp_path / 'precious'
+    partial, precious = tmp_path / 'out' / PARTIAL_FOLDER, tmp_path / 'precious'
     partial.parent.mkdir()
     precious.mkdir()
     (precious / 'file').write_text('mine')
@@ -567,7 +568,7 @@ def test_a_link_in_what_was_left_over_is_not_followed(tmp_path, make_images):
     precious = tmp_path / 'precious'
     precious.mkdir()
     (precious / 'file').write_text('mine')
-    partial = tmp_path / 'out' / prepare_module.PARTIAL_FOLDER
+    partial = tmp_path / 'out' / PARTIAL_FOLDER
     partial.mkdir(parents=True)
     (partial / 'folder').symlink_to(precious)
     (partial / 'complete.partial').symlink_to(precious / 'file')
@@ -588,9 +589,9 @@ def test_a_link_in_what_was_left_over_is_not_followed(tmp_path, make_images):
 )
 def test_what_was_left_over_is_removed_where_it_does_not_say_that_it_is_complete(tmp_path, make_images, text):
     folder = make_images(tmp_path / 'photos', [(60, 60)])
-    partial = tmp_path / 'out' / prepare_module.PARTIAL_FOLDER
+    partial = tmp_path / 'out' / PARTIAL_FOLDER
     (partial / 'mine').mkdir(parents=True)
-    (partial / prepare_module.COMPLETE_FILE).write_text(text)
+    (partial / COMPLETE_FILE).write_text(text)
     prepare_databases([folder], tmp_path / 'out', [2], **SMALL)
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['HR_sub.lmdb', 'LR_bicubic_X2_sub.lmdb']
     assert sorted(path.name for path in tmp_path.iterdir()) == ['out', 'photos']
@@ -598,10 +599,10 @@ def test_what_was_left_over_is_removed_where_it_does_not_say_that_it_is_complete
 
 def test_databases_that_were_to_be_replaced_are_not_lost(tmp_path, make_images):
     folder = make_images(tmp_path / 'photos', [(60, 60)])
-    partial = tmp_path / 'out' / prepare_module.PARTIAL_FOLDER
-    old = partial / prepare_module.REPLACED_FOLDER / 'HR_sub.lmdb'
+    partial = tmp_path / 'out' / PARTIAL_FOLDER
+    old = partial / REPLACED_FOLDER / 'HR_sub.lmdb'
     old.mkdir(parents=True)
-    (partial / prepare_module.COMPLETE_FILE).write_text('')  # of a power cut
+    (partial / COMPLETE_FILE).write_text('')  # of a power cut
     with pytest.raises(
         InputError, match='has databases that a run was about to replace, and complete.json beside it is'
     ):

@@ -269,7 +269,7 @@ def _single_threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _stop_if_told(done: int, total: int) -> None:
-    """End the run, which has not begun to train, if a signal has come."""
+    """End the run, which has not begun to train, if a signal has come or its minutes have gone."""
     if signals.is_told():
         if get_dist_info()[0] == 0:
             stored = f'{done:,} of {total:,} outputs of the teacher are stored'

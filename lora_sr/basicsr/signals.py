@@ -26,6 +26,7 @@ TIME_IS_UP = 1 << 16  # stands where the number of a signal does
 _received: list[int] = []
 _replaced: dict[int, Any] = {}  # handlers, by the numbers of their signals
 _began = time.monotonic()
+_minutes: float | None = None  # that the run may take
 
 
 def begin() -> None:
@@ -34,13 +35,18 @@ def begin() -> None:
     _began = time.monotonic()
 
 
-def listen() -> None:
+def listen(minutes: float | None = None) -> None:
     """Note the signals from now on instead of dying of them, where nobody else listens.
 
     A scheduler often sends one to all processes, which torchrun hands on to them once more: the second must not kill.
     Whoever presses Ctrl-C twice means it.
+
+    Args:
+        minutes: How long the run may take since :func:`begin`, as ``train.max_minutes`` says; ``None`` for no limit.
     """
+    global _minutes
     ignore()
+    _minutes = minutes
     if threading.current_thread() is not threading.main_thread():  # no other may set a handler
         return
     own = os.getpid()
@@ -70,6 +76,8 @@ def listen() -> None:
 
 def ignore() -> None:
     """Undo what :func:`listen` did, and forget what came: it was for the run that has ended."""
+    global _minutes
+    _minutes = None
     _received.clear()
     _agreement.forget()
     while _replaced:
@@ -79,8 +87,8 @@ def ignore() -> None:
 
 
 def is_told() -> bool:
-    """Whether a signal has come."""
-    return bool(_received)
+    """Whether a signal has come, or the run's minutes have gone."""
+    return bool(_reason())
 
 
 def shield_worker() -> None:
@@ -119,7 +127,7 @@ def stop_if_told(model: Any, epoch: int, iteration: int, saved: int) -> None:
     Raises:
         SystemExit: With status 0: nothing has failed, and nothing is lost.
     """
-    reason = _agreement.of_all(_reason(model)) if dist.is_initialized() else _reason(model)
+    reason = _agreement.of_all(_reason()) if dist.is_initialized() else _reason()
     if not reason:
         return
     progress.close()
@@ -150,7 +158,7 @@ def stop_or_save_if_told(model: Any, epoch: int, iteration: int, saved: int) -> 
     """
     if not dist.is_initialized():
         stop_if_told(model, epoch, iteration, saved)
-    elif _reason(model) and model.opt['rank'] == 0:
+    elif is_told() and model.opt['rank'] == 0:
         save_if_new(model, epoch, iteration, saved)
 
 
@@ -161,12 +169,11 @@ def save_if_new(model: Any, epoch: int, iteration: int, saved: int) -> None:
         model.save(epoch, iteration)
 
 
-def _reason(model: Any) -> int:
+def _reason() -> int:
     """The number of the signal that came first, or :data:`TIME_IS_UP`; 0 where there is no reason to stop."""
     if _received:
         return _received[0]
-    minutes = (model.opt.get('train') or {}).get('max_minutes')
-    return TIME_IS_UP if minutes is not None and time.monotonic() - _began >= 60 * minutes else 0
+    return TIME_IS_UP if _minutes is not None and time.monotonic() - _began >= 60 * _minutes else 0
 
 
 class _Agreement:

@@ -211,20 +211,28 @@ def test_a_disk_that_is_too_small(pairs, tmp_path, monkeypatch):
     assert not (tmp_path / 'out.lmdb').exists()
 
 
-def test_a_signal_ends_it_between_two_images(pairs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('reason', ['a signal', 'its minutes'])
+def test_it_ends_between_two_images(pairs, tmp_path, monkeypatch, capsys, reason):
     root, whole = copied(pairs, tmp_path), tmp_path / 'out.lmdb'
     seen = []
 
     def stored(output):
         seen.append(output)
-        signals._received.append(signal.SIGTERM)
+        if reason == 'a signal':
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            monkeypatch.setattr(signals, '_began', time.monotonic() - 61)
         return to_stored(output)
 
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
-    monkeypatch.setattr(signals, '_received', [])
+    signals.begin()
+    signals.listen(minutes=1)
     monkeypatch.setattr('lora_sr.basicsr.precompute.to_stored', stored)
-    with pytest.raises(SystemExit):
-        precompute(make_teacher(), root, whole, 2, False)
+    try:
+        with pytest.raises(SystemExit):
+            precompute(make_teacher(), root, whole, 2, False)
+    finally:
+        signals.ignore()
     assert 'stopped: 1 of 3 outputs of the teacher are stored; the same command goes on' in capsys.readouterr().err
     assert len(seen) == 1 and not whole.exists()
     monkeypatch.undo()

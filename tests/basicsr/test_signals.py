@@ -89,12 +89,15 @@ def test_under_torchrun_an_interrupt_comes_twice(monkeypatch):
 @pytest.mark.parametrize(('minutes', 'ends'), [(None, False), (2, False), (1, True)])
 def test_its_minutes_end_a_run(monkeypatch, capsys, minutes, ends):
     model = Model()
-    model.opt['train'] = {'max_minutes': minutes}
     signals.begin()
-    now = time.monotonic()
-    monkeypatch.setattr(signals.time, 'monotonic', lambda: now + 90)
-    with pytest.raises(SystemExit) if ends else contextlib.nullcontext() as ended:
-        signals.stop_if_told(model, 2, 7, 0)
+    signals.listen(minutes)
+    try:
+        now = time.monotonic()
+        monkeypatch.setattr(signals.time, 'monotonic', lambda: now + 90)
+        with pytest.raises(SystemExit) if ends else contextlib.nullcontext() as ended:
+            signals.stop_if_told(model, 2, 7, 0)
+    finally:
+        signals.ignore()
     assert model.saved == [(2, 7)] * ends
     if ends:
         told = capsys.readouterr().err

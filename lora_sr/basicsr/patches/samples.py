@@ -78,7 +78,7 @@ def _begun(original: Any) -> Any:
         stream = getattr(made[0], 'sampler', None)
         if not isinstance(stream, SampleStream):
             return made
-        signals.listen()
+        signals.listen((opt.get('train') or {}).get('max_minutes'))
         path = opt['path'].get('resume_state')
         state = read_checkpoint(path) if path else {}
         last_epoch = stream.begin(opt, made[0].batch_size, state, provenance.given('manual_seed'))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import normalize
 
+from lora_sr.basicsr.color_augmentations import ColorAugmentation
 from lora_sr.basicsr.datasets import PAIRED_KEYS, paired_roots, roots_of
 from lora_sr.basicsr.integer_images import to_planes
 from lora_sr.data.lmdb_store import RawDatabase, RawView
@@ -28,7 +28,7 @@ class Roots:
         roots: Their folders; one may stand there several times.
 
     Attributes:
-        is_deep: Whether any image has 16 bits; then all are given so.
+        is_deep: Whether all images are given with 16 bits, as they are where any has them.
 
     Raises:
         InputError: One is no raw database, or images have different numbers of channels.
@@ -56,23 +56,6 @@ class Roots:
         return patch.astype(np.uint16) * np.uint16(257) if self.is_deep and patch.dtype == np.uint8 else patch
 
 
-def with_permuted_channels(patches: list[np.ndarray], opt: dict[str, Any]) -> list[np.ndarray]:
-    """Patches of one sample with their three channels in a random order, the same in all, for ``use_rgb_permutation``.
-
-    That adds colors to the photographs. Downscaling treats all channels alike, so the pair stays one.
-
-    Source: RGB permutation of CutBlur (arXiv:2004.00448), section 2.
-
-    Args:
-        patches: (H, W, 3) each.
-        opt: The section of the dataset.
-    """
-    if not opt.get('use_rgb_permutation'):
-        return patches
-    order = random.sample(range(3), 3)
-    return [patch[:, :, order] for patch in patches]
-
-
 class Taught:
     """What a teacher made of the LR images of a dataset, see :mod:`lora_sr.basicsr.precompute`."""
 
@@ -86,11 +69,6 @@ class Taught:
             outputs: {root of LR images: raw database of the outputs for them}.
         """
         self.taught = {root: RawDatabase(path) for root, path in outputs.items()}
-
-    def check_channels(self, opt: dict[str, Any]) -> None:
-        """Raise InputError where other than three channels are to change places."""
-        if opt.get('use_rgb_permutation') and self.lq.channels != 3:
-            raise InputError(f'use_rgb_permutation must be false for images of {self.lq.channels} channels, got true')
 
 
 class RawPairedImageDataset(Taught, Dataset):
@@ -117,7 +95,9 @@ class RawPairedImageDataset(Taught, Dataset):
         self.mean, self.std = opt.get('mean'), opt.get('std')
         roots = paired_roots(opt)
         self.gt, self.lq = Roots([gt for gt, _, _ in roots]), Roots([lq for _, lq, _ in roots])
-        self.check_channels(opt)
+        self.colors = ColorAugmentation(opt, self.lq.channels)
+        for images in (self.gt, self.lq):
+            images.is_deep |= self.colors.needs_16_bits
         self.images: list[tuple[str, str, str]] = []  # root of GT, root of LR, key
         self.paths: list[dict[str, str]] = []
         several = any(isinstance(opt.get(key), (list, tuple)) for key in PAIRED_KEYS)
@@ -143,13 +123,15 @@ class RawPairedImageDataset(Taught, Dataset):
             large, lq = paired_random_crop(large, whole_lq, self.opt['gt_size'], scale, names['gt_path'])
             patches = [*large, lq] if self.taught else [large, lq]
             turned = augment(patches, self.opt['use_hflip'], self.opt['use_rot'])
-            gt, *taught, lq = with_permuted_channels(turned, self.opt)
+            gt, *taught, lq = turned
+            (gt, lq), taught = self.colors([self.gt.in_type(gt), self.lq.in_type(lq)], taught)
             if taught:
                 names['taught'] = to_planes(taught[0])
         else:
             lq = whole_lq[:, :]
             gt = whole_gt[: lq.shape[0] * scale, : lq.shape[1] * scale]
-        return {'lq': self._tensor(self.lq.in_type(lq)), 'gt': self._tensor(self.gt.in_type(gt)), **names}
+            gt, lq = self.gt.in_type(gt), self.lq.in_type(lq)
+        return {'lq': self._tensor(lq), 'gt': self._tensor(gt), **names}
 
     def _tensor(self, image: np.ndarray) -> Tensor:
         if self.opt.get('color') != 'y' and self.mean is None and self.std is None:
@@ -183,7 +165,8 @@ class RawLRImageDataset(Taught, Dataset):
         self.opt = opt
         roots = roots_of(opt['dataroot_lq'])
         self.lq = Roots(roots)
-        self.check_channels(opt)
+        self.colors = ColorAugmentation(opt, self.lq.channels)
+        self.lq.is_deep |= self.colors.needs_16_bits
         self.paths = [(root, key) for root in roots for key in self.lq.databases[root].images]
 
     def __len__(self) -> int:
@@ -199,6 +182,7 @@ class RawLRImageDataset(Taught, Dataset):
             large, scale = self.taught[root].view(key), int(self.opt['scale'])
             patches.append(large[scale * top : scale * (top + size), scale * left : scale * (left + size)])
         turned = augment(patches, self.opt['use_hflip'], self.opt['use_rot'])
-        patch, *taught = with_permuted_channels(turned if self.taught else [turned], self.opt)
-        sample = {'lq': to_planes(self.lq.in_type(patch)), 'lq_path': key}
+        patch, *taught = turned if self.taught else [turned]
+        (patch,), taught = self.colors([self.lq.in_type(patch)], taught)
+        sample = {'lq': to_planes(patch), 'lq_path': key}
         return {**sample, 'taught': to_planes(taught[0])} if taught else sample

@@ -150,6 +150,40 @@ def test_channels_of_a_sample_change_places_alike(roots, kind):
     assert len(orders) == 6 and max(orders.values()) < 2 * min(orders.values())
 
 
+@pytest.mark.parametrize('kind', ['RawPairedImageDataset', 'RawLRImageDataset'])
+@pytest.mark.parametrize('names', ['a', ['a', 'deep']])
+def test_a_sample_is_blended_with_one_color(roots, tmp_path, kind, names):
+    """An image and what belongs to it become share * image + (1 - share) * color, to half a step of 16 bits."""
+    plain, blended = (
+        build_dataset(section(roots, list(names), kind, blend_prob=prob, blend_alpha=0.3)) for prob in (0, 0.5)
+    )
+    rng = np.random.default_rng(0)
+    outputs = {}
+    for number, (root, database) in enumerate(blended.lq.databases.items()):
+        shapes = {key: (2 * image.shape[0], 2 * image.shape[1], 3) for key, image in database.images.items()}
+        outputs[root] = tmp_path / f'{number}.lmdb'
+        write_raw(outputs[root], {key: rng.integers(0, 65536, shape, np.uint16) for key, shape in shapes.items()})
+    for dataset in (plain, blended):
+        dataset.teach(outputs)
+    shares, colors = [], []
+    for first in range(300):
+        before, after = (floats(items(dataset, first)[:1])[0] for dataset in (plain, blended))
+        tensors = [key for key, value in before.items() if torch.is_tensor(value)]
+        x, y = (sample['taught'].double().flatten(1) for sample in (before, after))
+        share = ((x - x.mean(1, True)) * y).sum() / (x - x.mean(1, True)).square().sum()
+        offset = (y - share * x).mean(1)[:, None, None]
+        for key in tensors:
+            error = (share * before[key] + offset - after[key]).abs().max()
+            assert error < (2 if key == 'taught' else 1) * 0.7 / 65535
+        if share < 1 - 1e-6:
+            shares.append(float(share))
+            colors.append(offset.flatten() / (1 - share))
+    colors = torch.stack(colors)
+    assert 'taught' in tensors and 110 < len(shares) < 190
+    assert min(shares) > 0.3 - 1e-5 and np.histogram(shares, 7, (0.3, 1))[0].min() > 8
+    assert -1e-3 < colors.min() < 0.05 and 0.95 < colors.max() < 1.001 and colors.std(1).mean() > 0.2
+
+
 def test_gray_images_have_no_channels_to_permute(tmp_path):
     image = np.zeros((32, 32, 1), np.uint8)
     for name in ('HR', 'LR_bicubic_X2'):

@@ -579,6 +579,14 @@ DATASET = {
         FLAG, 'Whether patches have their channels in a random order.', default=False,
         only=f'{RAW_PAIRED} {RAW_LR}',
     ),
+    'blend_prob': Key(
+        PROBABILITY, 'How often a patch is mixed with a random color, which takes contrast away.', default=0,
+        only=f'{RAW_PAIRED} {RAW_LR}',
+    ),
+    'blend_alpha': Key(
+        PROBABILITY, 'The least share that a patch keeps in a mix with a color.', default=0.6,
+        only=f'{RAW_PAIRED} {RAW_LR}',
+    ),
     'batch_size_per_gpu': Key(whole(1), 'Patches of a batch, of each GPU of a process.', needed='train'),
     'num_worker_per_gpu': Key(
         whole(0, MOST_WORKERS), 'Processes that read images, for each GPU of a process.', needed='train'

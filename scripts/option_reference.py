@@ -106,8 +106,9 @@ def document() -> str:
         rows = [f'| `{name}` | {_arguments(entry, supplied)} |' for name, entry in own(registry).items()]
         parts.append('\n'.join([f'## {title}\n', '| `type` | Keys, with their defaults |', '| --- | --- |', *rows]))
     parts.append(
-        '## Optimizers: `train.optim_*`\n\n`type` is a class of `torch.optim`, `Adan`, or one that is registered in '
-        '`OPTIMIZER_REGISTRY`; `lr` has\nto be there, and the other keys are its arguments.'
+        '## Optimizers: `train.optim_*`\n\n`type` is a class of `torch.optim`, `Adan`, one that is registered in '
+        '`OPTIMIZER_REGISTRY`, or\n`package.Class` of an installed package, e.g. `pytorch_optimizer.SOAP`. `lr` has to '
+        'be there, and the other keys are its arguments.'
     )
     return '\n\n'.join(part.strip() for part in parts) + '\n'
 

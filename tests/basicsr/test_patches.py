@@ -102,6 +102,19 @@ def test_registered_optimizer_comes_first(monkeypatch):
     assert type(model().get_optimizer('Adam', [torch.nn.Parameter(torch.zeros(1))], lr=1e-3)) is Adam
 
 
+def test_optimizers_of_packages(tmp_path, monkeypatch):
+    (tmp_path / 'steps.py').write_text('import torch\nclass Halved(torch.optim.SGD):\n    pass\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = model().get_optimizer('steps.Halved', parameters, lr=1e-3, momentum=0.9)
+    assert type(optimizer).__name__ == 'Halved' and optimizer.defaults['momentum'] == 0.9
+    assert type(model().get_optimizer('torch.optim.adam.Adam', parameters, lr=1e-3)) is torch.optim.Adam
+    with pytest.raises(InputError, match="no optimizer 'Halfed' in steps; did you mean Halved"):
+        model().get_optimizer('steps.Halfed', parameters, lr=1e-3)
+    with pytest.raises(InputError, match="package of 'stops.Halved' cannot be imported: No module named 'stops'"):
+        model().get_optimizer('stops.Halved', parameters, lr=1e-3)
+
+
 # --- option files ---
 
 

@@ -522,3 +522,27 @@ def test_the_state_of_any_optimizer_is_taken(options):
     before = [name for _, name, _ in resume.moments_of(other.optimizers[0])]
     states['step'] = 3
     assert [name for _, name, _ in resume.moments_of(other.optimizers[0])] == before
+
+
+def test_an_optimizer_of_a_package_goes_on(options):
+    """SOAP keeps lists of matrices, and counts in its groups."""
+    pytest.importorskip('pytorch_optimizer')
+    options['train']['optim_g'] = {'type': 'pytorch_optimizer.SOAP', 'lr': 1e-3, 'precondition_frequency': 3}
+
+    def train(model, first, last):
+        torch.manual_seed(first)
+        rates(model, first, last)
+
+    whole, stopped = (build_model(copy.deepcopy(options)) for _ in range(2))
+    weights = copy.deepcopy(whole.net_g.state_dict())
+    stopped.net_g.load_state_dict(weights)
+    for model in (whole, stopped):
+        train(model, 1, 6)
+    stopped.save(0, 6)
+    resumed = build_model(copy.deepcopy(options))
+    resumed.net_g.load_state_dict(stopped.net_g.state_dict())
+    resumed.resume_training(dict(read_checkpoint(f'{options["path"]["training_states"]}/6.state')))
+    for model in (whole, resumed):
+        train(model, 7, 10)
+    for key, value in whole.net_g.state_dict().items():
+        assert torch.equal(resumed.net_g.state_dict()[key], value) and not torch.equal(value, weights[key]), key

@@ -1,7 +1,8 @@
-"""Any optimizer of torch, and those that are registered, under ``train.optim_*.type``."""
+"""Any optimizer of torch, of a package, and those that are registered, under ``train.optim_*.type``."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_sr.basicsr.patches.tools import is_defective, patch
+from lora_sr.checkpoints.imports import reason_of
 from lora_sr.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -72,9 +74,22 @@ def _fast_on_gpu(
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """The optimizer class of that name, from ``optimizer_registry()`` or else from ``torch.optim``.
 
+    Args:
+        name: The name, or for a class of any other package ``package.Class``.
+
     Raises:
-        InputError: There is none; the nearest names are told.
+        InputError: There is none; the nearest names are told. Or the package cannot be imported.
     """
+    module, _, last = str(name).rpartition('.')
+    if module:
+        try:
+            found = importlib.import_module(module)
+        except Exception as error:  # whatever a package of somebody's raises
+            raise InputError(f"the package of '{name}' cannot be imported{reason_of(error)}") from error
+        known = {key: value for key, value in vars(found).items() if _is_optimizer(value)}
+        if last not in known:
+            raise InputError(f"there is no optimizer '{last}' in {module}; {did_you_mean(last, known)}")
+        return known[last]
     known = {key: value for key, value in vars(torch.optim).items() if _is_optimizer(value)}
     known.update(iter(optimizer_registry()))
     if name not in known:

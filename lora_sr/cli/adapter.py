@@ -68,7 +68,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         fit = mix.add_argument_group('fitting', 'Find the weights that serve a few pairs of images best.')
         fit.add_argument('--fit', action='store_true', help='begin with the given weights, and improve them')
         fit.add_argument('--gt', metavar='FOLDER', help='original images')
-        fit.add_argument('--lr', metavar='FOLDER', help='LR images of the same names')
+        fit.add_argument('--lr', metavar='FOLDER', help='LR images of the same names (default: made by bicubic)')
         fit.add_argument('--scale', type=int, metavar='N', help='scale factor')
         add_network_options(mix, with_adapters=False)
         mix.set_defaults(run=run)
@@ -152,7 +152,7 @@ def _pairs(args: argparse.Namespace) -> Pairs | None:
             if value is not None:
                 raise InputError(f'{name} is for --fit, which is not given.')
         return None
-    missing = [name for name, value in given.items() if value is None]
+    missing = [name for name, value in given.items() if value is None and name != '--lr']
     if missing:
-        raise InputError(f'--fit needs --gt, --lr and --scale, but {" and ".join(missing)} is not given.')
+        raise InputError(f'--fit needs --gt and --scale, but {" and ".join(missing)} is not given.')
     return Pairs(args.gt, args.lr, args.scale)

@@ -46,12 +46,12 @@ class Pairs:
 
     Args:
         gt: Folder of the original images.
-        lr: Folder of the LR images of the same names (or with ``x{scale}`` behind).
+        lr: Folder of the LR images of the same names (or with ``x{scale}`` behind), ``None`` to make them by bicubic.
         scale: Scale factor.
     """
 
     gt: str | os.PathLike[str]
-    lr: str | os.PathLike[str]
+    lr: str | os.PathLike[str] | None
     scale: int
 
 

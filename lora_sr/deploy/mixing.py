@@ -14,6 +14,7 @@ from lora_sr.adapters import Adapter, merge_adapter, mix_adapters
 from lora_sr.archs import network_info
 from lora_sr.data.sources import Source, find_sources, read_image
 from lora_sr.errors import InputError
+from lora_sr.images.bicubic import bicubic_downscale
 from lora_sr.images.luma import psnr
 from lora_sr.runtime.pixels import image_to_tensor, tensor_to_image
 
@@ -40,7 +41,7 @@ def fit_mix(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     gt_folder: str | os.PathLike,
-    lr_folder: str | os.PathLike,
+    lr_folder: str | os.PathLike | None,
     scale: int,
 ) -> FittedMix:
     """Find the weights w of a mix of adapters, delta W = sum over i of w_i * delta W_i, for some pairs of images.
@@ -57,7 +58,8 @@ def fit_mix(
         adapters: The adapters, which fit it.
         weights: Where to start, a weight for each adapter.
         gt_folder: Folder of the original images.
-        lr_folder: Folder of the LR images of the same names (or with ``x{scale}`` behind).
+        lr_folder: Folder of the LR images of the same names (or with ``x{scale}`` behind); ``None`` to make them by
+            :func:`lora_sr.images.bicubic.bicubic_downscale`.
         scale: Scale factor.
 
     Raises:
@@ -68,7 +70,7 @@ def fit_mix(
     info = network_info(network)
     if info is not None and info.scale != scale:
         raise InputError(f'The scale must be {info.scale}, that of the network, got {scale}.')
-    sources = find_sources([gt_folder], [scale], [lr_folder])
+    sources = find_sources([gt_folder], [scale], None if lr_folder is None else [lr_folder])
     base = {key: value.clone() for key, value in network.state_dict().items()}
     search = _Search(network.eval(), base, adapters, sources, scale)
     current = torch.tensor(weights, dtype=torch.float64)
@@ -139,28 +141,30 @@ class _Search:
 
     def _pair(self, source: Source) -> tuple[np.ndarray, Tensor]:
         """The original, uint8 of shape (H, W, 3), BGR, cropped to a multiple of the scale; and its LR (1, 3, h, w)."""
-        original, small = read_image(source.hr), read_image(source.lr[self.scale])
+        original = read_image(source.hr)
+        height, width = (length - length % self.scale for length in original.shape[:2])
+        cropped = np.ascontiguousarray(original[:height, :width])
+        made = self.scale not in source.lr
+        small = bicubic_downscale(cropped, self.scale) if made else read_image(source.lr[self.scale])
+        name = f'The LR image of {source.hr}' if made else source.lr[self.scale]
         there, wanted = small.shape[:2], tuple(length // self.scale for length in original.shape[:2])
         if there != wanted:
             raise InputError(
-                f'{source.lr[self.scale]} must have {_size(wanted)} pixels (width x height), since {source.hr} has '
+                f'{name} must have {_size(wanted)} pixels (width x height), since {source.hr} has '
                 f'{_size(original.shape)} and the scale is {self.scale}, got {_size(there)}.'
             )
         if min(there) <= 2:
             raise InputError(
-                f'{source.lr[self.scale]} must have more than 2 pixels each way, for the border is left out, got '
-                f'{_size(there)}.'
+                f'{name} must have more than 2 pixels each way, for the border is left out, got {_size(there)}.'
             )
-        height, width = (length - length % self.scale for length in original.shape[:2])
-        lr = image_to_tensor(small)
-        return np.ascontiguousarray(original[:height, :width]), lr
+        return cropped, image_to_tensor(small)
 
     def _run(self, source: Source, original: np.ndarray, lr: Tensor) -> Tensor:
         output = self.network(lr)
         if tuple(output.shape[2:]) != original.shape[:2]:
             raise InputError(
                 f'The network must have the scale {self.scale}, got one that makes {_size(output.shape[2:])} pixels of '
-                f'{source.lr[self.scale]}, which has {_size(lr.shape[2:])}.'
+                f'an LR image of {_size(lr.shape[2:])} pixels, for {source.hr}.'
             )
         return output
 

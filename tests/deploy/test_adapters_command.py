@@ -32,6 +32,7 @@ from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkSource, Origin
 from lora_sr.cli.main import main
 from lora_sr.deploy import mixing
 from lora_sr.deploy.merge import merge_checkpoint
+from lora_sr.images.bicubic import bicubic_downscale
 from lora_sr.report.comparison import compare
 
 
@@ -273,6 +274,19 @@ def test_fit_finds_the_best_mean_psnr(files):
     assert fitted.psnr_before == pytest.approx(psnr(1.0), abs=1e-3) and fitted.psnr_before < best - 0.5
     assert fitted.psnr_after == pytest.approx(psnr(fitted.weights[0]), abs=1e-3)
     assert fitted.psnr_after > best - 0.05  # it looks at R, G and B, the scan at Y
+
+
+def test_fit_makes_the_lr_images_that_are_not_given(files):
+    """Those that `lora-sr prepare` and `compare` make, which tests hold against MATLAB's; of odd sizes as well."""
+    folder, base = files
+    adapter = read_adapter(folder / 'a.safetensors')
+    write_pairs(folder, base)
+    for path in (folder / 'gt').iterdir():
+        image = cv2.imread(str(path))
+        cv2.imwrite(str(folder / 'lr' / path.name), bicubic_downscale(image, 2))
+        cv2.imwrite(str(path), cv2.copyMakeBorder(image, 0, 1, 0, 1, cv2.BORDER_REPLICATE))
+    given, made = (mixing.fit_mix(base, [adapter], [1.0], folder / 'gt', lr, 2) for lr in (folder / 'lr', None))
+    assert made == given and made.psnr_after > made.psnr_before
 
 
 def test_fit_takes_an_option_file_whose_network_has_lora(tmp_path, capsys):

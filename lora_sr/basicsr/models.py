@@ -18,9 +18,11 @@ from torch.nn.parallel import DataParallel
 
 from lora_sr.archs import fold
 from lora_sr.archs.layout import lay_out
+from lora_sr.basicsr import signals
 from lora_sr.basicsr.options.distillation import DATA_PARALLEL_REFUSED, affinity_layers, find_modules, option_faults
 from lora_sr.basicsr.options.schema import TEACHER
 from lora_sr.basicsr.precompute import place_of, precompute, teacher_key
+from lora_sr.basicsr.records import record
 from lora_sr.basicsr.samples import stream_of
 from lora_sr.basicsr.step.settings import memory_format
 from lora_sr.checkpoints.content import load_weights, read_checkpoint
@@ -184,7 +186,12 @@ class DistillationModel(SRModel):
         outputs = {}
         for root in dataset.lq.databases:
             path = place_of(root, self.teacher_key)
-            precompute(self.net_t, root, path, self.opt['scale'], self.self_ensemble)
+            try:
+                precompute(self.net_t, root, path, self.opt['scale'], self.self_ensemble)
+            except signals.Stopped as stopped:
+                stream = stream_of(self.opt)
+                record(self.opt, iter=0 if stream is None else stream.start.iteration, stopped=stopped.reason)
+                raise
             outputs[root] = str(path)
         dataset.teach(outputs)
         if self.cri_affinity is None:

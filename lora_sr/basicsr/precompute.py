@@ -20,6 +20,7 @@ from typing import Any, Callable
 import lmdb
 import numpy as np
 import torch
+import torch.distributed as dist
 from basicsr.utils.dist_util import get_dist_info
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -82,30 +83,34 @@ def precompute(teacher: nn.Module, root: str | os.PathLike[str], path: Path, sca
     images = RawDatabase(os.path.expanduser(root))
     folder = path.with_name(f'.{path.name}.partial')
     work = _Work(folder, path, list(images.images))
-    if work.is_done():
-        work.clear()
-        return
-    on_gpu = best_device().type != 'cpu'
-    makers = [upscaler(teacher, images, scale, self_ensemble) for _ in range(1 if on_gpu else torch.get_num_threads())]
     try:
-        folder.mkdir(exist_ok=True)
-        left = [images.images[work.keys[number]] for number in work.left()]
-        needed, free = _bytes_of(left, scale), shutil.disk_usage(path.parent).free
-        if needed > free:
-            raise InputError(
-                f'network_t.precompute needs {needed / 1e9:.1f} GB beside {root} for the outputs of the '
-                f'teacher, got {free / 1e9:.1f} GB.'
-            )
-        LOG.info(
-            f'The teacher: {len(left):,} of {len(work.keys):,} images of {root} are left to compute, '
-            f'{needed / 1e9:.1f} GB.'
-        )
-        work.make_all(makers)
+        if not work.is_done():
+            _make(work, teacher, images, scale, self_ensemble)
+        work.stop_if_told()
         work.join()
         work.clear()
     except (OSError, lmdb.Error) as error:
         raise InputError(f'{path}: the outputs of the teacher cannot be written there ({error}).') from error
     LOG.info(f'The outputs of the teacher for {root} are in {path}.')
+
+
+def _make(work: _Work, teacher: nn.Module, images: RawDatabase, scale: int, self_ensemble: bool) -> None:
+    """Make what is left of the outputs, as files, until all are there or the run is told to end."""
+    on_gpu = best_device().type != 'cpu'
+    makers = [upscaler(teacher, images, scale, self_ensemble) for _ in range(1 if on_gpu else torch.get_num_threads())]
+    work.folder.mkdir(exist_ok=True)
+    left = [images.images[work.keys[number]] for number in work.left()]
+    needed, free = _bytes_of(left, scale), shutil.disk_usage(work.folder).free
+    if needed > free:
+        raise InputError(
+            f'network_t.precompute needs {needed / 1e9:.1f} GB beside {images.path} for the outputs of the teacher, '
+            f'got {free / 1e9:.1f} GB.'
+        )
+    LOG.info(
+        f'The teacher: {len(left):,} of {len(work.keys):,} images of {images.path} are left to compute, '
+        f'{needed / 1e9:.1f} GB.'
+    )
+    work.make_all(makers)
 
 
 class _Work:
@@ -119,14 +124,14 @@ class _Work:
 
     def __init__(self, folder: Path, path: Path, keys: list[str]):
         self.keys = keys
-        self._folder, self._path, self._database = folder, path, folder / 'joined'
+        self.folder, self._path, self._database = folder, path, folder / 'joined'
         self._rank, processes = get_dist_info()
         # A process begins with its share, so that it hardly meets others, and goes on with theirs.
         starts = [(self._rank + other) % processes for other in range(processes)]
         self._order = [number for start in starts for number in range(start, len(keys), processes)]
 
     def _file(self, number: int) -> Path:
-        return self._folder / f'{number}.npy'
+        return self.folder / f'{number}.npy'
 
     def is_done(self) -> bool:
         """Whether the database is in its place."""
@@ -136,7 +141,7 @@ class _Work:
     def left(self) -> list[int]:
         """The numbers of the outputs that are still to be made, in this process's order."""
         try:
-            made = set(os.listdir(self._folder))
+            made = set(os.listdir(self.folder))
         except FileNotFoundError:
             if self.is_done():  # since a moment ago
                 return []
@@ -146,7 +151,7 @@ class _Work:
         return [number for number in self._order if self._file(number).name not in made]
 
     def make_all(self, makers: Sequence[Callable[[str], np.ndarray]]) -> None:
-        """Make outputs until all are there, whoever has made them.
+        """Make outputs until all are there, whoever has made them, or the run is told to end.
 
         Args:
             makers: One for each thread: what gives the output for a key.
@@ -155,8 +160,7 @@ class _Work:
         is_quiet = True if self._rank or not sys.stderr else None
         bar = tqdm(total=total, initial=total - len(left), unit='image', disable=is_quiet)
         with bar, _single_threads(len(makers)) as pool:
-            while left:
-                _stop_if_told(total - len(left), total)
+            while left and not signals.is_told():
                 queue = deque(left)
                 some = partial(self._make_some, queue, time.monotonic() + SECONDS_BETWEEN_LOOKS, bar)
                 try:
@@ -184,7 +188,7 @@ class _Work:
 
     def _make(self, number: int, make: Callable[[str], np.ndarray]) -> bool:
         """Make an output unless it is there, or another process or thread is at it; whether it was made."""
-        file, claim = self._file(number), self._folder / f'{number}.lock'
+        file, claim = self._file(number), self.folder / f'{number}.lock'
         if file.exists():
             return False
         lock = None
@@ -213,10 +217,10 @@ class _Work:
     def join(self) -> None:
         """Move the outputs, all of which are there, into the database, or wait until another process has done so."""
         while not self.is_done():
-            _stop_if_told(len(self.keys), len(self.keys))
+            self._stop_alone_if_told()
             lock = None
             try:
-                claim = self._folder / 'joined.lock'
+                claim = self.folder / 'joined.lock'
                 claim.touch()
                 lock = lock_path(claim)
                 if self.is_done() or (lock is None and self._rank):  # where there are no locks, the first joins
@@ -235,16 +239,31 @@ class _Work:
         self._database.mkdir(exist_ok=True)
         with Outputs(self._database) as outputs:
             for number, key in enumerate(self.keys):
-                _stop_if_told(len(self.keys), len(self.keys))
+                self._stop_alone_if_told()
                 if key not in outputs.lines:
                     outputs.add(key, np.load(self._file(number)))
                 self._file(number).unlink(missing_ok=True)  # so that the disk holds nothing twice
             outputs.finish(self.keys)
         os.rename(self._database, self._path)
 
+    def stop_if_told(self) -> None:
+        """End the run, which has not begun to train, if any of its processes is told to, all of which call this."""
+        name = signals.told_anywhere()
+        if name is None:
+            return
+        if self._rank == 0:
+            stored = f'{len(self.keys) - len(self.left()):,} of {len(self.keys):,} outputs of the teacher are stored'
+            print(f'stopped by {name}: {stored}; the same command goes on from there', file=sys.stderr, flush=True)
+        raise signals.Stopped(name)
+
+    def _stop_alone_if_told(self) -> None:
+        """End a run of one process. Of several none may end here, where another may go on to train without it."""
+        if not dist.is_initialized():
+            self.stop_if_told()
+
     def clear(self) -> None:
         """Remove what is left of the folder when the database is in its place."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -266,15 +285,6 @@ def _single_threads(count: int) -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(threads)  # also what threads that begin later take
-
-
-def _stop_if_told(done: int, total: int) -> None:
-    """End the run, which has not begun to train, if a signal has come or its minutes have gone."""
-    if signals.is_told():
-        if get_dist_info()[0] == 0:
-            stored = f'{done:,} of {total:,} outputs of the teacher are stored'
-            print(f'stopped: {stored}; the same command goes on from there', file=sys.stderr, flush=True)
-        raise SystemExit(0)
 
 
 def _bytes_of(images: list[RawImage], scale: int) -> int:
@@ -341,7 +351,7 @@ class Outputs:
     """
 
     def __init__(self, folder: Path):
-        self._folder = folder
+        self.folder = folder
         self._environment = lmdb.open(os.fsencode(folder), map_size=FIRST_MAP_BYTES, lock=False)
         meta = folder / META
         if meta.exists():  # it was about to be moved into place
@@ -373,13 +383,13 @@ class Outputs:
 
     def finish(self, keys: list[str]) -> None:
         """Write ``meta_info.txt`` of these images, in their order; may be called again after a kill."""
-        meta = self._folder / META
+        meta = self.folder / META
         if not meta.exists():
-            with open(self._folder / UNFINISHED_META, 'w', encoding='ascii') as file:
+            with open(self.folder / UNFINISHED_META, 'w', encoding='ascii') as file:
                 file.writelines(self.lines[key] for key in keys)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(self._folder / UNFINISHED_META, meta)
+            os.replace(self.folder / UNFINISHED_META, meta)
         with self._environment.begin(write=True) as transaction:
             for key in keys:
                 transaction.delete(key.encode())

@@ -82,7 +82,8 @@ class RawPairedImageDataset(Taught, Dataset):
             roots are raw databases, one or a list each. ``color: y``, ``mean`` and ``std`` make batches of float32.
 
     Each item is ``{'lq', 'gt', 'lq_path', 'gt_path'}``: RGB of shape (C, H, W) in the type of the database, uint8 or
-    uint16, which the model turns into float32 in [0, 1] on its device; and the images' names.
+    uint16 (always that with ``blend_prob``), which the model turns into float32 in [0, 1] on its device; and the names
+    of the images.
 
     Raises:
         InputError: A root is no raw database, two that pair have other keys, or other than three channels are to be
@@ -153,8 +154,8 @@ class RawLRImageDataset(Taught, Dataset):
         opt: The section of the option file, as of an ``LRImageDataset`` with ``io_backend: {type: lmdb}``; its roots
             are raw databases.
 
-    Each item is ``{'lq', 'lq_path'}``: RGB of shape (C, lq_size, lq_size) in the type of the database, uint8 or uint16,
-    which the model turns into float32 in [0, 1] on its device; and the image's name.
+    Each item is ``{'lq', 'lq_path'}``: RGB of shape (C, lq_size, lq_size) in the type of the database, uint8 or uint16
+    (always that with ``blend_prob``), which the model turns into float32 in [0, 1] on its device; and the image's name.
 
     Raises:
         InputError: A root is no raw database, or other than three channels are to be permuted.

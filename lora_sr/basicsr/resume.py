@@ -22,6 +22,7 @@ from lora_sr import threads
 from lora_sr.adapters import LoRAConfig
 from lora_sr.archs.registry import find_arch
 from lora_sr.basicsr import provenance
+from lora_sr.basicsr.patches.optimizers import find_optimizer
 from lora_sr.basicsr.samples import recorded_of, stream_of
 from lora_sr.checkpoints.origin import KEY, Origin
 from lora_sr.errors import InputError, shown
@@ -115,7 +116,7 @@ def check_options(opt: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     file = f'{opt["path"]["models"]}/net_g_{state["iter"]}.pth'
     now = _optimizer_types(opt.get('train'))
     for key, kind in recorded_of(state, 'optimizer_types', str).items():
-        if now.get(key, kind) != kind:
+        if not _is_same_optimizer(now.get(key, kind), kind):
             raise InputError(
                 f'train.{key}.type must be {kind} to resume this run, got {now[key]}; a new run may begin from {file}.'
             )
@@ -224,8 +225,10 @@ def moments_of(optimizer: Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
 def _check_loaded(optimizers: list[Optimizer], schedulers: list[Any], begun: list[dict[str, Any]]) -> None:
     """Refuse what would fail in the first step: values of other shapes than their weights, words for numbers."""
     for optimizer in optimizers:
+        # Those of other packages may keep averages of rows under the same names.
+        has_shapes = type(optimizer).__module__.startswith(('torch.', 'lora_sr.'))
         for weight, name, value in moments_of(optimizer):
-            if value.shape != weight.shape or not torch.isfinite(value).all():
+            if has_shapes and value.shape != weight.shape or not torch.isfinite(value).all():
                 raise InputError(
                     f'the run cannot be resumed: its training state is damaged, as {name} of an optimizer does not fit '
                     f'a weight of shape {tuple(weight.shape)}, or is not finite.'
@@ -380,6 +383,16 @@ def _packed(images: Tensor) -> Tensor:
 
 def _unpacked(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def _is_same_optimizer(name: str, other: str) -> bool:
+    """Whether two names are of one class: `Adam` is `torch.optim.Adam`."""
+    if name == other:
+        return True
+    try:
+        return find_optimizer(name) is find_optimizer(other)
+    except InputError:  # of a package that is not here
+        return False
 
 
 def _optimizer_types(train: Any) -> dict[str, str]:

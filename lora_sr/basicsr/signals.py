@@ -29,6 +29,18 @@ _began = time.monotonic()
 _minutes: float | None = None  # that the run may take
 
 
+class Stopped(SystemExit):
+    """The end of a run that was told to end before it trained: with status 0, for nothing has failed.
+
+    Args:
+        reason: The name of what told it to.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(0)
+        self.reason = reason
+
+
 def begin() -> None:
     """Begin a run, whose time counts from now on."""
     global _began
@@ -91,6 +103,12 @@ def is_told() -> bool:
     return bool(_reason())
 
 
+def told_anywhere() -> str | None:
+    """What tells any process of the run to end, by name, or None. All of them call this at the same place."""
+    reason = _agreement.of_all_now(_reason()) if dist.is_initialized() else _reason()
+    return _name_of(reason) if reason else None
+
+
 def shield_worker() -> None:
     """Let a process that reads samples live until its run ends it, whatever is sent to all processes.
 
@@ -133,7 +151,7 @@ def stop_if_told(model: Any, epoch: int, iteration: int, saved: int) -> None:
     progress.close()
     stream = stream_of(model.opt)
     if model.opt['rank'] == 0:
-        name = 'train.max_minutes' if reason == TIME_IS_UP else signal.Signals(reason).name
+        name = _name_of(reason)
         save_if_new(model, epoch, iteration, saved)
         record(model.opt, iter=iteration, stopped=name)
         words = 'nothing has been trained'
@@ -169,6 +187,10 @@ def save_if_new(model: Any, epoch: int, iteration: int, saved: int) -> None:
         model.save(epoch, iteration)
 
 
+def _name_of(reason: int) -> str:
+    return 'train.max_minutes' if reason == TIME_IS_UP else signal.Signals(reason).name
+
+
 def _reason() -> int:
     """The number of the signal that came first, or :data:`TIME_IS_UP`; 0 where there is no reason to stop."""
     if _received:
@@ -192,8 +214,7 @@ class _Agreement:
 
     def of_all(self, reason: int) -> int:
         """The highest reason that a process gave an iteration ago; and let the others know this process's own."""
-        if self.group is None:
-            self.group = dist.new_group(backend='gloo')
+        self._begin()
         before = 0
         if self.said is not None:
             value, work = self.said
@@ -202,6 +223,17 @@ class _Agreement:
         value = torch.tensor([reason])
         self.said = value, dist.all_reduce(value, dist.ReduceOp.MAX, self.group, async_op=True)
         return before
+
+    def of_all_now(self, reason: int) -> int:
+        """The highest reason that a process gives now, for which all wait."""
+        self._begin()
+        value = torch.tensor([reason])
+        dist.all_reduce(value, dist.ReduceOp.MAX, self.group)
+        return int(value)
+
+    def _begin(self) -> None:
+        if self.group is None:
+            self.group = dist.new_group(backend='gloo')
 
 
 _agreement = _Agreement()

@@ -68,7 +68,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         fit = mix.add_argument_group('fitting', 'Find the weights that serve a few pairs of images best.')
         fit.add_argument('--fit', action='store_true', help='begin with the given weights, and improve them')
         fit.add_argument('--gt', metavar='FOLDER', help='original images')
-        fit.add_argument('--lr', metavar='FOLDER', help='LR images of the same names (default: made by bicubic)')
+        fit.add_argument(
+            '--lr', metavar='FOLDER', help='LR images of the same names (default: of a published set, or by bicubic)'
+        )
         fit.add_argument('--scale', type=int, metavar='N', help='scale factor')
         add_network_options(mix, with_adapters=False)
         mix.set_defaults(run=run)

@@ -46,7 +46,8 @@ class Pairs:
 
     Args:
         gt: Folder of the original images.
-        lr: Folder of the LR images of the same names (or with ``x{scale}`` behind), ``None`` to make them by bicubic.
+        lr: Folder of the LR images of the same names (or with ``x{scale}`` behind), ``None`` for those of a
+            published set, or else made by bicubic.
         scale: Scale factor.
     """
 

@@ -58,8 +58,8 @@ def fit_mix(
         adapters: The adapters, which fit it.
         weights: Where to start, a weight for each adapter.
         gt_folder: Folder of the original images.
-        lr_folder: Folder of the LR images of the same names (or with ``x{scale}`` behind); ``None`` to make them by
-            :func:`lora_sr.images.bicubic.bicubic_downscale`.
+        lr_folder: Folder of the LR images of the same names (or with ``x{scale}`` behind); ``None`` for those that
+            :func:`lora_sr.data.sources.find_sources` knows of, or else made by bicubic.
         scale: Scale factor.
 
     Raises:
@@ -144,10 +144,17 @@ class _Search:
         original = read_image(source.hr)
         height, width = (length - length % self.scale for length in original.shape[:2])
         cropped = np.ascontiguousarray(original[:height, :width])
-        made = self.scale not in source.lr
-        small = bicubic_downscale(cropped, self.scale) if made else read_image(source.lr[self.scale])
-        name = f'The LR image of {source.hr}' if made else source.lr[self.scale]
-        there, wanted = small.shape[:2], tuple(length // self.scale for length in original.shape[:2])
+        wanted = height // self.scale, width // self.scale
+        if self.scale in source.lr:
+            name, small = source.lr[self.scale], read_image(source.lr[self.scale])
+        elif min(wanted) > 2:
+            name, small = source.hr, bicubic_downscale(cropped, self.scale)
+        else:
+            raise InputError(
+                f'{source.hr} must have at least {3 * self.scale} pixels each way, for the border is left out, got '
+                f'{_size(original.shape)}.'
+            )
+        there = small.shape[:2]
         if there != wanted:
             raise InputError(
                 f'{name} must have {_size(wanted)} pixels (width x height), since {source.hr} has '

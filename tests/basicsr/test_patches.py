@@ -103,16 +103,40 @@ def test_registered_optimizer_comes_first(monkeypatch):
 
 
 def test_optimizers_of_packages(tmp_path, monkeypatch):
-    (tmp_path / 'steps.py').write_text('import torch\nclass Halved(torch.optim.SGD):\n    pass\n')
+    """A class may come when it is asked for, have errors of its own, and end the process when it is imported."""
+    (tmp_path / 'steps.py').write_text("""
+import torch
+class Wrong(Exception):
+    pass
+class Halved(torch.optim.SGD):
+    def __init__(self, params, lr, momentum=0, **kwargs):
+        if lr > 1:
+            raise Wrong(f'the rate {lr} is beyond 1')
+        super().__init__(params, lr, momentum)
+def __getattr__(name):
+    if name == 'Late':
+        return Halved
+    raise AttributeError(name)
+""")
+    (tmp_path / 'quits.py').write_text('import sys\nsys.exit(3)\n')
     monkeypatch.syspath_prepend(tmp_path)
     parameters = [torch.nn.Parameter(torch.zeros(1))]
-    optimizer = model().get_optimizer('steps.Halved', parameters, lr=1e-3, momentum=0.9)
-    assert type(optimizer).__name__ == 'Halved' and optimizer.defaults['momentum'] == 0.9
+    for name in ('Halved', 'Late'):
+        optimizer = model().get_optimizer(f'steps.{name}', parameters, lr=1e-3, momentum=0.9)
+        assert type(optimizer).__name__ == 'Halved' and optimizer.defaults['momentum'] == 0.9
     assert type(model().get_optimizer('torch.optim.adam.Adam', parameters, lr=1e-3)) is torch.optim.Adam
-    with pytest.raises(InputError, match="no optimizer 'Halfed' in steps; did you mean Halved"):
-        model().get_optimizer('steps.Halfed', parameters, lr=1e-3)
-    with pytest.raises(InputError, match="package of 'stops.Halved' cannot be imported: No module named 'stops'"):
-        model().get_optimizer('stops.Halved', parameters, lr=1e-3)
+    for name, sentence in (
+        ('steps.Halfed', "no optimizer 'Halfed' in steps; did you mean Halved"),
+        ('steps.Wrong', "no optimizer 'Wrong' in steps; known are Halved"),
+        ('os.path', "no optimizer 'path' in os$"),
+        ('stops.Halved', "package of 'stops.Halved' cannot be imported: No module named 'stops'"),
+        ('quits.Halved', "package of 'quits.Halved' cannot be imported: 3"),
+        ('.Adam', "package of '.Adam' cannot be imported|no optimizer '.Adam'"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            model().get_optimizer(name, parameters, lr=1e-3)
+    with pytest.raises(InputError, match='steps.Halved cannot be set up with lr=2, {}: the rate 2 is beyond 1'):
+        model().get_optimizer('steps.Halved', parameters, lr=2)
 
 
 # --- option files ---

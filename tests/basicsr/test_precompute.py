@@ -1,6 +1,7 @@
 """Outputs of a teacher that are made once, against the live teacher."""
 
 import copy
+import json
 import os
 import random
 import shutil
@@ -220,6 +221,8 @@ def test_it_ends_between_two_images(pairs, tmp_path, monkeypatch, capsys, reason
         seen.append(output)
         if reason == 'a signal':
             os.kill(os.getpid(), signal.SIGTERM)
+            while not signals.is_told():  # its handler runs in the main thread
+                time.sleep(0.01)
         else:
             monkeypatch.setattr(signals, '_began', time.monotonic() - 61)
         return to_stored(output)
@@ -233,7 +236,9 @@ def test_it_ends_between_two_images(pairs, tmp_path, monkeypatch, capsys, reason
             precompute(make_teacher(), root, whole, 2, False)
     finally:
         signals.ignore()
-    assert 'stopped: 1 of 3 outputs of the teacher are stored; the same command goes on' in capsys.readouterr().err
+    name = {'a signal': 'SIGTERM', 'its minutes': 'train.max_minutes'}[reason]
+    told = f'stopped by {name}: 1 of 3 outputs of the teacher are stored; the same command goes on'
+    assert told in capsys.readouterr().err
     assert len(seen) == 1 and not whole.exists()
     monkeypatch.undo()
     precompute(make_teacher(), root, whole, 2, False)
@@ -398,6 +403,7 @@ def noted(*args):
     make = upscaler(*args)
     def output(key):
         made.append(key)
+        time.sleep(float(os.environ['SECONDS']))
         if os.environ.get('KILLED') == rank and len(made) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ.get('KILLED') == '1' and rank == '0' and len(made) > 1:
@@ -429,15 +435,16 @@ def test_processes_of_torchrun_share_the_images_and_one_that_dies_is_made_good(m
     opt['network_t'] = {'type': 'SPAN', 'feature_channels': 8, 'upscale': 2, 'precompute': True}
     opt['path'].update(pretrain_network_t='teacher.pth')
     del opt['train']['pixel_opt']
-    opt['train'].update(distill_pixel_opt={'type': 'L1Loss'}, total_iter=2)
+    opt['train'].update(distill_pixel_opt={'type': 'L1Loss'}, total_iter=2, max_minutes=1000)
     (tmp_path / 'tiny.yml').write_text(yaml.safe_dump(opt))
     (tmp_path / 'process.py').write_text(PROCESS)
 
-    def run(count, killed='', status=0):
+    def run(count, killed='', status=0, seconds=0, more=()):
         launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(count)]
         done = subprocess.run(
-            [*launcher, 'process.py', '-opt', 'tiny.yml', '--launcher', 'pytorch'], cwd=tmp_path,
-            env={**python_environment(), 'KILLED': killed}, capture_output=True, text=True, timeout=900,
+            [*launcher, 'process.py', '-opt', 'tiny.yml', '--launcher', 'pytorch', *more], cwd=tmp_path,
+            env={**python_environment(), 'KILLED': killed, 'SECONDS': str(seconds)}, capture_output=True, text=True,
+            timeout=900,
         )  # fmt: skip
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr, (tmp_path / 'made').read_text().split('\n')[:-1]
@@ -446,8 +453,13 @@ def test_processes_of_torchrun_share_the_images_and_one_that_dies_is_made_good(m
     assert 'exitcode  : -9' in told and not list(tmp_path.glob('LR_raw_taught_*.lmdb'))
     stored = len(list(tmp_path.glob('.LR_raw_taught_*.partial/*.npy')))
     assert [line[0] for line in first].count('1') == 1 and stored == len(first) <= 9
+    told, more = run(2, seconds=4, more=['--force_yml', 'train:max_minutes=0.15'])
+    left = 10 - (stored + len(more) - len(first))
+    assert f'stopped by train.max_minutes: {10 - left} of 10 outputs of the teacher are stored' in told and left > 0
+    lines = [json.loads(line) for line in (tmp_path / 'experiments/tiny/metrics.jsonl').read_text().splitlines()]
+    assert lines[-1]['stopped'] == 'train.max_minutes'
     _, all_made = run(3)
-    assert len(all_made) - len(first) == 10 - stored
+    assert len(all_made) - len(more) == left
     (path,) = tmp_path.glob('LR_raw_taught_*.lmdb')
     teacher = SPAN(feature_channels=8, upscale=2)
     teacher.load_state_dict(torch.load(tmp_path / 'teacher.pth')['params'])

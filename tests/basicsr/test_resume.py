@@ -358,6 +358,8 @@ DSCLORA = {'type': 'DSCLoRA', 'feature_channels': 8, 'rank': 2}
         (DSCLORA, 'network_g.rank', 4, 'network_g.rank must be 2 to resume this run, got 4;'),
         (DSCLORA, 'network_g.alpha', 4, 'network_g.alpha must be 16 to resume this run, got 4;'),
         (DSCLORA, 'network_g.type', 'SPAN', 'network_g.'),
+        (DSCLORA, 'train.optim_g.type', 'torch.optim.Adam', None),
+        (DSCLORA, 'train.optim_g.type', 'absent.Adam', 'train.optim_g.type must be Adam to resume this run'),
         (DSCLORA, 'train.optim_g.type', 'NAdam', 'train.optim_g.type must be Adam to resume this run, got NAdam;'),
         # The default, written out; and what is not LoRA's.
         (ADAPTSR, 'network_g.lora.alpha', None, None),
@@ -524,10 +526,11 @@ def test_the_state_of_any_optimizer_is_taken(options):
     assert [name for _, name, _ in resume.moments_of(other.optimizers[0])] == before
 
 
-def test_an_optimizer_of_a_package_goes_on(options):
-    """SOAP keeps lists of matrices, and counts in its groups."""
+@pytest.mark.parametrize(('name', 'settings'), [('SOAP', {'precondition_frequency': 3}), ('Amos', {})])
+def test_an_optimizer_of_a_package_goes_on(options, name, settings):
+    """SOAP keeps lists of matrices, and counts in its groups; Amos has a single number under a name of torch's."""
     pytest.importorskip('pytorch_optimizer')
-    options['train']['optim_g'] = {'type': 'pytorch_optimizer.SOAP', 'lr': 1e-3, 'precondition_frequency': 3}
+    options['train']['optim_g'] = {'type': f'pytorch_optimizer.{name}', 'lr': 1e-3, **settings}
 
     def train(model, first, last):
         torch.manual_seed(first)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from basicsr.utils.registry import MODEL_REGISTRY, Registry
 
 from lora_sr.basicsr.options import schema
@@ -42,7 +43,8 @@ def _named_keys(entry: Callable | None) -> set[str]:
 def _reads_others(function: Callable, parameters: Mapping[str, inspect.Parameter]) -> bool:
     """Whether a function or class may read keys that are no parameters: some of BasicSR's take any, and ignore them."""
     rest = [name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
-    if not rest or not function.__module__.startswith(OWN_MODULES):
+    is_known = function.__module__.startswith(OWN_MODULES)
+    if not rest or not is_known and not (inspect.isclass(function) and issubclass(function, torch.optim.Optimizer)):
         return bool(rest)
     code = inspect.unwrap(function.__init__ if inspect.isclass(function) else function)
     return any(instruction.argval == rest[0] for instruction in dis.get_instructions(code))

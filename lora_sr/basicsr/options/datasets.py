@@ -92,6 +92,8 @@ def _check_dataset(check: Check, where: str, dataset: Any, training: bool) -> No
     before = len(check.problems)
     if kind in (schema.RAW_PAIRED, schema.RAW_LR) and complete and backend['type'] != 'lmdb':
         check.add(f'{where}.io_backend must be {{type: lmdb}} for a {kind}, got {{type: {backend["type"]}}}')
+    if 'blend_alpha' in dataset and not dataset.get('blend_prob'):
+        check.add(f'{where}.blend_alpha needs a blend_prob of more than 0')
     if 'open' not in facts:
         _refuse_lists(check, where, dataset, ROOTS_IN_LISTS.get(dataset.get('type'), ()))
     _check_loading(check, where, dataset)

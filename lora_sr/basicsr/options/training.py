@@ -23,6 +23,7 @@ from lora_sr.basicsr.patches.optimizers import find_optimizer
 from lora_sr.checkpoints.building import construct, refused_key
 from lora_sr.checkpoints.content import read_checkpoint
 from lora_sr.errors import InputError
+from lora_sr.optim import Adan
 
 SCHEDULERS = {
     'MultiStepLR': MultiStepRestartLR,
@@ -89,7 +90,7 @@ def _try_optimizer(check: Check, where: str, optimizer: type, section: dict) -> 
     if any(key not in parameters for key in options):
         return
     betas, own = options.get('betas'), getattr(parameters.get('betas'), 'default', None)
-    if isinstance(betas, list) and isinstance(own, tuple) and len(betas) != len(own) and section['type'] != 'Adan':
+    if isinstance(betas, list) and isinstance(own, tuple) and len(betas) != len(own) and optimizer is not Adan:
         # torch takes the first two of three, which were meant for another optimizer.
         check.add(f'{where}.betas has {len(betas)} values; {section["type"]} takes {len(own)}, e.g. {list(own)}')
         return
@@ -97,7 +98,7 @@ def _try_optimizer(check: Check, where: str, optimizer: type, section: dict) -> 
         optimizer([torch.nn.Parameter(torch.zeros(2, 2))], **options)
     except InputError as error:
         check.add(f'{where}: {error}')
-    except (AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a package may have classes of its own
         reason = f': {str(error).splitlines()[0]}' if str(error) else ''
         check.add(
             _refusal(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -52,7 +52,7 @@ def patch_get_optimizer() -> None:
             )
         try:
             return optimizer(params, lr=lr, **kwargs)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # a package may have classes of its own
             raise InputError(f'{optim_type} cannot be set up with lr={lr}, {kwargs}: {error}') from error
 
     BaseModel.get_optimizer = get_optimizer
@@ -84,12 +84,14 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     if module:
         try:
             found = importlib.import_module(module)
-        except Exception as error:  # whatever a package of somebody's raises
+            optimizer = getattr(found, last, None)  # some packages import a class only when it is asked for
+        except (Exception, SystemExit) as error:  # whatever a package of somebody's raises
             raise InputError(f"the package of '{name}' cannot be imported{reason_of(error)}") from error
-        known = {key: value for key, value in vars(found).items() if _is_optimizer(value)}
-        if last not in known:
-            raise InputError(f"there is no optimizer '{last}' in {module}; {did_you_mean(last, known)}")
-        return known[last]
+        if not _is_optimizer(optimizer):
+            near = [key for key, value in vars(found).items() if _is_optimizer(value)]
+            hint = f'; {did_you_mean(last, near)}' if near else ''
+            raise InputError(f"there is no optimizer '{last}' in {module}{hint}")
+        return cast('type[torch.optim.Optimizer]', optimizer)
     known = {key: value for key, value in vars(torch.optim).items() if _is_optimizer(value)}
     known.update(iter(optimizer_registry()))
     if name not in known:

@@ -105,6 +105,11 @@ CHANGES = [
     ('train.total_iter', -5, 'train.total_iter has to be a whole number of at least 1, not -5'),
     ('train.optim_g', ..., 'train.optim_g is missing'),
     ('train.optim_g.type', 'AdmaW', "train.optim_g.type: there is no optimizer 'AdmaW'; did you mean AdamW"),
+    (
+        'train.optim_g',
+        {'type': 'pytorch_optimizer.SOAP', 'lr': 1e-3, 'nonsense': 1},
+        'train.optim_g.nonsense is not a known key; the keys here are lr, betas',
+    ),
     ('train.optim_g.type', ['AdamW'], "train.optim_g.type has to be a name, not ['AdamW']"),
     ('train.optim_g.lr', ..., 'train.optim_g.lr is missing'),
     ('train.optim_g.lr', '1e-4x', "train.optim_g.lr has to be a number, not '1e-4x'"),

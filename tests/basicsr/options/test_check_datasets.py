@@ -546,6 +546,9 @@ def raw(data, tmp_path):
     ('changes', 'sentence'),
     [
         ({}, None),
+        ({'use_rgb_permutation': True, 'blend_prob': 0.3, 'blend_alpha': 0.4}, None),
+        ({'blend_prob': 1.3}, 'datasets.train.blend_prob has to be a number from 0 to 1, not 1.3'),
+        ({'blend_alpha': 0.4}, 'datasets.train.blend_alpha needs a blend_prob of more than 0'),
         ({'gt_size': 34}, "datasets.train.gt_size: 34 is larger than the GT image '000' of 32x32"),
         (
             {'type': 'PairedImageDataset'},

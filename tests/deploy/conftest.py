@@ -3,8 +3,25 @@
 import pytest
 import torch
 from adapter_files import ARCHS, adapt, run
+from enlarging import Enlarge
 
 from lora_sr.adapters import add_lora
+from lora_sr.archs.span import SPAN
+from lora_sr.deploy import upscale
+
+
+@pytest.fixture
+def enlarging(monkeypatch):
+    """Any checkpoint is that network."""
+    monkeypatch.setattr(upscale, 'load_network', lambda path: Enlarge())
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('checkpoint') / 'SPAN.pth'
+    torch.save({'params': SPAN(feature_channels=6, upscale=2, deploy=True).state_dict()}, path)
+    return path
 
 
 @pytest.fixture(params=ARCHS)

@@ -26,23 +26,29 @@ class ColorAugmentation:
     Args:
         opt: The section: ``use_rgb_permutation``; ``blend_prob``, how often a patch is mixed with a random color, and
             ``blend_alpha``, the least share that it keeps. Shares and colors come equally often.
-        channels: Of the images.
+        channels: Of the LR images, and of the GT images where there are any.
 
     Attributes:
         needs_16_bits: Whether patches have to be uint16: a blend has finer steps than those of 8 bits.
 
     Raises:
-        InputError: Other than three channels are to be permuted.
+        InputError: Other than three channels are to be permuted, or images of different channels to be blended.
     """
 
-    def __init__(self, opt: Mapping[str, Any], channels: int):
+    def __init__(self, opt: Mapping[str, Any], *channels: int):
         self._permutes = bool(opt.get('use_rgb_permutation'))
         self._blends = opt.get('blend_prob') or 0
         self._least_share = opt.get('blend_alpha', 0.6)
-        self._channels = channels
+        self._channels = channels[0]
         self.needs_16_bits = self._blends > 0
-        if self._permutes and channels != 3:
-            raise InputError(f'use_rgb_permutation must be false for images of {channels} channels, got true')
+        other = next((count for count in channels if count != 3), 3)
+        if self._permutes and other != 3:
+            raise InputError(f'use_rgb_permutation must be false for images of {other} channels, got true')
+        if self._blends and len(set(channels)) > 1:
+            raise InputError(
+                f'blend_prob must be 0 for LR images of {channels[0]} channels and GT images of {channels[1]}, got '
+                f'{self._blends}'
+            )
 
     def __call__(self, images: list[np.ndarray], taught: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """The patches of one sample, all with the same colors.

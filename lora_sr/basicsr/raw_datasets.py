@@ -86,8 +86,8 @@ class RawPairedImageDataset(Taught, Dataset):
     of the images.
 
     Raises:
-        InputError: A root is no raw database, two that pair have other keys, or other than three channels are to be
-            permuted.
+        InputError: A root is no raw database, two that pair have other keys, other than three channels are to be
+            permuted, or images of different channels to be blended.
     """
 
     def __init__(self, opt: dict[str, Any]):
@@ -96,7 +96,7 @@ class RawPairedImageDataset(Taught, Dataset):
         self.mean, self.std = opt.get('mean'), opt.get('std')
         roots = paired_roots(opt)
         self.gt, self.lq = Roots([gt for gt, _, _ in roots]), Roots([lq for _, lq, _ in roots])
-        self.colors = ColorAugmentation(opt, self.lq.channels)
+        self.colors = ColorAugmentation(opt, self.lq.channels, self.gt.channels)
         for images in (self.gt, self.lq):
             images.is_deep |= self.colors.needs_16_bits
         self.images: list[tuple[str, str, str]] = []  # root of GT, root of LR, key

@@ -194,6 +194,17 @@ def test_gray_images_have_no_channels_to_permute(tmp_path):
             build_dataset(opt)
 
 
+def test_images_of_different_channels_have_no_color_in_common(tmp_path):
+    write_raw(tmp_path / 'HR_raw.lmdb', {'a': np.zeros((32, 32, 1), np.uint8)})
+    write_raw(tmp_path / 'LR_bicubic_X2_raw.lmdb', {'a': np.zeros((16, 16, 3), np.uint8)})
+    for options, sentence in (
+        ({'blend_prob': 0.3}, 'blend_prob must be 0 for LR images of 3 channels and GT images of 1, got 0.3'),
+        ({'use_rgb_permutation': True}, 'use_rgb_permutation must be false for images of 1 channels, got true'),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            build_dataset(section(tmp_path.parent, [tmp_path.name], 'RawPairedImageDataset', **options))
+
+
 def write_raw(path, images):
     writer = LmdbWriter(path)
     for key, image in images.items():

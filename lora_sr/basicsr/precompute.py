@@ -108,7 +108,7 @@ def _make(work: _Work, teacher: nn.Module, images: RawDatabase, scale: int, self
         )
     LOG.info(
         f'The teacher: {len(left):,} of {len(work.keys):,} images of {images.path} are left to compute, '
-        f'{needed / 1e9:.1f} GB.'
+        f'{needed / 1e6:,.0f} MB.'
     )
     work.make_all(makers)
 

@@ -75,7 +75,7 @@ def listen(minutes: float | None = None) -> None:
             _replaced[number](number, frame)
         elif len(_received) == 1 and os.environ.get('RANK', '0') == '0':
             # Whatever writes may be what was interrupted, and does not write twice at a time.
-            os.write(2, b'\nstopping after this iteration; Ctrl-C again ends at once\n')
+            os.write(2, b'\nstopping after what is at hand; Ctrl-C again ends at once\n')
 
     for name in NAMES:
         number = getattr(signal, name, None)  # Windows has SIGTERM and SIGINT alone

@@ -70,8 +70,11 @@ class MixReport:
         lines = [f'{name:{width}}  weight {weight:.4f}' for name, weight in zip(self.adapters, self.weights)]
         lines.append(f'layers with LoRA: {self.layers}')
         if self.fitted:
-            before, after = self.fitted.psnr_before, self.fitted.psnr_after
-            lines.append(f'PSNR (Y) on {self.fitted.images} images: {before:.4f} dB before, {after:.4f} dB after')
+            fit = self.fitted
+            lines.append(
+                f'PSNR (Y) on {fit.images} images: base {fit.psnr_base:.4f} dB, with the first '
+                f'weights {fit.psnr_before:.4f} dB, with these {fit.psnr_after:.4f} dB'
+            )
         return '\n'.join(lines)
 
 

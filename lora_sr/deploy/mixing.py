@@ -27,10 +27,11 @@ LEAST_ERROR = 1e-6  # mean squared: below 8 bits
 
 @dataclass(frozen=True)
 class FittedMix:
-    """The weights that :func:`fit_mix` found, and the mean PSNR (Y) in dB with the first weights and with these."""
+    """The weights that :func:`fit_mix` found, and mean PSNR (Y) in dB: of the base, with the first ones, with these."""
 
     weights: list[float]
     images: int
+    psnr_base: float
     psnr_before: float
     psnr_after: float
 
@@ -75,7 +76,8 @@ def fit_mix(
     search = _Search(network.eval(), base, adapters, sources, scale)
     current = torch.tensor(weights, dtype=torch.float64)
     try:
-        before = best = search.psnr(current)
+        base_psnr, before = search.psnr(torch.zeros_like(current)), search.psnr(current)
+        best = before
         for _ in range(MAX_STEPS):
             step = search.step(current)
             for shrink in SHRINKS:
@@ -89,7 +91,7 @@ def fit_mix(
                 break
     finally:
         network.load_state_dict(base)
-    return FittedMix(current.tolist(), len(sources), before, best)
+    return FittedMix(current.tolist(), len(sources), base_psnr, before, best)
 
 
 @dataclass

@@ -129,7 +129,10 @@ def __getattr__(name):
         ('steps.Halfed', "no optimizer 'Halfed' in steps; did you mean Halved"),
         ('steps.Wrong', "no optimizer 'Wrong' in steps; known are Halved"),
         ('os.path', "no optimizer 'path' in os$"),
-        ('stops.Halved', "package of 'stops.Halved' cannot be imported: No module named 'stops'"),
+        (
+            'stops.Halved',
+            "package of 'stops.Halved' cannot be imported: .* 'stops'; it has to be installed",
+        ),
         ('quits.Halved', "package of 'quits.Halved' cannot be imported: 3"),
         ('.Adam', "package of '.Adam' cannot be imported|no optimizer '.Adam'"),
     ):

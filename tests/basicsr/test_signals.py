@@ -67,7 +67,7 @@ def test_a_signal_saves_and_ends(listening, capsys, name, iteration, begun, save
 
 def test_a_second_interrupt_ends_at_once(listening, capfd):
     os.kill(os.getpid(), signal.SIGINT)
-    assert capfd.readouterr().err == '\nstopping after this iteration; Ctrl-C again ends at once\n'
+    assert capfd.readouterr().err == '\nstopping after what is at hand; Ctrl-C again ends at once\n'
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)

@@ -86,7 +86,8 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
             found = importlib.import_module(module)
             optimizer = getattr(found, last, None)  # some packages import a class only when it is asked for
         except (Exception, SystemExit) as error:  # whatever a package of somebody's raises
-            raise InputError(f"the package of '{name}' cannot be imported{reason_of(error)}") from error
+            hint = '; it has to be installed' if isinstance(error, ModuleNotFoundError) else ''
+            raise InputError(f"the package of '{name}' cannot be imported{reason_of(error)}{hint}") from error
         if not _is_optimizer(optimizer):
             near = [key for key, value in vars(found).items() if _is_optimizer(value)]
             hint = f'; {did_you_mean(last, near)}' if near else ''

@@ -63,12 +63,14 @@ class MixReport:
     adapters: list[str]
     weights: list[float]
     layers: int
+    deltas: int
     fitted: FittedMix | None
 
     def __str__(self) -> str:
         width = max(map(len, self.adapters))
         lines = [f'{name:{width}}  weight {weight:.4f}' for name, weight in zip(self.adapters, self.weights)]
-        lines.append(f'layers with LoRA: {self.layers}')
+        beside = f', parameters with a delta: {self.deltas}' if self.deltas else ''
+        lines.append(f'layers with LoRA: {self.layers}{beside}')
         if self.fitted:
             fit = self.fitted
             lines.append(
@@ -280,7 +282,7 @@ def _mix(
     if is_merged:  # under the names of the file of the base, which an adapted one only notes
         written = in_layout(written, checkpoint.layout)
     write_state(written, Path(output), replace(origin, layout=None if is_merged else checkpoint.layout or None))
-    return MixReport([os.fspath(path) for path, _ in adapters], weights, len(mixed.layers), fit)
+    return MixReport([os.fspath(path) for path, _ in adapters], weights, len(mixed.layers), len(mixed.deltas), fit)
 
 
 def _read_adapters(

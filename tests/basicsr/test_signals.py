@@ -105,17 +105,22 @@ def test_its_minutes_end_a_run(monkeypatch, capsys, minutes, ends):
         assert told == 'stopped by train.max_minutes: iteration 7 is saved; --auto_resume goes on from it\n'
 
 
-def test_processes_end_after_the_same_iteration():
+@pytest.mark.parametrize(
+    ('when', 'expected'), [('within', ['0 6 [6]', '1 6 []']), ('before', ['0 None SIGUSR1', '1 None SIGUSR1'])]
+)
+def test_processes_end_after_the_same_iteration(when, expected):
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     command = [sys.executable, REPOSITORY / 'tests/told_to_stop.py']
     processes = [
-        subprocess.Popen([*command, str(rank), str(port)], env=python_environment(), stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(port), when], env=python_environment(), stdout=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     told = [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
-    assert told == ['0 6 [6]', '1 6 []']
+    assert told == expected
     assert [process.returncode for process in processes] == [0, 0]
 
 

@@ -85,7 +85,7 @@ def precompute(teacher: nn.Module, root: str | os.PathLike[str], path: Path, sca
     work = _Work(folder, path, list(images.images))
     try:
         if not work.is_done():
-            _make(work, teacher, images, scale, self_ensemble)
+            _make_outputs(work, teacher, images, scale, self_ensemble)
         work.stop_if_told()
         work.join()
         work.clear()
@@ -94,7 +94,7 @@ def precompute(teacher: nn.Module, root: str | os.PathLike[str], path: Path, sca
     LOG.info(f'The outputs of the teacher for {root} are in {path}.')
 
 
-def _make(work: _Work, teacher: nn.Module, images: RawDatabase, scale: int, self_ensemble: bool) -> None:
+def _make_outputs(work: _Work, teacher: nn.Module, images: RawDatabase, scale: int, self_ensemble: bool) -> None:
     """Make what is left of the outputs, as files, until all are there or the run is told to end."""
     on_gpu = best_device().type != 'cpu'
     makers = [upscaler(teacher, images, scale, self_ensemble) for _ in range(1 if on_gpu else torch.get_num_threads())]

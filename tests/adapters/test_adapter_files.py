@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from trained import trained
 
 from lora_sr.adapters import (
     Adapter,
@@ -66,13 +67,7 @@ def base():
 
 def adapted(base, config, seed=0):
     """A copy of ``base`` with an adapter that has been somewhere."""
-    network = add_lora(copy.deepcopy(base), config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in network.named_parameters():
-            if 'lora_' in name:
-                value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
-    return network
+    return trained(add_lora(copy.deepcopy(base), config), seed)
 
 
 CONFIGS = [

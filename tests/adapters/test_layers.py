@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from trained import trained
 
 from lora_sr.adapters import (
     LoRAConfig,
@@ -139,16 +140,6 @@ WITH_DELTAS = LoRAConfig(
 def network():
     torch.manual_seed(0)
     return Everything().eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def trained(network, seed=0):
-    """Pretend that training moved every update."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in network.named_parameters():
-        if 'lora_' in name:
-            value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
-    return network
 
 
 def is_same(first, second):

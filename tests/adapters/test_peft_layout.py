@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from trained import trained
 
 from lora_sr.adapters import (
     LoRAConfig,
@@ -50,12 +51,7 @@ def networks():
     torch.manual_seed(0)
     base = Tiny().eval()
     config = LoRAConfig(['.*'], rank=2, alpha=3, rank_pattern=RANKS, alpha_pattern={'table': -0.5})
-    network = add_lora(copy.deepcopy(base), config)
-    with torch.no_grad():
-        for name, value in network.named_parameters():
-            if 'lora_' in name:
-                value.copy_(torch.randn(value.shape) * 0.3)
-    return base, network
+    return base, trained(add_lora(copy.deepcopy(base), config))
 
 
 def write(folder, tensors, config):

@@ -7,6 +7,7 @@ from basicsr.archs.srresnet_arch import MSRResNet
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 from torch.nn import functional as F
+from trained import trained
 
 from lora_sr.adapters import (
     LoRAConfig,
@@ -35,13 +36,7 @@ class OfOnesOwn(nn.Module):
 
 def adapt(base, config, seed):
     """``base`` with an adapter that changes its output by a few per cent."""
-    base = add_lora(base, config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in base.named_parameters():
-            if 'lora_' in name:
-                value.copy_(torch.randn(value.shape, generator=generator) * 0.15)
-    return base
+    return trained(add_lora(base, config), seed, 0.15)
 
 
 def known():

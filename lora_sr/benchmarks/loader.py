@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lora_sr.data.prepare import SIZE, STEP, prepare_databases
+from lora_sr.data.cutting import SIZE, STEP
+from lora_sr.data.prepare import prepare_databases
 from lora_sr.errors import InputError, import_basicsr
 
 BATCH, LQ_SIZE = 16, 64

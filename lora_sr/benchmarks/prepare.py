@@ -23,8 +23,9 @@ import cv2
 import lmdb
 import numpy as np
 
+from lora_sr.data.cutting import subimage_starts
 from lora_sr.data.lmdb_store import read_meta_info
-from lora_sr.data.prepare import prepare_databases, subimage_starts
+from lora_sr.data.prepare import prepare_databases
 from lora_sr.data.sources import find_sources, read_image
 from lora_sr.errors import InputError, import_basicsr
 from lora_sr.images.bicubic import bicubic_downscale

@@ -207,7 +207,7 @@ def test_files_larger_than_an_image_and_names_that_are_no_text(tmp_path, make_im
     assert list(read_meta_info(tmp_path / 'out\udcff' / 'HR_sub.lmdb')) == ['a__s001']
 
 
-@pytest.mark.parametrize('place', ['sources.decode_deep', 'prepare.encode_png'])
+@pytest.mark.parametrize('place', ['sources.decode_deep', 'cutting.encode_png'])
 @pytest.mark.parametrize('kind', [MemoryError, cv2.error])
 def test_too_little_memory_is_told_in_one_sentence(tmp_path, make_images, refused, monkeypatch, place, kind):
     error = kind('Insufficient memory')
@@ -268,7 +268,7 @@ def test_a_jpeg_thumbnail_does_not_hide_a_cut(tmp_path, make_images, refused):
 
 def test_ctrl_c_is_told_in_one_line(tmp_path, make_images, monkeypatch, capsys):
     folder = make_images(tmp_path / 'photos', [(48, 48)])
-    monkeypatch.setattr('lora_sr.data.prepare.read_image', lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr('lora_sr.data.cutting.read_image', lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit) as caught:
         call(folder, '-o', tmp_path / 'out')
     assert caught.value.code == 130

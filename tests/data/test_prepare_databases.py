@@ -13,10 +13,10 @@ import pytest
 
 import lora_sr.data.prepare as prepare_module
 from lora_sr.data import bicubic_downscale, prepare_databases, read_meta_info
+from lora_sr.data.cutting import subimage_starts
 from lora_sr.data.degrade import degrade_folder
 from lora_sr.data.lmdb_store import LmdbWriter, RawDatabase, check_databases
 from lora_sr.data.placing import COMPLETE_FILE, PARTIAL_FOLDER, REPLACED_FOLDER, partial_folder
-from lora_sr.data.prepare import subimage_starts
 from lora_sr.errors import InputError
 from lora_sr.images.png import encode_png
 
@@ -334,6 +334,7 @@ def test_the_check_tells_sizes_by_width_and_height(tmp_path, make_images):
 # Each argument after the first two is a moment: a process is forked, and kills itself at that moment.
 KILL = """
 import os, shutil, signal, sys
+import lora_sr.data.cutting as cutting
 import lora_sr.data.prepare as p
 
 def at_call(function, number):
@@ -350,7 +351,7 @@ for moment in moments:
     pid = os.fork()
     if not pid:
         name, number = moment.split('-')
-        owner = {'rename': os, 'rmtree': shutil, 'replace': os, 'put': p.LmdbWriter}.get(name, p)
+        owner = {'rename': os, 'rmtree': shutil, 'replace': os, 'put': p.LmdbWriter, 'read_image': cutting}.get(name, p)
         setattr(owner, name, at_call(getattr(owner, name), int(number)))
         p.prepare_databases([folder], os.path.join(root, moment), [2, 4], size=48, step=24, overwrite=True)
         os._exit(1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -96,8 +97,8 @@ def is_disp(state: Mapping[str, Tensor]) -> bool:
     return parts == {'conv_1', 'blocks', 'conv_2', 'upsampler'} and first in state
 
 
-def build_disp(state: Mapping[str, Tensor]) -> DISP:
-    """The DISP that a state dict belongs to, not loaded yet: width, depth and scale are read from names and shapes.
+def disp_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the DISP that a state dict belongs to: width, depth and scale are read from names and shapes.
 
     Raises:
         InputError: The network makes other images than RGB, or has too many blocks.
@@ -105,7 +106,7 @@ def build_disp(state: Mapping[str, Tensor]) -> DISP:
     blocks = {key.split('.')[1] for key in state if re.match(r'blocks\.\d+\.', key)}
     if len(blocks) > LARGEST_DEPTH:
         raise InputError(f'the blocks of DISP must be at most {LARGEST_DEPTH}, got {len(blocks):,}.')
-    return DISP(
+    return dict(
         feature_channels=state['conv_2.weight'].shape[0],
         upscale=scale_of('DISP', state['upsampler.0.weight'].shape[0]),
         num_block=len(blocks),

@@ -6,6 +6,7 @@ Source: the team's network and file of weights in the organizers' repository, gi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,13 +91,13 @@ def is_dscf_fused(state: Mapping[str, Tensor]) -> bool:
     return {key.partition('.')[0] for key in state} == blocks | others
 
 
-def build_dscf_fused(state: Mapping[str, Tensor]) -> DSCFFused:
-    """The DSCF-Fused that a state dict belongs to, not loaded yet: width and scale are read from shapes.
+def dscf_fused_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the DSCF-Fused that a state dict belongs to: width and scale are read from shapes.
 
     Raises:
         InputError: The network makes other images than RGB.
     """
-    return DSCFFused(
+    return dict(
         feature_channels=state['conv_cat_other.weight'].shape[0],
         upscale=scale_of('DSCFFused', state['upsampler.0.weight'].shape[0]),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -70,14 +71,14 @@ def is_dsclora(state: Mapping[str, Tensor]) -> bool:
     return is_span(state) and len(layers) == len(targets) == 3 * SPAN.num_blocks + 2
 
 
-def build_dsclora(state: Mapping[str, Tensor]) -> DSCLoRA:
-    """The DSCLoRA that a state dict belongs to, not loaded yet, with the file's ranks and alphas.
+def dsclora_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the DSCLoRA that a state dict belongs to, with the file's ranks and alphas.
 
     Raises:
         InputError: The LoRA tensors are incomplete, or the network takes or gives other than RGB or gray images.
     """
     lora = infer_lora_config(state)
-    return DSCLoRA(
+    return dict(
         **span_sizes(state),
         rank=lora.rank,
         alpha=lora.alpha,

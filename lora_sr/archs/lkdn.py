@@ -309,8 +309,8 @@ def is_lkdn(state: Mapping[str, Tensor]) -> bool:
     return has_last and others <= state.keys()
 
 
-def build_lkdn(state: Mapping[str, Tensor]) -> LKDN:
-    """The LKDN that a state dict belongs to, not loaded yet, for RGB images: sizes and forms are read from it.
+def lkdn_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the LKDN that a state dict belongs to, for RGB images: sizes and forms are read from it.
 
     ``BSConvU_idt`` is recognized in checkpoints of ours alone, by its tensor ``identity``.
 
@@ -334,7 +334,7 @@ def build_lkdn(state: Mapping[str, Tensor]) -> LKDN:
         conv = 'BSConvU_rep'
     elif 'B1.c1_r.identity' in state:
         conv = 'BSConvU_idt'
-    return LKDN(
+    return dict(
         num_feat=state['c1.weight'].shape[0],
         num_atten=state['B1.atten.pointwise.weight'].shape[0],
         num_block=len(blocks),

@@ -234,13 +234,13 @@ def is_span(state: Mapping[str, Tensor]) -> bool:
     return has_first and {'conv_cat.weight', 'upsampler.0.weight'} <= state.keys()
 
 
-def build_span(state: Mapping[str, Tensor]) -> SPAN:
-    """The SPAN that a state dict belongs to, not loaded yet: sizes and form are read from names and shapes.
+def span_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the SPAN that a state dict belongs to: sizes and form are read from names and shapes.
 
     Raises:
         InputError: It takes or gives other than RGB or gray images.
     """
-    return SPAN(**span_sizes(state), deploy='conv_1.sk.weight' not in state)
+    return {**span_sizes(state), 'deploy': 'conv_1.sk.weight' not in state}
 
 
 def span_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ and NTIRE2026_ESR.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,15 +126,15 @@ def is_spanf(state: Mapping[str, Tensor]) -> bool:
     return has_first and any(parts == body | set(tail) for tail in LAYOUTS.values())
 
 
-def build_spanf(state: Mapping[str, Tensor]) -> SPANF:
-    """The SPANF that a state dict belongs to, not loaded yet: widths, scale, layout and form are read from it.
+def spanf_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the SPANF that a state dict belongs to: widths, scale, layout and form are read from it.
 
     Raises:
         InputError: The network makes other images than RGB, or its sizes are those of no SPANF.
     """
     layout = 'PDS' if any(key.startswith('conv_cat_1.') for key in state) else 'SPANF'
     deploy = 'block_1.c1_r.sk.weight' not in state
-    return SPANF(
+    return dict(
         feature_channels=state[f'block_1.c1_r.{"eval_conv" if deploy else "sk"}.weight'].shape[0],
         upscale=scale_of('SPANF', state['conv_near.weight'].shape[0]),
         tail_channels=state[f'{LAYOUTS[layout][0]}.weight'].shape[0],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,13 +97,13 @@ def is_spanv2(state: Mapping[str, Tensor]) -> bool:
     return parts == blocks | {'conv_near', 'depthwise_conv', 'pointwise_conv'} and 'block_1.c1.conv.weight' in state
 
 
-def build_spanv2(state: Mapping[str, Tensor]) -> SPANV2:
-    """The SPANV2 that a state dict belongs to, not loaded yet: width and scale are read from shapes.
+def spanv2_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the SPANV2 that a state dict belongs to: width and scale are read from shapes.
 
     Raises:
         InputError: The network makes other images than RGB.
     """
-    return SPANV2(
+    return dict(
         feature_channels=state['block_1.c1.conv.weight'].shape[0],
         upscale=scale_of('SPANV2', state['conv_near.weight'].shape[0]),
     )

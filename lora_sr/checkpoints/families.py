@@ -4,36 +4,62 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_sr.archs.disp import build_disp, is_disp
-from lora_sr.archs.dscf_fused import build_dscf_fused, is_dscf_fused
-from lora_sr.archs.dsclora import build_dsclora, is_dsclora
+from lora_sr.archs.disp import DISP, disp_arguments, is_disp
+from lora_sr.archs.dscf_fused import DSCFFused, dscf_fused_arguments, is_dscf_fused
+from lora_sr.archs.dsclora import DSCLoRA, dsclora_arguments, is_dsclora
 from lora_sr.archs.info import is_a
-from lora_sr.archs.lkdn import LKDN, LKDN_S, build_lkdn, is_lkdn
-from lora_sr.archs.span import SPAN, build_span, is_span
-from lora_sr.archs.spanf import build_spanf, is_spanf
-from lora_sr.archs.spanv2 import build_spanv2, is_spanv2
+from lora_sr.archs.lkdn import LKDN, LKDN_S, is_lkdn, lkdn_arguments
+from lora_sr.archs.span import SPAN, is_span, span_arguments
+from lora_sr.archs.spanf import SPANF, is_spanf, spanf_arguments
+from lora_sr.archs.spanv2 import SPANV2, is_spanv2, spanv2_arguments
 from lora_sr.checkpoints.community import architecture_name
 from lora_sr.checkpoints.stock import STOCK_NETWORKS
 
-Recognizer = Callable[[Mapping[str, Tensor]], bool]
-Builder = Callable[[Mapping[str, Tensor]], nn.Module]
+State = Mapping[str, Tensor]
 
-# Family -> how it recognizes its state dict, and the network that it builds for it; the first match counts.
-_OWN: dict[str, tuple[Recognizer, Builder]] = {
-    'DSCLoRA': (is_dsclora, build_dsclora),
-    'SPAN': (is_span, build_span),
-    'LKDN': (is_lkdn, build_lkdn),
-    'SPANF': (is_spanf, build_spanf),
-    'SPANV2': (is_spanv2, build_spanv2),
-    'DISP': (is_disp, build_disp),
-    'DSCFFused': (is_dscf_fused, build_dscf_fused),
+
+@dataclass(frozen=True)
+class Family:
+    """Networks that are known by their state dicts.
+
+    Args:
+        recognize: Whether a state dict is of such a network.
+        arguments: The arguments of its class for a state dict, in any form, as a section of an option file has them. It
+            raises InputError where it has sizes that no network of the family has, and KeyError where a key is missing.
+        network: Its class, or a function that imports it.
+    """
+
+    recognize: Callable[[State], bool]
+    arguments: Callable[[State], dict[str, Any]]
+    network: Callable[..., nn.Module]
+
+    def build(self, state: State) -> nn.Module:
+        """The network that a state dict belongs to, not loaded yet.
+
+        Raises:
+            InputError: As ``arguments``; or BasicSR, of which it is, is not installed.
+            KeyError: As ``arguments``.
+        """
+        return self.network(**self.arguments(state))
+
+
+# The first that recognizes a state dict counts.
+_OWN = {
+    'DSCLoRA': Family(is_dsclora, dsclora_arguments, DSCLoRA),
+    'SPAN': Family(is_span, span_arguments, SPAN),
+    'LKDN': Family(is_lkdn, lkdn_arguments, LKDN),
+    'SPANF': Family(is_spanf, spanf_arguments, SPANF),
+    'SPANV2': Family(is_spanv2, spanv2_arguments, SPANV2),
+    'DISP': Family(is_disp, disp_arguments, DISP),
+    'DSCFFused': Family(is_dscf_fused, dscf_fused_arguments, DSCFFused),
 }
 OURS = tuple(_OWN)
-FAMILIES = {**_OWN, **{network.name: (network.recognize, network.build) for network in STOCK_NETWORKS}}
+FAMILIES = {**_OWN, **{one.name: Family(one.recognize, one.arguments, one.construct) for one in STOCK_NETWORKS}}
 # Discriminators of BasicSR -> keys by which they are told.
 DISCRIMINATORS = {
     'UNetDiscriminatorSN': {'conv0.weight', 'conv1.weight_orig', 'conv8.weight_orig', 'conv9.weight'},
@@ -45,7 +71,7 @@ GROWTH = 32  # channels that each convolution of a dense block of RRDBNet adds, 
 
 def family_of(state: Mapping[str, Tensor]) -> str | None:
     """The name of the network that a state dict belongs to, or ``None`` where no family knows it."""
-    return next((name for name, (recognize, _) in FAMILIES.items() if recognize(state)), None)
+    return next((name for name, family in FAMILIES.items() if family.recognize(state)), None)
 
 
 def discriminator_of(state: Mapping[str, Tensor]) -> str | None:

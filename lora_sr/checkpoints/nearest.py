@@ -67,7 +67,7 @@ def _of_names(
 def _of_shapes(family: str, base: Mapping[str, Tensor]) -> Nearest | None:
     try:
         with bounded(base, FACTOR):
-            own = without_lora(FAMILIES[family][1](base).state_dict())
+            own = without_lora(FAMILIES[family].build(base).state_dict())
     except Exception:  # whatever a constructor makes of names and shapes that are not its own
         return None
     differing, agreeing = [], 0

@@ -34,9 +34,8 @@ from lora_sr.checkpoints.imports import import_modules
 from lora_sr.checkpoints.layouts import layout_of, set_layout
 from lora_sr.checkpoints.nearest import nearest_family
 from lora_sr.checkpoints.origin import Origin
-from lora_sr.checkpoints.sections import base_section, names_file
+from lora_sr.checkpoints.sections import BY_FILE, base_section, names_file
 from lora_sr.checkpoints.stated import check_stated
-from lora_sr.checkpoints.stock import STOCK_NETWORKS
 from lora_sr.errors import InputError, MissingBasicSR, shown
 from lora_sr.option_file import load_options
 
@@ -98,14 +97,27 @@ class OpenedNetwork:
     has_adapters: bool = False
 
     @property
+    def base(self) -> dict[str, Any] | None:
+        """The section of an option file that describes the base; ``None`` for a live network, which nothing describes.
+
+        The files of spandrel's architectures describe themselves.
+        """
+        if self.section is not None:
+            return dict(base_section(self.section))
+        checkpoint = self.checkpoint
+        if checkpoint is not None and checkpoint.family is not None:
+            return {'type': checkpoint.family, **FAMILIES[checkpoint.family].arguments(checkpoint.state)}
+        if checkpoint is not None and checkpoint.architecture is not None:
+            return {'type': BY_FILE, 'path': os.fspath(checkpoint.path)}
+        return None
+
+    @property
     def arguments(self) -> dict[str, Any] | None:
         """The arguments with which the class of the base was built; ``None`` where they are not known."""
-        if self.section is not None:
-            return {key: value for key, value in base_section(self.section).items() if key != 'type'}
-        if self.checkpoint is not None and self.checkpoint.family is not None:
-            stock = next((one for one in STOCK_NETWORKS if one.name == self.checkpoint.family), None)
-            return None if stock is None else stock.arguments(self.checkpoint.state)
-        return None
+        base = self.base
+        if base is None or base['type'] == BY_FILE:
+            return None
+        return {key: value for key, value in base.items() if key != 'type'}
 
 
 class UnknownNetwork(InputError):
@@ -305,7 +317,7 @@ def _built(family: str, state: Mapping[str, Tensor]) -> nn.Module:
     """The network of a family for a state dict, whose names and shapes may be anything."""
     try:
         with bounded(state, FAMILY_FACTOR), without_old_calls():
-            return FAMILIES[family][1](state)
+            return FAMILIES[family].build(state)
     except (InputError, KeyError):
         raise
     except Exception as error:  # whatever a constructor makes of wrong sizes

@@ -267,14 +267,14 @@ class StockNetwork:
         """Whether a tensor of this network, of any size, may have that name."""
         return re.fullmatch(rf'({self.layers})\.(weight|bias)|{self.tensors}', key) is not None
 
-    def build(self, state: State) -> nn.Module:
-        """The network that a state dict belongs to, not loaded yet.
+    def construct(self, **arguments: Any) -> nn.Module:
+        """The network with these arguments.
 
         Raises:
-            InputError: Its sizes cannot be told, or BasicSR is not installed.
+            InputError: BasicSR is not installed.
         """
         import_basicsr(f'{self.name}, a network of BasicSR,')
-        network: nn.Module = getattr(import_module(f'basicsr.archs.{self.module}'), self.name)(**self.arguments(state))
+        network: nn.Module = getattr(import_module(f'basicsr.archs.{self.module}'), self.name)(**arguments)
         return network
 
 

@@ -104,7 +104,7 @@ def test_an_option_file_names_the_network_of_the_official_weights(weights, truth
 @each_entry
 def test_official_weights_are_of_one_family(weights, name):
     state = Checkpoint.read(weights(name)).state
-    assert [family for family, (recognize, _) in FAMILIES.items() if recognize(state)] == [ENTRIES[name]['type']]
+    assert [name for name, family in FAMILIES.items() if family.recognize(state)] == [ENTRIES[name]['type']]
 
 
 def test_official_weights_of_others_are_not_of_these_families(shared):
@@ -113,7 +113,7 @@ def test_official_weights_of_others_are_not_of_these_families(shared):
     assert files
     for file in files:
         state = Checkpoint.read(file).state
-        assert not [family for family in ours if FAMILIES[family][0](state)]
+        assert not [family for family in ours if FAMILIES[family].recognize(state)]
 
 
 @each_entry

@@ -10,6 +10,7 @@ from torch import nn
 from lora_sr.adapters import LoRAConfig, add_lora, lora_layers, save_adapter
 from lora_sr.archs import SPAN
 from lora_sr.checkpoints import Checkpoint, NetworkSource, Origin, load_network, open_network
+from lora_sr.checkpoints.building import build_network
 from lora_sr.checkpoints.imports import import_modules
 from lora_sr.deploy.exports import export_torchscript
 from lora_sr.deploy.merge import merge_checkpoint
@@ -62,6 +63,35 @@ def test_param_key_counts_however_a_file_is_named(files):
         for arguments, key in (((), 'params_ema'), (('params',), 'params')):
             found = load_network(source, *arguments).state_dict()
             assert all(torch.equal(value, found[name]) for name, value in content[key].items())
+
+
+@pytest.mark.parametrize(
+    'section',
+    [
+        {'type': 'SPAN', 'feature_channels': 16, 'upscale': 2, 'deploy': True},
+        {'type': 'SPAN', 'num_in_ch': 1, 'num_out_ch': 1, 'feature_channels': 16, 'norm': False},
+        {'type': 'LKDN', 'num_feat': 12, 'num_atten': 10, 'num_block': 2, 'upscale': 3, 'conv': 'BSConvU_rep'},
+        {'type': 'SPANF', 'feature_channels': 16, 'tail_channels': 12, 'layout': 'PDS', 'deploy': True},
+        {'type': 'SPANV2', 'feature_channels': 16},
+        {'type': 'DISP', 'feature_channels': 16, 'num_block': 2},
+        {'type': 'DSCFFused', 'feature_channels': 16},
+        {'type': 'DSCLoRA', 'feature_channels': 16, 'rank': 2, 'alpha': 3},
+        SECTION,
+    ],
+    ids=lambda section: section['type'],
+)
+def test_a_file_tells_the_section_of_its_network(tmp_path, section):
+    network = build_network(section).eval()
+    torch.save(network.state_dict(), tmp_path / 'network.pth')
+    opened = open_network(tmp_path / 'network.pth')
+    if section['type'] == 'EDSR':  # whose residual scale no tensor shows
+        assert {**opened.base, 'res_scale': 0.1}.items() >= section.items()
+        return
+    again = build_network(opened.base).eval()
+    again.load_state_dict(network.state_dict(), strict=True)
+    image = torch.rand(1, section.get('num_in_ch', 3), 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(again(image), network(image))
 
 
 def test_a_live_network_stays_as_it_is(files, tmp_path):

@@ -194,7 +194,7 @@ def test_an_adapted_checkpoint_tells_the_network_too(tmp_path, arch, arguments):
 def test_published_sizes(arch, arguments, parameters):
     network = arch(**arguments)
     state = network.state_dict()
-    (build,) = [build for recognize, build in FAMILIES.values() if recognize(state)]
+    (build,) = [family.build for family in FAMILIES.values() if family.recognize(state)]
     built = build(state)
     assert sum(parameter.numel() for parameter in built.parameters()) == parameters
     shapes = {key: value.shape for key, value in built.state_dict().items()}

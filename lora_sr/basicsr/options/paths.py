@@ -127,7 +127,7 @@ def _other_image_size(net: Any, weights: dict, file: str) -> str:
     if not all(key.endswith('attn_mask') for key in others):
         return ''
     try:
-        size = _image_size(FAMILIES[SwinIR.__name__][1](weights))
+        size = _image_size(FAMILIES[SwinIR.__name__].build(weights))
     except (KeyError, InputError):  # an incomplete file
         return ''
     own = _image_size(net)

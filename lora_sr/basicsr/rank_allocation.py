@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
 import re
-import sys
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator
 
 import torch
 import yaml
-from basicsr.data import build_dataloader, build_dataset
-from basicsr.data.data_sampler import EnlargedSampler
-from basicsr.models import build_model
-from basicsr.utils import logger as basicsr_logger
-from basicsr.utils.options import parse_options
 from torch import Tensor, nn
 
 from lora_sr.adapters import LoRAConfig, count_parameters, layer_groups
 from lora_sr.adapters.allocation import allocate_ranks, base_weight, layer_importance
 from lora_sr.archs.adaptsr import AdaptSR
+from lora_sr.basicsr.built import build_of_options
 from lora_sr.basicsr.options import check_options
 from lora_sr.basicsr.options.schema import TEACHER
-from lora_sr.basicsr.patches.options import mistakes
 from lora_sr.basicsr.step.settings import STEP_KEYS
 from lora_sr.checkpoints.imports import import_modules
 from lora_sr.checkpoints.networks import OPTION_SUFFIXES
@@ -110,7 +101,7 @@ def allocate(
     problems = check_options(_without_validation(options), is_train=True)
     if problems:
         raise InputError('\n'.join(problems))
-    model, data = _build(option_file)
+    model, data = build_of_options(option_file, _without_training)
     net = model.get_bare_model(model.net_g)
     counts = count_parameters(net)
     base = counts.total - counts.lora
@@ -136,6 +127,17 @@ def allocate(
             with write_errors(chart):
                 partials[1].write_bytes(encode_figure(plot_ranks(allocation), partials[1].suffix))
     return allocation
+
+
+def _without_training(opt: dict[str, Any]) -> None:
+    """Leave out of a run's options what only an update of the weights needs: gradients are of whole batches, in
+    float32, and not scaled."""
+    opt['train'] = {key: value for key, value in opt['train'].items() if key not in STEP_KEYS}
+    if not opt['train'].get('ldl_opt'):  # which compares with the average
+        opt['train']['ema_decay'] = 0
+    if opt.get('network_t'):  # for a few batches, the teacher itself will do
+        for key in TEACHER:
+            opt['network_t'].pop(key, None)
 
 
 def _without_validation(options: dict) -> dict:
@@ -201,57 +203,6 @@ def measure_gradients(model: Any, layers: dict[str, nn.Module], batches: Iterato
     if not number:
         raise InputError('datasets.train gives no whole batch: give it more images, or a smaller batch_size_per_gpu.')
     return {name: total / number for name, total in sums.items()}
-
-
-def _build(option_file: str | os.PathLike) -> tuple[Any, Iterator[dict[str, Any]]]:
-    """The model of an option file and its endless batches, as a run has them, but without folders, logs and EMA."""
-    argv = sys.argv
-    sys.argv = [argv[0], '-opt', os.fspath(option_file)]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), mistakes('skip'):  # it has been checked
-            opt, _ = parse_options(os.getcwd(), is_train=True)
-    finally:
-        sys.argv = argv
-    # Gradients are of whole batches, in float32, and not scaled.
-    opt['train'] = {key: value for key, value in opt['train'].items() if key not in STEP_KEYS}
-    if not opt['train'].get('ldl_opt'):  # which compares with the average
-        opt['train']['ema_decay'] = 0
-    if opt.get('network_t'):  # for a few batches, the teacher itself will do
-        for key in TEACHER:
-            opt['network_t'].pop(key, None)
-    with _quiet_logger():
-        dataset_opt = opt['datasets']['train']
-        dataset = build_dataset(dataset_opt)
-        sampler = EnlargedSampler(dataset, 1, 0, dataset_opt.get('dataset_enlarge_ratio', 1))
-        loader = build_dataloader(dataset, dataset_opt, opt['num_gpu'], sampler=sampler, seed=opt['manual_seed'])
-        model = build_model(opt)
-    return model, _epochs(loader, sampler)
-
-
-def _epochs(loader: Any, sampler: Any) -> Iterator[dict[str, Any]]:
-    for epoch in count():
-        sampler.set_epoch(epoch)
-        seen = False
-        for batch in loader:
-            seen = True
-            yield batch
-        if not seen:
-            return
-
-
-@contextlib.contextmanager
-def _quiet_logger() -> Iterator[None]:
-    """Keep BasicSR's logger silent and, where it is new, as if it had not been: a later run gives it its file."""
-    logger, is_known = logging.getLogger('basicsr'), 'basicsr' in basicsr_logger.initialized_logger
-    handlers, level = list(logger.handlers), logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)
-        if not is_known:
-            basicsr_logger.initialized_logger.pop('basicsr', None)
-            logger.handlers[:] = handlers
 
 
 def write_ranks(

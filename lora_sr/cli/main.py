@@ -22,9 +22,9 @@ from lora_sr.errors import InputError, import_basicsr, is_first_process, printab
 if TYPE_CHECKING:
     from types import FrameType
 
-PREPARING, TRAINING = ('prepare', 'degrade'), ('inspect', 'allocate', 'pipelines')
+PREPARING, TRAINING = ('prepare', 'degrade'), ('adapt', 'inspect', 'allocate', 'pipelines')
 DEPLOYING, MEASURING = ('merge', 'adapter', 'upscale', 'export', 'submission'), ('compare', 'curves', 'bench')
-NEED_BASICSR = ('train', 'test', 'allocate')
+NEED_BASICSR = ('adapt', 'train', 'test', 'allocate')
 COMPUTING = (*NEED_BASICSR, 'degrade', 'upscale', 'compare')  # `bench` measures what it is given
 
 

@@ -345,6 +345,6 @@ def test_the_training_set_is_the_files_own(options, monkeypatch):
         built.append(dataset_opt['dataroot_gt'])
         return build_dataset(dataset_opt)
 
-    monkeypatch.setattr('lora_sr.basicsr.rank_allocation.build_dataset', spy)
+    monkeypatch.setattr('lora_sr.basicsr.built.build_dataset', spy)
     assert allocate('--budget', '10%', '-o', 'new.yml', '--batches', 1) == 0
     assert built == [load_options(options)['datasets']['train']['dataroot_gt']]

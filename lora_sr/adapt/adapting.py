@@ -1,0 +1,432 @@
+"""From photographs to a better network: the steps of ``lora-sr adapt``, each of which a later call finds done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import torch
+from torch import nn
+
+from lora_sr.adapt.held import Held, Measured, measure, measure_bicubic, read_held, side_for, write_held
+from lora_sr.adapt.images import Images, find_images
+from lora_sr.adapt.option_text import option_text
+from lora_sr.adapt.outcome import Outcome
+from lora_sr.adapt.pairs import look_at_pairs, write_training_pairs
+from lora_sr.adapt.plan import batches_for, lora_for
+from lora_sr.adapt.rates import find_rate
+from lora_sr.adapt.training import best_network, train
+from lora_sr.adapters import Adapter, extract_adapter, merge_adapter, mix_adapters, save_adapter
+from lora_sr.adapters.verbs import adapted_modules
+from lora_sr.archs import NetworkInfo, network_info
+from lora_sr.checkpoints import Checkpoint, NetworkSource, open_network
+from lora_sr.checkpoints.layouts import in_layout, layout_of
+from lora_sr.checkpoints.networks import OpenedNetwork
+from lora_sr.checkpoints.origin import KEY, adapter_fingerprint, fingerprint
+from lora_sr.checkpoints.sections import names_file
+from lora_sr.checkpoints.writing import write_state
+from lora_sr.errors import InputError
+from lora_sr.files import check_output_folder, lock_path, write_errors, write_whole
+
+RECORD = 'adapt.json'
+OPTIONS, BASE, ADAPTER, MERGED = 'train.yml', 'base.pth', 'adapter.safetensors', 'merged.pth'
+DATA, PARTIAL = 'data', 'data.partial'
+RATES = (1e-3, 2.5e-3, 6e-3, 1.5e-2)
+STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
+# Shares of the whole time.
+OF_RATES, OF_VALIDATION, OF_END = 0.15, 0.006, 0.08
+VALIDATIONS = 12
+PATIENCE = 5  # validations without a better one
+MOST_MINUTES = 60 * 24 * 7
+EMA = 0.97  # of the weights: an average over some thirty iterations
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What is to be adapted, to what.
+
+    Attributes:
+        network: The network to adapt, without LoRA.
+        images: Those to adapt it to.
+        minutes: How long all of it may take, about.
+        share: Of the network's parameters that may train, 0 to 1; ``None`` for a tenth, or more where LoRA of rank 1
+            takes more.
+        aligns: Put right by how much LR is shifted on HR and how their colors differ.
+    """
+
+    network: NetworkSource
+    images: Images
+    minutes: float = 10.0
+    share: float | None = None
+    aligns: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """What makes two adaptations the same one, for JSON."""
+        images = self.images
+        return {
+            'network': _source(self.network),
+            'hr': None if images.hr is None else os.path.abspath(images.hr),
+            'lr': None if images.lr is None else os.path.abspath(images.lr),
+            'teacher': None if images.teacher is None else _source(images.teacher),
+            'minutes': self.minutes,
+            'share': self.share,
+            'align': self.aligns,
+        }
+
+
+def _source(source: NetworkSource) -> dict[str, Any]:
+    named = source.checkpoint
+    return {
+        'checkpoint': os.path.abspath(named) if isinstance(named, (str, os.PathLike)) else None,
+        'options': None if source.options is None else os.path.abspath(source.options),
+        'imports': list(source.imports),
+        'param_key': source.param_key,
+    }
+
+
+def adapt(
+    adaptation: Adaptation, output: str | os.PathLike[str], told: Callable[[str], None] = lambda line: None
+) -> Outcome:
+    """Adapt a network to the images of a camera, and write what becomes of it into a folder.
+
+    Pairs are looked at, and a tenth of them is held back; a learning rate is found by short trainings, and training
+    keeps what is best on the pairs held back; at last the strength of the update is chosen there. Into the folder come
+    ``adapter.safetensors`` and ``merged.pth``, if something was gained, ``train.yml``, which repeats the training under
+    stock BasicSR, and ``adapt.json``, all numbers. A call that finds a folder in which it was interrupted goes on
+    there; one that finds all done gives what it came to.
+
+    Args:
+        adaptation: What to adapt, to what.
+        output: The folder.
+        told: Called with a line on each step.
+
+    Returns:
+        What it came to.
+
+    Raises:
+        InputError: Something of the input cannot be used, nothing can be trained, or the folder has another adaptation
+            or cannot be written.
+        KeyboardInterrupt: After Ctrl-C, except while it trains: then what is best so far is written.
+    """
+    folder = Path(output)
+    if not 0 < adaptation.minutes <= MOST_MINUTES:
+        raise InputError(f'--minutes must be above 0 and at most {MOST_MINUTES:,}, got {adaptation.minutes:g}.')
+    if adaptation.share is not None and not 0 < adaptation.share <= 1:
+        raise InputError(f'--share must be above 0% and at most 100%, got {adaptation.share:.4g} of the parameters.')
+    check_output_folder(folder)
+    opened, info = _open(adaptation.network)
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        record = _Record.of(folder, adaptation)
+        return _Run(adaptation, opened, info, folder, record, told).run()
+
+
+class _Record:
+    """``adapt.json``: what is adapted to what, which steps are done, and what they gave."""
+
+    def __init__(self, path: Path, content: dict[str, Any]):
+        self.path, self.content = path, content
+        self.began = time.monotonic()
+        self.before = float(content['seconds'])
+
+    @classmethod
+    def of(cls, folder: Path, adaptation: Adaptation) -> _Record:
+        path, request = folder / RECORD, json.loads(json.dumps(adaptation.to_dict()))
+        if not path.exists():
+            others = sorted(name for name in os.listdir(folder) if not name.startswith('.'))
+            if others:
+                raise InputError(f'The output {folder} must be an empty folder or none, got {others[0]} in it.')
+            return cls(path, {'request': request, 'seconds': 0.0, 'steps': {}})
+        try:
+            content = json.loads(path.read_text('utf-8'))
+            known, _, _ = content['request'], content['steps'], content['seconds']
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f'{path} cannot be read: choose another output folder.') from None
+        for key, value in request.items():
+            if known.get(key) != value:
+                raise InputError(
+                    f'The output {folder} has an adaptation with another {key}, {known.get(key)}, got {value}: choose '
+                    'another folder.'
+                )
+        return cls(path, content)
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        """What the steps that are done gave."""
+        found: dict[str, Any] = self.content['steps']
+        return found
+
+    @property
+    def seconds(self) -> float:
+        """How long all of it has taken so far."""
+        return self.before + time.monotonic() - self.began
+
+    def put(self, step: str, result: Any) -> None:
+        """Note that a step is done."""
+        self.steps[step] = result
+        self.content['seconds'] = round(self.seconds, 2)
+        write_whole(self.path, json.dumps(self.content, indent=1).encode())
+
+
+@dataclass(frozen=True)
+class _Run:
+    adaptation: Adaptation
+    opened: OpenedNetwork
+    info: NetworkInfo
+    folder: Path
+    record: _Record
+    told: Callable[[str], None]
+
+    @property
+    def scale(self) -> int:
+        return self.info.scale
+
+    def run(self) -> Outcome:
+        steps = self.record.steps
+        for name, step in (
+            ('pairs', self.pairs),
+            ('start', self.start),
+            ('rates', self.rates),
+            ('training', self.train),
+            ('strength', self.strength),
+        ):
+            if name not in steps:
+                self.record.put(name, step())
+        outcome = self.outcome()
+        self.record.put('outcome', {**outcome.to_dict(), 'sentence': str(outcome)})
+        return outcome
+
+    def pairs(self) -> dict[str, Any]:
+        """Look at the pairs, and write those to train on and those that are held back."""
+        seconds = 60 * self.adaptation.minutes
+        images = self.adaptation.images
+        hr, lr = find_images(images, self.folder, self.scale, self.told)
+        pairs = look_at_pairs(hr, lr, self.scale, self.adaptation.aligns, images.is_captured)
+        training, held = pairs.split()
+        for reason in pairs.left_out.values():
+            self.told(f'left out   {reason}')
+        away = max(max(map(abs, pair.registration.shift)) for pair in pairs.used)
+        lies = f'; LR lies within {away:.2f} LR pixels of HR, colors differ by {pairs.color:.0f} of 255'
+        self.told(
+            f'pairs      {len(pairs.used)}: {len(training)} to train on, {len(held)} held back'
+            f'{lies if images.is_captured else ""}'
+        )
+        for note in pairs.notes:
+            self.told(f'           {note}')
+        lora, trained = lora_for(self.opened.network, self.adaptation.share)
+        smallest = min(min(pair.size) for pair in pairs.used)
+        batches = batches_for(self.opened.network, lora, self.info, smallest, seconds * (1 - OF_RATES - OF_END))
+        total = sum(parameter.numel() for parameter in self.opened.network.parameters())
+        rank = f'LoRA of rank {lora["rank"]}'
+        self.told(f'network    {rank}: {trained:,} of {total:,} parameters train ({trained / total:.1%})')
+        side = side_for(batches.seconds_per_pixel, len(held), seconds * OF_VALIDATION)
+        shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
+        shutil.rmtree(self.folder / DATA, ignore_errors=True)
+        try:
+            (self.folder / PARTIAL).mkdir()
+            write_training_pairs(training, self.folder / PARTIAL, self.scale, self.adaptation.aligns)
+            write_held(held, self.folder / PARTIAL / 'held', self.scale, self.adaptation.aligns, side)
+            os.replace(self.folder / PARTIAL, self.folder / DATA)
+        except (OSError, lmdb.Error) as error:
+            shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
+            raise InputError(f'{self.folder} cannot be written: {error}.') from None
+        write_state(self.opened.network.state_dict(), self.folder / BASE, self.opened.origin)
+        return {
+            **pairs.to_dict(),
+            'training': [pair.name for pair in training],
+            'held': [pair.name for pair in held],
+            'lora': lora,
+            'trained_parameters': trained,
+            'parameters': total,
+            'batch': batches.batch,
+            'side': batches.side,
+        }
+
+    def start(self) -> dict[str, Any]:
+        """Measure the network as it is, and bicubic interpolation."""
+        held = self.held()
+        begin = time.perf_counter()
+        start = measure(self.opened.network, held, self.scale)
+        seconds = time.perf_counter() - begin
+        bicubic = measure_bicubic(held, self.scale)
+        self.told(
+            f'start      your camera {start.camera:.2f} dB (bicubic {bicubic.camera:.2f}), bicubic images '
+            f'{start.clean:.2f} dB'
+        )
+        return {'start': asdict(start), 'bicubic': asdict(bicubic), 'seconds': seconds}
+
+    def rates(self) -> dict[str, Any]:
+        """Find the learning rate, and how long a step takes."""
+        file = self.folder / OPTIONS
+        write_whole(file, self.options(RATES[0], 1000).encode())
+        found = find_rate(
+            file,
+            RATES,
+            60 * self.adaptation.minutes * OF_RATES,
+            self.held(),
+            self.scale,
+            lambda rate, psnr: self.told(f'rate       {rate:g}: {psnr:.2f} dB'),
+        )
+        return {
+            'psnr': {f'{rate:g}': psnr if math.isfinite(psnr) else None for rate, psnr in found.psnr.items()},
+            'steps': found.steps,
+            'step_seconds': found.step_seconds,
+            'best': found.best,
+        }
+
+    def train(self) -> dict[str, Any]:
+        """Train for what is left of the time, or go on with it."""
+        rates, start = self.record.steps['rates'], self.record.steps['start']
+        if 'plan' not in self.record.steps:
+            seconds = 60 * self.adaptation.minutes
+            left = max(seconds * 0.1, seconds * (1 - OF_END) - self.record.seconds)
+            of_validation = start['seconds'] / 2
+            iterations = max(VALIDATIONS, int((left - VALIDATIONS * of_validation) / rates['step_seconds']))
+            write_whole(self.folder / OPTIONS, self.options(rates['best'], iterations, left / 60).encode())
+            self.record.put('plan', {'iterations': iterations, 'minutes': left / 60})
+        plan, base = self.record.steps['plan'], start['start']['camera']
+        self.told(
+            f'training   {plan["iterations"]:,} iterations at {rates["best"]:g}, {plan["minutes"]:.1f} minutes at '
+            'most; Ctrl-C keeps the best so far'
+        )
+        found = train(
+            self.folder,
+            PATIENCE,
+            lambda iteration, psnr: self.told(f'           {iteration:>6,}: {psnr:.2f} dB ({psnr - base:+.2f})'),
+        )
+        return {'psnr': found.psnr, 'iterations': found.iterations, 'ended': found.ended, 'best': found.best}
+
+    def strength(self) -> dict[str, Any]:
+        """Measure the network with more and less of the update."""
+        best, held = best_network(self.folder), self.held()
+        if not best.exists():
+            return {}
+        found = {}
+        for strength in STRENGTHS:
+            measured = measure(self.merged(strength), held, self.scale)
+            found[f'{strength:g}'] = asdict(measured)
+            self.told(
+                f'strength   {strength:g}: your camera {measured.camera:.2f} dB, bicubic images {measured.clean:.2f} dB'
+            )
+        return found
+
+    def outcome(self) -> Outcome:
+        """What all of it has come to; the files are written if something was gained."""
+        steps = self.record.steps
+        start = Measured(**steps['start']['start'])
+        by_strength = {float(one): Measured(**values) for one, values in steps['strength'].items()} or {0.0: start}
+        strength = max(by_strength, key=lambda one: (by_strength[one].camera, -one))
+        outcome = Outcome(
+            len(steps['pairs']['held']),
+            start,
+            Measured(**steps['start']['bicubic']),
+            by_strength,
+            strength,
+            steps['training']['ended'],
+        )
+        if outcome.has_gained:
+            self.write(strength)
+        return outcome
+
+    def write(self, strength: float) -> None:
+        """Write the adapter, of which all counts, and the merged network."""
+        adapter = self.adapter(strength)
+        state = self.opened.network.state_dict()
+        origin = replace(self.opened.origin, base=fingerprint(state))
+        save_adapter(adapter, self.folder / ADAPTER, True, {KEY: origin.to_json()})
+        merged = in_layout(merge_adapter(state, adapter), layout_of(self.opened.network))
+        origin = self.opened.origin.with_adapters(state, [adapter_fingerprint(adapter.tensors)])
+        write_state(merged, self.folder / MERGED, replace(origin, layout=None))
+
+    def adapter(self, strength: float) -> Adapter:
+        """The best update, scaled."""
+        checkpoint = Checkpoint.read(best_network(self.folder))
+        return mix_adapters([(extract_adapter(checkpoint.state), strength)])
+
+    def merged(self, strength: float) -> nn.Module:
+        network = deepcopy(self.opened.network)
+        network.load_state_dict(merge_adapter(network.state_dict(), self.adapter(strength)))
+        return network
+
+    def held(self) -> list[Held]:
+        return read_held(self.folder / DATA / 'held', self.scale)
+
+    def options(self, rate: float, iterations: int, minutes: float = 10.0) -> str:
+        """The text of the option file."""
+        base, pairs = self.opened.base, self.record.steps['pairs']
+        assert base is not None
+        has_gpu = torch.cuda.is_available()
+        return option_text(
+            network=type(self.opened.network).__name__,
+            scale=self.scale,
+            base=base,
+            lora=pairs['lora'],
+            pretrain=None if names_file(base) else BASE,
+            imports=[os.path.abspath(one) if one.endswith('.py') else one for one in self.adaptation.network.imports],
+            side=pairs['side'],
+            batch=pairs['batch'],
+            workers=4 if has_gpu else 0,
+            amp='bf16' if _has_bfloat16() else None,
+            ema_decay=EMA,
+            rate=rate,
+            iterations=iterations,
+            minutes=minutes,
+            validations=VALIDATIONS,
+        )
+
+
+def _open(source: NetworkSource) -> tuple[OpenedNetwork, NetworkInfo]:
+    """The network to adapt, and what it takes.
+
+    Raises:
+        InputError: It cannot be read, carries LoRA, or takes and gives no RGB images of any size.
+    """
+    opened = open_network(source)
+    if any(True for _ in adapted_modules(opened.network)):
+        raise InputError(f'{opened.name} carries LoRA already: merge it with `lora-sr merge`, and adapt the result.')
+    info = network_info(opened.network)
+    if info is None or info.fixed_size is not None or (info.in_channels, info.out_channels) != (3, 3):
+        raise InputError(f'{opened.name} must take and give RGB images of any size.')
+    if info.scale < 2:
+        raise InputError(f'{opened.name} must make images larger, got a network for x{info.scale}.')
+    if opened.base is None:
+        raise InputError(f'{opened.name} must be a file, which an option file can name.')
+    return opened, info
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder against a second call.
+
+    Raises:
+        InputError: One is at work there.
+    """
+    try:
+        descriptor = lock_path(folder)
+    except BlockingIOError:
+        raise InputError(f'Another adaptation is at work in {folder}: wait for it, or choose another folder.') from None
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _has_bfloat16() -> bool:
+    """Whether bfloat16 is faster than float32 in a training here."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    flags = Path('/proc/cpuinfo')
+    words = flags.read_text().split() if flags.exists() else []
+    return 'avx512_bf16' in words or 'amx_bf16' in words

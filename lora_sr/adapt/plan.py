@@ -1,0 +1,156 @@
+"""How an adaptation is trained: what of the network, in which batches, for how long."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_sr.adapters import GROUPS, LoRAConfig, add_lora, count_parameters, delta_kind, layer_groups, mark_trainable
+from lora_sr.adapters.layers import is_depthwise
+from lora_sr.archs import NetworkInfo
+from lora_sr.errors import InputError
+from lora_sr.runtime.upscaler import best_device
+
+DEFAULT_SHARE = 0.1
+LARGEST_RANK = 16
+ALSO_TRAIN = ('bias', 'norm', 'depthwise', 'position', 'parameters')
+# (batch, side of the LR patches), the largest first: the first that leaves time for enough iterations counts.
+BATCHES = ((16, 64), (16, 48), (8, 48), (8, 32), (4, 32), (4, 24), (2, 24), (1, 24))
+ENOUGH = 500  # iterations
+TRIAL = 4, 32
+TRIALS = 3
+
+
+def lora_for(network: nn.Module, share: float | None) -> tuple[dict[str, Any], int]:
+    """What to adapt of a network within a share of its parameters, and how many parameters train then.
+
+    All layers have LoRA of one rank, the largest that fits, up to 16. Biases, normalizations and whatever else cannot
+    have it train as deltas, as far as they fit beside rank 1.
+
+    Args:
+        network: The network.
+        share: Of its parameters, above 0; ``None`` for a tenth, or more where rank 1 takes more.
+
+    Returns:
+        The section ``lora`` of an option file, and a number of parameters.
+
+    Raises:
+        InputError: No layer can carry LoRA; or rank 1 takes more than the share.
+    """
+    bare = deepcopy(network).to('meta')
+    groups = [group for group in GROUPS if group in layer_groups(bare).values()]
+    if not groups:
+        raise InputError('the network has no layer that can carry LoRA')
+    kinds = {delta_kind(module, name) for module in bare.modules() for name in module._parameters}
+    total = sum(parameter.numel() for parameter in bare.parameters())
+    most = (DEFAULT_SHARE if share is None else share) * total
+
+    def section(rank: int, also_train: Sequence[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {'groups': ['all'], 'rank': rank, 'alpha': rank}
+        if also_train:
+            found['also_train'] = list(also_train)
+        if 'depthwise' in kinds and 'depthwise' not in also_train:  # whose LoRA is as large as they are
+            found['exclude_modules'] = _depthwise_patterns(bare)
+        return found
+
+    def size(rank: int, also_train: Sequence[str]) -> int:
+        return count_parameters(add_lora(deepcopy(bare), LoRAConfig.from_dict(section(rank, also_train)))).lora
+
+    least = size(1, ())
+    if least > most and share is not None:
+        raise InputError(f'--share must be at least {least / total:.1%}, at which LoRA has rank 1, got {share:.1%}.')
+    also_train: list[str] = []
+    for kind in ALSO_TRAIN:
+        if kind in kinds and size(1, [*also_train, kind]) <= most:
+            also_train.append(kind)
+    rank = 1
+    while rank < LARGEST_RANK and size(rank + 1, also_train) <= most:
+        rank += 1
+    return section(rank, also_train), size(rank, also_train)
+
+
+def _depthwise_patterns(network: nn.Module) -> list[str]:
+    """Patterns of the names of the depth-wise layers: by the last part where that tells them from all others."""
+    names = {name: is_depthwise(module) for name, module in network.named_modules()}
+    depthwise = [name for name, is_one in names.items() if is_one]
+    parts = {name.rpartition('.')[2] for name in depthwise}
+    others = {name.rpartition('.')[2] for name, is_one in names.items() if not is_one}
+    if parts & others:
+        return [re.escape(name) for name in depthwise]
+    return [rf'(.*\.)?({"|".join(map(re.escape, sorted(parts)))})']
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What a step takes.
+
+    Attributes:
+        batch: Number of patches.
+        side: Of a patch, in LR pixels.
+        seconds: Of a step on the network, as measured before.
+        seconds_per_pixel: Of running the network, per LR pixel, likewise.
+    """
+
+    batch: int
+    side: int
+    seconds: float
+    seconds_per_pixel: float
+
+
+def batches_for(network: nn.Module, lora: dict[str, Any], info: NetworkInfo, smallest: int, seconds: float) -> Batches:
+    """The largest batches of which enough fit in some seconds, by timing a few steps.
+
+    Args:
+        network: The network; it is not changed.
+        lora: What of it trains.
+        info: What it takes.
+        smallest: Side of the smallest LR image.
+        seconds: How long the training may take.
+    """
+    trained = add_lora(deepcopy(network), LoRAConfig.from_dict(lora)).to(best_device())
+    mark_trainable(trained)
+    count, side = TRIAL
+    height, width = info.size(side, side)
+    image = torch.rand(count, info.in_channels, height, width, generator=torch.Generator().manual_seed(0))
+    image = image.to(best_device())
+
+    def step() -> None:
+        (trained(image) / info.value_range).abs().mean().backward()
+
+    def run() -> None:
+        with torch.inference_mode():
+            trained(image[:1])
+
+    pixels = count * height * width
+    cost = _seconds(step) / pixels
+    usable = [(batch, _side(info, side)) for batch, side in BATCHES if _side(info, side) <= smallest]
+    usable = usable or [(1, _side(info, 1))]
+    fitting = [(batch, side) for batch, side in usable if ENOUGH * cost * batch * side**2 <= seconds]
+    batch, side = fitting[0] if fitting else usable[-1]
+    return Batches(batch, side, cost * batch * side**2, _seconds(run) / (height * width))
+
+
+def _side(info: NetworkInfo, at_least: int) -> int:
+    return max(info.size(at_least, at_least))
+
+
+def _seconds(run: Any) -> float:
+    """The median time of a call, after one that warms up."""
+    times = []
+    for _ in range(1 + TRIALS):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])

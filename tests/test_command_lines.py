@@ -16,6 +16,9 @@ from lora_sr.cli.main import build_parser, main
 LINES = {
     'prepare': 'prepare images --lr lq -o {out} --scale 2 --size 24 --step 12 --threshold 0 --workers 1',
     'degrade': 'degrade images -o {out} --scale 2 --seed 1 --workers 1',
+    'adapt': 'adapt base.pth --pairs images lq -o {out} --minutes 1 --share 30% -opt adapt.yml --param-key params',
+    'photos': 'adapt base.pth --photos images -o {out}',
+    'teacher': 'adapt base.pth --lr lq --teacher base.pth -o {out}',
     'inspect': 'inspect base.pth --param-key params --adapter a.safetensors=0.5',
     'allocate': 'allocate -opt adapt.yml --budget 20% --batches 1 --max-rank 2 -o {out}/new.yml --chart {out}/c.png',
     'merge': 'merge lora.pth -o {out}/m.pth --param-key params',

@@ -35,7 +35,7 @@ from lora_sr.checkpoints.networks import OpenedNetwork
 from lora_sr.checkpoints.origin import KEY, adapter_fingerprint, fingerprint
 from lora_sr.checkpoints.sections import names_file
 from lora_sr.checkpoints.writing import write_state
-from lora_sr.errors import InputError
+from lora_sr.errors import InputError, shown
 from lora_sr.files import check_output_folder, lock_path, write_errors, write_whole
 
 RECORD = 'adapt.json'
@@ -48,6 +48,9 @@ OF_RATES, OF_VALIDATION, OF_END = 0.15, 0.006, 0.08
 VALIDATIONS = 12
 PATIENCE = 5  # validations without a better one
 MOST_MINUTES = 60 * 24 * 7
+# What the machine may be slower by than when a step was timed, and how long a process takes to begin: a schedule that
+# is cut off loses most of what its end brings.
+SLOWER, START_MINUTES = 1.5, 0.5
 EMA = 0.97  # of the weights: an average over some thirty iterations
 
 
@@ -122,7 +125,7 @@ def adapt(
     if not 0 < adaptation.minutes <= MOST_MINUTES:
         raise InputError(f'--minutes must be above 0 and at most {MOST_MINUTES:,}, got {adaptation.minutes:g}.')
     if adaptation.share is not None and not 0 < adaptation.share <= 1:
-        raise InputError(f'--share must be above 0% and at most 100%, got {adaptation.share:.4g} of the parameters.')
+        raise InputError(f'--share must be above 0% and at most 100%, got {100 * adaptation.share:.4g}%.')
     check_output_folder(folder)
     opened, info = _open(adaptation.network)
     with write_errors(folder):
@@ -146,7 +149,7 @@ class _Record:
         if not path.exists():
             others = sorted(name for name in os.listdir(folder) if not name.startswith('.'))
             if others:
-                raise InputError(f'The output {folder} must be an empty folder or none, got {others[0]} in it.')
+                raise InputError(f'The output {folder} must be an empty folder or none, got {shown(others[0])} in it.')
             return cls(path, {'request': request, 'seconds': 0.0, 'steps': {}})
         try:
             content = json.loads(path.read_text('utf-8'))
@@ -240,7 +243,8 @@ class _Run:
             os.replace(self.folder / PARTIAL, self.folder / DATA)
         except (OSError, lmdb.Error) as error:
             shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
-            raise InputError(f'{self.folder} cannot be written: {error}.') from None
+            why = getattr(error, 'strerror', None) or error
+            raise InputError(f'{self.folder} cannot be written: {why}.') from None
         write_state(self.opened.network.state_dict(), self.folder / BASE, self.opened.origin)
         return {
             **pairs.to_dict(),
@@ -293,12 +297,13 @@ class _Run:
             left = max(seconds * 0.1, seconds * (1 - OF_END) - self.record.seconds)
             of_validation = start['seconds'] / 2
             iterations = max(VALIDATIONS, int((left - VALIDATIONS * of_validation) / rates['step_seconds']))
-            write_whole(self.folder / OPTIONS, self.options(rates['best'], iterations, left / 60).encode())
+            most = left / 60 * SLOWER + START_MINUTES
+            write_whole(self.folder / OPTIONS, self.options(rates['best'], iterations, most).encode())
             self.record.put('plan', {'iterations': iterations, 'minutes': left / 60})
         plan, base = self.record.steps['plan'], start['start']['camera']
         self.told(
-            f'training   {plan["iterations"]:,} iterations at {rates["best"]:g}, {plan["minutes"]:.1f} minutes at '
-            'most; Ctrl-C keeps the best so far'
+            f'training   {plan["iterations"]:,} iterations at {rates["best"]:g}, {plan["minutes"]:.1f} minutes; '
+            'Ctrl-C keeps the best so far'
         )
         found = train(
             self.folder,

@@ -66,7 +66,9 @@ def lora_for(network: nn.Module, share: float | None) -> tuple[dict[str, Any], i
 
     least = size(1, ())
     if least > most and share is not None:
-        raise InputError(f'--share must be at least {least / total:.1%}, at which LoRA has rank 1, got {share:.1%}.')
+        raise InputError(
+            f'--share must be at least {least / total:.1%}, at which LoRA has rank 1, got {100 * share:.4g}%.'
+        )
     also_train: list[str] = []
     for kind in ALSO_TRAIN:
         if kind in kinds and size(1, [*also_train, kind]) <= most:

@@ -62,8 +62,8 @@ def register(hr: NDArray[Any], lr: NDArray[Any], scale: int) -> Registration:
     correlation counts. A least-squares fit of each channel gives gain and offset. Of large images the middle is looked
     at.
 
-    Source: Lucas and Kanade, "An Iterative Image Registration Technique" (IJCAI 1981). OpenCV has ECC for the same, which
-    was off by a tenth of the shift on images of 72 pixels.
+    Source: Lucas and Kanade, "An Iterative Image Registration Technique" (IJCAI 1981). OpenCV has ECC for
+    that, which was off by a tenth of the shift on images of 72 pixels.
 
     Args:
         hr: uint8 or uint16, (H, W, 3), BGR.

@@ -12,7 +12,7 @@ def scene(number: int, height: int = 128, width: int = 144) -> np.ndarray:
     """An image, uint8 of shape (height, width, 3)."""
     random = np.random.default_rng(number)
     image = sum(
-        cv2.resize(random.random((-(-height // n), -(-width // n), 3)), (width, height)) * n for n in (3, 8, 16, 40)
+        cv2.resize(random.random((-(-height // n), -(-width // n), 3)), (width, height)) * n for n in (1, 3, 8, 16, 40)
     )
     return np.uint8(10 + 230 * (image - image.min()) / np.ptp(image))
 

@@ -12,6 +12,7 @@ import torch
 from basicsr.archs import build_network
 from basicsr.losses import build_loss
 from basicsr.models.sr_model import SRModel
+from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DataParallel
@@ -190,6 +191,7 @@ class DistillationModel(SRModel):
                 precompute(self.net_t, root, path, self.opt['scale'], self.self_ensemble)
             except signals.Stopped as stopped:
                 stream = stream_of(self.opt)
+                get_root_logger().info(f'Stopped by {stopped.reason} before the first iteration.')
                 record(self.opt, iter=0 if stream is None else stream.start.iteration, stopped=stopped.reason)
                 raise
             outputs[root] = str(path)

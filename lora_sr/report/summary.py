@@ -21,6 +21,7 @@ from lora_sr.adapters import (
     count_parameters,
     extract_adapter,
     is_lora_key,
+    lora_layers,
 )
 from lora_sr.adapters.foreign_files import weights_file
 from lora_sr.adapters.layers import shape_text
@@ -346,7 +347,8 @@ def _family(network: nn.Module, is_adapted: bool) -> str:
 def _form(network: nn.Module, is_adapted: bool, has_branches: bool) -> str:
     forms = []
     if is_adapted:
-        forms.append('adapted: a base with LoRA beside it')
+        what = 'LoRA' if any(True for _ in lora_layers(network)) else 'deltas'
+        forms.append(f'adapted: a base with {what} beside it')
     if has_branches:
         branched = sum(isinstance(module, Foldable) and module.is_training_form for module in network.modules())
         forms.append(f'training form: {branched} modules have branches, which fold')
@@ -397,8 +399,8 @@ def _lora(adapter: Adapter | ForeignAdapter) -> str:
     alphas = [adapter.alpha_of(layer) for layer in layers]
     alpha = 'alpha unknown' if any(map(math.isnan, alphas)) else _spread('alpha', alphas)
     what = 'deltas of' if isinstance(adapter, Adapter) else 'whole values of'
-    deltas = f'; {what} {len(adapter.deltas)} parameters' if adapter.deltas else ''
-    return f'{len(layers)} layers' + (f', {ranks}, {alpha}' if layers else '') + deltas
+    found = [f'{len(layers)} layers, {ranks}, {alpha}'] if layers else []
+    return '; '.join([*found, *([f'{what} {len(adapter.deltas)} parameters'] if adapter.deltas else [])])
 
 
 def _spread(what: str, values: Iterable[float]) -> str:

@@ -458,6 +458,8 @@ def test_processes_of_torchrun_share_the_images_and_one_that_dies_is_made_good(m
     assert f'stopped by train.max_minutes: {10 - left} of 10 outputs of the teacher are stored' in told and left > 0
     lines = [json.loads(line) for line in (tmp_path / 'experiments/tiny/metrics.jsonl').read_text().splitlines()]
     assert lines[-1]['stopped'] == 'train.max_minutes'
+    (log,) = (tmp_path / 'experiments/tiny').glob('train_tiny_*.log')
+    assert 'Stopped by train.max_minutes before the first iteration.' in log.read_text()
     _, all_made = run(3)
     assert len(all_made) - len(more) == left
     (path,) = tmp_path.glob('LR_raw_taught_*.lmdb')

@@ -55,6 +55,17 @@ def lora(network, **config):
             ('SPAN', PLAIN, 'x3', '3 in, 3 out, 6 wide', '6 SPAB', None),
         ),
         (
+            lambda: add_lora(SPAN(feature_channels=6, upscale=2, deploy=True), LoRAConfig(target_parameters=['.*'])),
+            (
+                'AdaptSR on SPAN',
+                'adapted: a base with deltas beside it',
+                'x2',
+                '3 in, 3 out, 6 wide',
+                '6 SPAB',
+                'deltas of 44 parameters',
+            ),
+        ),
+        (
             lambda: SPAN(feature_channels=6, upscale=2),
             ('SPAN', 'training form: 20 modules have branches', 'x2', '3 in, 3 out, 6 wide', '6 SPAB', None),
         ),
@@ -109,6 +120,7 @@ def lora(network, **config):
     ],
     ids=[
         'span',
+        'span_deltas',
         'span_branches',
         'spanf_branches',
         'spanv2',

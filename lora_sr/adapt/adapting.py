@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import lmdb
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_sr.adapt.held import Held, Measured, measure, measure_bicubic, read_held, side_for, write_held
 from lora_sr.adapt.images import Images, find_images
@@ -28,8 +28,9 @@ from lora_sr.adapt.rates import find_rate
 from lora_sr.adapt.training import best_network, train
 from lora_sr.adapters import Adapter, extract_adapter, merge_adapter, mix_adapters, save_adapter
 from lora_sr.adapters.verbs import adapted_modules
-from lora_sr.archs import NetworkInfo, network_info
-from lora_sr.checkpoints import Checkpoint, NetworkSource, open_network
+from lora_sr.archs import NetworkInfo, is_training_form, network_info
+from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkSource, open_network
+from lora_sr.checkpoints.adapter_file import fitted
 from lora_sr.checkpoints.layouts import in_layout, layout_of
 from lora_sr.checkpoints.networks import OpenedNetwork
 from lora_sr.checkpoints.origin import KEY, adapter_fingerprint, fingerprint
@@ -65,6 +66,7 @@ class Adaptation:
         share: Of the network's parameters that may train, 0 to 1; ``None`` for a tenth, or more where LoRA of rank 1
             takes more.
         aligns: Put right by how much LR is shifted on HR and how their colors differ.
+        adapter: An adapter of the network to go on from; what is trained comes on top of it.
     """
 
     network: NetworkSource
@@ -72,6 +74,7 @@ class Adaptation:
     minutes: float = 10.0
     share: float | None = None
     aligns: bool = False
+    adapter: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What makes two adaptations the same one, for JSON."""
@@ -84,6 +87,7 @@ class Adaptation:
             'minutes': self.minutes,
             'share': self.share,
             'align': self.aligns,
+            'from': None if self.adapter is None else os.path.abspath(self.adapter),
         }
 
 
@@ -128,11 +132,13 @@ def adapt(
         raise InputError(f'--share must be above 0% and at most 100%, got {100 * adaptation.share:.4g}%.')
     check_output_folder(folder)
     opened, info = _open(adaptation.network)
+    state = {name: value.clone() for name, value in opened.network.state_dict().items()}
+    before = None if adaptation.adapter is None else _go_on_from(adaptation.adapter, opened, adaptation.network.force)
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         record = _Record.of(folder, adaptation)
-        return _Run(adaptation, opened, info, folder, record, told).run()
+        return _Run(adaptation, opened, info, state, before, folder, record, told).run()
 
 
 class _Record:
@@ -187,6 +193,8 @@ class _Run:
     adaptation: Adaptation
     opened: OpenedNetwork
     info: NetworkInfo
+    base: Mapping[str, Tensor]  # of the network as it was before any adapter
+    before: Adapter | None  # to go on from, which `opened.network` has in its weights
     folder: Path
     record: _Record
     told: Callable[[str], None]
@@ -347,11 +355,12 @@ class _Run:
     def write(self, strength: float) -> None:
         """Write the adapter, of which all counts, and the merged network."""
         adapter = self.adapter(strength)
-        state = self.opened.network.state_dict()
-        origin = replace(self.opened.origin, base=fingerprint(state))
+        if self.before is not None:
+            adapter = mix_adapters([(self.before, 1.0), (adapter, 1.0)])
+        origin = replace(self.opened.origin, base=fingerprint(self.base))
         save_adapter(adapter, self.folder / ADAPTER, True, {KEY: origin.to_json()})
-        merged = in_layout(merge_adapter(state, adapter), layout_of(self.opened.network))
-        origin = self.opened.origin.with_adapters(state, [adapter_fingerprint(adapter.tensors)])
+        merged = in_layout(merge_adapter(self.base, adapter), layout_of(self.opened.network))
+        origin = self.opened.origin.with_adapters(self.base, [adapter_fingerprint(adapter.tensors)])
         write_state(merged, self.folder / MERGED, replace(origin, layout=None))
 
     def adapter(self, strength: float) -> Adapter:
@@ -408,6 +417,23 @@ def _open(source: NetworkSource) -> tuple[OpenedNetwork, NetworkInfo]:
     if opened.base is None:
         raise InputError(f'{opened.name} must be a file, which an option file can name.')
     return opened, info
+
+
+def _go_on_from(path: Path, opened: OpenedNetwork, force: bool) -> Adapter:
+    """Put an adapter into the weights of a network, and give it.
+
+    Raises:
+        InputError: It cannot be read, or does not fit; or the network is described by its file, which has its weights.
+    """
+    network = opened.network
+    if names_file(opened.base):
+        raise InputError(f'--from must be left out for a network that spandrel builds, got {path}.')
+    state, content = network.state_dict(), None if opened.checkpoint is None else opened.checkpoint.content
+    has_branches, layout = is_training_form(network), layout_of(network)
+    file = AdapterFile.read(path)
+    (adapter,) = fitted([file], state, opened.origin, opened.name, has_branches, layout, content, force)
+    network.load_state_dict(merge_adapter(state, adapter))
+    return adapter
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,14 +13,13 @@ import torch
 from torch import nn
 
 from lora_sr.adapters import GROUPS, LoRAConfig, add_lora, count_parameters, delta_kind, layer_groups, mark_trainable
-from lora_sr.adapters.layers import is_depthwise
 from lora_sr.archs import NetworkInfo
 from lora_sr.errors import InputError
 from lora_sr.runtime.upscaler import best_device
 
 DEFAULT_SHARE = 0.1
 LARGEST_RANK = 16
-ALSO_TRAIN = ('bias', 'norm', 'depthwise', 'position', 'parameters')
+ALSO_TRAIN = ('bias', 'norm', 'position', 'parameters')
 # (batch, side of the LR patches), the largest first: the first that leaves time for enough iterations counts.
 BATCHES = ((16, 64), (16, 48), (8, 48), (8, 32), (4, 32), (4, 24), (2, 24), (1, 24))
 ENOUGH = 500  # iterations
@@ -57,8 +55,6 @@ def lora_for(network: nn.Module, share: float | None) -> tuple[dict[str, Any], i
         found: dict[str, Any] = {'groups': ['all'], 'rank': rank, 'alpha': rank}
         if also_train:
             found['also_train'] = list(also_train)
-        if 'depthwise' in kinds and 'depthwise' not in also_train:  # whose LoRA is as large as they are
-            found['exclude_modules'] = _depthwise_patterns(bare)
         return found
 
     def size(rank: int, also_train: Sequence[str]) -> int:
@@ -77,17 +73,6 @@ def lora_for(network: nn.Module, share: float | None) -> tuple[dict[str, Any], i
     while rank < LARGEST_RANK and size(rank + 1, also_train) <= most:
         rank += 1
     return section(rank, also_train), size(rank, also_train)
-
-
-def _depthwise_patterns(network: nn.Module) -> list[str]:
-    """Patterns of the names of the depth-wise layers: by the last part where that tells them from all others."""
-    names = {name: is_depthwise(module) for name, module in network.named_modules()}
-    depthwise = [name for name, is_one in names.items() if is_one]
-    parts = {name.rpartition('.')[2] for name in depthwise}
-    others = {name.rpartition('.')[2] for name, is_one in names.items() if not is_one}
-    if parts & others:
-        return [re.escape(name) for name in depthwise]
-    return [rf'(.*\.)?({"|".join(map(re.escape, sorted(parts)))})']
 
 
 @dataclass(frozen=True)

@@ -317,6 +317,12 @@ def _shape_of_weight(adapter: Adapter, name: str, weight: Tensor | None) -> tupl
         is_flattened = weight is not None and weight.ndim > 2 and matrix_shape(weight.shape) == (out_of_group, columns)
         return tuple(weight.shape) if weight is not None and is_flattened else (out_of_group, columns)
     out_here, in_of_group_here, height_here, width_here = weight.shape
+    if height == 1 < height_here and in_of_group_here == 1:  # kernels of channels by themselves
+        side = math.isqrt(columns)
+        if columns == height_here * width_here:
+            return out_of_group, 1, height_here, width_here
+        if columns == side**2:
+            return out_of_group, 1, side, side
     width = width_here if height == height_here and columns % width_here == 0 else height
     in_channels = columns // width
     groups = in_channels // in_of_group_here if in_of_group_here else 0

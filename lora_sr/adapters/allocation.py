@@ -118,4 +118,4 @@ def allocate_ranks(importance: dict[str, LayerImportance], budget: int, max_rank
 
 
 def _rows_of_unit(layer: nn.Module) -> int:
-    return rows_of_unit(base_weight(layer).shape)
+    return rows_of_unit(base_weight(layer).shape, getattr(layer, 'groups', 1))

@@ -86,7 +86,9 @@ def _layers_with_lora(state: Mapping[str, Tensor]) -> dict[str, int]:
         if missing:
             raise InputError(f'the layer "{shown(name)}" carries LoRA but lacks {" and ".join(missing)}')
         lora_A, lora_B, alpha, weight = (state[key] for key in keys)
-        unit = rows_of_unit(weight.shape)
+        # Of a kernel for each channel by itself `lora_B` has a row for each; no other has, but where kernels are 1 x 1.
+        is_flat = weight.ndim == 4 and weight.shape[1] == 1 and lora_B.shape[:1] == weight.shape[:1]
+        unit = 1 if is_flat else rows_of_unit(weight.shape)
         if not (
             lora_A.ndim == lora_B.ndim == 2
             and weight.ndim > 1

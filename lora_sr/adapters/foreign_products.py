@@ -63,7 +63,7 @@ def our_factors(name: str, update: Update, weight: Tensor) -> tuple[Tensor, Tens
     """
     up, down = _oriented(update, weight)
     rank = down.shape[0]
-    if up.shape[1] != rank:  # of groups
+    if up.shape[1] != rank or (weight.ndim == 4 and weight.shape[1] == 1):  # of groups, as far as a weight tells
         return None
     _check_shape(name, (up.shape[0], *down.shape[1:]), weight)
     height = weight.shape[2] if weight.ndim == 4 else 1

@@ -24,18 +24,25 @@ def shape_text(shape: Iterable[int]) -> str:
     return shown('x'.join(map(str, shape)) or 'a number', 40)
 
 
-def rows_of_unit(shape: Sequence[int]) -> int:
-    """Rows of ``lora_A`` in one unit of rank, for a weight of that shape: kh if it is (., ., kh, kw), else 1."""
-    return shape[2] if len(shape) == 4 else 1
+def rows_of_unit(shape: Sequence[int], groups: int = 1) -> int:
+    """Rows of ``lora_A`` in one unit of rank: kh for a weight (., ., kh, kw), but 1 where it is flattened."""
+    return shape[2] if len(shape) == 4 and not is_channelwise(shape, groups) else 1
+
+
+def is_channelwise(shape: Sequence[int], groups: int) -> bool:
+    """Whether a weight (m, 1, kh, kw) has a kernel for each channel by itself, as in a depth-wise convolution."""
+    return len(shape) == 4 and groups > 1 and shape[1] == 1
 
 
 def matrix_shape(shape: Sequence[int], groups: int = 1) -> tuple[int, int]:
     """Rows and columns of the matrix B @ A that is viewed as a weight of that shape.
 
     A weight (m, n, kh, kw) has (m / groups * kh, n * groups * kw), whether it is of a convolution or of a transposed
-    one, so that a state dict need not tell which. Any other weight is flattened to (m, all the rest).
+    one, so that a state dict need not tell which. Any other weight is flattened to (m, all the rest), and so are
+    kernels for each channel by itself: as (kh, m * kw) their factors would be larger than they are from rank 1 on, and
+    (m, kh * kw) lets the kernels of all channels change alike, each as much as it likes.
     """
-    if len(shape) == 4:
+    if len(shape) == 4 and not is_channelwise(shape, groups):
         return shape[0] // groups * shape[2], shape[1] * groups * shape[3]
     return shape[0], math.prod(shape[1:])
 
@@ -165,7 +172,7 @@ class LoRALayer(AdaptedModule):
             raise InputError(f'LoRA rank must be an integer of at least 1, got {rank}.')
         weight = self.base_weight()
         rows, columns = matrix_shape(weight.shape, getattr(self, 'groups', 1))
-        inner = rank * rows_of_unit(weight.shape)
+        inner = rank * rows_of_unit(weight.shape, getattr(self, 'groups', 1))
         self.rank = rank
         self.lora_A = nn.Parameter(weight.new_empty(inner, columns))
         self.lora_B = nn.Parameter(weight.new_zeros(rows, inner))
@@ -194,9 +201,11 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     """ConvLoRA: a 2-D convolution whose weight carries a low-rank update.
 
     With kernel (kh, kw): ``lora_A`` is (r * kh, in * kw), ``lora_B`` is (out / groups * kh, r * kh), and
-    delta W = (alpha / r) * (lora_B @ lora_A) viewed as ``weight``. Stride, padding, dilation and groups are free.
+    delta W = (alpha / r) * (lora_B @ lora_A) viewed as ``weight``. Stride, padding, dilation and groups are free. Where
+    each channel has a kernel by itself, ``lora_A`` is (r, kh * kw) and ``lora_B`` is (out, r), see
+    :func:`matrix_shape`.
 
-    Source: DSCLoRA (arXiv:2504.11271); the shapes are those of the loralib package.
+    Source: DSCLoRA (arXiv:2504.11271); the shapes are those of the loralib package, but for depth-wise layers.
     """
 
     base_class = nn.Conv2d
@@ -313,7 +322,7 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether a layer is a convolution of each channel by itself, whose LoRA would be as large as its weight."""
+    """Whether a layer is a convolution of each channel by itself."""
     groups = getattr(module, 'groups', 1)
     return base_class_of(module) in LORA_LAYERS and 1 < groups == module.in_channels == module.out_channels
 

@@ -98,7 +98,8 @@ def _check_ranks(targets: dict[str, nn.Module], config: LoRAConfig) -> None:
     beyond = {}
     for name, layer in targets.items():
         weight = _weight(layer)
-        full = -(-min(matrix_shape(weight.shape, getattr(layer, 'groups', 1))) // rows_of_unit(weight.shape))
+        groups = getattr(layer, 'groups', 1)
+        full = -(-min(matrix_shape(weight.shape, groups)) // rows_of_unit(weight.shape, groups))
         if config.rank_of(name) > full:
             beyond[name] = full
     if not beyond:

@@ -56,6 +56,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         '--align', action='store_true', help='undo the shift of LR on HR, by cropping, and give HR the colors of LR'
     )
+    parser.add_argument(
+        '--from', dest='adapter', metavar='ADAPTER', help='adapter of the network to go on from, of another camera say'
+    )
     add_network_options(parser, with_adapters=False)
     parser.set_defaults(run=run)
 
@@ -74,8 +77,9 @@ def run(args: argparse.Namespace) -> None:
         None if lr is None else Path(lr),
         None if args.teacher is None else NetworkSource(args.teacher),
     )
+    adapter = None if args.adapter is None else Path(args.adapter)
     source = network_source(args, args.checkpoint)
-    adaptation = Adaptation(source, images, args.minutes, args.share, args.align)
+    adaptation = Adaptation(source, images, args.minutes, args.share, args.align, adapter)
     outcome = adapt(adaptation, args.output, lambda line: print(printable(line), flush=True))
     print(outcome)
     if not outcome.has_gained:

@@ -93,6 +93,19 @@ def test_what_is_reported_is_true(camera, network, tmp_path):
     assert len(names) == 12 and not set(record['steps']['pairs']['training']) & set(record['steps']['pairs']['held'])
     assert [line.split()[0] for line in lines[:3]] == ['pairs', 'network', 'start']
 
+    # What comes on top of an adapter begins where it ended, and its file has both.
+    more = adapt(
+        adaptation(network, (tmp_path / 'HR', tmp_path / 'LR'), minutes=0.1, adapter=folder / 'adapter.safetensors'),
+        tmp_path / 'more',
+    )
+    start = mean_psnr(merged, tmp_path / 'more' / 'data' / 'held', lambda hr, lr: lr)
+    assert more.start.camera == pytest.approx(start, abs=0.02)
+    if more.has_gained:
+        both = NetworkSource(network, adapters=[(tmp_path / 'more' / 'adapter.safetensors', 1.0)])
+        with torch.no_grad():
+            expected = load_network(tmp_path / 'more' / 'merged.pth')(image)
+            assert (load_network(both)(image) - expected).abs().max() <= 1e-5
+
     # A second call finds all done.
     lines.clear()
     assert adapt(adaptation(network, (tmp_path / 'HR', tmp_path / 'LR')), folder, lines.append) == found

@@ -39,29 +39,6 @@ def test_the_largest_rank_within_a_share(make, share):
         assert share_of(make(), more)[1] > (share or 0.1)
 
 
-def test_depthwise_layers_have_no_lora():
-    """Theirs would be as large as they are."""
-    network = LKDN(num_feat=24, num_block=3)
-    section, _ = lora_for(network, None)
-    add_lora(network, LoRAConfig.from_dict(section))
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
-            assert not hasattr(module, 'lora_A'), name
-        elif isinstance(module, nn.Conv2d):
-            assert hasattr(module, 'lora_A'), name
-
-
-def test_names_that_do_not_tell_depthwise_layers():
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3),
-        nn.Conv2d(8, 8, 3, groups=8),
-        nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=8)),
-    )
-    network.append(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 12, 3)))
-    section, _ = lora_for(network, None)
-    assert section['exclude_modules'] == ['1', r'2\.1']
-
-
 def test_no_layer_to_adapt():
     with pytest.raises(InputError, match='no layer that can carry LoRA'):
         lora_for(nn.PReLU(), None)

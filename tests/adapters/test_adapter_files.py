@@ -95,8 +95,8 @@ def updates_in_float64(adapter, base):
         name, _, last = key.rpartition('.')
         if last == 'lora_A':
             weight = base[f'{name}.weight']
-            rank = len(value) // (weight.shape[2] if weight.ndim == 4 else 1)
             product = np.einsum('ok,ki->oi', tensors[f'{name}.lora_B'], value).reshape(weight.shape)
+            rank = adapter.config.rank_of(name)
             updates[f'{name}.weight'] = tensors[f'{name}.lora_alpha'] / rank * product
         elif last.startswith('lora_shift_'):
             updates[f'{name}.{last[11:]}'.lstrip('.')] = value

@@ -391,6 +391,42 @@ def test_parameters_are_named_one_by_one():
     assert not list(lora_layers(network))
 
 
+@pytest.mark.parametrize(
+    ('layer', 'columns'),
+    [
+        (nn.Conv2d(6, 6, 5, groups=6), 25),
+        (nn.Conv2d(6, 12, (3, 5), groups=6), 15),
+        (nn.ConvTranspose2d(6, 6, 3, groups=6), 9),
+        (nn.Conv1d(6, 6, 4, groups=6), 4),
+    ],
+    ids=['depthwise', 'several of each channel', 'transposed', '1-D'],
+)
+def test_the_kernels_of_channels_by_themselves_are_the_rows_of_a_matrix(layer, columns):
+    layer = layer.double()
+    network = nn.Sequential(copy.deepcopy(layer))
+    add_lora(network, LoRAConfig(['0'], rank=2, alpha=3))
+    lora = network[0]
+    channels = len(layer.weight)
+    assert lora.lora_A.shape == (2, columns) and lora.lora_B.shape == (channels, 2)
+    assert lora.lora_A.numel() + lora.lora_B.numel() < layer.weight.numel() or columns < 6
+    x = torch.randn(1, 6, *[9] * (layer.weight.ndim - 2), dtype=torch.float64)
+    assert torch.equal(network(x), layer(x))
+    nn.init.normal_(lora.lora_B)
+    kernels = layer.weight.detach().numpy().reshape(channels, -1).copy()
+    for channel in range(channels):  # by the definition, a kernel at a time
+        for unit in range(2):
+            kernels[channel] += 3 / 2 * lora.lora_B[channel, unit].item() * lora.lora_A[unit].detach().numpy()
+    state = network.state_dict()
+    np.testing.assert_allclose(merge_state_dict(state)['0.weight'].reshape(channels, -1), kernels, rtol=1e-12)
+    assert infer_lora_config(state).rank == 2
+    again = add_lora(nn.Sequential(copy.deepcopy(layer)), infer_lora_config(state))
+    again.load_state_dict(state)
+    assert torch.equal(again(x), network(x))
+    on_base = nn.Sequential(copy.deepcopy(layer))
+    load_adapter(on_base, extract_adapter(network))
+    assert torch.equal(on_base(x), network(x)) and torch.equal(merge_lora(network)(x), on_base(x))
+
+
 @pytest.mark.parametrize('make', [nn.Conv1d, nn.Conv2d, nn.Conv3d])
 def test_depthwise_convolutions_train_their_whole_weight(make):
     torch.manual_seed(0)

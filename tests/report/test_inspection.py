@@ -135,10 +135,11 @@ def test_folded_lines_stand_for_exactly_the_layers():
 
 def test_ranks_that_are_too_large_are_marked(tmp_path):
     text = format_inspection(inspect_network(lora_lkdn(groups=['all'], rank=8)))
-    depthwise = next(line for line in text.splitlines() if line.startswith('B{1-2}.atten.depthwise '))
-    assert ' 8* ' in depthwise
-    note = next(line for line in text.splitlines() if line.startswith('* rank 1 reaches'))
-    assert 'B{1-2}.atten.depthwise, ' in note and 'pointwise' not in note
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    # 16 kernels of 9 or of 25 values: 25 * rank and 41 * rank against 144 and 400 parameters.
+    assert ' 8* ' in rows['fea_conv.dw'] and ' 8 ' in rows['B{1-2}.atten.depthwise']
+    note = next(line for line in text.splitlines() if 'up to rank 5 it has not' in line)
+    assert 'fea_conv.dw, ' in note and 'atten' not in note
     # 8 -> 8 channels: 16 * rank against 64 parameters, so that rank 4 is the last that is no larger, and 8 is full.
     small = add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoRAConfig(['0'], rank=5))
     assert 'up to rank 4 it has not: 0' in format_inspection(inspect_network(small))

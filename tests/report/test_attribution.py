@@ -1,11 +1,13 @@
 """Local attribution maps: against closed forms, definitions, and SciPy's blur."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
+from lora_sr import load_network
 from lora_sr.archs.info import NetworkInfo, set_info
 from lora_sr.errors import InputError
 from lora_sr.report.attribution import (
@@ -15,6 +17,7 @@ from lora_sr.report.attribution import (
     gradient_detector,
     signed_attribution,
 )
+from lora_sr.runtime.pixels import image_to_tensor
 
 
 def picture(height=24, width=20, seed=0):
@@ -197,6 +200,22 @@ def test_indices_in_closed_form():
 def test_what_is_no_map(values):
     with pytest.raises(InputError, match='^An attribution map must have .*, got .*[.]$'):
         diffusion_index(values)
+
+
+def test_lkdn_looks_further_than_span(shared):
+    """LKDN has attention, with which the paper finds networks to look further; in the middle of each image of Set5."""
+    weights = {'LKDN': 'LKDN/LKDN_x4', 'SPAN26': 'SPAN/spantiny_ch26_x4', 'SPAN28': 'SPAN/span_ch28_x4'}
+    networks = {name: load_network(shared / f'weights/{file}.pth') for name, file in weights.items()}
+    images = sorted((shared / 'data/benchmark/Set5/LRbicx4').iterdir())
+    assert len(images) == 5
+    for path in images:
+        image = cv2.imread(str(path))
+        top, left = (image.shape[0] - 48) // 2, (image.shape[1] - 48) // 2
+        part = image_to_tensor(image[top : top + 48, left : left + 48])
+        found = {
+            name: diffusion_index(attribution_map(network, part, (88, 88, 16), 5)) for name, network in networks.items()
+        }
+        assert found['LKDN'] > 1.7 * max(found['SPAN26'], found['SPAN28'])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from lora_sr.archs import NetworkInfo, network_info
 from lora_sr.archs.info import refusal
 from lora_sr.errors import InputError
 
-STEPS, SIGMA = 50, 1.2
+STEPS, MOST_STEPS, SIGMA = 50, 1000, 1.2
 KERNEL = 9  # LR pixels, the side of the blur
 Window = tuple[int, int, int]
 Detector = Callable[[Tensor, Window], Tensor]
@@ -73,7 +73,7 @@ def signed_attribution(
             It runs in eval mode. Neither its weights nor their gradients nor its mode is changed.
         image: (1, C, h, w), in [0, 1]; for a network with values from 0 to 255 it is converted, and so is the output.
         window: ``(x, y, side)``, the left, the top and the side of a square, in pixels of the output.
-        steps: Of the path, at least 1.
+        steps: Of the path, from 1 to 1,000.
         sigma: The standard deviation of the strongest blur, in LR pixels, more than 0.
         detector: ``(output, window)`` -> a scalar, for an output (1, C', scale * h, scale * w) in [0, 1].
 
@@ -172,6 +172,16 @@ def check_window(window: Window, height: int, width: int) -> None:
         )
 
 
+def check_steps(steps: int) -> None:
+    """Check a number of steps.
+
+    Raises:
+        InputError: It is less than 1, or so many that a slip of the keyboard is likelier than an integral.
+    """
+    if not 1 <= steps <= MOST_STEPS:
+        raise InputError(f'The steps must be from 1 to {MOST_STEPS:,}, got {steps}.')
+
+
 def _info_of(network: nn.Module) -> NetworkInfo:
     info = network_info(network)
     if info is None:
@@ -187,8 +197,7 @@ def _check_path(image: Tensor, info: NetworkInfo, steps: int, sigma: float) -> N
         raise InputError(
             f'The image must have the shape (1, {info.in_channels}, height, width), got {tuple(image.shape)}.'
         )
-    if steps < 1:
-        raise InputError(f'The steps must be at least 1, got {steps}.')
+    check_steps(steps)
     if not 0 < sigma < np.inf:
         raise InputError(f'Sigma must be a number above 0, got {sigma}.')
 

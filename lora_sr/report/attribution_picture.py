@@ -17,8 +17,8 @@ from lora_sr.archs.info import refusal
 from lora_sr.checkpoints import NetworkLike, OpenedNetwork, open_network
 from lora_sr.data.sources import read_image
 from lora_sr.errors import InputError, printable
-from lora_sr.files import check_not_input, check_output, write_whole
-from lora_sr.report.attribution import STEPS, Window, attribution_map, check_window, diffusion_index
+from lora_sr.files import check_not_input, check_output, check_regular, write_whole
+from lora_sr.report.attribution import STEPS, Window, attribution_map, check_steps, check_window, diffusion_index
 from lora_sr.report.text import align
 from lora_sr.runtime.pixels import image_to_tensor
 from lora_sr.runtime.upscaler import Upscaler, best_device
@@ -93,8 +93,8 @@ def draw_attributions(
     output = Path(output)
     check_output(output, ('.png',), overwrite)
     check_not_input(output, [image])
-    if steps < 1:
-        raise InputError(f'The steps must be at least 1, got {steps}.')
+    check_regular(image, 'the image')
+    check_steps(steps)
     if context < 1:
         raise InputError(f'The context must be at least 1 LR pixel, got {context}.')
     pixels = read_image(Path(image))

@@ -223,7 +223,7 @@ def test_lkdn_looks_further_than_span(shared):
     [
         ({'window': (33, 8, 8)}, 'within the 40 x 48 pixels of the output, got 8 x 8 pixels'),
         ({'window': (-1, 8, 8)}, 'The window must be'), ({'window': (8, 41, 8)}, 'at x 8, y 41[.]'),
-        ({'window': (8, 8, 0)}, 'The window must be'), ({'steps': 0}, 'The steps must be at least 1, got 0[.]'),
+        ({'window': (8, 8, 0)}, 'The window must be'), ({'steps': 0}, 'The steps must be from 1 to 1,000, got 0[.]'),
         ({'sigma': 0}, 'Sigma must be a number above 0, got 0[.]'), ({'sigma': float('nan')}, 'Sigma must be'),
         ({'image': torch.rand(3, 24, 20)}, r'must have the shape \(1, 3, height, width\), got \(3, 24, 20\)[.]'),
         ({'image': torch.rand(1, 1, 24, 20)}, 'The image must have the shape'),

@@ -127,7 +127,9 @@ def test_networks_of_every_kind(tmp_path, capsys):
     'words, message',
     [
         (['a.pth', 'lr.png', '--window', '80', '0', '1'], 'The window must be a square within the 80 x 60 pixels'),
-        (['a.pth', 'lr.png', '--steps', '0'], 'The steps must be at least 1, got 0.'),
+        (['a.pth', 'lr.png', '--steps', '0'], 'The steps must be from 1 to 1,000, got 0.'),
+        (['a.pth', 'lr.png', '--steps', '1001'], 'from 1 to 1,000, got 1001.'),
+        (['a.pth', '.'], 'the image . cannot be read: it must be a file, got a folder'),
         (['a.pth', 'lr.png', '--context', '0'], 'The context must be at least 1 LR pixel, got 0.'),
         (['a.pth', 'x=a.pth', 'none.png'], 'none.png cannot be read'),
         (['a.pth', 'a=b.pth', 'lr.png'], 'The name "a" is given 2 times'),

@@ -31,6 +31,7 @@ LINES = {
     'torchscript': 'export torchscript base.pth -o {out}/c.pt',
     'submission': 'submission -m base.pth --team 7 --name Tiny -o {out}',
     'compare': 'compare a=base.pth --set s=images,lq -o {out}/t.md --picture {out}/p.png -opt adapt.yml',
+    'attribution': 'attribution a=base.pth lq/000.png -o {out}/a.png --window 8 8 4 --steps 2 --context 12',
     'curves': 'curves run=run -o {out}/c.png --metric psnr --dataset val',
     'bench': 'bench runtime --size 8 8',
     'affinity': 'bench affinity --size 8',

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_sr.errors import InputError, printable
 
 if TYPE_CHECKING:
-    from lora_sr.checkpoints import NetworkSource
+    from lora_sr.checkpoints import NetworkSource, OpenedNetwork
 
 CHECKPOINT = 'checkpoint (.pth or .safetensors) in any form; without it the one that the option file of -opt names'
 
@@ -110,3 +111,36 @@ def network_source(args: argparse.Namespace, checkpoint: str | None) -> NetworkS
 
     adapters = [(path, 1.0 if weight is None else weight) for path, weight in getattr(args, 'adapters', [])]
     return NetworkSource(checkpoint, args.options, args.imports, adapters, args.param_key, args.force)
+
+
+def named_networks(args: argparse.Namespace) -> Mapping[str, NetworkSource | OpenedNetwork]:
+    """The networks of a command that takes several: ``args.networks``, name -> file, and :func:`add_network_options`.
+
+    The option file of ``-opt`` serves those whose network it is; every other file tells its own.
+
+    Raises:
+        InputError: A name is given twice, or what is wrong with the option file.
+    """
+    from lora_sr.option_file import load_options
+
+    files = by_name(args.networks)
+    if args.options is not None:
+        load_options(args.options)  # what is wrong with it must not look like a file that it does not fit
+    return {name: _named_network(args, file) for name, file in files.items()}
+
+
+def _named_network(args: argparse.Namespace, file: str) -> NetworkSource | OpenedNetwork:
+    """A network by the option file of ``-opt`` where that fits, else as the file itself tells."""
+    from lora_sr.checkpoints import Checkpoint, open_network
+
+    source = network_source(args, file)
+    if args.options is None or file.endswith(('.yml', '.yaml')):
+        return replace(source, options=None)
+    source = replace(source, checkpoint=Checkpoint.read(file, args.param_key), param_key=None)
+    try:
+        return open_network(source)
+    except InputError as error:
+        try:
+            return open_network(replace(source, options=None))
+        except InputError:
+            raise error from None

@@ -5,13 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from lora_sr.cli.arguments import add_network_options, add_share, by_name, named, network_source, tell_written
-
-if TYPE_CHECKING:
-    from lora_sr.checkpoints import NetworkSource, OpenedNetwork
+from lora_sr.cli.arguments import add_network_options, add_share, by_name, named, named_networks, tell_written
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -69,37 +64,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
-def _network(args: argparse.Namespace, file: str) -> NetworkSource | OpenedNetwork:
-    """A network that is compared: by the option file of ``-opt`` where that fits, else as the file itself tells."""
-    from lora_sr.checkpoints import Checkpoint, open_network
-    from lora_sr.errors import InputError
-
-    source = network_source(args, file)
-    if args.options is None or file.endswith(('.yml', '.yaml')):
-        return replace(source, options=None)
-    source = replace(source, checkpoint=Checkpoint.read(file, args.param_key), param_key=None)
-    try:
-        return open_network(source)
-    except InputError as error:
-        try:
-            return open_network(replace(source, options=None))
-        except InputError:
-            raise error from None
-
-
 def run(args: argparse.Namespace) -> None:
     """Compare, and print the table."""
-    from lora_sr.option_file import load_options
     from lora_sr.report.comparison import compare
     from lora_sr.report.tables import format_table
     from lora_sr.share import NotLastError, own_share
 
     share = own_share(args.share)
-    if args.options is not None:
-        load_options(args.options)  # what is wrong with it must not look like a file that it does not fit
     try:
         comparison = compare(
-            {name: _network(args, file) for name, file in by_name(args.networks).items()},
+            named_networks(args),
             {name: _folders(value) for name, value in by_name(args.sets).items()},
             rgb=args.rgb,
             runtime=args.runtime,

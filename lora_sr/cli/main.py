@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from types import FrameType
 
 PREPARING, TRAINING = ('prepare', 'degrade'), ('adapt', 'inspect', 'allocate', 'pipelines')
-DEPLOYING, MEASURING = ('merge', 'adapter', 'upscale', 'export', 'submission'), ('compare', 'curves', 'bench')
+DEPLOYING = ('merge', 'adapter', 'upscale', 'export', 'submission')
+MEASURING = ('compare', 'attribution', 'curves', 'bench')
 NEED_BASICSR = ('adapt', 'train', 'test', 'allocate')
-COMPUTING = (*NEED_BASICSR, 'degrade', 'upscale', 'compare')  # `bench` measures what it is given
+COMPUTING = (*NEED_BASICSR, 'degrade', 'upscale', 'compare', 'attribution')  # `bench` measures what it is given
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Tuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lora_sr.errors import InputError
 
-Channels = Tuple[float, float, float]  # B, G, R
+Channels = tuple[float, float, float]  # B, G, R
 
 SMALLEST = 16  # LR pixels each way in which a shift can be told
 LARGEST = 1024  # LR pixels each way that are looked at, in the middle

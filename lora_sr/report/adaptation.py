@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -48,6 +47,11 @@ class AdaptationPart:
     def __init__(self, folder: Path, imports: Sequence[str] = ()):
         self.folder, self.imports = folder, imports
         self.record = Record.read(folder)
+
+    @property
+    def place(self) -> Path:
+        """Where it is."""
+        return self.folder
 
     @property
     def title(self) -> str:
@@ -225,7 +229,7 @@ class AdaptationPart:
         parts = [
             heading('Commands', level),
             paragraph('Repeat the adaptation, in another folder:'),
-            command(shlex.join(['lora-sr', 'adapt', *_arguments(request), '-o', f'{folder}_again'])),
+            command(['lora-sr', 'adapt', *_arguments(request), '-o', f'{folder}_again']),
             paragraph(f'{os.path.join(folder, OPTIONS)} is the option file of the training alone, for BasicSR.'),
         ]
         if result is None or not (self.record.strengths and result.strength > 0):
@@ -240,7 +244,7 @@ class AdaptationPart:
             adapter, weight, network = f'{folder}_adapter.safetensors', other, f'{folder}_merged.pth'
             parts += [
                 paragraph('No merged network was written. Take the update out of the best network of the training:'),
-                command(shlex.join(['lora-sr', 'adapter', 'extract', file[BEST], '-o', adapter])),
+                command(['lora-sr', 'adapter', 'extract', file[BEST], '-o', adapter]),
             ]
             told = f'Merge it, here with strength {other:g}:'
         merged = f'{folder}_strength_{other:g}.pth' if result.has_gained else network
@@ -251,11 +255,11 @@ class AdaptationPart:
             [
                 *parts,
                 paragraph(told),
-                command(shlex.join(merge)),
+                command(merge),
                 paragraph('Upscale images:'),
-                command(shlex.join(['lora-sr', 'upscale', 'photos', '-m', network, '-o', 'photos_upscaled', *options])),
+                command(['lora-sr', 'upscale', 'photos', '-m', network, '-o', 'photos_upscaled', *options]),
                 paragraph('Compare before and after on the pairs held back:'),
-                command(shlex.join([*compare, '--picture', f'{folder}_compared.png', *options])),
+                command([*compare, '--picture', f'{folder}_compared.png', *options]),
             ]
         )
 

@@ -45,6 +45,11 @@ class ComparedPart:
         self.curves: dict[str, dict[int, float]] = {}
 
     @property
+    def place(self) -> Path:
+        """Where it is."""
+        return self.file
+
+    @property
     def title(self) -> str:
         """What it is, in a line."""
         return f'Comparison {self.file.name}'
@@ -102,4 +107,7 @@ def _shown(record: Mapping[str, Any], key: str) -> str:
     if value is None or value == '':
         return '-'
     number = float(value)
-    return BY_KEY[key].show(number / BY_KEY[key].factor) if key in BY_KEY else f'{number:.4f}'
+    if key not in BY_KEY:
+        return f'{number:.4f}'
+    column = BY_KEY[key]
+    return column.show(int(number) if number.is_integer() and column.factor == 1 else number / column.factor)

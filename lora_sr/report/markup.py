@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -110,9 +111,10 @@ def folded(summary: str, content: str) -> str:
     return f'<details><summary>{text(summary)}</summary>\n{content}\n</details>'
 
 
-def command(line: str) -> str:
-    """A line for the shell."""
-    return f'<pre><code>{text(line)}</code></pre>'
+def command(words: Iterable[str]) -> str:
+    """A line for the shell, which breaks between its words where it is too long."""
+    shown = ' '.join(f'<span>{text(shlex.quote(word))}</span>' for word in words)
+    return f'<pre><code>{shown}</code></pre>'
 
 
 def _class(name: str) -> str:

@@ -84,10 +84,16 @@ def _page(parts: Sequence[Part], metric: str) -> bytes:
     if len(parts) == 1:
         (part,) = parts
         return page(part.title, f'{heading(part.title, 1)}\n{part.html(2)}')
-    titles = _distinct([part.title for part in parts])
+    titles = _distinct(parts)
     title = f'{len(parts)} runs'
+    if any(isinstance(part, ComparedPart) for part in parts):
+        title += ' and comparisons'
     body = [heading(title, 1)]
-    curves = {name: part.curves for name, part in zip(titles, parts) if part.curves}
+    curves = {
+        name: part.curves
+        for name, part in zip(titles, parts)
+        if part.curves and (metric == 'psnr' or not isinstance(part, AdaptationPart))
+    }
     if len(curves) > 1:
         body += [heading('All curves', 2), paragraph(f'{metric_name(metric)}, of each validation set.')]
         body.append(draw_curves_together(curves, metric))
@@ -96,9 +102,11 @@ def _page(parts: Sequence[Part], metric: str) -> bytes:
     return page(title, '\n'.join(body))
 
 
-def _distinct(titles: Sequence[str]) -> list[str]:
-    """Titles of which none is there twice."""
+def _distinct(parts: Sequence[Part]) -> list[str]:
+    """Titles of which none is there twice: with their places where they would be, and numbered where those are."""
+    titles = [part.title for part in parts]
+    titles = [title if titles.count(title) == 1 else f'{title} ({part.place})' for title, part in zip(titles, parts)]
     return [
-        title if titles.count(title) == 1 else f'{title} ({titles[: number + 1].count(title)})'
+        title if titles.count(title) == 1 else f'{title}, {titles[: number + 1].count(title)}'
         for number, title in enumerate(titles)
     ]

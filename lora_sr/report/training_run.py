@@ -31,6 +31,11 @@ class RunPart:
         self.lines = read_metrics(file) if os.path.lexists(file) else []
 
     @property
+    def place(self) -> Path:
+        """Where it is."""
+        return self.folder
+
+    @property
     def title(self) -> str:
         """What it is, in a line."""
         return f'Training run {self.folder.resolve().name}'

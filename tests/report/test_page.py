@@ -258,7 +258,7 @@ def test_modules_that_a_record_names_are_not_imported(tmp_path):
 
 def commands_of(file):
     found = re.findall(r'<pre><code>(.*?)</code></pre>', file.read_text(), re.DOTALL)
-    return [shlex.split(html.unescape(one)) for one in found]
+    return [shlex.split(html.unescape(re.sub('</?span>', '', one))) for one in found]
 
 
 @pytest.mark.parametrize('has_gained', [True, False])
@@ -301,7 +301,7 @@ def test_a_comparison(tmp_path, suffix):
     (tmp_path / f't{suffix}').write_bytes(encode_table(comparison(), suffix))
     assert main(['report', str(tmp_path / f't{suffix}'), '-o', str(tmp_path / 'r.html')]) == 0
     text = Page((tmp_path / 'r.html').read_bytes()).text
-    assert 'Set <5>' in text and '31.25' in text and 'a|b' in text and '1,234' in text and '12.50 ms' in text
+    assert 'Set <5>' in text and '31.25' in text and 'a|b' in text and '1,234 ' in text and '12.50 ms' in text
     assert ('a <CPU>' in text) == (suffix != '.csv')
 
 
@@ -320,10 +320,12 @@ def test_several_runs_have_their_curves_together(adapted, tmp_path):
     (tmp_path / 't.md').write_bytes(encode_table(comparison(), '.md'))
     write_reports([run, adapted, tmp_path / 't.md', run], tmp_path / 'r.html')
     page = Page((tmp_path / 'r.html').read_bytes())
-    assert page.text.startswith('4 runs 4 runs All curves')
+    assert page.text.startswith('4 runs and comparisons 4 runs and comparisons All curves')
     together = page.of('svg')[0]['aria-label']
-    assert 'Training run phone (1): 30.00 at 1000' in together and 'SPAN_x2.pth, adapted: 23.00 at 0' in together
-    assert 'Training run phone (2)' in together
+    assert (
+        f'Training run phone ({run}), 1: 30.00 at 1000' in together and 'SPAN_x2.pth, adapted: 23.00 at 0' in together
+    )
+    assert f'Training run phone ({run}), 2: 30.00' in together
     levels = [int(name[1]) for name, _ in page.elements if re.fullmatch('h[1-6]', name)]
     assert levels.count(2) == 5 and all(after <= before + 1 for before, after in zip(levels, levels[1:]))
 

@@ -62,6 +62,7 @@ def record(held, has_gained, network):
             'minutes': 2.0,
             'share': 0.05,
             'align': False,
+            'from': None,
         },
         'seconds': 123.0,
         'steps': {

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
 from torch import nn
 
-from lora_sr.adapted_folder import ADAPTER, BASE, BEST, DATA, HELD, HR, LR, MERGED, OPTIONS
+from lora_sr.adapted_folder import BASE, BEST, DATA, HELD, HR, MERGED
 from lora_sr.adapters import extract_adapter, merge_adapter, mix_adapters
 from lora_sr.archs import network_info
 from lora_sr.checkpoints import Checkpoint, NetworkSource, open_network
 from lora_sr.errors import InputError
 from lora_sr.report.chart import Line, draw_chart
+from lora_sr.report.commands import next_commands
 from lora_sr.report.crops import AT_EACH_END, BeforeAfter, choose, look_at_each, sliders
-from lora_sr.report.markup import command, facts, folded, heading, items, paragraph, table
+from lora_sr.report.markup import facts, folded, heading, items, paragraph, table
 from lora_sr.report.record import PairsFound, Psnr, Rates, Record, Request
 
 ENDS = {
@@ -29,7 +29,6 @@ ENDS = {
 }
 CAMERA, CLEAN = 'Your camera', 'Bicubic images'
 PSNR = 'PSNR (Y), dB'
-OTHER_STRENGTHS = 0.5, 1.0
 
 
 class AdaptationPart:
@@ -76,7 +75,7 @@ class AdaptationPart:
             parts.append(_pairs(record.pairs, record.request, level))
         if record.rates is not None:
             parts.append(_rates(record.rates, record.start, level))
-        parts += [self._curve(level), self._strengths(level), self._commands(level)]
+        parts += [self._curve(level), self._strengths(level), next_commands(self.folder, record, level)]
         return '\n'.join(filter(None, parts))
 
     def _headline(self) -> str:
@@ -166,7 +165,11 @@ class AdaptationPart:
     def _what(self, level: int) -> str:
         record, request = self.record, self.record.request
         values = {'Network': request.network}
-        for name, value in (('Option file', request.options), ('Imported', ', '.join(request.imports))):
+        for name, value in (
+            ('Option file', request.options),
+            ('Imported', ', '.join(request.imports)),
+            ('Adapter to go on from', request.adapter),
+        ):
             if value:
                 values[name] = value
         values['HR images'] = request.hr or f'made by the teacher {request.teacher}'
@@ -221,64 +224,6 @@ class AdaptationPart:
         if chosen is not None:
             note += f' The ring is at the strength that was chosen, {chosen:g}: it is best on the images of the camera.'
         return heading('The strength', level) + paragraph(note) + f'<div class="plots">{"".join(charts)}</div>'
-
-    def _commands(self, level: int) -> str:
-        folder, request, result = os.path.abspath(self.folder), self.record.request, self.record.result
-        file = {name: os.path.join(folder, name) for name in (BASE, ADAPTER, MERGED, BEST)}
-        options = [word for module in request.imports for word in ('--import', module)]
-        parts = [
-            heading('Commands', level),
-            paragraph('Repeat the adaptation, in another folder:'),
-            command(['lora-sr', 'adapt', *_arguments(request), '-o', f'{folder}_again']),
-            paragraph(f'{os.path.join(folder, OPTIONS)} is the option file of the training alone, for BasicSR.'),
-        ]
-        if result is None or not (self.record.strengths and result.strength > 0):
-            return '\n'.join(parts)
-        other = next(one for one in OTHER_STRENGTHS if one != result.strength)
-        adapter, weight, network = file[ADAPTER], other / result.strength, file[MERGED]
-        told = (
-            f'Merge it with another strength. The adapter has the update at strength {result.strength:g}, so a weight '
-            f'of {weight:.4g} makes strength {other:g}:'
-        )
-        if not result.has_gained:
-            adapter, weight, network = f'{folder}_adapter.safetensors', other, f'{folder}_merged.pth'
-            parts += [
-                paragraph('No merged network was written. Take the update out of the best network of the training:'),
-                command(['lora-sr', 'adapter', 'extract', file[BEST], '-o', adapter]),
-            ]
-            told = f'Merge it, here with strength {other:g}:'
-        merged = f'{folder}_strength_{other:g}.pth' if result.has_gained else network
-        merge = ['lora-sr', 'adapter', 'merge', file[BASE], f'{adapter}={weight:.4g}', '-o', merged, *options]
-        pairs = ','.join(os.path.join(folder, DATA, HELD, kind) for kind in (HR, LR))
-        compare = ['lora-sr', 'compare', f'before={file[BASE]}', f'after={network}', '--set', f'camera={pairs}']
-        return '\n'.join(
-            [
-                *parts,
-                paragraph(told),
-                command(merge),
-                paragraph('Upscale images:'),
-                command(['lora-sr', 'upscale', 'photos', '-m', network, '-o', 'photos_upscaled', *options]),
-                paragraph('Compare before and after on the pairs held back:'),
-                command([*compare, '--picture', f'{folder}_compared.png', *options]),
-            ]
-        )
-
-
-def _arguments(request: Request) -> list[str]:
-    """Those of ``lora-sr adapt`` that ask for the same."""
-    words = [request.network]
-    if request.hr is not None and request.lr is not None:
-        words += ['--pairs', request.hr, request.lr]
-    elif request.hr is not None:
-        words += ['--photos', request.hr]
-    else:
-        words += ['--lr', request.lr or '', '--teacher', request.teacher or '']
-    words += ['--minutes', f'{request.minutes:g}']
-    words += ['--share', f'{request.share:g}'] if request.share is not None else []
-    words += ['--align'] if request.align else []
-    words += ['-opt', request.options] if request.options is not None else []
-    words += [word for module in request.imports for word in ('--import', module)]
-    return words + (['--param-key', request.param_key] if request.param_key is not None else [])
 
 
 def _pairs(found: PairsFound, request: Request, level: int) -> str:

@@ -27,6 +27,7 @@ class Request:
     minutes: float
     share: float | None
     align: bool
+    adapter: str | None
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ def _request(values: dict[str, Any]) -> Request:
         float(values['minutes']),
         None if values.get('share') is None else float(values['share']),
         bool(values.get('align')),
+        _text(values.get('from')),
     )
 
 

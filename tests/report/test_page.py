@@ -277,6 +277,19 @@ def test_commands_are_those_of_the_command_line(tmp_path, has_gained):
     assert f'strength {strength:g}' in html.unescape((tmp_path / 'r.html').read_text())
 
 
+def test_an_adapter_to_go_on_from(tmp_path):
+    """What is written has that adapter in it, and is of the network before it: the update alone has other strengths."""
+    folder = write_adaptation(tmp_path / 'phone')
+    record = json.loads((folder / 'adapt.json').read_text())
+    record['request']['from'] = '/nets/old phone.safetensors'
+    (folder / 'adapt.json').write_text(json.dumps(record))
+    page = report_on(folder, tmp_path / 'r.html')
+    assert 'Adapter to go on from /nets/old phone.safetensors' in page.text
+    adapt, extract, merge, upscale, _ = commands_of(tmp_path / 'r.html')
+    assert adapt[-4:-2] == ['--from', '/nets/old phone.safetensors'] and upscale[4] == f'{folder}/merged.pth'
+    assert merge[4] == f'{extract[-1]}=0.5' and str(folder / 'adapter.safetensors') not in extract + merge
+
+
 def test_a_training_run(tmp_path):
     run = write_log(tmp_path / 'run', [(1000, 'A<b>', '30.0'), (2000, 'A<b>', '31.5'), (2000, 'B', 'inf')])
     assert main(['report', str(run), '-o', str(tmp_path / 'r.html')]) == 0
@@ -414,6 +427,10 @@ def test_in_a_browser(adapted, tmp_path):
         ]
         assert {url.partition(':')[0] for url in fetched if not url.endswith('/r.html')} <= {'data'}
         assert not [one for one in tab.events if one['method'] in ('Log.entryAdded', 'Runtime.exceptionThrown')]
+        line = tab.evaluate(
+            "getSelection().selectAllChildren(document.querySelector('pre')) || getSelection().toString().trim()"
+        )
+        assert shlex.split(line) == commands_of(tmp_path / 'r.html')[0] and '\n' not in line
         # In print both halves stand side by side.
         tab.open(tmp_path / 'r.html', 700, media='print')
         boxes = tab.evaluate(

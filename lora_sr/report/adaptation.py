@@ -11,7 +11,6 @@ from torch import nn
 
 from lora_sr.adapted_folder import BASE, BEST, DATA, HELD, HR, MERGED
 from lora_sr.adapters import extract_adapter, merge_adapter, mix_adapters
-from lora_sr.archs import network_info
 from lora_sr.checkpoints import Checkpoint, NetworkSource, open_network
 from lora_sr.errors import InputError
 from lora_sr.report.chart import Line, draw_chart
@@ -145,19 +144,16 @@ class AdaptationPart:
         if not (held / HR).is_dir():
             raise InputError(f'The pairs held back should be in {held}, where they are not.')
         before = self._open(BASE)
-        info = network_info(before)
         assert self.record.result is not None
-        if info is None:
-            raise InputError(f'The network of {self.folder / BASE} cannot be run.')
         if self.record.result.has_gained:
-            return look_at_each(held, before, self._open(MERGED), info.scale)
+            return look_at_each(held, before, self._open(MERGED))
         if not (self.folder / BEST).exists():
             raise InputError(f'The best network should be {self.folder / BEST}, which is not there.')
         update = extract_adapter(Checkpoint.read(self.folder / BEST).state)
         adapter = mix_adapters([(update, self.record.result.strength)])
         after = deepcopy(before)
         after.load_state_dict(merge_adapter(before.state_dict(), adapter))
-        return look_at_each(held, before, after, info.scale)
+        return look_at_each(held, before, after)
 
     def _open(self, name: str) -> nn.Module:
         return open_network(NetworkSource(self.folder / name, imports=self.imports)).network

@@ -66,30 +66,35 @@ class BeforeAfter:
         return 0.0 if self.before == self.after else self.after - self.before
 
 
-def look_at_each(folder: Path, before: nn.Module, after: nn.Module, scale: int) -> list[BeforeAfter]:
+def look_at_each(folder: Path, before: nn.Module, after: nn.Module) -> list[BeforeAfter]:
     """Run two networks on pairs.
 
     Args:
         folder: With ``HR`` and ``LR``, which have images of the same names.
         before: A network.
-        after: Another one.
-        scale: That of both.
+        after: Another one, of the same scale.
 
     Returns:
         What they make of each pair, in the order of the names.
 
     Raises:
-        InputError: An image cannot be used.
+        InputError: There is no image, one cannot be used, or the networks are of two scales.
     """
     runners = Upscaler(before), Upscaler(after)
+    scale, other_scale = (runner.scale for runner in runners)
+    if scale != other_scale:
+        raise InputError(f'The network after must be one for x{scale}, as the one before is, got x{other_scale}.')
     found = []
     for file in sorted((folder / HR).glob('*.png')):
         hr, lr = read_image(file), read_image(folder / LR / file.name)
-        if hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale) or min(hr.shape[:2]) <= 2 * scale:
-            raise InputError(f'{file} must be {scale} times as large as {folder / LR / file.name}.')
+        (height, width), got = lr.shape[:2], f'{hr.shape[1]} x {hr.shape[0]}'
+        if hr.shape[:2] != (height * scale, width * scale) or min(height, width) <= 2:
+            raise InputError(f'{file} must have {width * scale} x {height * scale} pixels (width x height), got {got}.')
         one, other = (_flip(runner(_flip(lr))) for runner in runners)
         crop = _crop(hr, lr, one, other, scale)
         found.append(BeforeAfter(file.stem, psnr(one, hr, scale), psnr(other, hr, scale), crop))
+    if not found:
+        raise InputError(f'{folder / HR} must have an image, got none.')
     return found
 
 

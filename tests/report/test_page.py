@@ -11,9 +11,11 @@ import browser
 import cv2
 import numpy as np
 import pytest
+import torch
 from test_curves import write_log
 from tiny_adaptation import write_adaptation
 
+from lora_sr.archs.span import SPAN
 from lora_sr.cli.main import build_parser, main
 from lora_sr.errors import InputError
 from lora_sr.images.luma import psnr
@@ -117,7 +119,7 @@ def test_a_crop_is_where_the_networks_differ_most(adapted):
     from lora_sr.report.crops import look_at_each
 
     networks = [load_network(adapted / name) for name in ('base.pth', 'merged.pth')]
-    for pair in look_at_each(adapted / 'data/held', *networks, 2):
+    for pair in look_at_each(adapted / 'data/held', *networks):
         crop, file = pair.crop, f'{pair.name}.png'
         assert crop.hr.shape == (CROP[1], CROP[0], 3) and crop.lr.shape == (CROP[1] // 2, CROP[0] // 2, 3)
         hr, lr = (cv2.imread(str(adapted / 'data/held' / kind / file)) for kind in ('HR', 'LR'))
@@ -211,6 +213,19 @@ def test_what_is_lost_is_told(tmp_path, lost):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = report_on(folder, tmp_path / 'r.html')
     assert 'There are no images to show.' in page.text and lost in page.text and '24.56' in page.text
+
+
+def test_what_does_not_fit_is_told(tmp_path):
+    folder = write_adaptation(tmp_path / 'phone')
+    torch.save({'params': SPAN(deploy=True, feature_channels=6, upscale=4).state_dict()}, folder / 'merged.pth')
+    assert 'must be one for x2, as the one before is, got x4.' in report_on(folder, tmp_path / 'r.html').text
+    shutil.copy(folder / 'base.pth', folder / 'merged.pth')
+    cv2.imwrite(str(folder / 'data/held/HR/00.png'), np.zeros((8, 8, 3), np.uint8))
+    page = report_on(folder, tmp_path / 'r.html')
+    assert '00.png must have 120 x 90 pixels (width x height), got 8 x 8.' in page.text
+    shutil.rmtree(folder / 'data/held/HR')
+    (folder / 'data/held/HR').mkdir()
+    assert 'HR must have an image, got none.' in report_on(folder, tmp_path / 'r.html').text
 
 
 @pytest.mark.parametrize('done', range(6))

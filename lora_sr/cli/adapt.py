@@ -84,8 +84,10 @@ def run(args: argparse.Namespace) -> None:
     source = network_source(args, args.checkpoint)
     adaptation = Adaptation(source, images, args.minutes, args.share, args.align, adapter)
     outcome = adapt(adaptation, args.output, lambda line: print(printable(line), flush=True))
-    print(outcome)
-    _report(Path(args.output), args.imports)
+    try:
+        _report(Path(args.output), args.imports)
+    finally:
+        print(outcome)  # as the last line
     if not outcome.has_gained:
         sys.exit(NOTHING_GAINED)
 

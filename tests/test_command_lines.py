@@ -33,6 +33,7 @@ LINES = {
     'compare': 'compare a=base.pth --set s=images,lq -o {out}/t.md --picture {out}/p.png -opt adapt.yml',
     'attribution': 'attribution a=base.pth lq/000.png -o {out}/a.png --window 8 8 4 --steps 2 --context 12',
     'curves': 'curves run=run -o {out}/c.png --metric psnr --dataset val',
+    'report': 'report run -o {out}/r.html --metric psnr',
     'bench': 'bench runtime --size 8 8',
     'affinity': 'bench affinity --size 8',
     'train': 'train -opt adapt.yml --force_yml name=other',

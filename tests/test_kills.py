@@ -36,6 +36,7 @@ COMMANDS = {
         ['t.md', 'p.png'],
     ),
     'curves': ('curves run=run -o {out}/c.png', ['c.png']),
+    'report': ('report run -o {out}/r.html', ['r.html']),
     'allocate': (
         'allocate -opt adapt.yml --budget 20% --batches 1 -o {out}/new.yml --chart {out}/c.png',
         ['new.yml', 'c.png'],

@@ -16,7 +16,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / 'lora_sr'
 
-BASE = {'errors', 'figures', 'files', 'metrics_file', 'option_file', 'share', 'threads'}
+BASE = {'adapted_folder', 'errors', 'figures', 'files', 'metrics_file', 'option_file', 'share', 'threads'}
 FLOOR_0 = BASE | {'adapters', 'optim', 'losses', 'images'}
 FLOOR_1 = {'archs', 'checkpoints', 'data'}
 FLOOR_2 = {'runtime', 'basicsr'}
@@ -28,6 +28,7 @@ EVERYTHING = FLOOR_0 | FLOOR_1 | FLOOR_2 | FLOOR_3 | FLOOR_4
 ALLOWED = {
     '__init__': {'hook', 'checkpoints', 'runtime'},  # the last two as types, and on demand
     'hook': {'errors', 'basicsr'},  # it plugs the plug in, once BasicSR is there
+    'adapted_folder': set(),
     'errors': set(),
     'figures': {'errors'},
     'files': {'errors'},
@@ -49,6 +50,7 @@ ALLOWED = {
 THIRD_PARTIES: dict[str, tuple[set[str], set[str]]] = {
     '__init__': (set(), set()),
     'hook': (set(), set()),
+    'adapted_folder': (set(), set()),
     'errors': (set(), {'basicsr'}),
     'figures': ({'matplotlib'}, set()),  # at its top for types alone
     'files': (set(), {'torch'}),

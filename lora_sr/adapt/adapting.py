@@ -26,6 +26,7 @@ from lora_sr.adapt.pairs import look_at_pairs, write_training_pairs
 from lora_sr.adapt.plan import batches_for, lora_for
 from lora_sr.adapt.rates import find_rate
 from lora_sr.adapt.training import best_network, train
+from lora_sr.adapted_folder import ADAPTER, BASE, DATA, HELD, MERGED, OPTIONS, RECORD
 from lora_sr.adapters import Adapter, extract_adapter, merge_adapter, mix_adapters, save_adapter
 from lora_sr.adapters.verbs import adapted_modules
 from lora_sr.archs import NetworkInfo, is_training_form, network_info
@@ -39,9 +40,7 @@ from lora_sr.checkpoints.writing import write_state
 from lora_sr.errors import InputError, shown
 from lora_sr.files import check_output_folder, lock_path, write_errors, write_whole
 
-RECORD = 'adapt.json'
-OPTIONS, BASE, ADAPTER, MERGED = 'train.yml', 'base.pth', 'adapter.safetensors', 'merged.pth'
-DATA, PARTIAL = 'data', 'data.partial'
+PARTIAL = f'{DATA}.partial'
 RATES = (1e-3, 2.5e-3, 6e-3, 1.5e-2)
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
 # Shares of the whole time.
@@ -247,7 +246,7 @@ class _Run:
         try:
             (self.folder / PARTIAL).mkdir()
             write_training_pairs(training, self.folder / PARTIAL, self.scale, self.adaptation.aligns)
-            write_held(held, self.folder / PARTIAL / 'held', self.scale, self.adaptation.aligns, side)
+            write_held(held, self.folder / PARTIAL / HELD, self.scale, self.adaptation.aligns, side)
             os.replace(self.folder / PARTIAL, self.folder / DATA)
         except (OSError, lmdb.Error) as error:
             shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)
@@ -374,7 +373,7 @@ class _Run:
         return network
 
     def held(self) -> list[Held]:
-        return read_held(self.folder / DATA / 'held', self.scale)
+        return read_held(self.folder / DATA / HELD, self.scale)
 
     def options(self, rate: float, iterations: int, minutes: float = 10.0) -> str:
         """The text of the option file."""

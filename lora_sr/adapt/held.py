@@ -13,13 +13,14 @@ import numpy as np
 from torch import nn
 
 from lora_sr.adapt.pairs import SMALLEST_SIDE, Pair
+from lora_sr.adapted_folder import HR, LR
 from lora_sr.data.sources import read_image
 from lora_sr.images.bicubic import bicubic_downscale, bicubic_upscale
 from lora_sr.images.luma import psnr
 from lora_sr.images.png import encode_png
 from lora_sr.runtime import Upscaler
 
-FOLDERS = 'HR', 'LR'
+FOLDERS = HR, LR
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def write_held(pairs: Sequence[Pair], folder: Path, scale: int, aligns: bool, si
 def read_held(folder: Path, scale: int) -> list[Held]:
     """What :func:`write_held` has written, in the order of the names."""
     held = []
-    for file in sorted((folder / 'HR').iterdir()):
+    for file in sorted((folder / HR).iterdir()):
         hr = read_image(file)
-        held.append(Held(file.stem, hr, read_image(folder / 'LR' / file.name), bicubic_downscale(hr, scale)))
+        held.append(Held(file.stem, hr, read_image(folder / LR / file.name), bicubic_downscale(hr, scale)))
     return held
 
 

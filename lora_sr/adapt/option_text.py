@@ -7,10 +7,9 @@ from typing import Any
 
 import yaml
 
+from lora_sr.adapted_folder import HELD, NAME
 from lora_sr.option_file import OptionDumper
 
-NAME = 'adapt'
-HELD = 'held'  # the set of what is held back
 TEXT = """\
 # {network}, adapted to a camera: written by `lora-sr adapt`. In the folder of this file, this repeats its training:
 #

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from lora_sr.adapt.option_text import HELD, NAME
+from lora_sr.adapted_folder import BEST, HELD, RUN
 from lora_sr.errors import InputError
 from lora_sr.metrics_file import NAME as METRICS
 from lora_sr.metrics_file import read_metrics
@@ -44,12 +44,12 @@ class Trained:
 
 def run_folder(folder: Path) -> Path:
     """Where the run of the option file ``train.yml`` of a folder is."""
-    return folder / 'experiments' / NAME
+    return folder / RUN
 
 
 def best_network(folder: Path) -> Path:
     """The best network of that run, which is there once it has validated."""
-    return run_folder(folder) / 'models' / f'net_g_best_{HELD}.pth'
+    return folder / BEST
 
 
 def train(folder: Path, patience: int, told: Callable[[int, float], None] = lambda iteration, psnr: None) -> Trained:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from lora_sr.cli.arguments import add_network_options, network_source
+from lora_sr.adapted_folder import REPORT
+from lora_sr.cli.arguments import add_network_options, network_source, tell_written
 from lora_sr.errors import InputError, printable
 
 NOTHING_GAINED = 3
@@ -28,6 +30,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Adapt a network to a camera by LoRA, from pairs of HR and LR images of the same names. A tenth\n'
         'of the pairs is held back, and every choice is made on them: learning rate, iteration, strength.\n'
+        'OUT/report.html shows what it came to, with images before and after.\n'
         'Ctrl-C while it trains keeps the best so far. The same command goes on where it was interrupted.\n'
         'Exit status: 0; 3 if nothing was gained; 2 if something of the input is wrong.',
     )
@@ -81,9 +84,24 @@ def run(args: argparse.Namespace) -> None:
     source = network_source(args, args.checkpoint)
     adaptation = Adaptation(source, images, args.minutes, args.share, args.align, adapter)
     outcome = adapt(adaptation, args.output, lambda line: print(printable(line), flush=True))
-    print(outcome)
+    try:
+        _report(Path(args.output), args.imports)
+    finally:
+        print(outcome)  # as the last line
     if not outcome.has_gained:
         sys.exit(NOTHING_GAINED)
+
+
+def _report(folder: Path, imports: Sequence[str]) -> None:
+    """Write the report, without which what was adapted is as good."""
+    from lora_sr.report.page import write_report
+
+    try:
+        write_report(folder, folder / REPORT, imports)
+    except InputError as error:
+        print(f'lora-sr: note: there is no report: {printable(str(error))}', file=sys.stderr)
+    else:
+        tell_written(folder / REPORT)
 
 
 def _share(text: str) -> float:

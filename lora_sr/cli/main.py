@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 PREPARING, TRAINING = ('prepare', 'degrade'), ('adapt', 'inspect', 'allocate', 'pipelines')
 DEPLOYING = ('merge', 'adapter', 'upscale', 'export', 'submission')
-MEASURING = ('compare', 'attribution', 'curves', 'bench')
+MEASURING = ('compare', 'attribution', 'curves', 'report', 'bench')
 NEED_BASICSR = ('adapt', 'train', 'test', 'allocate')
-COMPUTING = (*NEED_BASICSR, 'degrade', 'upscale', 'compare', 'attribution')  # `bench` measures what it is given
+# `bench` measures what it is given.
+COMPUTING = (*NEED_BASICSR, 'degrade', 'upscale', 'compare', 'attribution', 'report')
 
 
 class _Parser(argparse.ArgumentParser):

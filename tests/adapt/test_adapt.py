@@ -160,6 +160,9 @@ def test_nothing_gained(camera, network, tmp_path, monkeypatch, capsys):
     assert status.value.code == 3
     told = capsys.readouterr().out.splitlines()
     assert told[-1].startswith('Nothing was gained: your camera ')
+    assert told[-2] == f'wrote {tmp_path}/out/report.html'
+    report = (tmp_path / 'out' / 'report.html').read_text()
+    assert 'Nothing was gained: your camera ' in report and 'Most improved' in report
     assert not (tmp_path / 'out' / 'merged.pth').exists() and not (tmp_path / 'out' / 'adapter.safetensors').exists()
 
 

@@ -90,12 +90,16 @@ class Adaptation:
         }
 
 
+def _imports(source: NetworkSource) -> list[str]:
+    return [os.path.abspath(one) if one.endswith('.py') else one for one in source.imports]
+
+
 def _source(source: NetworkSource) -> dict[str, Any]:
     named = source.checkpoint
     return {
         'checkpoint': os.path.abspath(named) if isinstance(named, (str, os.PathLike)) else None,
         'options': None if source.options is None else os.path.abspath(source.options),
-        'imports': list(source.imports),
+        'imports': _imports(source),
         'param_key': source.param_key,
     }
 
@@ -379,6 +383,8 @@ class _Run:
         """The text of the option file."""
         base, pairs = self.opened.base, self.record.steps['pairs']
         assert base is not None
+        if names_file(base):
+            base['path'] = os.path.abspath(base['path'])  # the run is in another folder
         has_gpu = torch.cuda.is_available()
         return option_text(
             network=type(self.opened.network).__name__,
@@ -386,7 +392,7 @@ class _Run:
             base=base,
             lora=pairs['lora'],
             pretrain=None if names_file(base) else BASE,
-            imports=[os.path.abspath(one) if one.endswith('.py') else one for one in self.adaptation.network.imports],
+            imports=_imports(self.adaptation.network),
             side=pairs['side'],
             batch=pairs['batch'],
             workers=4 if has_gpu else 0,

@@ -110,9 +110,11 @@ def batches_for(network: nn.Module, lora: dict[str, Any], info: NetworkInfo, sma
     image = image.to(best_device())
 
     def step() -> None:
+        trained.train()
         (trained(image) / info.value_range).abs().mean().backward()
 
     def run() -> None:
+        trained.eval()
         with torch.inference_mode():
             trained(image[:1])
 

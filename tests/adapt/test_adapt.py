@@ -25,7 +25,8 @@ from lora_sr.images.bicubic import bicubic_downscale
 from lora_sr.option_file import load_options
 from lora_sr.report.comparison import compare
 
-MINUTES = 0.3
+MINUTES = 0.1
+LONGER = 0.3  # in which a training gains, and does not end before it is told to
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def mean_psnr(network, folder, small):
 @pytest.mark.slow
 def test_what_is_reported_is_true(camera, network, tmp_path):
     lines, folder = [], tmp_path / 'out'
-    found = adapt(adaptation(network, camera(12)), folder, lines.append)
+    found = adapt(adaptation(network, camera(12), minutes=LONGER), folder, lines.append)
     assert found.has_gained and found.held == 2 and found.ended in ('finished', 'time')
     held = folder / 'data' / 'held'
     base, merged = load_network(network), load_network(folder / 'merged.pth')
@@ -95,7 +96,7 @@ def test_what_is_reported_is_true(camera, network, tmp_path):
 
     # What comes on top of an adapter begins where it ended, and its file has both.
     more = adapt(
-        adaptation(network, (tmp_path / 'HR', tmp_path / 'LR'), minutes=0.1, adapter=folder / 'adapter.safetensors'),
+        adaptation(network, (tmp_path / 'HR', tmp_path / 'LR'), adapter=folder / 'adapter.safetensors'),
         tmp_path / 'more',
     )
     start = mean_psnr(merged, tmp_path / 'more' / 'data' / 'held', lambda hr, lr: lr)
@@ -108,7 +109,8 @@ def test_what_is_reported_is_true(camera, network, tmp_path):
 
     # A second call finds all done.
     lines.clear()
-    assert adapt(adaptation(network, (tmp_path / 'HR', tmp_path / 'LR')), folder, lines.append) == found
+    again = adaptation(network, (tmp_path / 'HR', tmp_path / 'LR'), minutes=LONGER)
+    assert adapt(again, folder, lines.append) == found
     assert not lines
 
 
@@ -132,11 +134,11 @@ def test_it_goes_on_wherever_it_was_interrupted(camera, network, tmp_path):
             timer = threading.Thread(target=_end_training, args=(folder,), daemon=True)
             timer.start()
         with pytest.raises(Interrupted):
-            adapt(adaptation(network, folders), folder, until(word))
+            adapt(adaptation(network, folders, minutes=LONGER), folder, until(word))
     record = json.loads((folder / 'adapt.json').read_text())
     assert list(record['steps']) == ['pairs', 'start', 'rates', 'plan', 'training']
     assert record['steps']['training']['ended'] == 'interrupted' and record['steps']['training']['psnr']
-    found = adapt(adaptation(network, folders), folder, until(None))
+    found = adapt(adaptation(network, folders, minutes=LONGER), folder, until(None))
     assert found.ended == 'interrupted' and (folder / 'merged.pth').exists() == found.has_gained
     assert lines.count('network') == 1 and lines.count('training') == 1  # of what was done nothing is done again
     assert 0 < record['seconds'] < 120
@@ -154,7 +156,7 @@ def _end_training(folder):
 def test_nothing_gained(camera, network, tmp_path, monkeypatch, capsys):
     hr, lr = map(str, camera(4))
     monkeypatch.setattr(outcome, 'LEAST_GAIN', 100.0)
-    call = ['adapt', str(network), '--pairs', hr, lr, '-o', str(tmp_path / 'out'), '--minutes', '0.2']
+    call = ['adapt', str(network), '--pairs', hr, lr, '-o', str(tmp_path / 'out'), '--minutes', '0.1']
     with pytest.raises(SystemExit) as status:
         main(call)
     assert status.value.code == 3
@@ -171,7 +173,8 @@ def test_nothing_gained(camera, network, tmp_path, monkeypatch, capsys):
 def test_without_pairs(camera, network, tmp_path, kind):
     hr, lr = camera(6)
     images = Images(hr=hr) if kind == 'photos' else Images(lr=lr, teacher=NetworkSource(network))
-    found = adapt(Adaptation(NetworkSource(network), images, 0.2), tmp_path / 'out')
+    minutes = LONGER if kind == 'photos' else MINUTES
+    found = adapt(Adaptation(NetworkSource(network), images, minutes), tmp_path / 'out')
     if kind == 'photos':
         assert found.has_gained and len(os.listdir(tmp_path / 'out' / 'degraded')) == 6
     else:  # the network itself has nothing to teach
@@ -244,7 +247,7 @@ def test_folders_that_are_taken(camera, network, tmp_path, monkeypatch):
     monkeypatch.setattr(adapting, 'find_rate', _stop)
     with pytest.raises(_Stop):
         adapt(adaptation(network, folders), tmp_path / 'out')
-    with pytest.raises(InputError, match=r'has an adaptation with another minutes, 0\.3, got 5'):
+    with pytest.raises(InputError, match=r'has an adaptation with another minutes, 0\.1, got 5'):
         adapt(adaptation(network, folders, minutes=5), tmp_path / 'out')
     (tmp_path / 'out' / 'adapt.json').write_text('{')
     with pytest.raises(InputError, match='cannot be read: choose another output folder'):

@@ -39,6 +39,22 @@ def test_the_largest_rank_within_a_share(make, share):
         assert share_of(make(), more)[1] > (share or 0.1)
 
 
+def test_depthwise_layers_stay_as_they_are():
+    network = LKDN(num_feat=24, num_block=3)
+    section, _ = lora_for(network, 0.2)
+    add_lora(network, LoRAConfig.from_dict(section))
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            assert hasattr(module, 'lora_A') == (module.groups == 1), name
+
+
+def test_names_that_do_not_tell_depthwise_layers():
+    inner = (nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=groups)) for groups in (8, 1))
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), *inner)
+    section, _ = lora_for(network, None)
+    assert section['exclude_modules'] == ['1', r'2\.1']
+
+
 def test_no_layer_to_adapt():
     with pytest.raises(InputError, match='no layer that can carry LoRA'):
         lora_for(nn.PReLU(), None)

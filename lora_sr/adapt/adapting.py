@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_sr.adapt.held import Held, Measured, measure, measure_bicubic, read_held, side_for, write_held
-from lora_sr.adapt.images import Images, find_images
+from lora_sr.adapt.images import DEGRADED, TAUGHT, Images, find_images
 from lora_sr.adapt.option_text import option_text
 from lora_sr.adapt.outcome import Outcome
 from lora_sr.adapt.pairs import look_at_pairs, write_training_pairs
@@ -159,12 +159,16 @@ class _Record:
             others = sorted(name for name in os.listdir(folder) if not name.startswith('.'))
             if others:
                 raise InputError(f'The output {folder} must be an empty folder or none, got {shown(others[0])} in it.')
-            return cls(path, {'request': request, 'seconds': 0.0, 'steps': {}})
+            return cls._begun(path, request)
         try:
             content = json.loads(path.read_text('utf-8'))
-            known, _, _ = content['request'], content['steps'], content['seconds']
+            known, steps, _ = content['request'], content['steps'], content['seconds']
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f'{path} cannot be read: choose another output folder.') from None
+        if not steps and known != request:  # nothing was done: what was asked for may have been a mistake
+            for name in (DEGRADED, TAUGHT):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            return cls._begun(path, request)
         for key, value in request.items():
             if known.get(key) != value:
                 raise InputError(
@@ -172,6 +176,12 @@ class _Record:
                     'another folder.'
                 )
         return cls(path, content)
+
+    @classmethod
+    def _begun(cls, path: Path, request: dict[str, Any]) -> _Record:
+        record = cls(path, {'request': request, 'seconds': 0.0, 'steps': {}})
+        record.write()  # so that a later call takes what it finds for its own
+        return record
 
     @property
     def steps(self) -> dict[str, Any]:
@@ -188,6 +198,10 @@ class _Record:
         """Note that a step is done."""
         self.steps[step] = result
         self.content['seconds'] = round(self.seconds, 2)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
         write_whole(self.path, json.dumps(self.content, indent=1).encode())
 
 

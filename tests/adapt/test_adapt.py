@@ -254,6 +254,23 @@ def test_folders_that_are_taken(camera, network, tmp_path, monkeypatch):
         adapt(adaptation(network, folders), tmp_path / 'out')
 
 
+def test_a_kill_while_images_are_written(camera, network, tmp_path, monkeypatch):
+    hr, lr = camera(4)
+    folder, images = tmp_path / 'out', Images(hr=hr)
+    for name in ('write_held', 'write_state'):
+        monkeypatch.setattr(adapting, name, _stop)  # what a kill leaves, but for the process
+        with pytest.raises(_Stop):
+            adapt(Adaptation(NetworkSource(network), images, MINUTES), folder)
+        monkeypatch.undo()
+        assert {'adapt.json', 'degraded'} < set(os.listdir(folder))
+    monkeypatch.setattr(adapting, 'find_rate', _stop)
+    # Nothing was done yet, so that another call may begin there as well.
+    with pytest.raises(_Stop):
+        adapt(adaptation(network, (hr, lr)), folder)
+    assert sorted(os.listdir(folder / 'data')) == ['HR_raw.lmdb', 'LR_raw.lmdb', 'held']
+    assert list(json.loads((folder / 'adapt.json').read_text())['steps']) == ['pairs', 'start']
+
+
 def test_two_at_once(camera, network, tmp_path, monkeypatch):
     folders = camera(4)
 

@@ -15,7 +15,8 @@ from lora_sr.checkpoints import Checkpoint, NetworkSource, open_network
 from lora_sr.errors import InputError
 from lora_sr.report.chart import Line, draw_chart
 from lora_sr.report.commands import next_commands
-from lora_sr.report.crops import AT_EACH_END, BeforeAfter, choose, look_at_each, sliders
+from lora_sr.report.crops import AT_EACH_END, choose, look_at_each, sliders
+from lora_sr.report.looks import show_looks
 from lora_sr.report.markup import facts, folded, heading, items, paragraph, table
 from lora_sr.report.record import PairsFound, Psnr, Rates, Record, Request
 
@@ -112,8 +113,12 @@ class AdaptationPart:
 
     def _before_after(self, level: int) -> str:
         parts = [heading('Before and after', level)]
+        held = self.folder / DATA / HELD
         try:
-            pairs = self._look()
+            if not (held / HR).is_dir():
+                raise InputError(f'The pairs held back should be in {held}, where they are not.')
+            before, after = self._networks()
+            pairs = look_at_each(held, before, after)
         except InputError as error:
             return ''.join([*parts, paragraph(f'There are no images to show. {error}')])
         most, least = choose(pairs)
@@ -132,28 +137,27 @@ class AdaptationPart:
         ranked = sorted(pairs, key=lambda pair: (-pair.gain, pair.name))
         rows = [[pair.name, f'{pair.before:.2f}', f'{pair.after:.2f}', f'{pair.gain:+.2f}'] for pair in ranked]
         parts.append(table(f'{PSNR}, of each pair held back', ['Pair', 'Before', 'After', 'Gain'], rows))
+        ends = {'most improved': most[0], **({'least improved': least[-1]} if least else {})}
+        parts.append(show_looks(held, ends, before, after, level + 1))
         return '\n'.join(parts)
 
-    def _look(self) -> list[BeforeAfter]:
-        """What the network before and the one after make of the pairs held back.
+    def _networks(self) -> tuple[nn.Module, nn.Module]:
+        """The network before and the one after.
 
         Raises:
             InputError: They are not there any more, or cannot be used.
         """
-        held = self.folder / DATA / HELD
-        if not (held / HR).is_dir():
-            raise InputError(f'The pairs held back should be in {held}, where they are not.')
         before = self._open(BASE)
         assert self.record.result is not None
         if self.record.result.has_gained:
-            return look_at_each(held, before, self._open(MERGED))
+            return before, self._open(MERGED)
         if not (self.folder / BEST).exists():
             raise InputError(f'The best network should be {self.folder / BEST}, which is not there.')
         update = extract_adapter(Checkpoint.read(self.folder / BEST).state)
         adapter = mix_adapters([(update, self.record.result.strength)])
         after = deepcopy(before)
         after.load_state_dict(merge_adapter(before.state_dict(), adapter))
-        return look_at_each(held, before, after)
+        return before, after
 
     def _open(self, name: str) -> nn.Module:
         return open_network(NetworkSource(self.folder / name, imports=self.imports)).network

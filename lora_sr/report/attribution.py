@@ -231,9 +231,9 @@ def _as_tensor(pixels: NDArray[np.float64]) -> Tensor:
 
 @contextlib.contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Let a network run in eval mode, with gradients and without TF32, and put its modules back into their modes."""
+    """Let a network run in eval mode, with gradients, the same each time and without TF32, and put back its modes."""
     modes = {module: module.training for module in network.modules()}
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     try:
         network.eval()
         with torch.inference_mode(False), torch.enable_grad(), exact:

@@ -36,12 +36,22 @@ class Attributions:
     Args:
         window: ``(x, y, side)`` in pixels of the whole output.
         context: ``(x, y, width, height)`` in LR pixels of the whole image: what the maps cover.
+        scale: Of the networks.
+        part: uint8, (height, width, 3), BGR: the context itself.
         maps: Name -> map of shape (height, width), see :func:`lora_sr.report.attribution.attribution_map`.
     """
 
     window: Window
     context: tuple[int, int, int, int]
+    scale: int
+    part: NDArray[np.uint8]
     maps: dict[str, NDArray[np.float64]]
+
+    @property
+    def inner_window(self) -> Window:
+        """The window in pixels of the output of the context."""
+        (x, y, side), (left, top, _, _) = self.window, self.context
+        return x - left * self.scale, y - top * self.scale, side
 
     @property
     def indices(self) -> dict[str, float]:
@@ -99,22 +109,76 @@ def draw_attributions(
         raise InputError(f'The context must be at least 1 LR pixel, got {context}.')
     pixels = read_image(Path(image))
     height, width = pixels.shape[:2]
-    opened = {name: _open(name, source) for name, source in networks.items()}
-    scale = _common_scale({name: network_scale for name, (_, network_scale) in opened.items()})
+    opened = {name: open_to_attribute(name, source) for name, source in networks.items()}
+    scale = common_scale(opened)
     if window is None:
         side = min(SIDE, height * scale, width * scale, context * scale)
-        window = choose_window([_upscale(name, network, pixels) for name, (network, _) in opened.items()], side)
+        window = choose_window([_upscale(name, network, pixels) for name, network in opened.items()], side)
+    attributions = attribute(opened, pixels, window, steps, context)
+    write_whole(output, cv2.imencode('.png', _picture(attributions))[1].tobytes())
+    return attributions
+
+
+def open_to_attribute(name: str, source: NetworkLike | OpenedNetwork) -> nn.Module:
+    """A network as :func:`attribute` takes it: in deploy form, for RGB images of any size. ``source`` is not changed.
+
+    Args:
+        name: Of the network, for messages.
+        source: Whatever :func:`lora_sr.load_network` takes, or a network that has been opened.
+
+    Raises:
+        InputError: It cannot be opened, or takes or gives other images.
+    """
+    if not name.isprintable():
+        raise InputError(f'Names must be printable, got "{printable(name)}".')
+    try:
+        opened = source if isinstance(source, OpenedNetwork) else open_network(source)
+        network = deploy_form(opened.network)
+    except InputError as error:
+        raise InputError(f'"{name}": {error}') from None
+    info = network_info(network)
+    if info is None or info.fixed_size is not None or (info.in_channels, info.out_channels) != (3, 3):
+        reason = refusal(network) if info is None else ''
+        raise InputError(
+            f'"{name}" must take and give RGB images of any size, which {type(network).__name__} does not{reason}.'
+        )
+    return take_any_size(network)
+
+
+def attribute(
+    networks: Mapping[str, nn.Module],
+    pixels: NDArray[np.uint8],
+    window: Window,
+    steps: int = STEPS,
+    context: int = CONTEXT,
+) -> Attributions:
+    """The local attribution maps of networks for one window of their outputs.
+
+    Args:
+        networks: Name -> what :func:`open_to_attribute` gives, all of one scale.
+        pixels: uint8, (H, W, 3), BGR: the whole LR image.
+        window: As for :func:`draw_attributions`.
+        steps: Likewise.
+        context: Likewise.
+
+    Returns:
+        The maps.
+
+    Raises:
+        InputError: The networks have different scales or cannot be attributed, the window is not within the output or
+            larger than the context, or nothing in it depends on details of the image.
+    """
+    (height, width), scale = pixels.shape[:2], common_scale(networks)
     check_window(window, height * scale, width * scale)
     x, y, side = window
     left, columns = _span(x, side, width, scale, context)
     top, rows = _span(y, side, height, scale, context)
     part = np.ascontiguousarray(pixels[top : top + rows, left : left + columns])
-    inner = (x - left * scale, y - top * scale, side)
+    attributions = Attributions(window, (left, top, columns, rows), scale, part, {})
     device = best_device()
-    maps = {}
-    for name, (network, _) in opened.items():
+    for name, network in networks.items():
         try:
-            found = attribution_map(network.to(device), image_to_tensor(part), inner, steps)
+            found = attribution_map(network.to(device), image_to_tensor(part), attributions.inner_window, steps)
         except InputError as error:
             raise InputError(f'"{name}": {error}') from None
         network.cpu()
@@ -123,23 +187,22 @@ def draw_attributions(
                 f'The window must show what depends on details of the image, got {side} x {side} pixels at x {x}, '
                 f'y {y}, in which "{name}" gives the same of a blurred one.'
             )
-        maps[name] = found
-    attributions = Attributions(window, (left, top, columns, rows), maps)
-    write_whole(output, cv2.imencode('.png', _picture(part, inner, scale, attributions))[1].tobytes())
+        attributions.maps[name] = found
     return attributions
 
 
-def choose_window(outputs: Sequence[NDArray[np.uint8]], side: int) -> Window:
+def choose_window(outputs: Sequence[NDArray[np.uint8]], side: int, margin: int | None = None) -> Window:
     """The window to look at: where networks differ most, or where a single one gives most detail.
 
     Of several outputs it is the range of their values that is added up over the window and the channels; of one, the
-    magnitude of its gradient, as :func:`lora_sr.report.attribution.gradient_detector` has it. Windows have a distance
-    of at least their side from the borders, as far as there is room, for networks differ most in what they make of
-    borders. Of equal windows the first counts, row by row.
+    magnitude of its gradient, as :func:`lora_sr.report.attribution.gradient_detector` has it. Of equal windows the
+    first counts, row by row.
 
     Args:
         outputs: uint8, of one shape (H, W, 3).
         side: Of the window, in pixels, at most H and W.
+        margin: The distance of windows from the borders, in pixels, as far as there is room; by default their side, for
+            networks differ most in what they make of the borders of an image.
 
     Returns:
         ``(x, y, side)``.
@@ -157,35 +220,48 @@ def choose_window(outputs: Sequence[NDArray[np.uint8]], side: int) -> Window:
     sums = np.pad(spread.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     totals = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
     bottom, right_end = totals.shape
-    margin_y, margin_x = min(side, (bottom - 1) // 2), min(side, (right_end - 1) // 2)
+    margin = side if margin is None else margin
+    margin_y, margin_x = min(margin, (bottom - 1) // 2), min(margin, (right_end - 1) // 2)
     inner = totals[margin_y : bottom - margin_y, margin_x : right_end - margin_x]
     y, x = np.unravel_index(inner.argmax(), inner.shape)
     return int(x) + margin_x, int(y) + margin_y, side
 
 
-def _open(name: str, source: NetworkLike | OpenedNetwork) -> tuple[nn.Module, int]:
-    """A network in deploy form that takes RGB images of any size, and its scale."""
-    if not name.isprintable():
-        raise InputError(f'Names must be printable, got "{printable(name)}".')
-    try:
-        opened = source if isinstance(source, OpenedNetwork) else open_network(source)
-        network = deploy_form(opened.network)
-    except InputError as error:
-        raise InputError(f'"{name}": {error}') from None
-    info = network_info(network)
-    if info is None or info.fixed_size is not None or (info.in_channels, info.out_channels) != (3, 3):
-        reason = refusal(network) if info is None else ''
-        raise InputError(
-            f'"{name}" must take and give RGB images of any size, which {type(network).__name__} does not{reason}.'
-        )
-    return take_any_size(network), info.scale
+def common_scale(networks: Mapping[str, nn.Module]) -> int:
+    """The scale of networks that :func:`open_to_attribute` gives.
 
-
-def _common_scale(scales: Mapping[str, int]) -> int:
+    Raises:
+        InputError: They have several.
+    """
+    scales = {name: _scale(network) for name, network in networks.items()}
     if len(set(scales.values())) > 1:
         listed = ', '.join(f'"{name}" x{scale}' for name, scale in scales.items())
         raise InputError(f'The networks must have one scale, got {listed}.')
     return next(iter(scales.values()))
+
+
+def lay_over(image: NDArray[np.uint8], found: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """A map over an image in gray, the redder the more a pixel matters.
+
+    How red a pixel is, is the square root of its attribution: else few would show.
+
+    Args:
+        image: (h, w, 3), BGR.
+        found: (h, w), in [0, 1].
+
+    Returns:
+        (h, w, 3), BGR.
+    """
+    gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+    share = np.sqrt(found)[:, :, None]
+    laid_over: NDArray[np.uint8] = (gray * (1 - share) + np.array(RED) * share).round().astype(np.uint8)
+    return laid_over
+
+
+def _scale(network: nn.Module) -> int:
+    info = network_info(network)
+    assert info is not None  # as opening has checked
+    return info.scale
 
 
 def _upscale(name: str, network: nn.Module, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -206,15 +282,13 @@ def _span(start: int, side: int, length: int, scale: int, context: int) -> tuple
     return min(max(middle, behind - kept, 0), first, length - kept), kept
 
 
-def _picture(part: NDArray[np.uint8], window: Window, scale: int, attributions: Attributions) -> NDArray[np.uint8]:
-    """The panels beside each other, BGR. How red a pixel is, is the square root of its attribution: else few show."""
-    gray = cv2.cvtColor(cv2.cvtColor(part, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
-    panels = [_panel('LR', part, window, scale)]
-    indices = attributions.indices
-    for name, found in attributions.maps.items():
-        share = np.sqrt(found)[:, :, None]
-        laid_over = (gray * (1 - share) + np.array(RED) * share).round().astype(np.uint8)
-        panels.append(_panel(f'{indices[name]:.2f} {name}', laid_over, window, scale))
+def _picture(attributions: Attributions) -> NDArray[np.uint8]:
+    """The panels beside each other, BGR."""
+    part, indices = attributions.part, attributions.indices
+    shown = {'LR': part}
+    shown |= {f'{indices[name]:.2f} {name}': lay_over(part, found) for name, found in attributions.maps.items()}
+    window, scale = attributions.inner_window, attributions.scale
+    panels = [_panel(caption, image, window, scale) for caption, image in shown.items()]
     picture: NDArray[np.uint8] = np.concatenate(panels, axis=1)
     return picture
 

@@ -110,20 +110,31 @@ def sliders(pairs: Sequence[BeforeAfter], level: int) -> str:
     return f'<div class="pairs">{"".join(_slider(pair, level) for pair in pairs)}</div>'
 
 
+def data_url(pixels: np.ndarray) -> str:
+    """An image, uint8, (h, w, 3), BGR, as what stands in a page."""
+    data = base64.b64encode(encode_png(np.ascontiguousarray(pixels)).tobytes()).decode()
+    return f'data:image/png;base64,{data}'
+
+
+def extent(left: int, top: int, width: int, height: int) -> str:
+    """Which pixels of an image a part of it has, as text."""
+    return f'{left} to {left + width - 1} across and {top} to {top + height - 1} down'
+
+
 def _slider(pair: BeforeAfter, level: int) -> str:
     crop, name = pair.crop, text(pair.name)
     height, width = crop.hr.shape[:2]
     size = f'width="{width}" height="{height}"'
 
     def image(pixels: np.ndarray, kind: str) -> str:
-        shown = f'<img {size} src="{_data(pixels)}" alt="{kind}, pair {name}">'
+        shown = f'<img {size} src="{data_url(pixels)}" alt="{kind}, pair {name}">'
         return f'{shown}<figcaption>{kind}</figcaption>'
 
     return f"""
 <section class="pair" style="--w:{width};--h:{height}">
 {heading(f'{pair.name}: {pair.gain:+.2f} dB', level)}
 <p>{pair.before:.2f} dB before, {pair.after:.2f} dB after. \
-Shown are pixels {crop.left} to {crop.left + width - 1} across and {crop.top} to {crop.top + height - 1} down.</p>
+Shown are pixels {extent(crop.left, crop.top, width, height)}.</p>
 <div class="stage">
 <figure>{image(crop.before, 'Before')}</figure>
 <figure class="over">{image(crop.after, 'After')}</figure>
@@ -151,11 +162,6 @@ def _crop(hr: np.ndarray, lr: np.ndarray, before: np.ndarray, after: np.ndarray,
     part = np.s_[top : top + height * scale, left : left + width * scale]
     small = np.s_[top // scale : top // scale + height, left // scale : left // scale + width]
     return Crop(left, top, hr[part], lr[small], before[part], after[part])
-
-
-def _data(pixels: np.ndarray) -> str:
-    data = base64.b64encode(encode_png(np.ascontiguousarray(pixels)).tobytes()).decode()
-    return f'data:image/png;base64,{data}'
 
 
 def _flip(image: np.ndarray) -> np.ndarray:

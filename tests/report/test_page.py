@@ -1,5 +1,6 @@
 """Reports: what stands in them, and that they fetch nothing and are safe with any name."""
 
+import base64
 import html
 import json
 import re
@@ -18,15 +19,24 @@ from tiny_adaptation import write_adaptation
 from lora_sr.archs.span import SPAN
 from lora_sr.cli.main import build_parser, main
 from lora_sr.errors import InputError
+from lora_sr.images.bicubic import bicubic_downscale
 from lora_sr.images.luma import psnr
+from lora_sr.report.attribution import attribution_map, diffusion_index
 from lora_sr.report.chart import Line, draw_chart
-from lora_sr.report.crops import CROP, BeforeAfter, choose
+from lora_sr.report.crops import CROP, BeforeAfter, choose, look_at_each
 from lora_sr.report.markup import STYLE
 from lora_sr.report.page import write_report, write_reports
 from lora_sr.report.tables import Comparison, Cost, Row, encode_table
 from lora_sr.runtime import Upscaler
+from lora_sr.runtime.pixels import image_to_tensor
 
 NAME = '/nets/<b>&"x".pth'
+CROPS, MAPS = 4 * 4, 2 * 3  # images of a report: of four pairs, and of the first and the last of them
+LOOKS = 'What the networks look at'
+FRAMES = """[...document.querySelectorAll('.map')].map(map => {
+  const [image, frame] = [...map.children].map(one => one.getBoundingClientRect());
+  return [frame.x - image.x, frame.y - image.y, image.right - frame.right, image.bottom - frame.bottom];
+})"""
 VOID = {'meta', 'link', 'img', 'input', 'circle', 'path'}  # the last two close themselves in SVG
 
 
@@ -116,7 +126,6 @@ def test_crops_are_chosen_by_rule(adapted, tmp_path):
 
 def test_a_crop_is_where_the_networks_differ_most(adapted):
     from lora_sr import load_network
-    from lora_sr.report.crops import look_at_each
 
     networks = [load_network(adapted / name) for name in ('base.pth', 'merged.pth')]
     for pair in look_at_each(adapted / 'data/held', *networks):
@@ -150,6 +159,72 @@ def test_pairs_that_cannot_be_better():
     assert pair.gain == 0 and choose([pair]) == ([pair], [])
 
 
+def write_pair(folder, name, hr):
+    cv2.imwrite(str(folder / 'data/held/HR' / f'{name}.png'), hr)
+    cv2.imwrite(str(folder / 'data/held/LR' / f'{name}.png'), bicubic_downscale(hr, 2))
+
+
+def test_attribution_maps_before_and_after(tmp_path):
+    """Of the two pairs at the ends of the gain, worked out by ourselves; their images are larger than what is shown."""
+    from lora_sr import load_network
+
+    folder = write_adaptation(tmp_path / 'phone', held=3)
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 256, (20, 30, 3), np.uint8)
+        write_pair(folder, f'{number:02d}', cv2.resize(noise, (240, 160), interpolation=cv2.INTER_CUBIC))
+    page = report_on(folder, tmp_path / 'r.html')
+    place = page.text.index(LOOKS)
+    alts = {attributes['alt']: attributes['src'] for attributes in page.of('img')}
+    networks = [load_network(folder / name) for name in ('base.pth', 'merged.pth')]
+    least, middle, most = sorted(look_at_each(folder / 'data/held', *networks), key=lambda pair: pair.gain)
+    assert f'{middle.name}, most improved' not in page.text and f'{middle.name}, least improved' not in page.text
+    for pair, which in ((most, 'most'), (least, 'least')):
+        told = page.text[page.text.index(f'{pair.name}, {which} improved', place) :]
+        before, after = pair.crop.before.astype(int), pair.crop.after.astype(int)
+        difference = np.abs(before - after).sum(2)
+        windows = [(top, left) for top in range(CROP[1] - 15) for left in range(CROP[0] - 15)]
+        top, left = max(windows, key=lambda at: difference[at[0] : at[0] + 16, at[1] : at[1] + 16].sum())
+        x, y = pair.crop.left + left, pair.crop.top + top
+        assert f'has the pixels {x} to {x + 15} across and {y} to {y + 15} down of the output' in told
+        # 64 LR pixels around its middle, as far as the image goes.
+        lr = cv2.imread(str(folder / 'data/held/LR' / f'{pair.name}.png'))
+        column, row = (min(max(round((at + 8) / 2 - 32), 0), side - 64) for at, side in ((x, 120), (y, 80)))
+        part = np.ascontiguousarray(lr[row : row + 64, column : column + 64])
+        assert told.partition('. ')[0].endswith(
+            f'LR pixels {column} to {column + 63} across and {row} to {row + 63} down'
+        )
+        inner = x - 2 * column, y - 2 * row, 16
+        for kind, network in zip(('Before', 'After'), networks):
+            index = diffusion_index(attribution_map(network, image_to_tensor(part), inner, 20))
+            assert f'{kind}: diffusion index {index:.2f}' in told
+            assert f'{kind}, pair {pair.name}: diffusion index {index:.2f}' in alts
+        data = alts[f'LR image, pair {pair.name}: the patch in the frame'].partition(',')[2]
+        pixels = np.frombuffer(base64.b64decode(data), np.uint8)
+        assert np.array_equal(cv2.imdecode(pixels, cv2.IMREAD_COLOR), part)
+
+
+def test_a_single_pair_has_its_attribution_maps(tmp_path):
+    page = report_on(write_adaptation(tmp_path / 'phone', held=1), tmp_path / 'r.html')
+    assert '00, most improved' in page.text and 'least improved Shown' not in page.text
+    assert len(page.of('img')) == 4 + 3
+
+
+def test_why_there_are_no_attribution_maps(tmp_path):
+    """A network for gray images upscales, channel by channel, and is not attributed; nor is an image without detail."""
+    folder = write_adaptation(tmp_path / 'phone', held=2)
+    write_pair(folder, '00', np.full((90, 120, 3), 90, np.uint8))
+    page = report_on(folder, tmp_path / 'r.html')
+    assert 'There are no attribution maps of this pair. The window must show what depends on details' in page.text
+    assert re.search('01, (most|least) improved Shown are', page.text) and len(page.of('img')) == 2 * 4 + 3
+    torch.manual_seed(0)
+    gray = SPAN(1, 1, deploy=True, feature_channels=6, upscale=2)
+    for name in ('base.pth', 'merged.pth'):
+        torch.save({'params': gray.state_dict()}, folder / name)
+    page = report_on(folder, tmp_path / 'r.html')
+    assert 'There are no attribution maps. "The network before" must take and give RGB images' in page.text
+    assert len(page.of('img')) == 2 * 4
+
+
 def test_a_report_is_the_same_each_time(adapted, tmp_path):
     pages = []
     for name in ('a.html', 'b.html'):
@@ -166,7 +241,7 @@ def test_nothing_is_fetched(adapted, tmp_path):
         assert not attributes.keys() & {'srcset', 'action', 'data', 'xlink:href'}
         for name in ('src', 'href'):
             assert attributes.get(name, 'data:').startswith('data:')
-    assert len(page.of('img')) == 4 * 4
+    assert len(page.of('img')) == CROPS + MAPS
 
 
 def test_headings_and_images_and_sliders_have_their_names(adapted, tmp_path):
@@ -199,7 +274,7 @@ def test_names_are_text(tmp_path):
 def test_without_gain_the_best_network_is_shown(tmp_path):
     folder = write_adaptation(tmp_path / 'phone', has_gained=False)
     page = report_on(folder, tmp_path / 'r.html')
-    assert 'Nothing was gained.' in page.text and len(page.of('img')) == 4 * 4
+    assert 'Nothing was gained.' in page.text and len(page.of('img')) == CROPS + MAPS
     assert 'No merged network was written.' in page.text and 'at strength 0.5' in page.text
     (folder / 'experiments/adapt/models/net_g_best_held.pth').unlink()
     page = report_on(folder, tmp_path / 'r.html')
@@ -420,6 +495,8 @@ def test_in_a_browser(adapted, tmp_path):
             assert tab.evaluate('document.documentElement.scrollWidth') <= width
             paper = tab.evaluate('getComputedStyle(document.body).backgroundColor')
             assert (paper == 'rgb(255, 255, 255)') is not dark
+            for left, top, right, bottom in tab.evaluate(FRAMES):
+                assert min(left, top, right, bottom) > -0.5  # of a frame to the edges of its map
         # By keyboard: from link to link, until a slider has the focus, and shows it.
         for _ in range(40):
             tab.press('Tab', 9)
@@ -453,4 +530,8 @@ def test_in_a_browser(adapted, tmp_path):
         )
         assert boxes[0] + 100 < boxes[1]
         assert tab.evaluate("getComputedStyle(document.querySelector('.over img')).clipPath") == 'none'
+        tops = tab.evaluate(
+            "[...document.querySelector('.maps').querySelectorAll('img')].map(one => one.getBoundingClientRect().y)"
+        )
+        assert len(tops) == 3 and len(set(tops)) == 1
         assert tab.evaluate("getComputedStyle(document.querySelector('.slider')).display") == 'none'

@@ -23,7 +23,8 @@ from lora_sr.report.attribution_picture import (
 from lora_sr.report.crops import BeforeAfter, data_url, extent
 from lora_sr.report.markup import heading, paragraph, text
 
-STEPS = 20  # of a map: a page has up to four, each of so many forward and backward passes on 64x64 LR pixels
+STEPS = 10  # of a map: a page has up to four, each of so many forward and backward passes on 64x64 LR pixels
+MOST_PARAMETERS = 2_000_000  # of a network: half a minute of a CPU for a page
 BEFORE, AFTER = 'The network before', 'The network after'
 INTRODUCTION = (
     'Local attribution maps of the most and the least improved pair: the redder an LR pixel, the more the network uses '
@@ -47,6 +48,11 @@ def show_looks(folder: Path, pairs: Mapping[str, BeforeAfter], before: nn.Module
         A section with a heading. Where the networks or a pair cannot be attributed a sentence says why.
     """
     title = heading('What the networks look at', level)
+    parameters = sum(parameter.numel() for parameter in before.parameters())
+    if parameters > MOST_PARAMETERS:
+        return title + paragraph(
+            f'{LEFT_OUT}, which take long for a network of {parameters:,} parameters: lora-sr attribution makes them.'
+        )
     try:
         networks = {name: open_to_attribute(name, network) for name, network in ((BEFORE, before), (AFTER, after))}
     except InputError as error:

@@ -195,7 +195,7 @@ def test_attribution_maps_before_and_after(tmp_path):
         )
         inner = x - 2 * column, y - 2 * row, 16
         for kind, network in zip(('Before', 'After'), networks):
-            index = diffusion_index(attribution_map(network, image_to_tensor(part), inner, 20))
+            index = diffusion_index(attribution_map(network, image_to_tensor(part), inner, 10))
             assert f'{kind}: diffusion index {index:.2f}' in told
             assert f'{kind}, pair {pair.name}: diffusion index {index:.2f}' in alts
         data = alts[f'LR image, pair {pair.name}: the patch in the frame'].partition(',')[2]
@@ -207,6 +207,14 @@ def test_a_single_pair_has_its_attribution_maps(tmp_path):
     page = report_on(write_adaptation(tmp_path / 'phone', held=1), tmp_path / 'r.html')
     assert '00, most improved' in page.text and 'least improved Shown' not in page.text
     assert len(page.of('img')) == 4 + 3
+
+
+def test_maps_of_large_networks_are_left_to_their_command(tmp_path, monkeypatch):
+    folder = write_adaptation(tmp_path / 'phone', held=1)
+    monkeypatch.setattr('lora_sr.report.looks.MOST_PARAMETERS', 100)
+    page = report_on(folder, tmp_path / 'r.html')
+    assert re.search(r'There are no attribution maps, which take long for a network of [\d,]+ parameters', page.text)
+    assert len(page.of('img')) == 4
 
 
 def test_why_there_are_no_attribution_maps(tmp_path):

@@ -32,6 +32,7 @@ from lora_sr.adapters.verbs import adapted_modules
 from lora_sr.archs import NetworkInfo, is_training_form, network_info
 from lora_sr.checkpoints import AdapterFile, Checkpoint, NetworkSource, open_network
 from lora_sr.checkpoints.adapter_file import fitted
+from lora_sr.checkpoints.imports import IMPORTED
 from lora_sr.checkpoints.layouts import in_layout, layout_of
 from lora_sr.checkpoints.networks import OpenedNetwork
 from lora_sr.checkpoints.origin import KEY, adapter_fingerprint, fingerprint
@@ -51,6 +52,12 @@ MOST_MINUTES = 60 * 24 * 7
 # What the machine may be slower by than when a step was timed, and how long a process takes to begin: a schedule that
 # is cut off loses most of what its end brings.
 SLOWER, START_MINUTES = 1.5, 0.5
+ENDS = {
+    'no_rise': f'stopped: PSNR has not risen for {PATIENCE} validations',
+    'time': 'stopped: its time was up',
+    'interrupted': 'stopped by a signal; the best so far counts',
+    'failed': 'stopped: it diverged; the best so far counts',
+}
 EMA = 0.97  # of the weights: an average over some thirty iterations
 
 
@@ -133,6 +140,8 @@ def adapt(
         raise InputError(f'--minutes must be above 0 and at most {MOST_MINUTES:,}, got {adaptation.minutes:g}.')
     if adaptation.share is not None and not 0 < adaptation.share <= 1:
         raise InputError(f'--share must be above 0% and at most 100%, got {100 * adaptation.share:.4g}%.')
+    if adaptation.aligns and not adaptation.images.is_captured:
+        raise InputError('--align must be left out without --pairs: images that are made lie where they should.')
     check_output_folder(folder)
     opened, info = _open(adaptation.network)
     state = {name: value.clone() for name, value in opened.network.state_dict().items()}
@@ -222,6 +231,8 @@ class _Run:
 
     def run(self) -> Outcome:
         steps = self.record.steps
+        if 'outcome' in steps:  # whatever has become of the files since
+            return self.outcome()
         for name, step in (
             ('pairs', self.pairs),
             ('start', self.start),
@@ -232,6 +243,8 @@ class _Run:
             if name not in steps:
                 self.record.put(name, step())
         outcome = self.outcome()
+        if outcome.has_gained:
+            self.write(outcome.strength)
         self.record.put('outcome', {**outcome.to_dict(), 'sentence': str(outcome)})
         return outcome
 
@@ -239,8 +252,9 @@ class _Run:
         """Look at the pairs, and write those to train on and those that are held back."""
         seconds = 60 * self.adaptation.minutes
         images = self.adaptation.images
-        hr, lr = find_images(images, self.folder, self.scale, self.told)
+        hr, lr, left_out = find_images(images, self.folder, self.scale, self.told)
         pairs = look_at_pairs(hr, lr, self.scale, self.adaptation.aligns, images.is_captured)
+        pairs = replace(pairs, left_out={**pairs.left_out, **left_out})
         training, held = pairs.split()
         for reason in pairs.left_out.values():
             self.told(f'left out   {reason}')
@@ -335,6 +349,8 @@ class _Run:
             PATIENCE,
             lambda iteration, psnr: self.told(f'           {iteration:>6,}: {psnr:.2f} dB ({psnr - base:+.2f})'),
         )
+        if found.ended in ENDS:
+            self.told(f'           {ENDS[found.ended]}')
         return {'psnr': found.psnr, 'iterations': found.iterations, 'ended': found.ended, 'best': found.best}
 
     def strength(self) -> dict[str, Any]:
@@ -352,12 +368,12 @@ class _Run:
         return found
 
     def outcome(self) -> Outcome:
-        """What all of it has come to; the files are written if something was gained."""
+        """What all of it has come to."""
         steps = self.record.steps
         start = Measured(**steps['start']['start'])
         by_strength = {float(one): Measured(**values) for one, values in steps['strength'].items()} or {0.0: start}
         strength = max(by_strength, key=lambda one: (by_strength[one].camera, -one))
-        outcome = Outcome(
+        return Outcome(
             len(steps['pairs']['held']),
             start,
             Measured(**steps['start']['bicubic']),
@@ -365,9 +381,6 @@ class _Run:
             strength,
             steps['training']['ended'],
         )
-        if outcome.has_gained:
-            self.write(strength)
-        return outcome
 
     def write(self, strength: float) -> None:
         """Write the adapter, of which all counts, and the merged network."""
@@ -406,7 +419,7 @@ class _Run:
             base=base,
             lora=pairs['lora'],
             pretrain=None if names_file(base) else BASE,
-            imports=_imports(self.adaptation.network),
+            imports=[os.path.abspath(module.__file__) for module in IMPORTED if module.__file__],
             side=pairs['side'],
             batch=pairs['batch'],
             workers=4 if has_gpu else 0,

@@ -41,39 +41,48 @@ class Images:
         return self.hr is not None and self.lr is not None
 
 
-def find_images(images: Images, folder: Path, scale: int, told: Callable[[str], None]) -> tuple[Path, Path]:
+def find_images(
+    images: Images, folder: Path, scale: int, told: Callable[[str], None]
+) -> tuple[Path, Path, dict[str, str]]:
     """The folders of HR and LR images; what is not there is made below ``folder``, unless that has been done.
 
+    Returns:
+        The two, and {path: why it is left out} for images of which none could be made.
+
     Raises:
-        InputError: An image cannot be used, or what is made cannot be written; or the teacher has another scale.
+        InputError: No image can be used, or what is made cannot be written; or the teacher has another scale.
     """
     if images.hr is not None and images.lr is not None:
-        return images.hr, images.lr
+        return images.hr, images.lr, {}
     if images.hr is not None:
         made = folder / DEGRADED
         told('images     making LR images as a camera might have taken them')
         degraded = degrade_folder(images.hr, made, scale, skip_broken=True, progress=False)
-        for reason in degraded.left_out.values():
-            told(f'left out   {reason}')
-        return images.hr, made
+        return images.hr, made, degraded.left_out
     if images.lr is None or images.teacher is None:
         raise InputError('Images must be pairs, HR images, or LR images and a teacher.')
     made = folder / TAUGHT
     told('images     running the teacher')
-    _teach(images.lr, images.teacher, made, scale)
-    return made, images.lr
+    return made, images.lr, _teach(images.lr, images.teacher, made, scale)
 
 
-def _teach(lr: Path, teacher: NetworkSource, folder: Path, scale: int) -> None:
+def _teach(lr: Path, teacher: NetworkSource, folder: Path, scale: int) -> dict[str, str]:
     opened = open_network(teacher)
     upscaler = Upscaler(opened.network)
     if upscaler.scale != scale:
         raise InputError(f'The teacher must be a network for x{scale}, got {opened.name}, for x{upscaler.scale}.')
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    left_out = {}
     for source in find_sources([lr], scales=()):
         target = folder / f'{source.hr.stem}.png'
         if os.path.exists(target):  # whole, of an earlier call
             continue
-        output = upscaler(np.ascontiguousarray(read_image(source.hr)[:, :, ::-1]))
+        try:
+            image = read_image(source.hr, deep=True)
+        except InputError as error:
+            left_out[str(source.hr)] = str(error)
+            continue
+        output = upscaler(np.ascontiguousarray(image[:, :, ::-1]))
         write_whole(target, encode_png(np.ascontiguousarray(output[:, :, ::-1])).tobytes())
+    return left_out

@@ -47,7 +47,7 @@ class Outcome:
 
     @property
     def has_gained(self) -> bool:
-        """Whether that is more than chance gives."""
+        """Whether that is at least :data:`LEAST_GAIN`."""
         return self.gain >= LEAST_GAIN
 
     def to_dict(self) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def look_at_pairs(
     total = len(sources) + len(left_out)
     sources = _evenly(sources, MOST_PAIRS)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        looks = list(pool.map(lambda source: _look(source, scale), sources))
+        looks = list(pool.map(lambda source: _look(source, scale, aligns), sources))
     left_out.update((str(source.hr), look) for source, look in zip(sources, looks) if isinstance(look, str))
     pairs = [look for look in looks if isinstance(look, Pair)]
     if is_captured:
@@ -185,7 +185,7 @@ def write_training_pairs(pairs: Sequence[Pair], folder: Path, scale: int, aligns
     return paths
 
 
-def _look(source: Source, scale: int) -> Pair | str:
+def _look(source: Source, scale: int, aligns: bool) -> Pair | str:
     """A pair that can be used, or why not."""
     lr_file = source.lr[scale]
     try:
@@ -195,7 +195,15 @@ def _look(source: Source, scale: int) -> Pair | str:
     height, width = lr.shape[:2]
     if min(height, width) < SMALLEST_SIDE:
         return f'{lr_file} must have at least {SMALLEST_SIDE} pixels each way, got {width} x {height}.'
-    return Pair(source.key, source.hr, lr_file, (width, height), is_trimmed, register(hr, lr, scale))
+    registration = register(hr, lr, scale)
+    if aligns:
+        height, width = align(hr, lr, scale, registration)[1].shape[:2]
+        if min(height, width) < SMALLEST_SIDE:
+            return (
+                f'{lr_file} must have at least {SMALLEST_SIDE} pixels each way that {source.hr} shows as well, got '
+                f'{width} x {height}.'
+            )
+    return Pair(source.key, source.hr, lr_file, (width, height), is_trimmed, registration)
 
 
 def _read(hr_file: Path, lr_file: Path, scale: int) -> tuple[np.ndarray, np.ndarray, bool]:

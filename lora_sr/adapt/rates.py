@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from lora_sr.adapt.held import Held, measure
+from lora_sr.errors import InputError
 
 FEWEST_STEPS, MOST_STEPS = 12, 200
+MOST_BYTES = 2**29  # of patches that are kept for all rates
 TIMED = 3  # steps, after one that warms up
 
 
@@ -59,6 +61,9 @@ def find_rate(
         held: The pairs to measure on.
         scale: Scale factor.
         told: Called with each rate and what it gave.
+
+    Raises:
+        InputError: The network diverges at each of them.
     """
     from lora_sr.basicsr.built import build_of_options
 
@@ -91,7 +96,9 @@ def find_rate(
     train(rates[0], timed[1:])
     _wait()
     step_seconds = (time.perf_counter() - begin) / TIMED
-    steps = max(FEWEST_STEPS, min(MOST_STEPS, int(seconds / (len(rates) * step_seconds))))
+    size = sum(value.nbytes for value in timed[0].values() if isinstance(value, torch.Tensor))
+    most = min(MOST_STEPS, max(FEWEST_STEPS, MOST_BYTES // size))
+    steps = max(FEWEST_STEPS, min(most, int(seconds / (len(rates) * step_seconds))))
     samples = list(islice(batches, steps))
     found = {}
     for rate in rates:
@@ -99,10 +106,14 @@ def find_rate(
         network.eval()
         try:
             psnr = measure(network, held, scale, has_clean=False).camera
-        except Exception:  # noqa: BLE001 - of values that are not finite, whatever makes of them
+        except InputError:  # what it gives is not finite
             psnr = -math.inf
         found[rate] = psnr if math.isfinite(psnr) else -math.inf
         told(rate, found[rate])
+    if max(found.values()) == -math.inf:
+        raise InputError(
+            f'The network cannot be trained: it diverges at each of the rates {", ".join(map(str, found))}.'
+        )
     return RateTest(found, steps, step_seconds)
 
 

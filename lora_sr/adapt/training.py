@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from lora_sr.adapted_folder import BEST, HELD, RUN
+from lora_sr.adapted_folder import BEST, HELD, OPTIONS, RUN
 from lora_sr.errors import InputError
 from lora_sr.metrics_file import NAME as METRICS
 from lora_sr.metrics_file import read_metrics
 
 LOOK = 0.5  # seconds
+DIVERGED = 1  # exit status of a training
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
 LEAST_RISE = 0.002  # dB: less is none
 LOG = 'training.log'
 
@@ -64,16 +68,16 @@ def train(folder: Path, patience: int, told: Callable[[int, float], None] = lamb
         told: Called with each validation.
 
     Raises:
-        InputError: The run could not begin, or could not go on: what it says.
+        InputError: The run could not begin, or could not go on: what it says. A later call goes on where it was saved.
+        KeyboardInterrupt: It was told to end before its first validation, so that there is nothing to go on with.
     """
-    command = [sys.executable, '-m', 'lora_sr.train', '-opt', 'train.yml', '--auto_resume']
     path = run_folder(folder) / METRICS
-    with open(folder / LOG, 'ab') as log, _noted() as signals:
-        process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-        seen: dict[int, float] = {}
-        ended = ''
+    seen = _validations(path)  # of a run that goes on
+    if _has_stopped_rising(seen, patience):
+        return Trained(seen, max(seen), 'no_rise')
+    ended = ''
+    with _noted() as signals:
+        process = _begin(folder)
         try:
             while True:
                 is_over = process.poll() is not None
@@ -85,7 +89,7 @@ def train(folder: Path, patience: int, told: Callable[[int, float], None] = lamb
                     break
                 if not ended and (signals or _has_stopped_rising(seen, patience)):
                     ended = 'interrupted' if signals else 'no_rise'
-                    process.send_signal(signal.SIGTERM)
+                    process.terminate()
                 elif len(signals) > 1:
                     raise KeyboardInterrupt
                 time.sleep(LOOK)
@@ -95,14 +99,39 @@ def train(folder: Path, patience: int, told: Callable[[int, float], None] = lamb
                 process.wait()
     lines = read_metrics(path) if path.exists() else []
     last = lines[-1] if lines else {}
-    if process.returncode:
+    was_too_early = bool(ended) and process.returncode == -signal.SIGTERM  # before it listened
+    if process.returncode == DIVERGED and seen:
         ended = 'failed'
-        if not seen:
-            raise InputError(f'The training could not be done: {_last_line(folder / LOG)}')
+    elif process.returncode and not was_too_early:
+        raise InputError(f'The training could not be done: {_last_line(folder / LOG)}')
     elif not ended:
-        ended = 'time' if last.get('stopped') == 'train.max_minutes' else 'finished'
-        ended = 'interrupted' if last.get('stopped') not in (None, 'train.max_minutes') else ended
+        ended = {None: 'finished', 'train.max_minutes': 'time'}.get(last.get('stopped'), 'interrupted')
+    if not seen:
+        raise KeyboardInterrupt
     return Trained(seen, int(last.get('iter', 0)), ended)
+
+
+def _begin(folder: Path) -> subprocess.Popen[bytes]:
+    """Start the training, in a session of its own: a signal for all processes of a terminal is handed on to it."""
+    # The run locks the folder above its own until it has made that; ours is locked by who calls this.
+    run_folder(folder).parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, '-m', 'lora_sr.train', '-opt', OPTIONS, '--auto_resume']
+    with open(folder / LOG, 'ab') as log:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_end_with_parent if LIBC is not None else None,
+        )
+
+
+def _end_with_parent() -> None:
+    """Let the kernel of Linux send SIGTERM to this process once its parent is gone, killed it may be."""
+    assert LIBC is not None
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _validations(path: Path) -> dict[int, float]:
@@ -127,8 +156,9 @@ def _noted() -> Iterator[list[int]]:
 
     before = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+            if hasattr(signal, name):
+                before[getattr(signal, name)] = signal.signal(getattr(signal, name), note)
     except ValueError:  # not the main thread, which alone gets signals
         before = {}
     try:

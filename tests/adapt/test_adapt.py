@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from basicsr.metrics import calculate_psnr
+from scenes import taken
 
-from lora_sr.adapt import adapting, outcome
+from lora_sr.adapt import adapting, outcome, plan
 from lora_sr.adapt.adapting import Adaptation, adapt
 from lora_sr.adapt.images import Images
 from lora_sr.adapters import LoRAConfig, add_lora
@@ -144,11 +147,55 @@ def test_it_goes_on_wherever_it_was_interrupted(camera, network, tmp_path):
     assert 0 < record['seconds'] < 120
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere a training outlives whoever began it')
+def test_ctrl_c_and_a_kill_while_it_trains(camera, network, tmp_path):
+    hr, lr = map(str, camera(8))
+    folder = tmp_path / 'out'
+    call = [sys.executable, '-m', 'lora_sr.cli.main', 'adapt', str(network), '--pairs', hr, lr, '-o', str(folder)]
+    call += ['--minutes', str(LONGER)]
+
+    def begun():
+        process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert any(line.startswith('training') for line in process.stdout)  # read up to there
+        return process
+
+    process = begun()
+    process.send_signal(signal.SIGINT)  # before it has validated, so that nothing is the best so far
+    told = process.communicate(timeout=300)[1]
+    assert process.returncode == 130 and told.splitlines()[-1] == 'lora-sr: interrupted'
+    assert list(steps(folder)) == ['pairs', 'start', 'rates', 'plan']
+
+    process = begun()
+    metrics = folder / 'experiments' / 'adapt' / 'metrics.jsonl'
+    wait_for(lambda: metrics.exists() and 'validation' in metrics.read_text())
+    process.kill()
+    process.communicate()
+    wait_for(lambda: 'stopped' in metrics.read_text().splitlines()[-1])  # the training ends with it, and saves
+    assert list(steps(folder)) == ['pairs', 'start', 'rates', 'plan']
+
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 'pairs ' not in done.stdout and done.stdout.splitlines()[-1].startswith('Your camera: ')
+    training = steps(folder)['training']
+    assert training['ended'] == 'finished' and training['iterations'] == steps(folder)['plan']['iterations']
+
+
+def steps(folder):
+    return json.loads((folder / 'adapt.json').read_text())['steps']
+
+
+def wait_for(condition, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def _end_training(folder):
     """Ctrl-C, once the training has validated."""
     metrics = folder / 'experiments' / 'adapt' / 'metrics.jsonl'
-    while not (metrics.exists() and 'validation' in metrics.read_text()):
-        time.sleep(0.05)
+    wait_for(lambda: metrics.exists() and 'validation' in metrics.read_text())
     os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -269,6 +316,38 @@ def test_a_kill_while_images_are_written(camera, network, tmp_path, monkeypatch)
         adapt(adaptation(network, (hr, lr)), folder)
     assert sorted(os.listdir(folder / 'data')) == ['HR_raw.lmdb', 'LR_raw.lmdb', 'held']
     assert list(json.loads((folder / 'adapt.json').read_text())['steps']) == ['pairs', 'start']
+
+
+@pytest.mark.parametrize(('moved', 'side'), [(6, 48), (0, 64)])
+def test_patches_fit_what_alignment_leaves(camera, network, tmp_path, monkeypatch, moved, side):
+    """LR images are 64 pixels high, of which a shift takes three."""
+    folders = camera(4, lambda hr: taken(np.roll(hr, moved, 0)))
+    monkeypatch.setattr(plan, '_seconds', lambda run: 1e-9)
+    monkeypatch.setattr(adapting, 'find_rate', _stop)
+    with pytest.raises(_Stop):
+        adapt(adaptation(network, folders, aligns=True), tmp_path / 'out')
+    assert steps(tmp_path / 'out')['pairs']['side'] == side
+
+
+def test_alignment_is_for_pairs(camera, network, tmp_path):
+    hr, _ = camera(4)
+    with pytest.raises(InputError, match='--align must be left out without --pairs'):
+        adapt(Adaptation(NetworkSource(network), Images(hr=hr), aligns=True), tmp_path / 'out')
+
+
+@pytest.mark.parametrize('kind', ['photos', 'teacher'])
+def test_images_of_which_none_is_made(camera, network, tmp_path, monkeypatch, kind):
+    hr, lr = camera(5)
+    broken = (hr if kind == 'photos' else lr) / '01.png'
+    broken.write_bytes(b'not an image')
+    images = Images(hr=hr) if kind == 'photos' else Images(lr=lr, teacher=NetworkSource(network))
+    monkeypatch.setattr(adapting, 'find_rate', _stop)
+    lines = []
+    with pytest.raises(_Stop):
+        adapt(Adaptation(NetworkSource(network), images), tmp_path / 'out', lines.append)
+    told = [line for line in lines if line.startswith('left out')]
+    assert len(told) == 1 and f'{broken} is damaged' in told[0]
+    assert list(steps(tmp_path / 'out')['pairs']['left_out']) == [str(broken)]
 
 
 def test_two_at_once(camera, network, tmp_path, monkeypatch):

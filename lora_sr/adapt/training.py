@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from lora_sr import threads
 from lora_sr.adapted_folder import BEST, HELD, OPTIONS, RUN
 from lora_sr.errors import InputError
 from lora_sr.metrics_file import NAME as METRICS
@@ -116,10 +118,14 @@ def _begin(folder: Path) -> subprocess.Popen[bytes]:
     # The run locks the folder above its own until it has made that; ours is locked by who calls this.
     run_folder(folder).parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, '-m', 'lora_sr.train', '-opt', OPTIONS, '--auto_resume']
+    environment = dict(os.environ)
+    if threads.is_chosen():  # by this process, of what was free when it began: the training chooses for itself
+        environment.pop('OMP_NUM_THREADS', None)
     with open(folder / LOG, 'ab') as log:
         return subprocess.Popen(
             command,
             cwd=folder,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -19,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_sr.adapt.held import Held, Measured, measure, measure_bicubic, read_held, side_for, write_held
-from lora_sr.adapt.images import DEGRADED, TAUGHT, Images, find_images
+from lora_sr.adapt.images import Images, find_images
 from lora_sr.adapt.option_text import option_text
 from lora_sr.adapt.outcome import Outcome
 from lora_sr.adapt.pairs import look_at_pairs, write_training_pairs
-from lora_sr.adapt.plan import batches_for, lora_for
+from lora_sr.adapt.plan import batches_for, has_fast_bfloat16, lora_for
 from lora_sr.adapt.rates import find_rate
+from lora_sr.adapt.record import Record
 from lora_sr.adapt.training import best_network, train
-from lora_sr.adapted_folder import ADAPTER, BASE, DATA, HELD, MERGED, OPTIONS, RECORD
+from lora_sr.adapted_folder import ADAPTER, BASE, DATA, HELD, MERGED, OPTIONS
 from lora_sr.adapters import Adapter, extract_adapter, merge_adapter, mix_adapters, save_adapter
 from lora_sr.adapters.verbs import adapted_modules
 from lora_sr.archs import NetworkInfo, is_training_form, network_info
@@ -38,7 +38,7 @@ from lora_sr.checkpoints.networks import OpenedNetwork
 from lora_sr.checkpoints.origin import KEY, adapter_fingerprint, fingerprint
 from lora_sr.checkpoints.sections import names_file
 from lora_sr.checkpoints.writing import write_state
-from lora_sr.errors import InputError, shown
+from lora_sr.errors import InputError
 from lora_sr.files import check_output_folder, lock_path, write_errors, write_whole
 
 PARTIAL = f'{DATA}.partial'
@@ -149,69 +149,8 @@ def adapt(
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        record = _Record.of(folder, adaptation)
+        record = Record.of(folder, adaptation.to_dict())
         return _Run(adaptation, opened, info, state, before, folder, record, told).run()
-
-
-class _Record:
-    """``adapt.json``: what is adapted to what, which steps are done, and what they gave."""
-
-    def __init__(self, path: Path, content: dict[str, Any]):
-        self.path, self.content = path, content
-        self.began = time.monotonic()
-        self.before = float(content['seconds'])
-
-    @classmethod
-    def of(cls, folder: Path, adaptation: Adaptation) -> _Record:
-        path, request = folder / RECORD, json.loads(json.dumps(adaptation.to_dict()))
-        if not path.exists():
-            others = sorted(name for name in os.listdir(folder) if not name.startswith('.'))
-            if others:
-                raise InputError(f'The output {folder} must be an empty folder or none, got {shown(others[0])} in it.')
-            return cls._begun(path, request)
-        try:
-            content = json.loads(path.read_text('utf-8'))
-            known, steps, _ = content['request'], content['steps'], content['seconds']
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f'{path} cannot be read: choose another output folder.') from None
-        if not steps and known != request:  # nothing was done: what was asked for may have been a mistake
-            for name in (DEGRADED, TAUGHT):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            return cls._begun(path, request)
-        for key, value in request.items():
-            if known.get(key) != value:
-                raise InputError(
-                    f'The output {folder} has an adaptation with another {key}, {known.get(key)}, got {value}: choose '
-                    'another folder.'
-                )
-        return cls(path, content)
-
-    @classmethod
-    def _begun(cls, path: Path, request: dict[str, Any]) -> _Record:
-        record = cls(path, {'request': request, 'seconds': 0.0, 'steps': {}})
-        record.write()  # so that a later call takes what it finds for its own
-        return record
-
-    @property
-    def steps(self) -> dict[str, Any]:
-        """What the steps that are done gave."""
-        found: dict[str, Any] = self.content['steps']
-        return found
-
-    @property
-    def seconds(self) -> float:
-        """How long all of it has taken so far."""
-        return self.before + time.monotonic() - self.began
-
-    def put(self, step: str, result: Any) -> None:
-        """Note that a step is done."""
-        self.steps[step] = result
-        self.content['seconds'] = round(self.seconds, 2)
-        self.write()
-
-    def write(self) -> None:
-        """Write the file."""
-        write_whole(self.path, json.dumps(self.content, indent=1).encode())
 
 
 @dataclass(frozen=True)
@@ -222,7 +161,7 @@ class _Run:
     base: Mapping[str, Tensor]  # of the network as it was before any adapter
     before: Adapter | None  # to go on from, which `opened.network` has in its weights
     folder: Path
-    record: _Record
+    record: Record
     told: Callable[[str], None]
 
     @property
@@ -423,7 +362,7 @@ class _Run:
             side=pairs['side'],
             batch=pairs['batch'],
             workers=4 if has_gpu else 0,
-            amp='bf16' if _has_bfloat16() else None,
+            amp='bf16' if has_fast_bfloat16() else None,
             ema_decay=EMA,
             rate=rate,
             iterations=iterations,
@@ -484,12 +423,3 @@ def _locked(folder: Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
-
-
-def _has_bfloat16() -> bool:
-    """Whether bfloat16 is faster than float32 in a training here."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_capability() >= (8, 0)
-    flags = Path('/proc/cpuinfo')
-    words = flags.read_text().split() if flags.exists() else []
-    return 'avx512_bf16' in words or 'amx_bf16' in words

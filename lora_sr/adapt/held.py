@@ -19,6 +19,7 @@ from lora_sr.images.bicubic import bicubic_downscale, bicubic_upscale
 from lora_sr.images.luma import psnr
 from lora_sr.images.png import encode_png
 from lora_sr.runtime import Upscaler
+from lora_sr.runtime.pixels import swap_channels
 
 FOLDERS = HR, LR
 
@@ -85,7 +86,9 @@ def measure(network: nn.Module, held: Sequence[Held], scale: int, has_clean: boo
     upscaler = Upscaler(network)
 
     def mean(images: Sequence[np.ndarray]) -> float:
-        return fmean(psnr(_flip(upscaler(_flip(image))), one.hr, scale) for image, one in zip(images, held))
+        return fmean(
+            psnr(swap_channels(upscaler(swap_channels(image))), one.hr, scale) for image, one in zip(images, held)
+        )
 
     camera = mean([one.camera for one in held])
     return Measured(camera, mean([one.clean for one in held]) if has_clean else math.nan)
@@ -103,11 +106,6 @@ def measure_bicubic(held: Sequence[Held], scale: int) -> Measured:
 def _middle(length: int, side: int) -> tuple[int, int]:
     size = min(length, side)
     return (length - size) // 2, size
-
-
-def _flip(image: np.ndarray) -> np.ndarray:
-    """BGR to RGB, and back."""
-    return np.ascontiguousarray(image[:, :, ::-1])
 
 
 def _of_8_bits(image: np.ndarray) -> np.ndarray:

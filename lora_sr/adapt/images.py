@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from lora_sr.checkpoints import NetworkSource, open_network
 from lora_sr.data.degrade import degrade_folder
 from lora_sr.data.sources import find_sources, read_image
@@ -16,6 +14,7 @@ from lora_sr.errors import InputError
 from lora_sr.files import write_errors, write_whole
 from lora_sr.images.png import encode_png
 from lora_sr.runtime import Upscaler
+from lora_sr.runtime.pixels import swap_channels
 
 DEGRADED, TAUGHT = 'degraded', 'taught'
 
@@ -83,6 +82,6 @@ def _teach(lr: Path, teacher: NetworkSource, folder: Path, scale: int) -> dict[s
         except InputError as error:
             left_out[str(source.hr)] = str(error)
             continue
-        output = upscaler(np.ascontiguousarray(image[:, :, ::-1]))
-        write_whole(target, encode_png(np.ascontiguousarray(output[:, :, ::-1])).tobytes())
+        output = swap_channels(upscaler(swap_channels(image)))
+        write_whole(target, encode_png(output).tobytes())
     return left_out

@@ -98,7 +98,7 @@ dist_params:
 """
 
 
-def section(name: str, values: Mapping[str, Any], indent: int) -> str:
+def _section(name: str, values: Mapping[str, Any], indent: int) -> str:
     """A section of an option file, as text."""
     text: str = yaml.dump({name: _plain(values)}, Dumper=OptionDumper, sort_keys=False, default_flow_style=None)
     return '\n'.join(' ' * indent + line for line in text.rstrip().splitlines())
@@ -152,8 +152,8 @@ def option_text(
         'gt_size': side * scale,
         'batch': batch,
         'workers': workers,
-        'base': section('base', base, 2),
-        'lora': section('lora', lora, 2),
+        'base': _section('base', base, 2),
+        'lora': _section('lora', lora, 2),
         'pretrain': _inline(pretrain),
         'param_key': '~' if pretrain is None else 'params',
         'amp': amp or '~',

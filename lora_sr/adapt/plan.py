@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,13 +100,11 @@ class Batches:
     Attributes:
         batch: Number of patches.
         side: Of a patch, in LR pixels.
-        seconds: Of a step on the network, as measured before.
-        seconds_per_pixel: Of running the network, per LR pixel, likewise.
+        seconds_per_pixel: Of running the network, per LR pixel, as measured.
     """
 
     batch: int
     side: int
-    seconds: float
     seconds_per_pixel: float
 
 
@@ -141,7 +140,16 @@ def batches_for(network: nn.Module, lora: dict[str, Any], info: NetworkInfo, sma
     usable = usable or [(1, _side(info, 1))]
     fitting = [(batch, side) for batch, side in usable if ENOUGH * cost * batch * side**2 <= seconds]
     batch, side = fitting[0] if fitting else usable[-1]
-    return Batches(batch, side, cost * batch * side**2, _seconds(run) / (height * width))
+    return Batches(batch, side, _seconds(run) / (height * width))
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether bfloat16 is faster than float32 in a training here."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    flags = Path('/proc/cpuinfo')
+    words = flags.read_text().split() if flags.exists() else []
+    return 'avx512_bf16' in words or 'amx_bf16' in words
 
 
 def _side(info: NetworkInfo, at_least: int) -> int:

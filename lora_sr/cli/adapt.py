@@ -68,8 +68,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> None:
     """Adapt, and say what it came to. Exits with status 3 if nothing was gained."""
-    from lora_sr.adapt.adapting import Adaptation, adapt
-    from lora_sr.adapt.images import Images
+    from lora_sr.adapt import Adaptation, Images, adapt
     from lora_sr.checkpoints import NetworkSource
 
     if (args.lr is None) != (args.teacher is None):

@@ -41,11 +41,6 @@ class Registration:
     offset: Channels
 
     @property
-    def distance(self) -> float:
-        """Length of the shift, in LR pixels."""
-        return math.hypot(*self.shift)
-
-    @property
     def color(self) -> float:
         """How much the colors differ: the largest change of a value of 64, 128 or 192, of 255."""
         return max(

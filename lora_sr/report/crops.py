@@ -18,6 +18,7 @@ from lora_sr.images.luma import luma, psnr
 from lora_sr.images.png import encode_png
 from lora_sr.report.markup import heading, text
 from lora_sr.runtime import Upscaler
+from lora_sr.runtime.pixels import swap_channels
 
 CROP = 80, 60  # width and height in HR pixels, at most
 AT_EACH_END = 2
@@ -90,7 +91,7 @@ def look_at_each(folder: Path, before: nn.Module, after: nn.Module) -> list[Befo
         (height, width), got = lr.shape[:2], f'{hr.shape[1]} x {hr.shape[0]}'
         if hr.shape[:2] != (height * scale, width * scale) or min(height, width) <= 2:
             raise InputError(f'{file} must have {width * scale} x {height * scale} pixels (width x height), got {got}.')
-        one, other = (_flip(runner(_flip(lr))) for runner in runners)
+        one, other = (swap_channels(runner(swap_channels(lr))) for runner in runners)
         crop = _crop(hr, lr, one, other, scale)
         found.append(BeforeAfter(file.stem, psnr(one, hr, scale), psnr(other, hr, scale), crop))
     if not found:
@@ -162,8 +163,3 @@ def _crop(hr: np.ndarray, lr: np.ndarray, before: np.ndarray, after: np.ndarray,
     part = np.s_[top : top + height * scale, left : left + width * scale]
     small = np.s_[top // scale : top // scale + height, left // scale : left // scale + width]
     return Crop(left, top, hr[part], lr[small], before[part], after[part])
-
-
-def _flip(image: np.ndarray) -> np.ndarray:
-    """BGR to RGB, and back."""
-    return np.ascontiguousarray(image[:, :, ::-1])

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+
+def swap_channels(image: NDArray[Any]) -> NDArray[Any]:
+    """BGR to RGB, and back: (H, W, 3), of any type."""
+    return np.ascontiguousarray(image[:, :, ::-1])
 
 
 def image_to_tensor(image: NDArray[np.uint8]) -> Tensor:

@@ -70,7 +70,7 @@ def test_batches_fit_the_time_and_the_images(monkeypatch):
     found = batches_for(network, lora, info, 40, 60)
     assert (found.batch, found.side) == (8, 32)
     found = batches_for(network, lora, info, 300, 2)
-    assert (found.batch, found.side) == (8, 32) and found.seconds == pytest.approx(0.002)
+    assert (found.batch, found.side) == (8, 32) and found.seconds_per_pixel == pytest.approx(0.001 / 32**2)
     found = batches_for(network, lora, info, 300, 0.001)
     assert (found.batch, found.side) == (1, 24)
 

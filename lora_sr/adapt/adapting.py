@@ -150,7 +150,11 @@ def adapt(
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         record = Record.of(folder, adaptation.to_dict())
-        return _Run(adaptation, opened, info, state, before, folder, record, told).run()
+        try:
+            return _Run(adaptation, opened, info, state, before, folder, record, told).run()
+        except InputError:
+            record.withdraw()
+            raise
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,7 @@ class _Run:
     def pairs(self) -> dict[str, Any]:
         """Look at the pairs, and write those to train on and those that are held back."""
         seconds = 60 * self.adaptation.minutes
+        lora, trained = lora_for(self.opened.network, self.adaptation.share)  # which may be refused, before all else
         images = self.adaptation.images
         hr, lr, left_out = find_images(images, self.folder, self.scale, self.told)
         pairs = look_at_pairs(hr, lr, self.scale, self.adaptation.aligns, images.is_captured)
@@ -205,7 +210,6 @@ class _Run:
         )
         for note in pairs.notes:
             self.told(f'           {note}')
-        lora, trained = lora_for(self.opened.network, self.adaptation.share)
         smallest = min(min(pair.size) for pair in pairs.used)
         batches = batches_for(self.opened.network, lora, self.info, smallest, seconds * (1 - OF_RATES - OF_END))
         total = sum(parameter.numel() for parameter in self.opened.network.parameters())

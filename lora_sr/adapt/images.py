@@ -51,6 +51,10 @@ def find_images(
     Raises:
         InputError: No image can be used, or what is made cannot be written; or the teacher has another scale.
     """
+    for folder_given in (images.hr, images.lr):
+        if folder_given is not None and not folder_given.is_dir():
+            what = 'nothing of that name' if not folder_given.exists() else 'a file'
+            raise InputError(f'Images must be in a folder, got {folder_given}, which is {what}.')
     if images.hr is not None and images.lr is not None:
         return images.hr, images.lr, {}
     if images.hr is not None:

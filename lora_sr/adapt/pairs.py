@@ -132,7 +132,8 @@ def look_at_pairs(
     sources = _evenly(sources, MOST_PAIRS)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         looks = list(pool.map(lambda source: _look(source, scale, aligns), sources))
-    left_out.update((str(source.hr), look) for source, look in zip(sources, looks) if isinstance(look, str))
+    faults = {str(source.hr): look for source, look in zip(sources, looks) if isinstance(look, InputError)}
+    left_out.update((path, str(fault)) for path, fault in faults.items())
     pairs = [look for look in looks if isinstance(look, Pair)]
     if is_captured:
         left_out.update(_outliers(pairs))
@@ -140,6 +141,9 @@ def look_at_pairs(
     pixels = sum(pair.size[0] * pair.size[1] * scale**2 for pair in used)
     used = _evenly(used, max(FEWEST, len(used) * MOST_PIXELS // max(1, pixels)))
     if len(used) < FEWEST:
+        hints = {fault.hint if isinstance(fault, _Misfit) else '' for fault in faults.values()}
+        if 1 < len(faults) == total and len(hints) == 1 and hints != {''}:  # one mistake, not so many
+            raise InputError(f'{next(iter(left_out.values()))} It is the same with all {total} pairs.')
         if left_out:
             raise InputError(name_images(left_out.values(), total, 'cannot be used'))
         raise InputError(f'{hr_folder} must have at least {FEWEST} images, one of them to hold back, got {len(used)}.')
@@ -185,21 +189,21 @@ def write_training_pairs(pairs: Sequence[Pair], folder: Path, scale: int, aligns
     return paths
 
 
-def _look(source: Source, scale: int, aligns: bool) -> Pair | str:
+def _look(source: Source, scale: int, aligns: bool) -> Pair | InputError:
     """A pair that can be used, or why not."""
     lr_file = source.lr[scale]
     try:
         hr, lr, is_trimmed = _read(source.hr, lr_file, scale)
     except InputError as error:
-        return str(error)
+        return error
     height, width = lr.shape[:2]
     if min(height, width) < SMALLEST_SIDE:
-        return f'{lr_file} must have at least {SMALLEST_SIDE} pixels each way, got {width} x {height}.'
+        return InputError(f'{lr_file} must have at least {SMALLEST_SIDE} pixels each way, got {width} x {height}.')
     registration = register(hr, lr, scale)
     if aligns:
         height, width = align(hr, lr, scale, registration)[1].shape[:2]
         if min(height, width) < SMALLEST_SIDE:
-            return (
+            return InputError(
                 f'{lr_file} must have at least {SMALLEST_SIDE} pixels each way that {source.hr} shows as well, got '
                 f'{width} x {height}.'
             )
@@ -216,12 +220,20 @@ def _read(hr_file: Path, lr_file: Path, scale: int) -> tuple[np.ndarray, np.ndar
     sizes = [(image.shape[0], image.shape[1]) for image in (hr, lr)]
     apart = max(abs(big - scale * small) for big, small in zip(*sizes))
     if apart > MOST_APART * scale:
-        raise InputError(_misfit(hr_file, lr_file, scale, *sizes))
+        raise _misfit(hr_file, lr_file, scale, *sizes)
     height, width = (min(big // scale, small) for big, small in zip(*sizes))
     return hr[: height * scale, : width * scale], lr[:height, :width], apart >= scale
 
 
-def _misfit(hr_file: Path, lr_file: Path, scale: int, hr: tuple[int, int], lr: tuple[int, int]) -> str:
+class _Misfit(InputError):
+    """Two images are no pair; the hint says what may have been meant, if that can be told."""
+
+    def __init__(self, message: str, hint: str):
+        super().__init__(f'{message}{hint}.')
+        self.hint = hint
+
+
+def _misfit(hr_file: Path, lr_file: Path, scale: int, hr: tuple[int, int], lr: tuple[int, int]) -> _Misfit:
     """Why two images of these (height, width) are no pair."""
     wanted = f'{hr[1] // scale} x {hr[0] // scale}'
     got = f'{lr[1]} x {lr[0]}'
@@ -234,7 +246,8 @@ def _misfit(hr_file: Path, lr_file: Path, scale: int, hr: tuple[int, int], lr: t
         hint = f': they are a pair for x{round(ratio)}, and the network is for x{scale}'
     else:
         hint = ''
-    return f'{lr_file} must have {wanted} pixels (width x height), the size of {hr_file} by {scale}, got {got}{hint}.'
+    wanted = f'must have {wanted} pixels (width x height), the size of {hr_file} by {scale}'
+    return _Misfit(f'{lr_file} {wanted}, got {got}', hint)
 
 
 def _outliers(pairs: Sequence[Pair]) -> dict[str, str]:

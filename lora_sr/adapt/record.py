@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -85,6 +86,13 @@ class Record:
         self.steps[step] = result
         self.content['seconds'] = round(self.seconds, 2)
         self.write()
+
+    def withdraw(self) -> None:
+        """Leave no trace of an adaptation that was refused before anything was made."""
+        if not self.steps and os.listdir(self.path.parent) == [self.path.name]:
+            self.path.unlink()
+            with contextlib.suppress(OSError):
+                self.path.parent.rmdir()
 
     def write(self) -> None:
         """Write the file."""

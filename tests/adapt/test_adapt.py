@@ -269,7 +269,16 @@ def _stop(*arguments, **options):
 def test_wrong_values(camera, network, tmp_path, values, sentence):
     with pytest.raises(InputError) as error:
         adapt(adaptation(network, camera(4), **values), tmp_path / 'out')
-    assert sentence in str(error.value)
+    assert sentence in str(error.value) and not (tmp_path / 'out').exists()
+
+
+def test_folders_of_images_that_are_none(camera, network, tmp_path):
+    hr, _ = camera(4)
+    (tmp_path / 'file').write_text('')
+    for name, words in (('nowhere', 'nothing of that name'), ('file', 'a file')):
+        with pytest.raises(InputError, match=rf'must be in a folder, got {tmp_path}/{name}, which is {words}\.'):
+            adapt(adaptation(network, (hr, tmp_path / name)), tmp_path / 'out')
+        assert not (tmp_path / 'out').exists()
 
 
 def test_networks_that_cannot_be_adapted(camera, network, tmp_path):

@@ -105,7 +105,18 @@ def test_colors_are_off(camera):
 def test_what_is_wrong_with_all(camera, make, words):
     with pytest.raises(InputError) as error:
         look_at_pairs(*camera(3, make), 2)
-    assert str(error.value).startswith('3 of 3 images cannot be used:') and str(error.value).count(words) == 3
+    told = str(error.value)
+    assert told.count(words) == 1 and told.endswith(f'{words}. It is the same with all 3 pairs.')
+
+
+def test_several_mistakes_are_named_each(camera):
+    hr, lr = camera(3, lambda hr: hr)
+    (lr / '01.png').write_bytes(b'not an image')
+    with pytest.raises(InputError) as error:
+        look_at_pairs(hr, lr, 2)
+    told = str(error.value)
+    assert told.startswith('3 of 3 images cannot be used:') and told.count('the same size') == 2
+    assert f'{lr}/01.png is damaged' in told
 
 
 def test_one_pair_is_too_few(camera):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from lora_sr.archs import NetworkInfo, network_info
 from lora_sr.archs.info import refusal
@@ -96,8 +97,9 @@ def signed_attribution(
         for step in range(1, steps + 1):
             after = _blur(pixels, sigma * (steps - step) / steps)
             given = _as_tensor(after)[None].to(parameter.device, parameter.dtype).requires_grad_()
-            seen = detector(_run(network, given, info), window)
-            (gradient,) = torch.autograd.grad(seen, given)
+            with allow_mutation_on_saved_tensors():  # PLKSR changes features in place in eval mode
+                seen = detector(_run(network, given, info), window)
+                (gradient,) = torch.autograd.grad(seen, given)
             total += gradient[0].double().cpu() * _as_tensor(after - before)
             before = after
     return total

@@ -236,6 +236,28 @@ def test_what_cannot_be_attributed(change, message):
         attribution_map(**arguments)
 
 
+class InPlace(nn.Module):
+    """Changes what its own gradient needs, as PLKSR does in eval mode."""
+
+    def __init__(self, network, changes):
+        super().__init__()
+        self.first, self.second, self.last = network[0], network[2], network[4:]
+        self.changes = changes
+
+    def forward(self, x):
+        seen = self.first(x).sigmoid()
+        if not self.changes:
+            return self.last(torch.cat([self.second(seen).square()[:, :1], seen[:, 1:]], dim=1))
+        seen[:, :1] = self.second(seen).square()[:, :1]
+        return self.last(seen)
+
+
+def test_networks_that_work_in_place():
+    network, window = enlarger(3, activation=nn.ReLU), (8, 8, 8)
+    expected, found = (signed_attribution(InPlace(network, changes), picture(), window, 3) for changes in (False, True))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 class Detached(nn.Sequential):
     def forward(self, x):
         return super().forward(x).detach()

@@ -71,6 +71,8 @@ class StepNetworks:
         for module in network.modules():
             if is_large_depthwise(module):
                 self._add_depthwise(module)
+            elif isinstance(module, nn.Conv2d) and max(module.dilation) > 1:
+                self._add_dilated(module)
         self._within_step(network, 'forward', self._run)
 
     def _add_block(self, block: nn.Module, can_forget: bool) -> None:
@@ -86,6 +88,17 @@ class StepNetworks:
             if x.device.type != 'cpu' or not torch.is_grad_enabled():
                 return convolve(x, weight, bias)
             return depthwise_conv2d(x, weight, bias, module.dilation[0])
+
+        self._within_step(module, '_conv_forward', run)
+
+    def _add_dilated(self, module: nn.Module) -> None:
+        def run(convolve: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            if x.device.type != 'cpu' or not (torch.is_grad_enabled() and weight.requires_grad):
+                return convolve(x, weight, bias)
+            # In bfloat16 and channels_last, oneDNN leaves parts of the gradient of a dilated kernel as the memory was,
+            # with torch 2.14.1 on CPUs with AVX512-BF16.
+            with torch.autocast('cpu', enabled=False):
+                return convolve(x.float(), weight.float(), None if bias is None else bias.float())
 
         self._within_step(module, '_conv_forward', run)
 

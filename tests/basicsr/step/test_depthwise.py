@@ -11,6 +11,8 @@ from torch import nn
 from lora_sr.adapters import LoRAConfig, add_lora
 from lora_sr.archs.lkdn import LKDN
 from lora_sr.basicsr.step.depthwise import depthwise_conv2d, is_large_depthwise
+from lora_sr.basicsr.step.networks import StepNetworks
+from lora_sr.basicsr.step.settings import StepSettings
 
 
 @pytest.mark.parametrize(
@@ -95,3 +97,19 @@ def test_steps_are_those_without(options, monkeypatch):
         assert seen.count((8, 1, 5, 5)) == 6 * 4
     finally:
         del ARCH_REGISTRY._obj_map['LargeKernels']
+
+
+@pytest.mark.parametrize('arguments', [(8, 8, 3, 1, 2, 2), (8, 8, 5, 1, 6, 3, 2), (8, 8, 3, 1, 3, 3, 8)])
+def test_dilated_kernels_have_exact_gradients_under_autocast(arguments):
+    """In bfloat16 and channels_last some of them are what was in the memory, on CPUs with AVX512-BF16."""
+    torch.manual_seed(0)
+    network, images = nn.Sequential(nn.Conv2d(*arguments)), torch.randn(2, 8, 32, 32)
+    exact = copy.deepcopy(network).double()
+    exact(images.double()).square().mean().backward()
+    network.to(memory_format=torch.channels_last)
+    networks = StepNetworks(StepSettings(torch.bfloat16), torch.channels_last)
+    networks.add('network_g', network)
+    with networks.active():
+        network(images).square().mean().backward()
+    for value, other in zip(network.parameters(), exact.parameters()):
+        torch.testing.assert_close(value.grad.double(), other.grad, rtol=1e-4, atol=1e-6)

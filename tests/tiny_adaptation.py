@@ -91,6 +91,7 @@ def record(held, has_gained, network):
                 'steps': 25,
                 'step_seconds': 0.2,
                 'best': 0.006,
+                'rate': 0.003,
             },
             'plan': {'iterations': 400, 'minutes': 1.4},
             'training': {'psnr': {'35': 23.4, '70': 24.25}, 'iterations': 99, 'ended': 'no_rise', 'best': 70},

@@ -269,6 +269,7 @@ class _Run:
             'steps': found.steps,
             'step_seconds': found.step_seconds,
             'best': found.best,
+            'rate': found.rate,
         }
 
     def train(self) -> dict[str, Any]:
@@ -280,11 +281,11 @@ class _Run:
             of_validation = start['seconds'] / 2
             iterations = max(VALIDATIONS, int((left - VALIDATIONS * of_validation) / rates['step_seconds']))
             most = left / 60 * SLOWER + START_MINUTES
-            write_whole(self.folder / OPTIONS, self.options(rates['best'], iterations, most).encode())
+            write_whole(self.folder / OPTIONS, self.options(rates['rate'], iterations, most).encode())
             self.record.put('plan', {'iterations': iterations, 'minutes': left / 60})
         plan, base = self.record.steps['plan'], start['start']['camera']
         self.told(
-            f'training   {plan["iterations"]:,} iterations at {rates["best"]:g}, {plan["minutes"]:.1f} minutes; '
+            f'training   {plan["iterations"]:,} iterations at {rates["rate"]:g}, {plan["minutes"]:.1f} minutes; '
             'Ctrl-C keeps the best so far'
         )
         found = train(

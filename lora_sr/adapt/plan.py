@@ -23,9 +23,18 @@ from lora_sr.runtime.upscaler import best_device
 DEFAULT_SHARE = 0.1
 LARGEST_RANK = 16
 ALSO_TRAIN = ('bias', 'norm', 'position', 'parameters')
-# (batch, side of the LR patches), the largest first: the first that leaves time for enough iterations counts.
-BATCHES = ((16, 64), (16, 48), (8, 48), (8, 32), (4, 32), (4, 24), (2, 24), (1, 24))
-ENOUGH = 500  # iterations
+# (batch, side of the LR patches, enough iterations): the first that leaves time for so many counts. Up to thousands of
+# iterations, more of them bring more than larger batches do.
+BATCHES = (
+    (16, 64, 4000),
+    (16, 48, 4000),
+    (8, 48, 4000),
+    (8, 32, 4000),
+    (4, 32, 500),
+    (4, 24, 500),
+    (2, 24, 500),
+    (1, 24, 1),
+)
 TRIAL = 4, 32
 TRIALS = 3
 
@@ -136,10 +145,10 @@ def batches_for(network: nn.Module, lora: dict[str, Any], info: NetworkInfo, sma
 
     pixels = count * height * width
     cost = _seconds(step) / pixels
-    usable = [(batch, _side(info, side)) for batch, side in BATCHES if _side(info, side) <= smallest]
-    usable = usable or [(1, _side(info, 1))]
-    fitting = [(batch, side) for batch, side in usable if ENOUGH * cost * batch * side**2 <= seconds]
-    batch, side = fitting[0] if fitting else usable[-1]
+    usable = [(batch, _side(info, side), enough) for batch, side, enough in BATCHES if _side(info, side) <= smallest]
+    usable = usable or [(1, _side(info, 1), 1)]
+    fitting = [(batch, side) for batch, side, enough in usable if enough * cost * batch * side**2 <= seconds]
+    batch, side = fitting[0] if fitting else usable[-1][:2]
     return Batches(batch, side, _seconds(run) / (height * width))
 
 

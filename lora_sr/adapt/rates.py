@@ -19,6 +19,7 @@ from lora_sr.errors import InputError
 
 FEWEST_STEPS, MOST_STEPS = 12, 200
 MOST_BYTES = 2**29  # of patches that are kept for all rates
+OF_BEST = 0.5  # what is best in a short training is too high for a long one
 TIMED = 3  # steps, after one that warms up
 
 
@@ -40,6 +41,11 @@ class RateTest:
     def best(self) -> float:
         """The rate with the highest PSNR."""
         return max(self.psnr, key=lambda rate: self.psnr[rate])
+
+    @property
+    def rate(self) -> float:
+        """The rate for the training that follows."""
+        return OF_BEST * self.best
 
 
 def find_rate(

@@ -74,6 +74,7 @@ class Rates:
     psnr: Mapping[float, float | None]
     steps: int
     best: float
+    rate: float  # that was trained with
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _pairs(values: dict[str, Any]) -> PairsFound:
 
 def _rates(values: dict[str, Any]) -> Rates:
     psnr = {float(rate): None if one is None else float(one) for rate, one in values['psnr'].items()}
-    return Rates(psnr, int(values['steps']), float(values['best']))
+    return Rates(psnr, int(values['steps']), float(values['best']), float(values['rate']))
 
 
 def _training(values: dict[str, Any]) -> Training:

@@ -29,6 +29,7 @@ from lora_sr.option_file import load_options
 from lora_sr.report.comparison import compare
 
 MINUTES = 0.1
+ORDER = ['pairs', 'start', 'rates', 'plan', 'training', 'strength', 'outcome']
 LONGER = 0.3  # in which a training gains, and does not end before it is told to
 
 
@@ -149,34 +150,46 @@ def test_it_goes_on_wherever_it_was_interrupted(camera, network, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere a training outlives whoever began it')
-def test_ctrl_c_and_a_kill_while_it_trains(camera, network, tmp_path):
+def test_ctrl_c_and_a_kill_in_each_step(camera, network, tmp_path):
     hr, lr = map(str, camera(8))
     folder = tmp_path / 'out'
     call = [sys.executable, '-m', 'lora_sr.cli.main', 'adapt', str(network), '--pairs', hr, lr, '-o', str(folder)]
     call += ['--minutes', str(LONGER)]
 
-    def begun():
+    def begun(word):
         process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert any(line.startswith('training') for line in process.stdout)  # read up to there
+        assert any(line.startswith(word) for line in process.stdout)  # read up to there
         return process
 
-    process = begun()
+    def killed(word):
+        process = begun(word)
+        process.kill()
+        process.communicate()
+        found = list(steps(folder))
+        assert found == ORDER[: len(found)]
+        return len(found)
+
+    assert killed('pairs') <= 1  # it may have gone on before the signal came
+    assert 1 <= killed('start') <= 2
+    assert 2 <= killed('rate') <= 3
+    process = begun('training')
     process.send_signal(signal.SIGINT)  # before it has validated, so that nothing is the best so far
     told = process.communicate(timeout=300)[1]
     assert process.returncode == 130 and told.splitlines()[-1] == 'lora-sr: interrupted'
-    assert list(steps(folder)) == ['pairs', 'start', 'rates', 'plan']
+    assert list(steps(folder)) == ORDER[:4]
 
-    process = begun()
+    process = begun('training')
     metrics = folder / 'experiments' / 'adapt' / 'metrics.jsonl'
     wait_for(lambda: metrics.exists() and 'validation' in metrics.read_text())
     process.kill()
     process.communicate()
     wait_for(lambda: 'stopped' in metrics.read_text().splitlines()[-1])  # the training ends with it, and saves
-    assert list(steps(folder)) == ['pairs', 'start', 'rates', 'plan']
+    assert list(steps(folder)) == ORDER[:4]
 
+    assert 5 <= killed('strength') <= 6
     done = subprocess.run(call, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert 'pairs ' not in done.stdout and done.stdout.splitlines()[-1].startswith('Your camera: ')
+    assert 'training ' not in done.stdout and done.stdout.splitlines()[-1].startswith('Your camera: ')
     training = steps(folder)['training']
     assert training['ended'] == 'finished' and training['iterations'] == steps(folder)['plan']['iterations']
 

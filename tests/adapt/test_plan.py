@@ -65,12 +65,12 @@ def test_batches_fit_the_time_and_the_images(monkeypatch):
     monkeypatch.setattr(plan, '_seconds', lambda run: run() or 0.001)  # of 4 patches of 32x32
     lora, _ = lora_for(network, None)
     info = network_info(network)
-    found = batches_for(network, lora, info, 300, 60)
+    found = batches_for(network, lora, info, 300, 65)
     assert (found.batch, found.side) == (16, 64)
-    found = batches_for(network, lora, info, 40, 60)
+    found = batches_for(network, lora, info, 40, 65)
     assert (found.batch, found.side) == (8, 32)
-    found = batches_for(network, lora, info, 300, 2)
-    assert (found.batch, found.side) == (8, 32) and found.seconds_per_pixel == pytest.approx(0.001 / 32**2)
+    found = batches_for(network, lora, info, 300, 7)
+    assert (found.batch, found.side) == (4, 32) and found.seconds_per_pixel == pytest.approx(0.001 / 32**2)
     found = batches_for(network, lora, info, 300, 0.001)
     assert (found.batch, found.side) == (1, 24)
 

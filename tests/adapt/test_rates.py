@@ -61,7 +61,12 @@ def refuses():
 
 def test_each_rate_has_the_same_start_and_the_same_patches(model, monkeypatch):
     found = find(monkeypatch, [lambda: 30.0, lambda: 31.0, lambda: 30.5])
-    assert found.psnr == {1e-3: 30, 1e-2: 31, 1e-1: 30.5} and found.best == 1e-2 and found.steps == 20
+    assert (
+        found.psnr == {1e-3: 30, 1e-2: 31, 1e-1: 30.5}
+        and found.best == 1e-2
+        and found.rate == 5e-3
+        and found.steps == 20
+    )
     trials = [model.steps[4 + 20 * number : 24 + 20 * number] for number in range(3)]  # behind those that were timed
     for rate, trial in zip(found.psnr, trials):
         assert [step[2] for step in trial] == [step[2] for step in trials[0]]

@@ -269,7 +269,7 @@ class _Run:
             'steps': found.steps,
             'step_seconds': found.step_seconds,
             'best': found.best,
-            'rate': found.rate,
+            'rate': float(f'{found.rate:.3g}'),
         }
 
     def train(self) -> dict[str, Any]:
@@ -285,7 +285,7 @@ class _Run:
             self.record.put('plan', {'iterations': iterations, 'minutes': left / 60})
         plan, base = self.record.steps['plan'], start['start']['camera']
         self.told(
-            f'training   {plan["iterations"]:,} iterations at {rates["rate"]:g}, {plan["minutes"]:.1f} minutes; '
+            f'training   {plan["iterations"]:,} iterations at {rates["rate"]:.2g}, {plan["minutes"]:.1f} minutes; '
             'Ctrl-C keeps the best so far'
         )
         found = train(

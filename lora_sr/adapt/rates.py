@@ -19,7 +19,6 @@ from lora_sr.errors import InputError
 
 FEWEST_STEPS, MOST_STEPS = 12, 200
 MOST_BYTES = 2**29  # of patches that are kept for all rates
-OF_BEST = 0.5  # what is best in a short training is too high for a long one
 TIMED = 3  # steps, after one that warms up
 
 
@@ -44,8 +43,23 @@ class RateTest:
 
     @property
     def rate(self) -> float:
-        """The rate for the training that follows."""
-        return OF_BEST * self.best
+        """Where PSNR is highest by the parabola through the best rate and its neighbors, over the logarithm of rates.
+
+        Without a neighbor on each side, or where one diverged, it is the best rate itself.
+        """
+        rates = sorted(self.psnr)
+        place = rates.index(self.best)
+        if not 0 < place < len(rates) - 1:
+            return self.best
+        lower, best, higher = rates[place - 1 : place + 2]
+        if not all(math.isfinite(self.psnr[rate]) for rate in (lower, higher)):
+            return self.best
+        # Newton's form in x = log(rate / best).
+        x = [math.log(rate / best) for rate in (lower, higher)]
+        slopes = [(self.psnr[rate] - self.psnr[best]) / at for rate, at in zip((lower, higher), x)]
+        curvature = (slopes[1] - slopes[0]) / (x[1] - x[0])
+        slope = slopes[0] - curvature * x[0]
+        return best * math.exp(-slope / (2 * curvature)) if curvature < 0 else best
 
 
 def find_rate(

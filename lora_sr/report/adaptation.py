@@ -178,7 +178,7 @@ class AdaptationPart:
         found = record.pairs
         if found is not None:
             share = found.trained_parameters / found.parameters if found.parameters else 0.0
-            also = f', and a trained delta of {", ".join(found.also_train)}' if found.also_train else ''
+            also = f', and besides {", ".join(found.also_train)}' if found.also_train else ''
             values['Trained'] = (
                 f'LoRA of rank {found.rank}{also}: {found.trained_parameters:,} of {found.parameters:,} parameters '
                 f'({share:.1%})'
@@ -265,7 +265,8 @@ def _rates(rates: Rates, start: Psnr | None, level: int) -> str:
     chosen = tried.index(rates.best) if rates.best in tried else None
     text = (
         f'Each rate trained for {_count(rates.steps, "step")}, from the same start and on the same patches. '
-        f'{rates.best:g} was best; the training had {rates.rate:g}, since a long one wants less than a short one.'
+        f'{rates.best:g} was best; the training had {rates.rate:.2g}, the top of the parabola through it and its '
+        'neighbors.'
     )
     if len(tried) > 1 and rates.best == tried[-1]:
         text += ' It is the highest that was tried: a higher one may be better still.'

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_sr.adapt import rates
 from lora_sr.adapt.held import Measured
-from lora_sr.adapt.rates import find_rate
+from lora_sr.adapt.rates import RateTest, find_rate
 from lora_sr.errors import InputError
 
 
@@ -61,12 +61,7 @@ def refuses():
 
 def test_each_rate_has_the_same_start_and_the_same_patches(model, monkeypatch):
     found = find(monkeypatch, [lambda: 30.0, lambda: 31.0, lambda: 30.5])
-    assert (
-        found.psnr == {1e-3: 30, 1e-2: 31, 1e-1: 30.5}
-        and found.best == 1e-2
-        and found.rate == 5e-3
-        and found.steps == 20
-    )
+    assert found.psnr == {1e-3: 30, 1e-2: 31, 1e-1: 30.5} and found.best == 1e-2 and found.steps == 20
     trials = [model.steps[4 + 20 * number : 24 + 20 * number] for number in range(3)]  # behind those that were timed
     for rate, trial in zip(found.psnr, trials):
         assert [step[2] for step in trial] == [step[2] for step in trials[0]]
@@ -88,3 +83,23 @@ def test_other_errors_are_not_taken_for_a_divergence(model, monkeypatch):
 
     with pytest.raises(RuntimeError):
         find(monkeypatch, [fails])
+
+
+@pytest.mark.parametrize('top', [3e-3, 1e-2, 2e-2])
+def test_the_rate_is_at_the_top_of_a_parabola(top):
+    found = RateTest({rate: 30 - 2 * math.log(rate / top) ** 2 for rate in (1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2)}, 20, 0.1)
+    assert found.rate == pytest.approx(top)
+
+
+@pytest.mark.parametrize(
+    ('psnr', 'rate'),
+    [
+        ({1e-3: 31.0, 1e-2: 30.0, 1e-1: 29.0}, 1e-3),
+        ({1e-3: 29.0, 1e-2: 30.0, 1e-1: 31.0}, 1e-1),
+        ({1e-3: 29.0, 1e-2: 30.0, 1e-1: -math.inf}, 1e-2),
+        ({1e-3: 30.0, 1e-2: 30.0, 1e-1: 30.0}, 1e-3),
+        ({1e-2: 30.0}, 1e-2),
+    ],
+)
+def test_where_there_is_no_parabola_the_best_counts(psnr, rate):
+    assert RateTest(psnr, 20, 0.1).rate == rate

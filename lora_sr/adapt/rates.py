@@ -43,23 +43,22 @@ class RateTest:
 
     @property
     def rate(self) -> float:
-        """Where PSNR is highest by the parabola through the best rate and its neighbors, over the logarithm of rates.
+        """Where PSNR is highest by the parabola through the best rate and those next to it, over logarithms of rates.
 
-        Without a neighbor on each side, or where one diverged, it is the best rate itself.
+        It is between these three. Where fewer did not diverge, or they have no top, it is the best rate itself.
         """
-        rates = sorted(self.psnr)
-        place = rates.index(self.best)
-        if not 0 < place < len(rates) - 1:
+        rates = sorted(rate for rate in self.psnr if math.isfinite(self.psnr[rate]))
+        if len(rates) < 3:
             return self.best
-        lower, best, higher = rates[place - 1 : place + 2]
-        if not all(math.isfinite(self.psnr[rate]) for rate in (lower, higher)):
+        first = min(max(rates.index(self.best) - 1, 0), len(rates) - 3)
+        x = [math.log(rate) for rate in rates[first : first + 3]]
+        y = [self.psnr[rate] for rate in rates[first : first + 3]]
+        slopes = [(y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])]
+        curvature = (slopes[1] - slopes[0]) / (x[2] - x[0])
+        if curvature >= 0:
             return self.best
-        # Newton's form in x = log(rate / best).
-        x = [math.log(rate / best) for rate in (lower, higher)]
-        slopes = [(self.psnr[rate] - self.psnr[best]) / at for rate, at in zip((lower, higher), x)]
-        curvature = (slopes[1] - slopes[0]) / (x[1] - x[0])
-        slope = slopes[0] - curvature * x[0]
-        return best * math.exp(-slope / (2 * curvature)) if curvature < 0 else best
+        top = (x[0] + x[1]) / 2 - slopes[0] / (2 * curvature)
+        return math.exp(min(max(top, x[0]), x[2]))
 
 
 def find_rate(

@@ -265,8 +265,8 @@ def _rates(rates: Rates, start: Psnr | None, level: int) -> str:
     chosen = tried.index(rates.best) if rates.best in tried else None
     text = (
         f'Each rate trained for {_count(rates.steps, "step")}, from the same start and on the same patches. '
-        f'{rates.best:g} was best; the training had {rates.rate:.2g}, the top of the parabola through it and its '
-        'neighbors.'
+        f'{rates.best:g} was best; the training had {rates.rate:.2g}, the top of the parabola through it and those '
+        'next to it.'
     )
     if len(tried) > 1 and rates.best == tried[-1]:
         text += ' It is the highest that was tried: a higher one may be better still.'

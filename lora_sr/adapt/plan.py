@@ -22,7 +22,7 @@ from lora_sr.runtime.upscaler import best_device
 
 DEFAULT_SHARE = 0.1
 LARGEST_RANK = 16
-ALSO_TRAIN = ('gain', 'bias', 'norm', 'position', 'parameters')
+ALSO_TRAIN = ('bias', 'norm', 'position', 'parameters')
 # (batch, side of the LR patches, enough iterations): the first that leaves time for so many counts. Up to thousands of
 # iterations, more of them bring more than larger batches do.
 BATCHES = (
@@ -42,9 +42,9 @@ TRIALS = 3
 def lora_for(network: nn.Module, share: float | None) -> tuple[dict[str, Any], int]:
     """What to adapt of a network within a share of its parameters, and how many parameters train then.
 
-    Layers have LoRA of one rank, the largest that fits, up to 16. Their gains, and as deltas biases, normalizations and
-    whatever else cannot have LoRA, train as far as they fit beside rank 1. Depth-wise layers stay as they are: on pairs
-    of a phone, LoRA on those of LKDN brought 0.01 dB, and a higher rank elsewhere more.
+    Layers have LoRA of one rank, the largest that fits, up to 16. Biases, normalizations and whatever else cannot have
+    it train as deltas, as far as they fit beside rank 1. Depth-wise layers stay as they are: on pairs of a phone, LoRA
+    on those of LKDN brought 0.01 dB, and a higher rank elsewhere more.
 
     Args:
         network: The network.
@@ -60,7 +60,7 @@ def lora_for(network: nn.Module, share: float | None) -> tuple[dict[str, Any], i
     groups = [group for group in GROUPS if group in layer_groups(bare).values()]
     if not groups:
         raise InputError('the network has no layer that can carry LoRA')
-    kinds = {'gain', *(delta_kind(module, name) for module in bare.modules() for name in module._parameters)}
+    kinds = {delta_kind(module, name) for module in bare.modules() for name in module._parameters}
     depthwise = _depthwise_patterns(bare)
     total = sum(parameter.numel() for parameter in bare.parameters())
     most = (DEFAULT_SHARE if share is None else share) * total

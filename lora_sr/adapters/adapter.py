@@ -23,7 +23,6 @@ from lora_sr.adapters.foreign import ForeignAdapter
 from lora_sr.adapters.layers import (
     DELTA_PREFIX,
     DTYPES,
-    GAIN,
     LORA_TENSORS,
     LoRAMultiheadAttention,
     join,
@@ -43,8 +42,8 @@ class Adapter:
     Args:
         config: What gives a base these layers, with their ranks: an exact name for each.
         tensors: Name in the adapted network's state dict -> tensor: ``lora_A``, ``lora_B`` and ``lora_alpha`` of every
-            layer with LoRA (for shapes see :class:`lora_sr.adapters.LoRALayer`), ``lora_gain`` of some, and
-            ``lora_shift_<parameter>``, of the parameter's shape. The adapter that changes nothing has none.
+            layer with LoRA (for shapes see :class:`lora_sr.adapters.LoRALayer`), and ``lora_shift_<parameter>``, of the
+            parameter's shape. The adapter that changes nothing has none.
 
     Raises:
         InputError: A layer lacks some of its tensors, or their shapes do not go with each other and with its rank.
@@ -74,12 +73,6 @@ class Adapter:
                     f'The adapter is damaged: "{shown(name)}" has lora_A {shape_text(lora_A.shape)} and lora_B '
                     f'{shape_text(lora_B.shape)}{kinds}, which do not go with rank {rank}.'
                 )
-        for name in self.layers:
-            gain = self.gain_of(name)
-            if gain is not None and (gain.ndim != 1 or gain.dtype not in DTYPES):
-                raise InputError(
-                    f'The adapter is damaged: the gain of "{shown(name)}" is {shape_text(gain.shape)} of {gain.dtype}.'
-                )
         for name, delta in self.deltas.items():
             if delta.dtype not in DTYPES:
                 raise InputError(f'The adapter is damaged: the delta of {shown(name)} is of {delta.dtype}.')
@@ -99,14 +92,9 @@ class Adapter:
         lora_A, lora_B, alpha = (self.tensors[join(layer, tensor)] for tensor in LORA_TENSORS)
         return lora_A, lora_B, alpha
 
-    def gain_of(self, layer: str) -> Tensor | None:
-        """``lora_gain`` of a layer, if it has one."""
-        return self.tensors.get(join(layer, GAIN))
-
     def factors_of(self, layer: str) -> list[Tensor]:
-        """``lora_A``, ``lora_B`` and the gain, if there is one, of a layer."""
-        gain = self.gain_of(layer)
-        return [*self.update_of(layer)[:2], *([] if gain is None else [gain])]
+        """``lora_A`` and ``lora_B`` of a layer."""
+        return list(self.update_of(layer)[:2])
 
     def rank_of(self, layer: str) -> int:
         """The rank of a layer's update."""
@@ -171,16 +159,15 @@ def mix_adapters(parts: Iterable[tuple[Adapter, float]]) -> Adapter:
 
     This is exact, since B_1 A_1 + B_2 A_2 is the product of the matrices put side by side: the rank of a layer is the
     sum of its ranks, its alpha equals it, and the weights are in ``lora_B``. A layer that only one adapter has keeps
-    its tensors, and its alpha is multiplied by the weight. Gains and deltas add up likewise; where one adapter has LoRA
-    on a layer and another the delta of its weight, the sum is a delta.
+    its tensors, and its alpha is multiplied by the weight. Deltas add up likewise; where one adapter has LoRA on a
+    layer and another the delta of its weight, the sum is a delta.
 
     Args:
         parts: Adapters of one base, each with its weight: any finite number, also negative or beyond 1. With 0 an
             adapter is left out; if all are, what results changes nothing, not by a bit.
 
     Raises:
-        InputError: A weight is not finite, two adapters are for different shapes of the same layer, or one has a gain
-            where another has the delta of the weight, which cannot be told in one without the base.
+        InputError: A weight is not finite, or two adapters are for different shapes of the same layer.
     """
     parts = [(adapter, float(weight)) for adapter, weight in parts]
     for _, weight in parts:
@@ -207,11 +194,6 @@ def _adapter_of(tensors: dict[str, Tensor], layers: Mapping[str, tuple[int, floa
         for key in (join(name, DELTA_PREFIX + last) for last in ('weight', LoRAMultiheadAttention.weight_name)):
             if key not in tensors:
                 continue
-            if join(name, GAIN) in tensors:
-                raise InputError(
-                    f'The adapters cannot be mixed: one has the gain of "{shown(name)}", another the delta of its '
-                    'weight. Merge them one after the other.'
-                )
             lora_A, lora_B, alpha = (tensors.pop(join(name, tensor)) for tensor in LORA_TENSORS)
             rank, _ = layers.pop(name)
             if lora_B.shape[0] * lora_A.shape[1] != tensors[key].numel():
@@ -311,9 +293,6 @@ def describe_misfit(adapter: Adapter, base: Mapping[str, Tensor]) -> str | None:
         shape = adapter.deltas[key].shape if layer is None else _shape_of_weight(adapter, layer, here)
         if here is None:
             differing.setdefault(key.rpartition('.')[0], f'{shown(what)} is not there')
-        elif layer is not None and (gain := adapter.gain_of(layer)) is not None and len(gain) != len(here):
-            how = f'{shown(what)} has {len(here)} rows here, the adapter gains of {len(gain)}'
-            differing.setdefault(key.rpartition('.')[0], how)
         elif here.shape != shape:
             how = f'{shown(what)} is {shape_text(here.shape)} here, the adapter is for {shape_text(shape)}'
             differing.setdefault(key.rpartition('.')[0], how)

@@ -17,6 +17,7 @@ from lora_sr.adapters.adapter import Adapter, adapter_for, check_values, describ
 from lora_sr.adapters.checkpoint import (
     LONGEST_NAME,
     exact_config,
+    is_delta_key,
     is_lora_key,
     lora_state_dict,
     without_lora,
@@ -174,7 +175,8 @@ def _replace_lora(model: nn.Module, adapter: Adapter) -> None:
     # A module that stands under several names has tensors under each, but is adapted once.
     names = {name for name, _ in model.named_modules()}
     layers = {name: (adapter.rank_of(name), adapter.alpha_of(name)) for name in adapter.layers if name in names}
-    attach_updates(model, exact_config(layers, adapter.tensors))
+    deltas = {key: value for key, value in adapter.tensors.items() if is_delta_key(key)}
+    attach_updates(model, exact_config(layers, deltas))
     own = lora_state_dict(model)
     for key, value in adapter.tensors.items():
         own[key].copy_(value)

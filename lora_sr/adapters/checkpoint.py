@@ -9,16 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_sr.adapters.config import LoRAConfig
-from lora_sr.adapters.layers import (
-    DELTA_PREFIX,
-    GAIN,
-    LORA_TENSORS,
-    gain_update,
-    join,
-    low_rank_update,
-    rows_of_unit,
-    weight_key,
-)
+from lora_sr.adapters.layers import DELTA_PREFIX, LORA_TENSORS, join, low_rank_update, rows_of_unit, weight_key
 from lora_sr.adapters.verbs import adapted_modules, lora_layers
 from lora_sr.errors import InputError, shown
 
@@ -27,7 +18,7 @@ LONGEST_NAME = 512  # letters of the name of a tensor
 
 def is_lora_key(key: str) -> bool:
     """Whether a state dict's key names a tensor of LoRA, or the delta of a parameter beside it."""
-    return key.rpartition('.')[2] in (*LORA_TENSORS, GAIN) or is_delta_key(key)
+    return key.rpartition('.')[2] in LORA_TENSORS or is_delta_key(key)
 
 
 def only_lora(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -89,7 +80,7 @@ def _check_adapted(state: Mapping[str, Tensor]) -> None:
 def _layers_with_lora(state: Mapping[str, Tensor]) -> dict[str, int]:
     """Name -> rank of every layer with LoRA in an adapted state dict."""
     ranks = {}
-    for name in dict.fromkeys(key.rpartition('.')[0] for key in state if is_lora_key(key) and not is_delta_key(key)):
+    for name in dict.fromkeys(key.rpartition('.')[0] for key in state if key.rpartition('.')[2] in LORA_TENSORS):
         keys = [*(join(name, tensor) for tensor in LORA_TENSORS), weight_key(name, state)]
         missing = [key.rpartition('.')[2] for key in keys if key not in state]
         if missing:
@@ -114,12 +105,6 @@ def _layers_with_lora(state: Mapping[str, Tensor]) -> dict[str, int]:
             raise InputError(
                 f'the LoRA of "{shown(name)}" must be of floating-point numbers as its weight is, got {lora_A.dtype} '
                 f'and {lora_B.dtype} beside {weight.dtype}'
-            )
-        gain = state.get(join(name, GAIN))
-        if gain is not None and (gain.shape != weight.shape[:1] or not gain.is_floating_point()):
-            raise InputError(
-                f'the gain of "{shown(name)}" must be {weight.shape[0]} floating-point numbers, got {gain.dtype} of '
-                f'{tuple(gain.shape)}'
             )
         ranks[name] = lora_A.shape[0] // unit
     return ranks
@@ -158,14 +143,7 @@ def merge_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, rank in _layers_with_lora(state).items():
         key = weight_key(name, state)
         lora_A, lora_B, alpha = updates[key] = tuple(state[join(name, tensor)] for tensor in LORA_TENSORS)
-        update, gain = (
-            low_rank_update(lora_A, lora_B, alpha * (1.0 / rank), state[key].shape),
-            state.get(join(name, GAIN)),
-        )
-        if gain is not None:
-            updates[key] += (gain,)
-            update = update + gain_update(gain, state[key])
-        merged[key] = state[key] + update
+        merged[key] = state[key] + low_rank_update(lora_A, lora_B, alpha * (1.0 / rank), state[key].shape)
     for key, delta in state.items():
         if is_delta_key(key):
             updates[key_of_base(key)] = (delta,)
@@ -194,7 +172,7 @@ def exact_config(layers: Mapping[str, tuple[int, float]], state: Mapping[str, Te
 
     Args:
         layers: Name -> rank and alpha of every layer with LoRA.
-        state: A state dict with the deltas and gains, whose parameters are named likewise.
+        state: A state dict with the deltas, whose parameters are named likewise.
     """
     target_parameters = sorted(re.escape(key_of_base(key)) for key in state if is_delta_key(key))
     if not layers:
@@ -210,5 +188,4 @@ def exact_config(layers: Mapping[str, tuple[int, float]], state: Mapping[str, Te
         rank_pattern={name: r for name, r in ranks.items() if r != rank},
         alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
         target_parameters=target_parameters,
-        also_train=['gain'] if any(key.rpartition('.')[2] == GAIN for key in state) else [],
     )

@@ -15,7 +15,7 @@ from lora_sr.adapters.groups import GROUPS
 from lora_sr.adapters.patterns import MOST_STEPS, Patterns, check_simple
 from lora_sr.errors import InputError, shown
 
-ALSO_TRAIN = ('gain', 'bias', 'norm', 'position', 'parameters', 'depthwise')
+ALSO_TRAIN = ('bias', 'norm', 'position', 'parameters', 'depthwise')
 LARGEST_ALPHA = 1e30
 LARGEST_RANK = 2**31 - 1
 
@@ -37,10 +37,8 @@ class LoRAConfig:
         rank_pattern: Pattern -> rank, for layers that differ from ``rank``. The first match counts. A rank of 0
             leaves a layer as it is.
         alpha_pattern: Pattern -> alpha, likewise.
-        also_train: What trains besides, all but the first as a delta beside its frozen value:
+        also_train: What trains besides, as a delta beside its frozen value:
 
-            - ``gain``: a factor for each output channel of the adapted layers, see
-              :class:`lora_sr.adapters.LoRALayer`;
             - ``bias``: the biases of the adapted layers;
             - ``norm``: scale and offset of all normalization layers;
             - ``position``: tables of relative positions;

@@ -14,7 +14,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lora_sr.errors import InputError, shown
 
 LORA_TENSORS = ('lora_A', 'lora_B', 'lora_alpha')
-GAIN = 'lora_gain'
 DELTA_PREFIX = 'lora_shift_'  # deltas were called shifts when the first checkpoints were written
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of updates
 POSITION = re.compile('rel(ative)?_pos|absolute_pos')  # parameters that are tables of positions
@@ -51,11 +50,6 @@ def matrix_shape(shape: Sequence[int], groups: int = 1) -> tuple[int, int]:
 def low_rank_update(lora_A: Tensor, lora_B: Tensor, factor: Tensor | float, shape: torch.Size) -> Tensor:
     """factor * B @ A, in the shape of a layer's weight."""
     return (lora_B @ lora_A).view(shape) * factor
-
-
-def gain_update(gain: Tensor, weight: Tensor) -> Tensor:
-    """diag(g) W: each row of a weight, times a number of its own."""
-    return gain.view(-1, *[1] * (weight.ndim - 1)) * weight
 
 
 class AdaptedModule(nn.Module):
@@ -103,7 +97,6 @@ class AdaptedModule(nn.Module):
         # A checkpoint of the base network loads strictly: only a layer that has half of its LoRA tensors is incomplete.
         absent = [prefix + name for name in LORA_TENSORS if prefix + name not in state_dict]
         forgiven = absent if len(absent) == len(LORA_TENSORS) else [prefix + 'lora_alpha']
-        forgiven.append(prefix + GAIN)
         missing_keys[:] = [
             key for key in missing_keys if key not in forgiven and not key.startswith(prefix + DELTA_PREFIX)
         ]
@@ -138,30 +131,23 @@ def _updated(name: str, update: str) -> Any:
 class LoRALayer(AdaptedModule):
     """What the adapted layers share: a frozen weight W plus a trained update, W' = W + s * (alpha / r) * delta(B, A).
 
-    With a gain g it is W' = W + s * ((alpha / r) * delta(B, A) + diag(g) W): a row of W, i.e. an output channel, gets
-    stronger or weaker as well, which no low rank can do for all rows.
-
     The update lives in weight space: the layer's forward is that of the layer it replaces, with W' for W. So it needs
     no activation memory of its own on full-resolution feature maps, and merging is exact. In the state dict ``weight``
     and ``bias`` keep their names; beside them stand
 
     - ``lora_A``, Kaiming-uniform (a = sqrt(5)) at first, and ``lora_B``, zero at first, so that the adapted layer
       starts exactly as the layer it replaces;
-    - ``lora_alpha``, a scalar tensor, because a checkpoint must be mergeable on its own and shapes tell only the rank;
-    - ``lora_gain``, if it has one: a number for each row of the weight, zero at first. Of a transposed convolution rows
-      are the input channels, of an embedding its entries.
+    - ``lora_alpha``, a scalar tensor, because a checkpoint must be mergeable on its own and shapes tell only the rank.
 
     The attribute ``weight`` is W', W itself is ``base_parameter('weight')``. With ``matrix_shape`` of the weight being
     (rows, columns), and ``rows_of_unit`` u, ``lora_A`` is (r * u, columns) and ``lora_B`` is (rows, r * u).
 
-    Source: LoRA (arXiv:2106.09685), section 4.1. The gain is the magnitude of DoRA (arXiv:2402.09353) without its
-    normalization, so that updates still add up.
+    Source: LoRA (arXiv:2106.09685), section 4.1.
 
     Args:
         layer: The layer to adapt. It stays as it is; the adapted one shares its tensors.
         rank: Rank r, at least 1.
         alpha: Numerator of the update's scale.
-        has_gain: Whether it has a gain.
 
     Raises:
         InputError: A rank below 1.
@@ -173,16 +159,15 @@ class LoRALayer(AdaptedModule):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_alpha: Tensor
-    lora_gain: nn.Parameter
     rank: int
 
-    def __init__(self, layer: nn.Module, rank: int, alpha: float, has_gain: bool = False) -> None:
+    def __init__(self, layer: nn.Module, rank: int, alpha: float) -> None:
         # Not the constructor of the layer's class, which would draw random weights. Its registries are copied.
         for name, value in layer.__dict__.items():
             self.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
-        self._init_lora(rank, alpha, has_gain)
+        self._init_lora(rank, alpha)
 
-    def _init_lora(self, rank: int, alpha: float, has_gain: bool) -> None:
+    def _init_lora(self, rank: int, alpha: float) -> None:
         if rank < 1:
             raise InputError(f'LoRA rank must be an integer of at least 1, got {rank}.')
         weight = self.base_weight()
@@ -193,8 +178,6 @@ class LoRALayer(AdaptedModule):
         self.lora_B = nn.Parameter(weight.new_zeros(rows, inner))
         self.register_buffer('lora_alpha', torch.tensor(float(alpha), device=weight.device, dtype=weight.dtype))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if has_gain:
-            self.lora_gain = nn.Parameter(weight.new_zeros(weight.shape[0]))
 
     def base_weight(self) -> Tensor:
         """The frozen weight, without its update."""
@@ -203,14 +186,7 @@ class LoRALayer(AdaptedModule):
     def delta_weight(self) -> Tensor:
         """The update of the weight at the present ``lora_scale``, in the shape of ``weight``."""
         factor = self.lora_alpha * (self.lora_scale / self.rank)
-        update = low_rank_update(self.lora_A, self.lora_B, factor, self.base_weight().shape)
-        gain = self.gain
-        return update if gain is None else update + gain_update(gain * self.lora_scale, self.base_weight())
-
-    @property
-    def gain(self) -> Tensor | None:
-        """``lora_gain``, if it has one."""
-        return getattr(self, GAIN, None)
+        return low_rank_update(self.lora_A, self.lora_B, factor, self.base_weight().shape)
 
     def _updated_weight(self, name: str, base: Tensor) -> Tensor:
         # At scale 0 the base itself, to the bit: 0 * update is NaN where an update is infinite.
@@ -351,26 +327,21 @@ def is_depthwise(module: nn.Module) -> bool:
     return base_class_of(module) in LORA_LAYERS and 1 < groups == module.in_channels == module.out_channels
 
 
-def give_lora(
-    layer: nn.Module, rank: int, alpha: float, has_gain: bool = False, tied: LoRALayer | None = None
-) -> LoRALayer:
+def give_lora(layer: nn.Module, rank: int, alpha: float, tied: LoRALayer | None = None) -> LoRALayer:
     """Let a layer carry LoRA, in place, so that whoever holds the layer holds the adapted one.
 
     Args:
         layer: A layer for which :func:`is_adaptable` holds, without LoRA.
         rank: Rank of the update.
         alpha: Numerator of its scale.
-        has_gain: Whether each row of the weight has a factor besides.
         tied: A layer with LoRA of that rank and alpha and with the same weight: both then share one update.
     """
     layer.__class__ = cast(Any, LORA_LAYERS[type(layer)])
     adapted = cast(LoRALayer, layer)
     if tied is None:
-        adapted._init_lora(rank, alpha, has_gain)
+        adapted._init_lora(rank, alpha)
     else:
         adapted.rank, adapted.lora_A, adapted.lora_B = tied.rank, tied.lora_A, tied.lora_B
-        if tied.gain is not None:
-            adapted.lora_gain = tied.lora_gain
         adapted.register_buffer('lora_alpha', tied.lora_alpha)
     return adapted
 

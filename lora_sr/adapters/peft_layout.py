@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_sr.adapters.adapter import Adapter, describe_misfit
 from lora_sr.adapters.foreign_files import PEFT_PREFIX
-from lora_sr.adapters.layers import gain_update, join, low_rank_update
+from lora_sr.adapters.layers import join, low_rank_update
 from lora_sr.errors import InputError, shown
 
 SHOWN = 3  # of what cannot be written
@@ -29,7 +29,7 @@ def peft_layout(adapter: Adapter, network: nn.Module) -> tuple[dict[str, Tensor]
 
     PEFT's update of a convolution is B * A with ``lora_A`` (r, in, kh, kw) and ``lora_B`` (out, r, 1, 1). Where kh is 1
     and there are no groups, our factors are these, and so are those of linear layers and embeddings. Else, and for
-    gains and deltas of weights, the update is factored anew, in float64: exactly, with the least rank that does.
+    deltas of weights, the update is factored anew, in float64: exactly, with the least rank that does.
 
     Args:
         adapter: An adapter that fits the network.
@@ -65,7 +65,7 @@ def peft_layout(adapter: Adapter, network: nn.Module) -> tuple[dict[str, Tensor]
         if obstacle:
             obstacles.append(f'{shown(name)} {obstacle}')
             continue
-        if update is None and _has_our_factors(layer) and adapter.gain_of(name) is None:
+        if update is None and _has_our_factors(layer):
             lora_A, lora_B, alpha = adapter.update_of(name)
             down, up, ranks[name], alphas[name] = lora_A, lora_B, adapter.rank_of(name), alpha.item()
         else:
@@ -112,8 +112,7 @@ def _weight_update(adapter: Adapter, name: str, layer: nn.Module) -> Tensor:
     lora_A, lora_B, alpha = (value.double() for value in adapter.update_of(name))
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    update, gain = low_rank_update(lora_A, lora_B, alpha / adapter.rank_of(name), weight.shape), adapter.gain_of(name)
-    return update if gain is None else update + gain_update(gain.double(), weight.detach().double())
+    return low_rank_update(lora_A, lora_B, alpha / adapter.rank_of(name), weight.shape)
 
 
 def _factored(update: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:

@@ -127,9 +127,7 @@ def _attach(model: nn.Module, config: LoRAConfig, targets: dict[str, nn.Module],
     adapted: dict[nn.Parameter, LoRALayer] = {}  # by weight
     for name, layer in targets.items():
         weight = _weight(layer)
-        adapted[weight] = give_lora(
-            layer, config.rank_of(name), config.alpha_of(name), 'gain' in config.also_train, adapted.get(weight)
-        )
+        adapted[weight] = give_lora(layer, config.rank_of(name), config.alpha_of(name), adapted.get(weight))
     values = {value: nn.Parameter(torch.zeros_like(value)) for value in deltas.values()}
     for module in dict.fromkeys(module for module, _ in deltas):
         give_deltas(module, {key: values[value] for (owner, key), value in deltas.items() if owner is module})
@@ -195,7 +193,7 @@ def _deltas(
             or a parameter carries one already.
     """
     found: dict[Place, nn.Parameter] = {}
-    kinds: set[str | None] = {'gain'} if targets else set()
+    kinds: set[str | None] = set()
     matched: set[str] = set()
     possible: list[str] = []
     is_frozen = not any(value.requires_grad for name, value in model.named_parameters() if not _is_update(name))
@@ -265,7 +263,7 @@ def _update_of(module: nn.Module, key: str) -> Hashable:
     if isinstance(module, AdaptedModule) and carries_delta(module, key):
         return module._parameters[DELTA_PREFIX + key], module.lora_scale
     if isinstance(module, LoRALayer) and key == module.weight_name:
-        return module.lora_A, module.lora_B, module.gain, module.lora_scale
+        return module.lora_A, module.lora_B, module.lora_scale
     return None
 
 

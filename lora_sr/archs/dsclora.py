@@ -68,8 +68,7 @@ def is_dsclora(state: Mapping[str, Tensor]) -> bool:
     """Whether ``state`` is a state dict of DSCLoRA: SPAN in deploy form with LoRA on just its layers."""
     layers = [key[: -len('.lora_A')] for key in state if key.endswith('.lora_A')]
     targets = [layer for layer in layers if any(re.fullmatch(target, layer) for target in DSCLORA_TARGETS)]
-    has_gains = any(key.endswith('.lora_gain') for key in state)
-    return is_span(state) and not has_gains and len(layers) == len(targets) == 3 * SPAN.num_blocks + 2
+    return is_span(state) and len(layers) == len(targets) == 3 * SPAN.num_blocks + 2
 
 
 def dsclora_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -178,7 +178,7 @@ class AdaptationPart:
         found = record.pairs
         if found is not None:
             share = found.trained_parameters / found.parameters if found.parameters else 0.0
-            also = f', and besides {", ".join(found.also_train)}' if found.also_train else ''
+            also = f', and a trained delta of {", ".join(found.also_train)}' if found.also_train else ''
             values['Trained'] = (
                 f'LoRA of rank {found.rank}{also}: {found.trained_parameters:,} of {found.parameters:,} parameters '
                 f'({share:.1%})'

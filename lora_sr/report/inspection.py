@@ -20,7 +20,7 @@ from lora_sr.adapters import (
     left_alone,
 )
 from lora_sr.adapters.allocation import full_rank, largest_useful_rank
-from lora_sr.adapters.layers import DELTA_PREFIX, GAIN
+from lora_sr.adapters.layers import DELTA_PREFIX
 from lora_sr.report.text import align
 
 OTHER = 'other'
@@ -89,7 +89,7 @@ def inspect_network(network: nn.Module) -> Inspection:
         own = {key: value for key, value in module._parameters.items() if value is not None}
         with_delta = [key[len(DELTA_PREFIX) :] for key in own if key.startswith(DELTA_PREFIX)]
         if name in groups:
-            updates = [value for key, value in own.items() if key in ('lora_A', 'lora_B', GAIN)]
+            updates = [value for key, value in own.items() if key in ('lora_A', 'lora_B')]
             base = [value for key, value in own.items() if not key.startswith('lora_') and key not in with_delta]
             trains = updates if is_adapted else [value for value in base if value.requires_grad]
             rows.append(

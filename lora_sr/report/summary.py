@@ -399,8 +399,7 @@ def _lora(adapter: Adapter | ForeignAdapter) -> str:
     alphas = [adapter.alpha_of(layer) for layer in layers]
     alpha = 'alpha unknown' if any(map(math.isnan, alphas)) else _spread('alpha', alphas)
     what = 'deltas of' if isinstance(adapter, Adapter) else 'whole values of'
-    has_gains = isinstance(adapter, Adapter) and any(adapter.gain_of(layer) is not None for layer in layers)
-    found = [f'{len(layers)} layers, {ranks}, {alpha}{", with gains" if has_gains else ""}'] if layers else []
+    found = [f'{len(layers)} layers, {ranks}, {alpha}'] if layers else []
     return '; '.join([*found, *([f'{what} {len(adapter.deltas)} parameters'] if adapter.deltas else [])])
 
 

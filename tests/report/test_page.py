@@ -94,7 +94,7 @@ def test_what_an_adaptation_came_to(adapted, tmp_path):
         'bad.png is damaged',
         'LR is shifted by (-0.3, 0.0) LR pixels',
         '-0.30 across, +0.02 down',
-        'LoRA of rank 3, and besides bias: 1,234 of 12,340 parameters (10.0%)',
+        'LoRA of rank 3, and a trained delta of bias: 1,234 of 12,340 parameters (10.0%)',
         '99 iterations. PSNR had stopped rising.',
         '0.006 23.30 +0.30',
         '0.015 diverged',

@@ -635,7 +635,7 @@ LORA = {
     'alpha_pattern': Key(SECTION, 'Patterns of layers of another alpha, and that alpha.'),
     'also_train': Key(
         list_of('words', one_of(*ALSO_TRAIN)),
-        f'What trains besides: {", ".join(ALSO_TRAIN)}.',
+        f'What trains besides, as a delta: {", ".join(ALSO_TRAIN)}.',
     ),
 }
 

@@ -71,7 +71,7 @@ class StepNetworks:
         for module in network.modules():
             if is_large_depthwise(module):
                 self._add_depthwise(module)
-            elif isinstance(module, nn.Conv2d) and max(module.dilation) > 1:
+            elif self.settings.amp is not None and isinstance(module, nn.Conv2d) and max(module.dilation) > 1:
                 self._add_dilated(module)
         self._within_step(network, 'forward', self._run)
 

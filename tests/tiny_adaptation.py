@@ -91,9 +91,9 @@ def record(held, has_gained, network):
                 'steps': 25,
                 'step_seconds': 0.2,
                 'best': 0.006,
-                'rate': 0.003,
+                'top': 0.006,
             },
-            'plan': {'iterations': 400, 'minutes': 1.4},
+            'plan': {'iterations': 400, 'minutes': 1.4, 'rate': 0.003},
             'training': {'psnr': {'35': 23.4, '70': 24.25}, 'iterations': 99, 'ended': 'no_rise', 'best': 70},
             'strength': {f'{one:g}': {'camera': 23.0 + gain * one, 'clean': 31.5 - one} for one in STRENGTHS},
             'outcome': {

@@ -23,7 +23,7 @@ from lora_sr.adapt.option_text import option_text
 from lora_sr.adapt.outcome import Outcome
 from lora_sr.adapt.pairs import look_at_pairs, write_training_pairs
 from lora_sr.adapt.plan import batches_for, has_fast_bfloat16, lora_for
-from lora_sr.adapt.rates import find_rate
+from lora_sr.adapt.rates import find_rate, rate_for
 from lora_sr.adapt.record import Record
 from lora_sr.adapt.training import best_network, train
 from lora_sr.adapted_folder import ADAPTER, BASE, DATA, HELD, MERGED, OPTIONS
@@ -269,7 +269,7 @@ class _Run:
             'steps': found.steps,
             'step_seconds': found.step_seconds,
             'best': found.best,
-            'rate': float(f'{found.rate:.3g}'),
+            'top': found.top,
         }
 
     def train(self) -> dict[str, Any]:
@@ -281,11 +281,12 @@ class _Run:
             of_validation = start['seconds'] / 2
             iterations = max(VALIDATIONS, int((left - VALIDATIONS * of_validation) / rates['step_seconds']))
             most = left / 60 * SLOWER + START_MINUTES
-            write_whole(self.folder / OPTIONS, self.options(rates['rate'], iterations, most).encode())
-            self.record.put('plan', {'iterations': iterations, 'minutes': left / 60})
+            rate = float(f'{rate_for(rates["top"], rates["steps"], iterations):.3g}')
+            write_whole(self.folder / OPTIONS, self.options(rate, iterations, most).encode())
+            self.record.put('plan', {'iterations': iterations, 'minutes': left / 60, 'rate': rate})
         plan, base = self.record.steps['plan'], start['start']['camera']
         self.told(
-            f'training   {plan["iterations"]:,} iterations at {rates["rate"]:.2g}, {plan["minutes"]:.1f} minutes; '
+            f'training   {plan["iterations"]:,} iterations at {plan["rate"]:g}, {plan["minutes"]:.1f} minutes; '
             'Ctrl-C keeps the best so far'
         )
         found = train(

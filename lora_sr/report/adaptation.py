@@ -265,9 +265,10 @@ def _rates(rates: Rates, start: Psnr | None, level: int) -> str:
     chosen = tried.index(rates.best) if rates.best in tried else None
     text = (
         f'Each rate trained for {_count(rates.steps, "step")}, from the same start and on the same patches. '
-        f'{rates.best:g} was best; the training had {rates.rate:.2g}, the top of the parabola through it and those '
-        'next to it.'
+        f'{rates.best:g} was best.'
     )
+    if rates.rate is not None:
+        text += f' The training, which is longer and so wants less, had {rates.rate:.2g}.'
     if len(tried) > 1 and rates.best == tried[-1]:
         text += ' It is the highest that was tried: a higher one may be better still.'
     caption = f'{PSNR}, on the pairs held back'

@@ -74,7 +74,7 @@ class Rates:
     psnr: Mapping[float, float | None]
     steps: int
     best: float
-    rate: float  # that was trained with
+    rate: float | None  # that was trained with
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Record:
             _pairs(steps['pairs']) if 'pairs' in steps else None,
             _psnr(start['start']) if start else None,
             _psnr(start['bicubic']) if start else None,
-            _rates(rates) if rates else None,
+            _rates(rates, steps.get('plan')) if rates else None,
             _training(training) if training else None,
             {float(strength): _psnr(psnr) for strength, psnr in steps.get('strength', {}).items()},
             _result(result) if result else None,
@@ -184,9 +184,9 @@ def _pairs(values: dict[str, Any]) -> PairsFound:
     )
 
 
-def _rates(values: dict[str, Any]) -> Rates:
+def _rates(values: dict[str, Any], plan: dict[str, Any] | None) -> Rates:
     psnr = {float(rate): None if one is None else float(one) for rate, one in values['psnr'].items()}
-    return Rates(psnr, int(values['steps']), float(values['best']), float(values['rate']))
+    return Rates(psnr, int(values['steps']), float(values['best']), float(plan['rate']) if plan else None)
 
 
 def _training(values: dict[str, Any]) -> Training:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_sr.adapt import rates
 from lora_sr.adapt.held import Measured
-from lora_sr.adapt.rates import RateTest, find_rate
+from lora_sr.adapt.rates import RateTest, find_rate, rate_for
 from lora_sr.errors import InputError
 
 
@@ -86,9 +86,9 @@ def test_other_errors_are_not_taken_for_a_divergence(model, monkeypatch):
 
 
 @pytest.mark.parametrize('top', [1.2e-3, 3e-3, 1e-2, 3.5e-2])
-def test_the_rate_is_at_the_top_of_a_parabola(top):
+def test_the_top_is_that_of_a_parabola(top):
     found = RateTest({rate: 30 - 2 * math.log(rate / top) ** 2 for rate in (1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2)}, 20, 0.1)
-    assert found.rate == pytest.approx(top)
+    assert found.top == pytest.approx(top)
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,9 @@ def test_the_rate_is_at_the_top_of_a_parabola(top):
     ],
 )
 def test_where_the_parabola_has_no_top_between_them_the_best_counts(psnr, rate):
-    assert RateTest(psnr, 20, 0.1).rate == pytest.approx(rate)
+    assert RateTest(psnr, 20, 0.1).top == pytest.approx(rate)
+
+
+def test_a_long_training_has_a_lower_rate():
+    assert rate_for(0.01, 200, 200) == rate_for(0.01, 200, 50) == 0.01
+    assert rate_for(0.01, 200, 3200) == pytest.approx(0.005)

@@ -20,6 +20,7 @@ from lora_sr.errors import InputError
 
 # How many variants of a block are compiled: the probability of DropPath, say, is another one in each.
 MOST_VARIANTS = 256
+DILATED = (nn.Conv2d, nn.ConvTranspose2d)  # whose gradients by half precision are not to be trusted on a CPU
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)  # what autocast runs in half precision
 
 
@@ -71,7 +72,7 @@ class StepNetworks:
         for module in network.modules():
             if is_large_depthwise(module):
                 self._add_depthwise(module)
-            elif self.settings.amp is not None and isinstance(module, nn.Conv2d) and max(module.dilation) > 1:
+            elif self.settings.amp is not None and isinstance(module, DILATED) and max(module.dilation) > 1:
                 self._add_dilated(module)
         self._within_step(network, 'forward', self._run)
 
@@ -92,15 +93,16 @@ class StepNetworks:
         self._within_step(module, '_conv_forward', run)
 
     def _add_dilated(self, module: nn.Module) -> None:
-        def run(convolve: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-            if x.device.type != 'cpu' or not (torch.is_grad_enabled() and weight.requires_grad):
-                return convolve(x, weight, bias)
+        def run(forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            trains = torch.is_grad_enabled() and any(value.requires_grad for value in module.parameters(recurse=False))
+            if x.device.type != 'cpu' or not trains:
+                return forward(x, *args, **kwargs)
             # In bfloat16 and channels_last, oneDNN leaves parts of the gradient of a dilated kernel as the memory was,
             # with torch 2.14.1 on CPUs with AVX512-BF16.
             with torch.autocast('cpu', enabled=False):
-                return convolve(x.float(), weight.float(), None if bias is None else bias.float())
+                return forward(x.float(), *args, **kwargs)
 
-        self._within_step(module, '_conv_forward', run)
+        self._within_step(module, 'forward', run)
 
     def _within_step(self, module: Any, name: str, run: Callable[..., Any]) -> None:
         """Let a method of a module go through ``run`` in a step, which is given the method first."""

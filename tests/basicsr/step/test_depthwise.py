@@ -99,11 +99,19 @@ def test_steps_are_those_without(options, monkeypatch):
         del ARCH_REGISTRY._obj_map['LargeKernels']
 
 
-@pytest.mark.parametrize('arguments', [(8, 8, 3, 1, 2, 2), (8, 8, 5, 1, 6, 3, 2), (8, 8, 3, 1, 3, 3, 8)])
-def test_dilated_kernels_have_exact_gradients_under_autocast(arguments):
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: nn.Conv2d(8, 8, 3, padding=2, dilation=2),
+        lambda: nn.Conv2d(8, 8, 5, padding=6, dilation=3, groups=2),
+        lambda: nn.Conv2d(8, 8, 3, padding=3, dilation=3, groups=8),
+        lambda: nn.ConvTranspose2d(8, 8, 3, padding=2, dilation=2, groups=8),
+    ],
+)
+def test_dilated_kernels_have_exact_gradients_under_autocast(make):
     """In bfloat16 and channels_last some of them are what was in the memory, on CPUs with AVX512-BF16."""
     torch.manual_seed(0)
-    network, images = nn.Sequential(nn.Conv2d(*arguments)), torch.randn(2, 8, 32, 32)
+    network, images = nn.Sequential(make()), torch.randn(2, 8, 32, 32)
     exact = copy.deepcopy(network).double()
     exact(images.double()).square().mean().backward()
     network.to(memory_format=torch.channels_last)

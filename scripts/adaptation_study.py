@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -111,6 +112,7 @@ class Patches:
             yield tuple(images.flip(-1).permute(0, 3, 1, 2).float() / 255 for images in (low, high))
 
     def one(self) -> tuple[np.ndarray, np.ndarray]:
+        """LR and HR of a patch, (side, side, 3) and so many times as large, uint8, BGR."""
         hr, lr = self.pairs[self.random.integers(len(self.pairs))]
         scale = hr.shape[0] // lr.shape[0]
         top, left = (self.random.integers(length - self.side + 1) for length in lr.shape[:2])
@@ -186,9 +188,9 @@ class Study:
         also_train = [kind for kind in method.also_train if kind in kinds]
         section: dict[str, Any] = {'groups': ['all'], 'rank': method.rank, 'also_train': also_train}
         if method.depthwise_rank:
-            section['rank_pattern'] = {name.replace('.', r'\.'): method.depthwise_rank for name in depthwise}
+            section['rank_pattern'] = {re.escape(name): method.depthwise_rank for name in depthwise}
         elif 'depthwise' not in method.also_train:
-            section['exclude_modules'] = [name.replace('.', r'\.') for name in depthwise]
+            section['exclude_modules'] = [re.escape(name) for name in depthwise]
         if method.importance:
             section['rank_pattern'] = self.ranks(section, method.importance)
         add_lora(network, LoRAConfig.from_dict({**section, 'alpha': None}))
@@ -213,7 +215,7 @@ class Study:
         gradients = self.gradients(list(layers), whitens=importance == 'fisher')
         gains = {name: layer_importance(layer, gradients[name]) for name, layer in layers.items()}
         chosen = allocate_ranks(gains, count_parameters(adapted).lora, 32)
-        return {name.replace('.', r'\.'): rank for name, rank in chosen.items()}
+        return {re.escape(name): rank for name, rank in chosen.items()}
 
     def gradients(self, names: Sequence[str], whitens: bool = False) -> dict[str, Tensor]:
         """Mean gradients of weights, or these over the root of their mean squares."""
@@ -253,12 +255,15 @@ class Study:
         return {name: value.clone() for name, value in found.items()}
 
     def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Those of the network."""
         return {name: base_weight(self.network.get_submodule(name)).detach() for name in names}
 
     def probe(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches by which a start is chosen."""
         return (batch for _, batch in zip(range(PROBED), self.patches(999)))
 
     def patches(self, seed: int) -> Patches:
+        """Batches of the pairs to train on, the same for equal seeds."""
         return Patches(self.training, self.arguments.side, self.arguments.batch, seed)
 
     def step(self, network: nn.Module) -> StepNetworks:
@@ -268,7 +273,7 @@ class Study:
         return step
 
     def psnr(self, network: nn.Module, held: Sequence[Held]) -> float:
-        """``-inf`` where it has diverged."""
+        """Mean PSNR (Y) in dB; ``-inf`` where the network has diverged."""
         try:
             return measure(deepcopy(network), held, self.scale, has_clean=False).camera
         except InputError:
@@ -277,7 +282,7 @@ class Study:
 
 def _turn(layer: Any, matrix: Tensor, is_taken: bool) -> None:
     """Let A of a layer begin with the main directions of the rows of a matrix, and B with what it takes of a weight."""
-    rows, columns = matrix_shape(base_weight(layer).shape, getattr(layer, 'groups', 1))
+    columns = layer.lora_A.shape[1]
     left, values, right = torch.linalg.svd(matrix.reshape(-1, columns), full_matrices=False)
     rank = min(layer.lora_A.shape[0], len(values))
     with torch.no_grad():
@@ -301,18 +306,19 @@ def _pairs(folders: Sequence[str], scale: int) -> list[tuple[np.ndarray, np.ndar
 
 
 def study(arguments: argparse.Namespace) -> None:
+    """Do the runs that the output has not."""
     file = Path(arguments.output)
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     known = {(line['method'], line['rate'], line['seed']): line for line in lines}
-    study = Study(arguments)
+    trainings = Study(arguments)
     if ('as published', 0, 0) not in known:
-        own = {kind: study.psnr(study.network, getattr(study, kind)) for kind in ('held', 'test')}
+        own = {kind: trainings.psnr(trainings.network, getattr(trainings, kind)) for kind in ('held', 'test')}
         known['as published', 0, 0] = line = {'method': 'as published', 'rate': 0, 'seed': 0, **own}
         _append(file, line)
 
     def get(name: str, rate: float, seed: int) -> dict[str, Any]:
         if (name, rate, seed) not in known:
-            known[name, rate, seed] = line = study.run(name, rate, seed)
+            known[name, rate, seed] = line = trainings.run(name, rate, seed)
             _append(file, line)
         return known[name, rate, seed]
 
@@ -372,7 +378,10 @@ def main() -> None:
     )
     parser.add_argument('--test-every', type=int, default=1, metavar='N', help='test on every Nth pair')
     arguments = parser.parse_args()
-    print(table(Path(arguments.output))) if arguments.table else study(arguments)
+    if arguments.table:
+        print(table(Path(arguments.output)))
+    else:
+        study(arguments)
 
 
 if __name__ == '__main__':

@@ -93,6 +93,10 @@ def test_what_is_reported_is_true(camera, network, tmp_path):
 
     record = json.loads((folder / 'adapt.json').read_text())
     assert record['steps']['outcome']['sentence'] == str(found)
+    rates, plan = (record['steps'][name] for name in ('rates', 'plan'))
+    assert load_options(folder / 'train.yml')['train']['optim_g']['lr'] == plan['rate']
+    wanted = rates['top'] * max(1, plan['iterations'] / rates['steps']) ** -0.25
+    assert plan['rate'] == pytest.approx(wanted, rel=1e-2)
     assert str(found).startswith(f'Your camera: {found.start.camera:.2f} -> {found.result.camera:.2f} dB (bicubic ')
     names = {pair for kind in ('training', 'held') for pair in record['steps']['pairs'][kind]}
     assert len(names) == 12 and not set(record['steps']['pairs']['training']) & set(record['steps']['pairs']['held'])

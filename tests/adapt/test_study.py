@@ -57,6 +57,9 @@ def test_each_way_begins_at_the_network(script, study):
         groups = study.prepare(network, method)
         with torch.no_grad():
             assert (network(image) - expected).abs().max() <= 1e-4 * expected.abs().max(), name
+        assert [factor for _, factor in groups] == [1, method.b_rate, 1], name
+        scales = [layer.lora_alpha / layer.rank for layer in network.modules() if hasattr(layer, 'lora_A')]
+        assert torch.allclose(torch.stack(scales), torch.tensor(method.strength)), name
         sizes[name] = sum(value.numel() for values, _ in groups for value in values)
         assert sizes[name] == sum(value.numel() for value in network.parameters() if value.requires_grad), name
     equal = sizes['rank 2, biases, norms']

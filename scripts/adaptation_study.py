@@ -379,9 +379,16 @@ def main() -> None:
     parser.add_argument('--test-every', type=int, default=1, metavar='N', help='test on every Nth pair')
     arguments = parser.parse_args()
     if arguments.table:
+        if not Path(arguments.output).is_file():
+            parser.error(f'--output must be a file of runs, got {arguments.output}, which is none.')
         print(table(Path(arguments.output)))
-    else:
+        return
+    if None in (arguments.checkpoint, arguments.pairs, arguments.test):
+        parser.error('a checkpoint, --pairs and --test must be given to train.')
+    try:
         study(arguments)
+    except InputError as error:
+        parser.error(str(error))
 
 
 if __name__ == '__main__':

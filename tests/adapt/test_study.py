@@ -91,6 +91,22 @@ def test_its_rates_climb_and_its_runs_are_kept(script, call, tmp_path, monkeypat
     assert '| rank 2 | 10.0% | 0.002 | 2 | 30.500 ± 0.707 | 29.500 ± 0.707 |' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ('change', 'sentence'),
+    [
+        (lambda call: ['-o', call[8]], 'a checkpoint, --pairs and --test must be given to train.'),
+        (lambda call: ['--table', '-o', call[8]], '--output must be a file of runs, got '),
+        (lambda call: ['missing.pth', *call[1:]], 'missing.pth cannot be read'),
+    ],
+)
+def test_mistakes_are_told(script, call, monkeypatch, capsys, change, sentence):
+    assert call[7] == '-o'
+    monkeypatch.setattr(sys, 'argv', ['study', *change(call)])
+    with pytest.raises(SystemExit) as status:
+        script.main()
+    assert status.value.code == 2 and sentence in capsys.readouterr().err
+
+
 def test_a_run_trains_and_is_measured(script, study, tmp_path):
     line = study.run('rank 2, biases, norms, PiSSA', 1e-3, 0)
     assert json.loads(json.dumps(line)) == line and line['held'] > 0 and line['test'] > 0 and 0 < line['share'] < 1

@@ -1,4 +1,4 @@
-"""Networks with LoRA as if a training had moved them."""
+"""Networks with LoRA as if a training had moved them, and their state dicts compared."""
 
 import torch
 from torch import nn
@@ -12,3 +12,8 @@ def trained(network: nn.Module, seed: int = 0, size: float = 0.3) -> nn.Module:
         if 'lora_' in name:
             value.copy_(torch.randn(value.shape, generator=generator) * size)
     return network
+
+
+def is_same(first, second) -> bool:
+    """Whether two state dicts are equal, to the bit."""
+    return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())

@@ -14,6 +14,7 @@ from pathlib import Path
 VARIABLES = ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME', 'MKL_NUM_THREADS')
 STAT = Path('/proc/stat')
 LOOK = 0.25  # seconds
+_looks = False  # whether it is for this process to choose
 _chosen = False
 
 
@@ -23,27 +24,44 @@ def leave_room() -> None:
     It is left alone where the user has set how threads work, where torch has been loaded, where this is one of several
     processes, and where the system does not tell.
     """
-    global _chosen
+    global _chosen, _looks
     several = os.environ.get('WORLD_SIZE', os.environ.get('SLURM_NTASKS', '1')) != '1'
     if 'torch' in sys.modules or several or any(name in os.environ for name in VARIABLES):
         return
-    before = _times()
-    if len(before) < 2:
-        return
-    time.sleep(LOOK)
-    busy = 0.0
-    for processor, (idle, total) in _times().items():
-        idle, total = idle - before[processor][0], total - before[processor][1]
-        busy += 1 - idle / total if total else 0
-    others = round(busy)
-    if others:
-        os.environ['OMP_NUM_THREADS'] = str(max(1, len(before) - others))
+    _looks = True
+    free, of = _free()
+    if free < of:
+        os.environ['OMP_NUM_THREADS'] = str(free)
         _chosen = True
+
+
+def look_again() -> None:
+    """Choose again, of what is free by now, while this process waits.
+
+    Nothing changes in a process in which :func:`leave_room` had nothing to choose.
+    """
+    if _looks and 'torch' in sys.modules:
+        free, of = _free()
+        if of > 1:
+            sys.modules['torch'].set_num_threads(free)
 
 
 def is_chosen() -> bool:
     """Whether nobody but :func:`leave_room` has said how many threads there are."""
     return _chosen or 'OMP_NUM_THREADS' not in os.environ
+
+
+def _free() -> tuple[int, int]:
+    """How many processors nobody uses just now, at least 1, and of how many; both 1 where the system does not tell."""
+    before = _times()
+    if len(before) < 2:
+        return 1, 1
+    time.sleep(LOOK)
+    busy = 0.0
+    for processor, (idle, total) in _times().items():
+        idle, total = idle - before[processor][0], total - before[processor][1]
+        busy += 1 - idle / total if total else 0
+    return max(1, len(before) - round(busy)), len(before)
 
 
 def _times() -> dict[int, tuple[int, int]]:

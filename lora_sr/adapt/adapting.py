@@ -17,12 +17,13 @@ import lmdb
 import torch
 from torch import Tensor, nn
 
-from lora_sr.adapt.held import Held, Measured, measure, measure_bicubic, read_held, side_for, write_held
+from lora_sr import threads
+from lora_sr.adapt.held import Held, measure, measure_bicubic, read_held, side_for, write_held
 from lora_sr.adapt.images import Images, find_images
 from lora_sr.adapt.option_text import option_text
 from lora_sr.adapt.outcome import Outcome
 from lora_sr.adapt.pairs import look_at_pairs, write_training_pairs
-from lora_sr.adapt.plan import batches_for, has_fast_bfloat16, lora_for
+from lora_sr.adapt.plan import MOST_VALIDATIONS, batches_for, has_fast_bfloat16, lora_for, schedule_for
 from lora_sr.adapt.rates import find_rate, rate_for
 from lora_sr.adapt.record import Record
 from lora_sr.adapt.training import best_network, train
@@ -46,7 +47,6 @@ RATES = (1e-3, 2.5e-3, 6e-3, 1.5e-2)
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
 # Shares of the whole time.
 OF_RATES, OF_VALIDATION, OF_END = 0.15, 0.006, 0.08
-VALIDATIONS = 12
 PATIENCE = 5  # validations without a better one
 MOST_MINUTES = 60 * 24 * 7
 # What the machine may be slower by than when a step was timed, and how long a process takes to begin: a schedule that
@@ -211,6 +211,7 @@ class _Run:
         for note in pairs.notes:
             self.told(f'           {note}')
         smallest = min(min(pair.size) for pair in pairs.used)
+        threads.look_again()
         batches = batches_for(self.opened.network, lora, self.info, smallest, seconds * (1 - OF_RATES - OF_END))
         total = sum(parameter.numel() for parameter in self.opened.network.parameters())
         rank = f'LoRA of rank {lora["rank"]}'
@@ -242,8 +243,9 @@ class _Run:
     def start(self) -> dict[str, Any]:
         """Measure the network as it is, and bicubic interpolation."""
         held = self.held()
-        begin = time.perf_counter()
         start = measure(self.opened.network, held, self.scale)
+        begin = time.perf_counter()
+        measure(self.opened.network, held, self.scale, has_clean=False)  # as a validation, without what comes once
         seconds = time.perf_counter() - begin
         bicubic = measure_bicubic(held, self.scale)
         self.told(
@@ -255,7 +257,8 @@ class _Run:
     def rates(self) -> dict[str, Any]:
         """Find the learning rate, and how long a step takes."""
         file = self.folder / OPTIONS
-        write_whole(file, self.options(RATES[0], 1000).encode())
+        threads.look_again()  # as the training will, for which a step is timed
+        write_whole(file, self.options(RATES[0], 1000, MOST_VALIDATIONS, 10.0).encode())
         found = find_rate(
             file,
             RATES,
@@ -278,12 +281,12 @@ class _Run:
         if 'plan' not in self.record.steps:
             seconds = 60 * self.adaptation.minutes
             left = max(seconds * 0.1, seconds * (1 - OF_END) - self.record.seconds)
-            of_validation = start['seconds'] / 2
-            iterations = max(VALIDATIONS, int((left - VALIDATIONS * of_validation) / rates['step_seconds']))
+            schedule = schedule_for(left, rates['step_seconds'], start['seconds'])
             most = left / 60 * SLOWER + START_MINUTES
-            rate = float(f'{rate_for(rates["top"], rates["steps"], iterations):.3g}')
-            write_whole(self.folder / OPTIONS, self.options(rate, iterations, most).encode())
-            self.record.put('plan', {'iterations': iterations, 'minutes': left / 60, 'rate': rate})
+            rate = float(f'{rate_for(rates["top"], rates["steps"], schedule.iterations):.3g}')
+            options = self.options(rate, schedule.iterations, schedule.validations, most)
+            write_whole(self.folder / OPTIONS, options.encode())
+            self.record.put('plan', {'iterations': schedule.iterations, 'minutes': left / 60, 'rate': rate})
         plan, base = self.record.steps['plan'], start['start']['camera']
         self.told(
             f'training   {plan["iterations"]:,} iterations at {plan["rate"]:g}, {plan["minutes"]:.1f} minutes; '
@@ -314,18 +317,7 @@ class _Run:
 
     def outcome(self) -> Outcome:
         """What all of it has come to."""
-        steps = self.record.steps
-        start = Measured(**steps['start']['start'])
-        by_strength = {float(one): Measured(**values) for one, values in steps['strength'].items()} or {0.0: start}
-        strength = max(by_strength, key=lambda one: (by_strength[one].camera, -one))
-        return Outcome(
-            len(steps['pairs']['held']),
-            start,
-            Measured(**steps['start']['bicubic']),
-            by_strength,
-            strength,
-            steps['training']['ended'],
-        )
+        return Outcome.of(self.record.steps)
 
     def write(self, strength: float) -> None:
         """Write the adapter, of which all counts, and the merged network."""
@@ -351,7 +343,7 @@ class _Run:
     def held(self) -> list[Held]:
         return read_held(self.folder / DATA / HELD, self.scale)
 
-    def options(self, rate: float, iterations: int, minutes: float = 10.0) -> str:
+    def options(self, rate: float, iterations: int, validations: int, minutes: float) -> str:
         """The text of the option file."""
         base, pairs = self.opened.base, self.record.steps['pairs']
         assert base is not None
@@ -373,7 +365,7 @@ class _Run:
             rate=rate,
             iterations=iterations,
             minutes=minutes,
-            validations=VALIDATIONS,
+            validations=validations,
         )
 
 

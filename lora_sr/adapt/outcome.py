@@ -35,6 +35,20 @@ class Outcome:
     strength: float
     ended: str
 
+    @classmethod
+    def of(cls, steps: Mapping[str, Any]) -> Outcome:
+        """That of the steps of ``adapt.json``. Of strengths with one PSNR the lowest is chosen."""
+        start = Measured(**steps['start']['start'])
+        by_strength = {float(one): Measured(**values) for one, values in steps['strength'].items()} or {0.0: start}
+        return cls(
+            len(steps['pairs']['held']),
+            start,
+            Measured(**steps['start']['bicubic']),
+            by_strength,
+            max(by_strength, key=lambda one: (by_strength[one].camera, -one)),
+            steps['training']['ended'],
+        )
+
     @property
     def result(self) -> Measured:
         """What the network has with the chosen strength."""

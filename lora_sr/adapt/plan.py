@@ -35,6 +35,8 @@ BATCHES = (
     (2, 24, 500),
     (1, 24, 1),
 )
+MOST_VALIDATIONS, OF_VALIDATIONS = 12, 0.15  # in a training; of its time
+BETWEEN_VALIDATIONS = 4  # iterations at least
 TRIAL = 4, 32
 TRIALS = 3
 
@@ -150,6 +152,26 @@ def batches_for(network: nn.Module, lora: dict[str, Any], info: NetworkInfo, sma
     fitting = [(batch, side) for batch, side, enough in usable if enough * cost * batch * side**2 <= seconds]
     batch, side = fitting[0] if fitting else usable[-1][:2]
     return Batches(batch, side, _seconds(run) / (height * width))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a training is.
+
+    Attributes:
+        iterations: Of it.
+        validations: How many of them come while it lasts, evenly spread.
+    """
+
+    iterations: int
+    validations: int
+
+
+def schedule_for(seconds: float, step_seconds: float, validation_seconds: float) -> Schedule:
+    """As many iterations as there is time for, validations included, which have up to 15% of it."""
+    validations = min(MOST_VALIDATIONS, max(1, int(seconds * OF_VALIDATIONS / validation_seconds)))
+    iterations = max(1, int((seconds - validations * validation_seconds) / step_seconds))
+    return Schedule(iterations, min(validations, max(1, iterations // BETWEEN_VALIDATIONS)))
 
 
 def has_fast_bfloat16() -> bool:

@@ -22,6 +22,7 @@ from lora_sr.adapters import LoRAConfig, add_lora
 from lora_sr.archs import SPAN
 from lora_sr.checkpoints import NetworkSource, load_network
 from lora_sr.cli.main import main
+from lora_sr.data.lmdb_store import read_raw_meta_info
 from lora_sr.deploy.merge import merge_checkpoint
 from lora_sr.errors import InputError
 from lora_sr.images.bicubic import bicubic_downscale
@@ -99,6 +100,8 @@ def test_what_is_reported_is_true(camera, network, tmp_path):
     assert plan['rate'] == pytest.approx(wanted, rel=1e-2)
     assert str(found).startswith(f'Your camera: {found.start.camera:.2f} -> {found.result.camera:.2f} dB (bicubic ')
     names = {pair for kind in ('training', 'held') for pair in record['steps']['pairs'][kind]}
+    for kind in ('HR', 'LR'):  # what is held back is not trained on
+        assert list(read_raw_meta_info(folder / f'data/{kind}_raw.lmdb')) == record['steps']['pairs']['training']
     assert len(names) == 12 and not set(record['steps']['pairs']['training']) & set(record['steps']['pairs']['held'])
     assert [line.split()[0] for line in lines[:3]] == ['pairs', 'network', 'start']
 

@@ -91,6 +91,12 @@ def test_colors_are_off(camera):
     (note,) = look_at_pairs(*folders, 2).notes
     assert note.startswith('Colors differ by ') and note.endswith('--align gives HR the colors of LR.')
     assert not look_at_pairs(*folders, 2, is_captured=False).notes
+    pair = look_at_pairs(*folders, 2, aligns=True).used[0]
+    apart = {}
+    for aligns in (False, True):
+        hr, lr = pair.read(2, aligns)
+        apart[aligns] = np.abs(taken(hr).astype(float) - lr).max()
+    assert apart[False] > 30 and apart[True] <= 3
 
 
 @pytest.mark.parametrize(

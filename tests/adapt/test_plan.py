@@ -75,6 +75,21 @@ def test_batches_fit_the_time_and_the_images(monkeypatch):
     assert (found.batch, found.side) == (1, 24)
 
 
+@pytest.mark.parametrize(
+    ('seconds', 'step', 'validation', 'iterations', 'validations'),
+    [
+        (500, 0.1, 2, 4760, 12),
+        (500, 0.1, 25, 4250, 3),  # 15% of the time, and no more
+        (20, 1, 0.1, 18, 4),  # so few iterations that 12 validations would be most of them
+        (20, 15, 10, 1, 1),
+        (20, 100, 100, 1, 1),  # one of each at least
+    ],
+)
+def test_a_schedule_fills_the_time(seconds, step, validation, iterations, validations):
+    found = plan.schedule_for(seconds, step, validation)
+    assert (found.iterations, found.validations) == (iterations, validations)
+
+
 def test_patches_are_whole_windows():
     network = lora_sr.archs.take_any_size(_Windows())
     lora, _ = lora_for(network, 1.0)

@@ -1,8 +1,8 @@
 """Large depthwise convolutions on a CPU: their gradients by the convolutions of 3x3 and without dilation that are fast.
 
-oneDNN has fast kernels for the forward pass of any depthwise convolution, but for the gradient of its weight only up to
-3x3, and for that of its input only without dilation. What it falls back to takes some hundred times as long as the
-forward pass: of a step of LKDN, whose attention has two 5x5 in each block, nearly half.
+oneDNN has fast kernels for the forward pass of depthwise convolutions, on CPUs without AVX-512 for those without
+dilation; for the gradient of the weight only up to 3x3, and for that of the input only without dilation. What it falls
+back to takes ten to a hundred times as long: of a step of LKDN, whose attention has two 5x5 in each block, half.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 SIDE = 3  # of the windows of a kernel that are computed at once
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith('AVX512')
 
 
 def is_large_depthwise(module: nn.Module) -> bool:
@@ -77,8 +78,12 @@ def _dtype_of_autocast() -> torch.dtype | None:
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    side, channels = weight.shape[2], len(weight)
     with torch.autocast(x.device.type, enabled=False):
-        return F.conv2d(x, weight, bias, 1, weight.shape[2] // 2 * dilation, dilation, len(weight))
+        if dilation == 1 or HAS_AVX512:
+            return F.conv2d(x, weight, bias, 1, side // 2 * dilation, dilation, channels)
+        phases = F.conv2d(_phases(x, dilation), weight, bias, 1, side // 2, 1, channels)
+    return _of_phases(phases, dilation, x)
 
 
 def _gradient_of_weight(x: Tensor, grad: Tensor, side: int, dilation: int) -> Tensor:
@@ -111,3 +116,12 @@ def _phases(x: Tensor, dilation: int) -> Tensor:
     rows = x.permute(0, 2, 3, 1).reshape(number, height // dilation, dilation, width // dilation, dilation, channels)
     phases = rows.permute(0, 2, 4, 1, 3, 5).reshape(-1, height // dilation, width // dilation, channels)
     return phases.permute(0, 3, 1, 2)
+
+
+def _of_phases(phases: Tensor, dilation: int, like: Tensor) -> Tensor:
+    """The images of which :func:`_phases` has made others, of the size and the layout of some."""
+    number, channels, height, width = like.shape
+    rows, columns = phases.shape[2:]
+    parts = phases.permute(0, 2, 3, 1).reshape(number, dilation, dilation, rows, columns, channels)
+    images = parts.permute(0, 3, 1, 4, 2, 5).reshape(number, rows * dilation, columns * dilation, channels)
+    return torch.empty_like(like).copy_(images[:, :height, :width].permute(0, 3, 1, 2))

@@ -86,7 +86,7 @@ class StepNetworks:
 
     def _add_depthwise(self, module: Any) -> None:
         def run(convolve: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-            if x.device.type != 'cpu' or not torch.is_grad_enabled():
+            if x.device.type != 'cpu':
                 return convolve(x, weight, bias)
             return depthwise_conv2d(x, weight, bias, module.dilation[0])
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_sr.adapters import LoRAConfig, add_lora
 from lora_sr.archs.lkdn import LKDN
+from lora_sr.basicsr.step import depthwise
 from lora_sr.basicsr.step.depthwise import depthwise_conv2d, is_large_depthwise
 from lora_sr.basicsr.step.networks import StepNetworks
 from lora_sr.basicsr.step.settings import StepSettings
@@ -19,7 +20,9 @@ from lora_sr.basicsr.step.settings import StepSettings
     ('side', 'dilation', 'size'), [(5, 1, (9, 8)), (5, 3, (12, 12)), (5, 3, (7, 11)), (7, 2, (6, 5)), (11, 1, (4, 9))]
 )
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_equals_torch(side, dilation, size, memory_format):
+@pytest.mark.parametrize('has_avx512', [True, False])
+def test_equals_torch(side, dilation, size, memory_format, has_avx512, monkeypatch):
+    monkeypatch.setattr(depthwise, 'HAS_AVX512', has_avx512)
     torch.manual_seed(0)
     convolution = nn.Conv2d(6, 6, side, padding=side // 2 * dilation, dilation=dilation, groups=6)
     assert is_large_depthwise(convolution)
@@ -32,6 +35,7 @@ def test_equals_torch(side, dilation, size, memory_format):
     image = x.requires_grad_()
     output = depthwise_conv2d(image, convolution.weight, convolution.bias, dilation)
     output.backward(grad)
+    assert output.is_contiguous(memory_format=memory_format)
     for value, other in (
         (output, expected),
         (image.grad, wanted.grad),
@@ -41,7 +45,9 @@ def test_equals_torch(side, dilation, size, memory_format):
         torch.testing.assert_close(value.double(), other, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_in_bfloat16_are_those_of_autocast():
+@pytest.mark.parametrize('has_avx512', [True, False])
+def test_gradients_in_bfloat16_are_those_of_autocast(has_avx512, monkeypatch):
+    monkeypatch.setattr(depthwise, 'HAS_AVX512', has_avx512)
     torch.manual_seed(0)
     convolution, x = nn.Conv2d(8, 8, 5, padding=6, dilation=3, groups=8), torch.randn(2, 8, 24, 24)
     grads = []

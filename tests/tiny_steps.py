@@ -14,11 +14,11 @@ SWINIR['upsampler'] = 'pixelshuffle'
 
 
 class ConvDiscriminator(nn.Module):
-    """Without norms, whose statistics would tell a whole batch from its parts."""
+    """Without norms, whose statistics would tell a whole batch from its parts, and smooth: rounding stays small."""
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 3))
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 1, 3))
 
     def forward(self, x):
         return self.body(x)

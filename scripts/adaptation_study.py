@@ -64,6 +64,8 @@ class Method:
             the weight itself, which then loses them (PiSSA, arXiv:2404.02948).
         importance: How the ranks of all layers are chosen at the budget of ``rank`` everywhere: by the singular values
             of the ``gradient``, or of the gradient over the root of its mean square, ``fisher``.
+        loss: ``mse`` or ``l1``.
+        augments: Whether patches are flipped and rotated at random.
     """
 
     rank: int = 0
@@ -73,6 +75,8 @@ class Method:
     b_rate: float = 1.0
     init: str = 'kaiming'
     importance: str | None = None
+    loss: str = 'mse'
+    augments: bool = False
 
 
 DELTAS = ('bias', 'norm')
@@ -94,14 +98,23 @@ METHODS = {
     'rank 2, biases, norms, PiSSA': Method(2, DELTAS, init='weight'),
     'ranks by gradients, biases, norms': Method(2, DELTAS, importance='gradient'),
     'ranks by Fisher, biases, norms': Method(2, DELTAS, importance='fisher'),
+    'ranks of rank 1 by Fisher, biases, norms': Method(1, DELTAS, importance='fisher'),
+    'rank 1, biases, norms, L1, flips and rotations': Method(1, DELTAS, loss='l1', augments=True),
+    'rank 2, biases, norms, L1, flips and rotations': Method(2, DELTAS, loss='l1', augments=True),
+    'rank 2, biases, norms, flips and rotations': Method(2, DELTAS, augments=True),
+    'rank 2, biases, norms, L1': Method(2, DELTAS, loss='l1'),
+    'all weights, L1, flips and rotations': Method(loss='l1', augments=True),
 }
+LOSSES = {'mse': nn.functional.mse_loss, 'l1': nn.functional.l1_loss}
 
 
 class Patches:
-    """Random patches of pairs of images, rotated and flipped."""
+    """Random patches of pairs of images, flipped and rotated at random if ``augments``."""
 
-    def __init__(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], side: int, batch: int, seed: int):
-        self.pairs, self.side, self.batch = pairs, side, batch
+    def __init__(
+        self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], side: int, batch: int, augments: bool, seed: int
+    ):
+        self.pairs, self.side, self.batch, self.augments = pairs, side, batch, augments
         self.random = np.random.default_rng(seed)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -121,7 +134,9 @@ class Patches:
         for image, factor in ((lr, 1), (hr, scale)):
             rows, columns = (slice(start * factor, (start + self.side) * factor) for start in (top, left))
             patch = image[rows, columns]
-            cut.append(np.ascontiguousarray(np.rot90(patch[:, ::-1] if is_flipped else patch, turns)))
+            if self.augments:
+                patch = np.ascontiguousarray(np.rot90(patch[:, ::-1] if is_flipped else patch, turns))
+            cut.append(patch)
         return cut[0], cut[1]
 
 
@@ -157,12 +172,12 @@ class Study:
         factors = [factor for some, factor in groups if some]
         average = [parameter.detach().clone() for parameter in trained]
         iterations, start, step = self.arguments.iterations, time.perf_counter(), self.step(network)
-        for number, (low, high) in zip(range(iterations), self.patches(seed)):
+        for number, (low, high) in zip(range(iterations), self.patches(method, seed)):
             cosine = (1 + math.cos(math.pi * number / iterations)) / 2
             for group, factor in zip(optimizer.param_groups, factors):
                 group['lr'] = rate * factor * cosine
             with step.active():
-                loss = (network(low) - high).abs().mean()
+                loss = LOSSES[method.loss](network(low), high)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -192,7 +207,7 @@ class Study:
         elif 'depthwise' not in method.also_train:
             section['exclude_modules'] = [re.escape(name) for name in depthwise]
         if method.importance:
-            section['rank_pattern'] = self.ranks(section, method.importance)
+            section['rank_pattern'] = self.ranks(section, method)
         add_lora(network, LoRAConfig.from_dict({**section, 'alpha': None}))
         mark_trainable(network)
         layers = {name: layer for name, layer in network.named_modules() if 'lora_A' in layer._parameters}
@@ -200,7 +215,7 @@ class Study:
             layer.lora_alpha.mul_(method.strength)  # of each layer's rank
         if method.init != 'kaiming':
             directions = {'gradient': self.gradients, 'activation': self.activations, 'weight': self.weights}
-            for name, matrix in directions[method.init](list(layers)).items():
+            for name, matrix in directions[method.init](list(layers), method).items():
                 _turn(layers[name], matrix, method.init == 'weight')
         first = [layer.lora_A for layer in layers.values()]
         second = [layer.lora_B for layer in layers.values()]
@@ -208,33 +223,33 @@ class Study:
         rest = [value for value in network.parameters() if value.requires_grad and id(value) not in known]
         return [(first, 1.0), (second, method.b_rate), (rest, 1.0)]
 
-    def ranks(self, section: dict[str, Any], importance: str) -> dict[str, int]:
+    def ranks(self, section: dict[str, Any], method: Method) -> dict[str, int]:
         """A rank for each layer, at the budget of equal ranks."""
         adapted = add_lora(deepcopy(self.network), LoRAConfig.from_dict({**section, 'also_train': []}))
         layers = {name: layer for name, layer in adapted.named_modules() if 'lora_A' in layer._parameters}
-        gradients = self.gradients(list(layers), whitens=importance == 'fisher')
+        gradients = self.gradients(list(layers), method)
         gains = {name: layer_importance(layer, gradients[name]) for name, layer in layers.items()}
         chosen = allocate_ranks(gains, count_parameters(adapted).lora, 32)
         return {re.escape(name): rank for name, rank in chosen.items()}
 
-    def gradients(self, names: Sequence[str], whitens: bool = False) -> dict[str, Tensor]:
-        """Mean gradients of weights, or these over the root of their mean squares."""
+    def gradients(self, names: Sequence[str], method: Method) -> dict[str, Tensor]:
+        """Mean gradients of weights; for Fisher's importance over the root of their mean squares."""
         network = deepcopy(self.network)
         weights = {name: base_weight(network.get_submodule(name)) for name in names}
         sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         squares = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        for low, high in self.probe():
+        for low, high in self.probe(method):
             network.zero_grad()
-            (network(low) - high).abs().mean().backward()
+            LOSSES[method.loss](network(low), high).backward()
             for name, weight in weights.items():
                 assert weight.grad is not None
                 sums[name] += weight.grad / PROBED
                 squares[name] += weight.grad.square() / PROBED
-        if whitens:
+        if method.importance == 'fisher':
             return {name: sums[name] / (squares[name].sqrt() + 1e-12) for name in names}
         return sums
 
-    def activations(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def activations(self, names: Sequence[str], method: Method) -> dict[str, Tensor]:
         """Covariances of what each column of A sees: (columns, columns)."""
         network, found = deepcopy(self.network), {}
 
@@ -250,21 +265,21 @@ class Study:
             layer = network.get_submodule(name)
             layer.register_forward_pre_hook(lambda own, given, name=name: look(name, own, given[0]))
         with torch.inference_mode():
-            for low, _ in self.probe():
+            for low, _ in self.probe(method):
                 network(low)
         return {name: value.clone() for name, value in found.items()}
 
-    def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def weights(self, names: Sequence[str], method: Method) -> dict[str, Tensor]:
         """Those of the network."""
         return {name: base_weight(self.network.get_submodule(name)).detach() for name in names}
 
-    def probe(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def probe(self, method: Method) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches by which a start is chosen."""
-        return (batch for _, batch in zip(range(PROBED), self.patches(999)))
+        return (batch for _, batch in zip(range(PROBED), self.patches(method, 999)))
 
-    def patches(self, seed: int) -> Patches:
-        """Batches of the pairs to train on, the same for equal seeds."""
-        return Patches(self.training, self.arguments.side, self.arguments.batch, seed)
+    def patches(self, method: Method, seed: int) -> Patches:
+        """Batches of the pairs to train on, the same for equal seeds but for flips and rotations."""
+        return Patches(self.training, self.arguments.side, self.arguments.batch, method.augments, seed)
 
     def step(self, network: nn.Module) -> StepNetworks:
         """Let a network run as in a training by an option file."""

@@ -31,8 +31,8 @@ datasets:
     io_backend:
       type: lmdb
     gt_size: {gt_size}
-    use_hflip: true
-    use_rot: true
+    use_hflip: false  # a camera blurs and shifts in its own directions
+    use_rot: false
     batch_size_per_gpu: {batch}
     num_worker_per_gpu: {workers}
     dataset_enlarge_ratio: 100
@@ -73,7 +73,7 @@ train:
   max_minutes: {minutes}
   warmup_iter: -1
   pixel_opt:
-    type: L1Loss
+    type: MSELoss  # what PSNR, by which all is judged, measures
     loss_weight: 1.0
     reduction: mean
 

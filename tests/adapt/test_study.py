@@ -6,6 +6,7 @@ import sys
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +69,21 @@ def test_each_way_begins_at_the_network(script, study):
             assert 0.9 * equal < size <= equal, name
         elif name.startswith('rank 2, biases, norms, ') and 'depth-wise' not in name:
             assert size == equal, name
+
+
+def test_patches_are_of_one_place_and_turned_if_asked_for(script):
+    rows, columns = np.mgrid[:40, :50]
+    lr = np.stack([rows, columns, 0 * rows], -1).astype(np.uint8)
+    hr = lr.repeat(2, 0).repeat(2, 1)
+    for augments in (False, True):
+        seen = set()
+        patches = script.Patches([(hr, lr)], 16, 4, augments, 0)
+        for _, (low, high) in zip(range(10), patches):
+            assert torch.equal(high, low.repeat_interleave(2, 2).repeat_interleave(2, 3))
+            for patch in (low * 255).round():
+                seen.add(tuple(int(one) for one in (patch[:, 0, 1] - patch[:, 0, 0]).flip(0)))  # a step to the right
+        assert seen == ({(0, 1, 0)} if not augments else {(0, 1, 0), (0, -1, 0), (1, 0, 0), (-1, 0, 0)})
+        assert len({tuple(low.flatten().tolist()) for _, (low, _) in zip(range(4), patches)}) == 4
 
 
 def test_its_rates_climb_and_its_runs_are_kept(script, call, tmp_path, monkeypatch, capsys):

@@ -99,7 +99,8 @@ def test_gives_what_spandrel_gives(write, name, recwarn):
             continue  # spandrel pads to 16 pixels and BasicSR's to a window, and both cannot be right
         images = image(info.in_channels, height, width)
         output = run(network, images)
-        assert (output.clamp(0, 1) - run(expected, images)).abs().max() <= 1e-5
+        # Networks of random weights give values far from [0, 1], and rounding is relative to these.
+        assert (output.clamp(0, 1) - run(expected, images)).abs().max() <= 1e-5 * max(1, output.abs().max())
     batch = image(info.in_channels, 24, 32, batch=2)
     one_by_one = torch.cat([run(network, one) for one in batch.split(1)])
     if name != 'AuraSR':

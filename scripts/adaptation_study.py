@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lora_sr import load_network
 from lora_sr.adapt.held import Held, measure
+from lora_sr.adapt.plan import has_fast_bfloat16
 from lora_sr.adapters import (
     LoRAConfig,
     add_lora,
@@ -400,6 +401,8 @@ def main() -> None:
         return
     if None in (arguments.checkpoint, arguments.pairs, arguments.test):
         parser.error('a checkpoint, --pairs and --test must be given to train.')
+    if arguments.bf16 and not has_fast_bfloat16():
+        parser.error('--bf16 must be left out here: without instructions for it a step takes ten times as long.')
     try:
         study(arguments)
     except InputError as error:

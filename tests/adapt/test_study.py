@@ -113,10 +113,12 @@ def test_its_rates_climb_and_its_runs_are_kept(script, call, tmp_path, monkeypat
         (lambda call: ['-o', call[8]], 'a checkpoint, --pairs and --test must be given to train.'),
         (lambda call: ['--table', '-o', call[8]], '--output must be a file of runs, got '),
         (lambda call: ['missing.pth', *call[1:]], 'missing.pth cannot be read'),
+        (lambda call: [*call, '--bf16'], '--bf16 must be left out here: '),
     ],
 )
 def test_mistakes_are_told(script, call, monkeypatch, capsys, change, sentence):
     assert call[7] == '-o'
+    monkeypatch.setattr(script, 'has_fast_bfloat16', lambda: False)
     monkeypatch.setattr(sys, 'argv', ['study', *change(call)])
     with pytest.raises(SystemExit) as status:
         script.main()

@@ -99,6 +99,7 @@ METHODS = {
     'rank 2, biases, norms, PiSSA': Method(2, DELTAS, init='weight'),
     'ranks by gradients, biases, norms': Method(2, DELTAS, importance='gradient'),
     'ranks by Fisher, biases, norms': Method(2, DELTAS, importance='fisher'),
+    'ranks of rank 1 by gradients, biases, norms': Method(1, DELTAS, importance='gradient'),
     'ranks of rank 1 by Fisher, biases, norms': Method(1, DELTAS, importance='fisher'),
     'rank 1, biases, norms, L1, flips and rotations': Method(1, DELTAS, loss='l1', augments=True),
     'rank 2, biases, norms, L1, flips and rotations': Method(2, DELTAS, loss='l1', augments=True),

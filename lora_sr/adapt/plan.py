@@ -168,7 +168,13 @@ class Schedule:
 
 
 def schedule_for(seconds: float, step_seconds: float, validation_seconds: float) -> Schedule:
-    """As many iterations as there is time for, validations included, which have up to 15% of it."""
+    """As many iterations as there is time for, and up to 12 validations among them, which have up to 15% of it.
+
+    Args:
+        seconds: How long the training may take.
+        step_seconds: Of an iteration.
+        validation_seconds: Of a validation.
+    """
     validations = min(MOST_VALIDATIONS, max(1, int(seconds * OF_VALIDATIONS / validation_seconds)))
     iterations = max(1, int((seconds - validations * validation_seconds) / step_seconds))
     return Schedule(iterations, min(validations, max(1, iterations // BETWEEN_VALIDATIONS)))

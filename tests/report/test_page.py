@@ -25,7 +25,6 @@ from lora_sr.report.tables import Comparison, Cost, Row, encode_table
 
 NAME = '/nets/<b>&"x".pth'
 CROPS, MAPS = 4 * 4, 2 * 3  # images of a report: of four pairs, and of the first and the last of them
-LOOKS = 'What the networks look at'
 FRAMES = """[...document.querySelectorAll('.map')].map(map => {
   const [image, frame] = [...map.children].map(one => one.getBoundingClientRect());
   return [frame.x - image.x, frame.y - image.y, image.right - frame.right, image.bottom - frame.bottom];

@@ -119,7 +119,7 @@ def _phases(x: Tensor, dilation: int) -> Tensor:
 
 
 def _of_phases(phases: Tensor, dilation: int, like: Tensor) -> Tensor:
-    """The images of which :func:`_phases` has made others, of the size and the layout of some."""
+    """What :func:`_phases` has taken apart: (N * dilation^2, C, ...) -> the shape and the layout of ``like``."""
     number, channels, height, width = like.shape
     rows, columns = phases.shape[2:]
     parts = phases.permute(0, 2, 3, 1).reshape(number, dilation, dilation, rows, columns, channels)

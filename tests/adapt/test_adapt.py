@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,7 +18,9 @@ from scenes import taken
 
 from lora_sr.adapt import adapting, outcome, plan
 from lora_sr.adapt.adapting import Adaptation, adapt
+from lora_sr.adapt.held import Measured
 from lora_sr.adapt.images import Images
+from lora_sr.adapt.plan import schedule_for
 from lora_sr.adapters import LoRAConfig, add_lora
 from lora_sr.archs import SPAN
 from lora_sr.checkpoints import NetworkSource, load_network
@@ -98,6 +101,11 @@ def test_what_is_reported_is_true(camera, network, tmp_path):
     assert load_options(folder / 'train.yml')['train']['optim_g']['lr'] == plan['rate']
     wanted = rates['top'] * max(1, plan['iterations'] / rates['steps']) ** -0.25
     assert plan['rate'] == pytest.approx(wanted, rel=1e-2)
+    step, validation = rates['step_seconds'], record['steps']['start']['seconds']
+    schedule = schedule_for(plan['minutes'] * 60, step, validation)
+    assert plan['iterations'] == schedule.iterations
+    every = load_options(folder / 'train.yml')['val']['val_freq']
+    assert every == max(1, schedule.iterations // schedule.validations)
     assert str(found).startswith(f'Your camera: {found.start.camera:.2f} -> {found.result.camera:.2f} dB (bicubic ')
     names = {pair for kind in ('training', 'held') for pair in record['steps']['pairs'][kind]}
     for kind in ('HR', 'LR'):  # what is held back is not trained on
@@ -268,6 +276,36 @@ def test_its_option_file_is_one_of_basicsr(camera, network, tmp_path, monkeypatc
     from lora_sr.basicsr.options import check_options
 
     assert not check_options(options, is_train=True)
+
+
+def test_threads_are_chosen_again_before_each_timing(camera, network, tmp_path, monkeypatch):
+    order = []
+
+    def noted(name, original):
+        return lambda *arguments, **options: order.append(name) or original(*arguments, **options)
+
+    monkeypatch.setattr(adapting.threads, 'look_again', lambda: order.append('look'))
+    monkeypatch.setattr(adapting, 'batches_for', noted('batches', adapting.batches_for))
+    monkeypatch.setattr(adapting, 'find_rate', noted('rates', _stop))
+    with pytest.raises(_Stop):
+        adapt(adaptation(network, camera(4)), tmp_path / 'out')
+    assert order == ['look', 'batches', 'look', 'rates']
+
+
+def test_what_comes_once_is_no_part_of_a_validation(camera, network, tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+
+    def measure(*arguments, has_clean=True, **options):
+        clock.now += 1 if clock.now else 100
+        return Measured(20.0, 30.0)
+
+    monkeypatch.setattr(adapting.time, 'perf_counter', lambda: clock.now)
+    monkeypatch.setattr(adapting, 'batches_for', lambda *arguments: plan.Batches(1, 24, 1e-6))
+    monkeypatch.setattr(adapting, 'measure', measure)
+    monkeypatch.setattr(adapting, 'find_rate', _stop)
+    with pytest.raises(_Stop):
+        adapt(adaptation(network, camera(4)), tmp_path / 'out')
+    assert steps(tmp_path / 'out')['start']['seconds'] == 1
 
 
 class _Stop(Exception):

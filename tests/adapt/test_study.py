@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from lora_sr.adapt import adapting
+from lora_sr.adapt.option_text import option_text
 from lora_sr.archs import LKDN
 
 SCRIPT = Path(__file__).resolve().parents[2] / 'scripts' / 'adaptation_study.py'
@@ -69,6 +72,17 @@ def test_each_way_begins_at_the_network(script, study):
             assert 0.9 * equal < size <= equal, name
         elif name.startswith('rank 2, biases, norms, ') and 'depth-wise' not in name:
             assert size == equal, name
+
+
+def test_what_is_studied_is_how_adapt_trains(script):
+    values = {'network': 'LKDN', 'scale': 2, 'base': {}, 'lora': {}, 'pretrain': None, 'imports': [], 'side': 32}
+    values |= {'batch': 4, 'workers': 0, 'amp': None, 'ema_decay': adapting.EMA, 'rate': 1e-3, 'iterations': 100}
+    options = yaml.safe_load(option_text(**values, minutes=1, validations=4))
+    method, train, data = script.Method(), options['train'], options['datasets']['train']
+    assert train['pixel_opt']['type'] == {'mse': 'MSELoss', 'l1': 'L1Loss'}[method.loss]
+    assert data['use_hflip'] == data['use_rot'] == method.augments
+    assert train['ema_decay'] == script.EMA and train['scheduler']['type'].startswith('Cosine')
+    assert options['val']['val_freq'] == 100 // 4
 
 
 def test_patches_are_of_one_place_and_turned_if_asked_for(script):

@@ -7,6 +7,7 @@ import torch
 from basicsr.utils.registry import ARCH_REGISTRY
 from tiny_steps import assert_near, built, steps
 from torch import nn
+from torch.nn import functional as F
 
 from lora_sr.adapters import LoRAConfig, add_lora
 from lora_sr.archs.lkdn import LKDN
@@ -62,6 +63,30 @@ def test_gradients_in_bfloat16_are_those_of_autocast(has_avx512, monkeypatch):
     for expected, value in zip(*grads):
         assert value.dtype == torch.float32
         assert (value - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize(('has_avx512', 'dilations'), [(True, {3}), (False, {1})])
+def test_no_convolution_is_dilated_where_that_is_slow(has_avx512, dilations, monkeypatch):
+    seen, original = set(), F.conv2d
+
+    def conv2d(*args):
+        seen.add(args[5])
+        return original(*args)
+
+    monkeypatch.setattr(depthwise, 'HAS_AVX512', has_avx512)
+    monkeypatch.setattr(depthwise.F, 'conv2d', conv2d)
+    network = nn.Sequential(nn.Conv2d(4, 4, 5, padding=6, dilation=3, groups=4))
+    networks = StepNetworks(StepSettings(None), torch.channels_last)
+    networks.add('network_g', network)
+    with networks.active():
+        output = network(torch.rand(1, 4, 12, 12))
+        assert seen == dilations
+        seen.clear()
+        output.sum().backward()
+        assert seen <= dilations
+        with torch.no_grad():
+            network(torch.rand(1, 4, 12, 12))
+        assert seen == dilations
 
 
 @pytest.mark.parametrize(

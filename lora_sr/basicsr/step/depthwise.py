@@ -1,8 +1,9 @@
 """Large depthwise convolutions on a CPU: their gradients by the convolutions of 3x3 and without dilation that are fast.
 
-oneDNN has fast kernels for the forward pass of depthwise convolutions, on CPUs without AVX-512 for those without
-dilation; for the gradient of the weight only up to 3x3, and for that of the input only without dilation. What it falls
-back to takes ten to a hundred times as long: of a step of LKDN, whose attention has two 5x5 in each block, half.
+oneDNN has fast kernels for the forward pass of depthwise convolutions, on CPUs without AVX-512 not for dilated ones
+whose taps reach further than 4 pixels; for the gradient of the weight only up to 3x3, and for that of the input only
+dilation. What it falls back to takes five to a hundred times as long: of a step of LKDN, whose attention has
+two 5x5 in each block, half.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 SIDE = 3  # of the windows of a kernel that are computed at once
+FAST_REACH = 4  # pixels from the middle of a dilated kernel to its last tap, without AVX-512
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith('AVX512')
 
 
@@ -78,11 +80,11 @@ def _dtype_of_autocast() -> torch.dtype | None:
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    side, channels = weight.shape[2], len(weight)
+    half, channels = weight.shape[2] // 2, len(weight)
     with torch.autocast(x.device.type, enabled=False):
-        if dilation == 1 or HAS_AVX512:
-            return F.conv2d(x, weight, bias, 1, side // 2 * dilation, dilation, channels)
-        phases = F.conv2d(_phases(x, dilation), weight, bias, 1, side // 2, 1, channels)
+        if dilation == 1 or half * dilation <= FAST_REACH or HAS_AVX512:
+            return F.conv2d(x, weight, bias, 1, half * dilation, dilation, channels)
+        phases = F.conv2d(_phases(x, dilation), weight, bias, 1, half, 1, channels)
     return _of_phases(phases, dilation, x)
 
 

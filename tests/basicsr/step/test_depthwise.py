@@ -65,8 +65,10 @@ def test_gradients_in_bfloat16_are_those_of_autocast(has_avx512, monkeypatch):
         assert (value - expected).norm() <= 1e-2 * expected.norm()
 
 
-@pytest.mark.parametrize(('has_avx512', 'dilations'), [(True, {3}), (False, {1})])
-def test_no_convolution_is_dilated_where_that_is_slow(has_avx512, dilations, monkeypatch):
+@pytest.mark.parametrize(
+    ('has_avx512', 'dilation', 'dilations'), [(True, 3, {3}), (False, 3, {1}), (False, 2, {2}), (False, 1, {1})]
+)
+def test_no_convolution_is_dilated_where_that_is_slow(has_avx512, dilation, dilations, monkeypatch):
     seen, original = set(), F.conv2d
 
     def conv2d(*args):
@@ -75,7 +77,7 @@ def test_no_convolution_is_dilated_where_that_is_slow(has_avx512, dilations, mon
 
     monkeypatch.setattr(depthwise, 'HAS_AVX512', has_avx512)
     monkeypatch.setattr(depthwise.F, 'conv2d', conv2d)
-    network = nn.Sequential(nn.Conv2d(4, 4, 5, padding=6, dilation=3, groups=4))
+    network = nn.Sequential(nn.Conv2d(4, 4, 5, padding=2 * dilation, dilation=dilation, groups=4))
     networks = StepNetworks(StepSettings(None), torch.channels_last)
     networks.add('network_g', network)
     with networks.active():

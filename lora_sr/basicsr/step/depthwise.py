@@ -2,7 +2,7 @@
 
 oneDNN has fast kernels for the forward pass of depthwise convolutions, on CPUs without AVX-512 not for dilated ones
 whose taps reach further than 4 pixels; for the gradient of the weight only up to 3x3, and for that of the input only
-dilation. What it falls back to takes five to a hundred times as long: of a step of LKDN, whose attention has
+without dilation. What it falls back to takes five to a hundred times as long: of a step of LKDN, whose attention has
 two 5x5 in each block, half.
 """
 
